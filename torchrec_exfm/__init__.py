@@ -1,0 +1,44 @@
+"""External distillation for TorchRec (ExFM, arXiv 2502.17494).
+
+Train small students from the logged outputs of a teacher that is too large to serve::
+
+    model = ExFMWrapper(DLRMTrain(dlrm), tap="model.over_arch")
+    pipeline = TrainPipelineExFM(model, optimizer, device, teacher=columns)
+    served = export_student(model)
+"""
+
+from torchrec_exfm import _versions
+
+_versions.check()
+
+from torchrec_exfm import functional  # noqa: E402
+from torchrec_exfm.adapter import StudentAdapter, adapter_step  # noqa: E402
+from torchrec_exfm.batch import ExFMBatch, TeacherOutputs  # noqa: E402
+from torchrec_exfm.export import export_student, student_state_dict  # noqa: E402
+from torchrec_exfm.heads import (  # noqa: E402
+    AuxiliaryHead,
+    DistillationHead,
+    DistillationTerm,
+    Task,
+)
+from torchrec_exfm.metrics import ExFMMetrics  # noqa: E402
+from torchrec_exfm.pipeline import LiveTeacher, TrainPipelineExFM  # noqa: E402
+from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
+
+__all__ = [
+    "AuxiliaryHead",
+    "DistillationHead",
+    "DistillationTerm",
+    "ExFMBatch",
+    "ExFMMetrics",
+    "ExFMWrapper",
+    "LiveTeacher",
+    "StudentAdapter",
+    "Task",
+    "TeacherOutputs",
+    "TrainPipelineExFM",
+    "adapter_step",
+    "export_student",
+    "functional",
+    "student_state_dict",
+]

@@ -1,0 +1,226 @@
+"""Whether the installed torch, FBGEMM and TorchRec go together, told from metadata alone.
+
+FBGEMM 1.n is compiled against torch 2.(n+5), but its wheels tell pip nothing of it; fbgemm-gpu and
+fbgemm-gpu-cpu unpack into the same folder; and torchrec asks for any fbgemm-gpu at all. A set that
+does not fit shows only at import, as an undefined symbol from deep inside. Nothing here imports
+torch, so the answer comes first.
+
+As a script, ``python -I torchrec_exfm/_versions.py`` prints what is wrong and exits with 1.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from importlib import metadata, util
+
+UNKNOWN = "unknown"
+"""The version of what can be imported but is no known release, such as a nightly: never refused."""
+
+GONE = "gone"
+"""The version of what has metadata but no files, as FBGEMM after its twin was uninstalled."""
+
+_MODULES = {
+    "torch": "torch",
+    "fbgemm-gpu": "fbgemm_gpu",
+    "fbgemm-gpu-cpu": "fbgemm_gpu",
+    "torchrec": "torchrec",
+    "tensordict": "tensordict",
+    "torchmetrics": "torchmetrics",
+    "tqdm": "tqdm",
+    "pyre-extensions": "pyre_extensions",
+    "iopath": "iopath",
+}
+_TWINS = ("fbgemm-gpu", "fbgemm-gpu-cpu")
+_TORCHREC_MINORS = range(6, 10)
+_TORCHREC_NEEDS = ("tensordict", "torchmetrics", "tqdm", "pyre-extensions")
+_LAST_TORCHREC_THAT_NEEDS_IOPATH = 7
+_PINS = {"torchmetrics": "torchmetrics==1.0.3"}
+_TESTED_MINOR = 8
+_NEWEST_FBGEMM_MINOR = 9
+
+
+def check() -> None:
+    """Refuse a set of torch, FBGEMM and TorchRec that is known not to work.
+
+    Raises:
+        ImportError: one sentence: what was found, what goes together, what to install.
+    """
+    wrong = explain(installed())
+    if wrong is not None:
+        raise ImportError(wrong)
+
+
+def installed() -> dict[str, str]:
+    """Return versions by distribution name, UNKNOWN and GONE among them; what is missing is absent."""
+    versions: dict[str, str] = {}
+    for name, module in _MODULES.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        versions[name] = version if _is_importable(module) else GONE
+    seen = {_MODULES[name] for name in versions}
+    for name, module in _MODULES.items():
+        if module not in seen and _is_importable(module):
+            seen.add(module)
+            versions[name] = UNKNOWN
+    return versions
+
+
+def explain(versions: Mapping[str, str]) -> str | None:
+    """Return one sentence on what does not fit and what to install, None where nothing is wrong.
+
+    Only what is known to be wrong is refused: nightlies, source builds and pairs of releases newer
+    than this file pass, unless FBGEMM was built for another torch.
+
+    Args:
+        versions: versions by distribution name, as `installed` returns them.
+    """
+    wrong = _about_torch(versions) or _about_fbgemm(versions) or _about_torchrec(versions)
+    return None if wrong is None else f"torchrec_exfm {wrong}."
+
+
+def _about_torch(versions: Mapping[str, str]) -> str | None:
+    if versions.get("torch", GONE) != GONE:
+        return None
+    return (
+        "needs torch, FBGEMM and torchrec, and found no torch: "
+        f"run {_pip_pair('fbgemm-gpu', _TESTED_MINOR)} (fbgemm-gpu-cpu without CUDA), "
+        f"then {_pip_torchrec(_TESTED_MINOR)}"
+    )
+
+
+def _about_fbgemm(versions: Mapping[str, str]) -> str | None:
+    torch = versions["torch"]
+    found = [name for name in _TWINS if name in versions]
+    if not found:
+        return f"needs FBGEMM beside torch {torch}, and found none: {_install_fbgemm(torch)}"
+    if GONE in (versions[name] for name in found):
+        return (
+            f"found the metadata of {' and '.join(found)} without the files: "
+            f"{_replace_fbgemm(found, torch)}"
+        )
+    if len(found) == 2 and not _is_cpu_build("fbgemm-gpu", versions["fbgemm-gpu"]):
+        both = " and ".join(f"{name} {versions[name]}" for name in found)
+        return f"found both {both}, which share one folder: {_replace_fbgemm(found, torch)}"
+    name = found[-1]
+    fbgemm = versions[name]
+    built_for = _torch_minor_of(fbgemm)
+    major, minor = _release(torch)
+    if built_for is not None and major == 2 and minor != built_for:
+        return (
+            f"found torch {torch} with {name} {fbgemm}, which is built for torch 2.{built_for}: "
+            f"{_replace_fbgemm([name], torch)}"
+        )
+    return _about_cuda(torch, name, fbgemm)
+
+
+def _about_cuda(torch: str, name: str, fbgemm: str) -> str | None:
+    if fbgemm == UNKNOWN or _is_cpu_build(name, fbgemm):
+        return None
+    if _local(torch) == "cpu":
+        return (
+            f"found {name} {fbgemm}, which needs CUDA, with torch {torch}, which has none: "
+            f"{_replace_fbgemm([name], torch)}"
+        )
+    built_for_cuda_13 = _release(fbgemm) >= (1, 6) and not _local(fbgemm)
+    if built_for_cuda_13 and re.match("cu1[12]", _local(torch)):
+        return (
+            f"found torch {torch} with {name} {fbgemm}, which is built for CUDA 13: "
+            f"install a torch for CUDA 13, or an FBGEMM for {_local(torch)}"
+        )
+    return None
+
+
+def _about_torchrec(versions: Mapping[str, str]) -> str | None:
+    torchrec = versions.get("torchrec", GONE)
+    major, minor = _release(torchrec)
+    fbgemm_minor = max(_release(versions.get(name, GONE)) for name in _TWINS)[1]
+    works_with = f"torchrec 1.{_TORCHREC_MINORS[0]} to 1.{_TORCHREC_MINORS[-1]}"
+    if torchrec == GONE:
+        return (
+            f"needs {works_with}, and found none: run {_pip_torchrec(fbgemm_minor)}, "
+            "as without --no-deps pip may bring another FBGEMM"
+        )
+    if torchrec == UNKNOWN or _is_date(torchrec):
+        return None
+    if major != 1 or minor not in _TORCHREC_MINORS:
+        return f"works with {works_with}, and found {torchrec}: run {_pip_torchrec(fbgemm_minor)}"
+    needs = _TORCHREC_NEEDS
+    if minor <= _LAST_TORCHREC_THAT_NEEDS_IOPATH:
+        needs = (*needs, "iopath")
+    missing = [name for name in needs if versions.get(name, GONE) == GONE]
+    if missing:
+        command = _pip(*(_PINS.get(name, name) for name in missing))
+        return f"found torchrec {torchrec} without {', '.join(missing)}: run {command}"
+    return None
+
+
+def _is_importable(module: str) -> bool:
+    if module in sys.modules:
+        return True
+    spec = util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Return (major, minor), or (-1, -1) where the version does not begin with two numbers."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (-1, -1)
+
+
+def _is_date(version: str) -> bool:
+    return _release(version)[0] >= 2000
+
+
+def _local(version: str) -> str:
+    return version.partition("+")[2]
+
+
+def _is_cpu_build(name: str, version: str) -> bool:
+    return name == "fbgemm-gpu-cpu" or _local(version).startswith("cpu")
+
+
+def _torch_minor_of(fbgemm: str) -> int | None:
+    """Return n where this FBGEMM is a release built for torch 2.n, None where nobody can tell."""
+    major, minor = _release(fbgemm)
+    if re.search(r"\.dev|\+git", fbgemm):
+        return None
+    return {0: minor - 4, 1: minor + 5}.get(major)
+
+
+def _install_fbgemm(torch: str) -> str:
+    """Return the command that brings the FBGEMM of this torch, or a torch that has one."""
+    major, torch_minor = _release(torch)
+    minor = torch_minor - 5
+    name = "fbgemm-gpu-cpu" if _local(torch) == "cpu" else "fbgemm-gpu"
+    without_cuda = "" if name == "fbgemm-gpu-cpu" else " (fbgemm-gpu-cpu without CUDA)"
+    if major == 2 and 0 <= minor <= _NEWEST_FBGEMM_MINOR:
+        command = _pip(f"{name}==1.{minor}.*")
+        return f"run {command}{without_cuda}, which goes with torch 2.{torch_minor}"
+    command = _pip_pair(name, _NEWEST_FBGEMM_MINOR)
+    return f"run {command}{without_cuda}, as no FBGEMM is known for torch {torch}"
+
+
+def _replace_fbgemm(names: list[str], torch: str) -> str:
+    return f"run `pip uninstall -y {' '.join(names)}`, then {_install_fbgemm(torch)}"
+
+
+def _pip_torchrec(fbgemm_minor: int) -> str:
+    minor = fbgemm_minor if fbgemm_minor in _TORCHREC_MINORS else _TESTED_MINOR
+    return _pip("--no-deps", f"torchrec==1.{minor}.*")
+
+
+def _pip_pair(fbgemm: str, minor: int) -> str:
+    return _pip(f"torch==2.{minor + 5}.*", f"{fbgemm}==1.{minor}.*")
+
+
+def _pip(*arguments: str) -> str:
+    quoted = (f'"{argument}"' if "=" in argument else argument for argument in arguments)
+    return f"`pip install {' '.join(quoted)}`"
+
+
+if __name__ == "__main__":
+    sys.exit(explain(installed()))

@@ -1,0 +1,279 @@
+"""The teacher's outputs, and the batch that carries them beside the user's own.
+
+Shapes: B examples, M teachers, T tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torchrec.streamable import Pipelineable
+
+__all__ = ["ExFMBatch", "TeacherOutputs"]
+
+BatchT = TypeVar("BatchT")
+
+
+class TeacherOutputs(Pipelineable):
+    """What the teachers said of each example, and whether they said anything.
+
+    Args:
+        values: (B, M, T) floating point: the teacher's logit of a binary task, its prediction in
+            the task's units for regression. (B, T) is taken for one teacher, (B,) for one
+            teacher and one task. Kept as float32, cut off from any graph.
+        presence: boolean, of the same shape as ``values`` (or (B,), for all teachers and tasks
+            at once): which outputs are there. None: all. The value of a missing output is
+            ignored, and may be NaN.
+        age_seconds: (B, M), or (B,) for one teacher: how long before its example's event each
+            output was computed, or None if it is not known.
+
+    Raises:
+        TypeError: for a wrong kind or dtype.
+        ValueError: for a wrong shape; for NaN or infinity where presence is true. The contents of
+            a tensor on an accelerator are not looked at, as that would stop the step: build the
+            outputs on the host.
+
+    Example:
+        >>> outputs = TeacherOutputs(torch.tensor([0.5, -2.0, float("nan")]),
+        ...                          presence=torch.tensor([True, True, False]))
+        >>> outputs.values.shape, outputs.presence.flatten().tolist()
+        (torch.Size([3, 1, 1]), [True, True, False])
+    """
+
+    values: Tensor
+    presence: Tensor
+    age_seconds: Tensor | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        presence: Tensor | None = None,
+        age_seconds: Tensor | None = None,
+    ) -> None:
+        _check_tensor("teacher outputs", values, floating=True)
+        if values.dim() not in (1, 2, 3):
+            raise ValueError(
+                "teacher outputs should be of shape (B, M, T), (B, T) or (B,); received "
+                f"{tuple(values.shape)}"
+            )
+        shape = values.shape
+        values = values.detach().float()
+        values = values if values.dim() == 3 else values.reshape(shape[0], 1, -1)
+        self.presence = _presence_like(values, shape, presence)
+        _check_finite(values, self.presence)
+        self.values = torch.where(self.presence, values, 0.0)
+        self.age_seconds = _age_like(values, age_seconds)
+
+    @classmethod
+    def from_probabilities(
+        cls,
+        probabilities: Tensor,
+        presence: Tensor | None = None,
+        age_seconds: Tensor | None = None,
+        *,
+        eps: float = 1e-6,
+    ) -> TeacherOutputs:
+        """From probabilities in [0, 1], as logits: log(p / (1 - p)), with p kept in [ε, 1 - ε].
+
+        Args:
+            probabilities: of the shapes of ``values``.
+            presence: as for the class.
+            age_seconds: as for the class.
+            eps: ε, what keeps the logits of 0 and 1 finite (±13.8 for the default).
+
+        Raises:
+            TypeError: as for the class.
+            ValueError: as for the class, and for a present value outside [0, 1].
+
+        Example:
+            >>> TeacherOutputs.from_probabilities(torch.tensor([0.5])).values.item()
+            0.0
+        """
+        _check_tensor("teacher probabilities", probabilities, floating=True)
+        outputs = cls(probabilities, presence, age_seconds)
+        outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))
+        if not outside.is_cuda and bool(outside.any()):
+            raise ValueError(
+                "teacher probabilities should be in [0, 1]; received "
+                f"{_describe(outputs.values, outside)}; pass logits to TeacherOutputs(...) instead"
+            )
+        outputs.values = torch.where(outputs.presence, outputs.values.logit(eps), 0.0)
+        return outputs
+
+    @classmethod
+    def missing(cls, batch_size: int, num_teachers: int = 1, num_tasks: int = 1) -> TeacherOutputs:
+        """No output for any of ``batch_size`` examples.
+
+        Example:
+            >>> TeacherOutputs.missing(2).presence.any().item()
+            False
+        """
+        values = torch.zeros(batch_size, num_teachers, num_tasks)
+        return cls(values, torch.zeros_like(values, dtype=torch.bool))
+
+    def to(
+        self,
+        device: torch.device,
+        non_blocking: bool = False,
+        data_copy_stream: torch.Stream | None = None,
+    ) -> TeacherOutputs:
+        """A copy on ``device``, made on ``data_copy_stream`` if one is given."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if data_copy_stream is None:
+                return tensor.to(device=device, non_blocking=non_blocking)
+            target = torch.empty_like(tensor, device=device)
+            with torch.get_device_module(device).stream(data_copy_stream):
+                return target.copy_(tensor, non_blocking=non_blocking)
+
+        return self._map(move)
+
+    def pin_memory(self) -> TeacherOutputs:
+        """A copy in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses these tensors."""
+        for tensor in (self.values, self.presence, self.age_seconds):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TeacherOutputs:
+        moved = copy.copy(self)
+        moved.values = function(self.values)
+        moved.presence = function(self.presence)
+        moved.age_seconds = None if self.age_seconds is None else function(self.age_seconds)
+        return moved
+
+    def __repr__(self) -> str:
+        return f"TeacherOutputs(values={tuple(self.values.shape)}, device={self.values.device})"
+
+
+class ExFMBatch(Pipelineable, Generic[BatchT]):
+    """The user's batch and what the teachers said of its examples.
+
+    Attributes and keys that it does not have itself are the user's batch's own, so a model, a
+    pipeline or a loop that reads ``batch.sparse_features`` or ``batch["ids"]`` needs no change.
+
+    Args:
+        batch: the user's own, with ``to``, ``record_stream`` and ``pin_memory``.
+        teacher: the teachers' outputs for the same examples, in the same order.
+
+    Attributes:
+        adapted: (B, M, T), the student adapter's outputs, or None. Set by the pipeline.
+        count: (M, T), the denominator of the losses' means, or None. Set by the pipeline.
+
+    Raises:
+        TypeError: if the batch lacks one of the methods, or teacher is no ``TeacherOutputs``.
+    """
+
+    def __init__(self, batch: BatchT, teacher: TeacherOutputs) -> None:
+        absent = [
+            name
+            for name in ("to", "record_stream", "pin_memory")
+            if not callable(getattr(batch, name, None))
+        ]
+        if absent:
+            raise TypeError(
+                "the batch should have the methods to, record_stream and pin_memory (see "
+                f"torchrec.streamable.Pipelineable); received {type(batch).__name__} without "
+                f"{', '.join(absent)}"
+            )
+        if not isinstance(teacher, TeacherOutputs):
+            raise TypeError(f"teacher should be TeacherOutputs; received {type(teacher).__name__}")
+        self.batch = batch
+        self.teacher = teacher
+        self.adapted: Tensor | None = None
+        self.count: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> Any:
+        """A copy on ``device``; further arguments go to the user's batch as well."""
+        inner: Any = self.batch
+        return ExFMBatch(
+            inner.to(device=device, non_blocking=non_blocking, **kwargs),
+            self.teacher.to(device, non_blocking, **kwargs),
+        )
+
+    def pin_memory(self) -> ExFMBatch[BatchT]:
+        """A copy in page-locked memory."""
+        inner: Any = self.batch
+        return ExFMBatch(inner.pin_memory(), self.teacher.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses these tensors."""
+        inner: Any = self.batch
+        inner.record_stream(stream)
+        self.teacher.record_stream(stream)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.batch, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        inner: Any = self.batch
+        return inner[key]
+
+    def __copy__(self) -> ExFMBatch[BatchT]:
+        return ExFMBatch(copy.copy(self.batch), self.teacher)
+
+
+def _check_tensor(what: str, value: object, *, floating: bool) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} should be a torch.Tensor; received {type(value).__name__}")
+    if floating and not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{what} should be of a floating-point dtype; received {value.dtype}: "
+            "convert with .float()"
+        )
+
+
+def _presence_like(values: Tensor, shape: torch.Size, presence: Tensor | None) -> Tensor:
+    if presence is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    _check_tensor("presence", presence, floating=False)
+    if presence.dtype != torch.bool:
+        raise TypeError(f"presence should be of dtype torch.bool; received {presence.dtype}")
+    if presence.shape == shape:
+        return presence.reshape(values.shape)
+    if presence.shape == values.shape[:1]:
+        return presence.reshape(-1, 1, 1).expand(values.shape).contiguous()
+    raise ValueError(
+        f"presence should be of the outputs' shape {tuple(shape)} or ({shape[0]},); received "
+        f"{tuple(presence.shape)}"
+    )
+
+
+def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
+    if age_seconds is None:
+        return None
+    _check_tensor("age_seconds", age_seconds, floating=False)
+    expected = values.shape[:2]
+    if age_seconds.shape != expected and (age_seconds.shape != expected[:1] or expected[1] != 1):
+        raise ValueError(
+            f"age_seconds should be of shape {tuple(expected)}; received {tuple(age_seconds.shape)}"
+        )
+    return age_seconds.detach().float().reshape(expected)
+
+
+def _check_finite(values: Tensor, presence: Tensor) -> None:
+    if values.is_cuda:
+        return
+    bad = presence & ~torch.isfinite(values)
+    if bool(bad.any()):
+        raise ValueError(
+            f"teacher outputs should be finite; received {_describe(values, bad)}; "
+            "mark missing outputs in presence"
+        )
+
+
+def _describe(values: Tensor, bad: Tensor) -> str:
+    example, teacher, task = (int(i) for i in bad.nonzero()[0])
+    return (
+        f"{values[example, teacher, task].item()} for example {example}, teacher {teacher}, "
+        f"task {task} ({int(bad.sum())} such values)"
+    )

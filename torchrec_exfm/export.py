@@ -1,0 +1,67 @@
+"""Getting the student back: for serving, and as a checkpoint of the bare student."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchrec_exfm._compat import DTensor, ShardedTensor, gather_to_rank_0
+from torchrec_exfm.wrapper import find_wrapper
+
+__all__ = ["export_student", "student_state_dict"]
+
+
+def student_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The student's part of the state, under the bare student's own keys.
+
+    Under DMP the tables are sharded tensors that share their storage with the model: saving this
+    with ``torch.distributed.checkpoint`` gives a checkpoint of the bare student, and loading such
+    a checkpoint into it loads the model, in place.
+
+    Args:
+        model: an ExFMWrapper, or a model that holds one.
+
+    Raises:
+        ValueError: if there is no ExFMWrapper.
+    """
+    state: dict[str, Any] = find_wrapper(model).student.state_dict()
+    return state
+
+
+def export_student(model: nn.Module) -> nn.Module | None:
+    """The user's own module for serving: their class, their keys, not a parameter more.
+
+    A copy, unsharded, on the CPU and in evaluation mode; the model can train on. Under several
+    ranks every rank must call it: the tables are gathered.
+
+    Args:
+        model: an ExFMWrapper, or a model that holds one.
+
+    Returns:
+        The bare student on rank 0, None on the others.
+
+    Raises:
+        ValueError: if there is no ExFMWrapper.
+    """
+    bare = copy.deepcopy(find_wrapper(model).bare_student[0])
+    state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
+    if _rank() != 0:
+        return None
+    bare.load_state_dict(state, assign=True)
+    return bare.eval()
+
+
+def _gathered(value: Any) -> Any:
+    """A whole copy on the CPU (of a sharded tensor: on rank 0)."""
+    if isinstance(value, ShardedTensor):
+        value = gather_to_rank_0(value)
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,289 @@
+"""The heads that meet the teacher: trained beside the serving head, dropped when serving.
+
+Shapes: B examples, D width of the shared representation, M teachers, T tasks, K terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.functional import (
+    masked_mean,
+    scale_gradient,
+    scale_label,
+    soft_bce_with_logits,
+    squared_error,
+)
+
+__all__ = ["AuxiliaryHead", "DistillationHead", "DistillationTerm", "Task", "TaskLoss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One output of student and teacher: a binary label, or a quantity to regress.
+
+    Args:
+        name: what errors and metrics call it.
+        regression: False: labels in {0, 1}, outputs are logits, loss of cross entropy.
+            True: labels and outputs in the task's units, loss of squared error.
+    """
+
+    name: str = "label"
+    regression: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTerm:
+    """One term of the loss: one teacher, taught to one head (arXiv 2502.17494, eq. 3-5, 7).
+
+    Args:
+        teacher: the teacher's name.
+        adapted: learn from the student adapter's re-calibrated outputs in the place of the
+            teacher's own.
+        tasks: the names of the tasks it covers; None: all. Terms over different tasks give each
+            task its own α, β and w.
+        alpha: α, label scaling: multiplies the soft label, which is then clipped at 1 (or the
+            prediction of a regression, unclipped).
+        beta: β, gradient scaling: multiplies this head's gradient into the backbone.
+        weight: w, multiplies the term in the loss, and so every gradient of it.
+        hidden: widths of the head's hidden layers; () for a linear head.
+
+    Raises:
+        ValueError: if α is not positive, if β or w is negative, or one is not finite.
+    """
+
+    teacher: str = "teacher"
+    adapted: bool = False
+    tasks: tuple[str, ...] | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    weight: float = 1.0
+    hidden: tuple[int, ...] = (128,)
+
+    def __post_init__(self) -> None:
+        for name, value in (("beta", self.beta), ("weight", self.weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} should be a finite number >= 0; received {value}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, what it is learnt through, and the tasks if not all."""
+        return "/".join([self.teacher, *(["adapted"] if self.adapted else []), *(self.tasks or ())])
+
+
+class TaskLoss(nn.Module):
+    """The loss of each of T tasks: cross entropy if it is binary, squared error if not."""
+
+    regression: Tensor | None
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        flags = [task.regression for task in tasks]
+        self._all_regression = all(flags)
+        mixed = torch.tensor(flags) if any(flags) and not all(flags) else None
+        self.register_buffer("regression", mixed, persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(..., T) outputs, (..., T) probabilities or quantities -> (..., T) losses."""
+        if self._all_regression:
+            return squared_error(outputs, targets)
+        losses = soft_bce_with_logits(outputs, targets)
+        if self.regression is None:
+            return losses
+        return torch.where(self.regression, squared_error(outputs, targets), losses)
+
+    def soft_labels(self, values: Tensor, alpha: float) -> Tensor:
+        """(..., T) logits or predictions -> (..., T) targets, after label scaling."""
+        if self._all_regression:
+            return alpha * values
+        probabilities = scale_label(values.sigmoid(), alpha)
+        if self.regression is None:
+            return probabilities
+        return torch.where(self.regression, alpha * values, probabilities)
+
+
+class DistillationHead(nn.Module):
+    """A multi-layer perceptron on the shared representation, with gradient scaling before it.
+
+    Args:
+        in_features: D, the width of the shared representation.
+        num_tasks: T, one output each.
+        hidden: widths of the hidden layers, each followed by a ReLU; () for a linear head.
+        beta: β, see :func:`torchrec_exfm.functional.scale_gradient`.
+
+    Example:
+        >>> head = DistillationHead(8, num_tasks=2, hidden=(4,))
+        >>> head(torch.zeros(3, 8)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        num_tasks: int = 1,
+        hidden: Sequence[int] = (128,),
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.beta = beta
+        self.mlp = mlp(in_features, hidden, num_tasks)
+
+    def forward(self, shared: Tensor) -> Tensor:
+        """(B, D) shared representation -> (B, T) logits or predictions."""
+        outputs: Tensor = self.mlp(scale_gradient(shared, self.beta))
+        return outputs
+
+
+class AuxiliaryHead(nn.Module):
+    """The auxiliary head (AH): all that meets the teachers' labels (arXiv 2502.17494, eq. 3-5).
+
+    .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
+        \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t, \\min(α_k σ(y_{F,b,t}), 1))
+
+    One :class:`DistillationHead` D_k for each term. The shared representation x receives the
+    gradient of L_D (times β_k); the serving head, which is no part of this, receives none. Every
+    head is in the graph on every step: missing outputs are masked.
+
+    Args:
+        in_features: D, the width of the shared representation.
+        terms: the K terms.
+        teachers: the names of the M teachers, in the order of the outputs.
+        tasks: the T tasks, in the order of the outputs.
+
+    Raises:
+        ValueError: for no terms, or a term with an unknown teacher or task.
+
+    Example:
+        >>> ah = AuxiliaryHead(8, terms=[DistillationTerm(weight=2.0)])
+        >>> loss, of_each_term = ah(torch.zeros(3, 8), TeacherOutputs(torch.zeros(3)))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        terms: Sequence[DistillationTerm] = (DistillationTerm(),),
+        teachers: Sequence[str] = ("teacher",),
+        tasks: Sequence[Task] = (Task(),),
+    ) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("terms should hold at least one DistillationTerm; received none")
+        self.task_list = tuple(tasks)
+        self.tasks = check_names("tasks", [task.name for task in tasks])
+        self.teachers = check_names("teachers", teachers)
+        self.terms = tuple(terms)
+        self.heads = nn.ModuleList(
+            _TermHead(in_features, term, self._teacher_index(term), tasks) for term in terms
+        )
+
+    def _teacher_index(self, term: DistillationTerm) -> int:
+        if term.teacher not in self.teachers:
+            raise ValueError(
+                f"a term's teacher should be one of {list(self.teachers)}; received "
+                f"{term.teacher!r}"
+            )
+        return self.teachers.index(term.teacher)
+
+    def forward(
+        self,
+        shared: Tensor,
+        teacher: TeacherOutputs,
+        adapted: Tensor | None = None,
+        count: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms.
+
+        Args:
+            shared: (B, D), with gradient.
+            teacher: the outputs for the same B examples.
+            adapted: (B, M, T), the student adapter's outputs, without gradient; needed by terms
+                with ``adapted=True``.
+            count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
+
+        Returns:
+            L_D as a scalar, and the K unweighted losses, detached.
+
+        Raises:
+            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted`` is needed
+                and not there.
+        """
+        expected = (shared.shape[0], len(self.teachers), len(self.tasks))
+        if teacher.values.shape != expected:
+            raise ValueError(
+                f"teacher outputs should be of shape {expected} (examples, teachers "
+                f"{list(self.teachers)}, tasks {list(self.tasks)}); received "
+                f"{tuple(teacher.values.shape)}"
+            )
+        losses = [head(shared, teacher, adapted, count) for head in self.heads]
+        weighted = [term.weight * loss for term, loss in zip(self.terms, losses, strict=True)]
+        return torch.stack(weighted).sum(), torch.stack(losses).detach()
+
+
+class _TermHead(nn.Module):
+    """One term: its head, its columns of the outputs, its unweighted loss."""
+
+    columns: Tensor | None
+
+    def __init__(
+        self, in_features: int, term: DistillationTerm, teacher_index: int, tasks: Sequence[Task]
+    ) -> None:
+        super().__init__()
+        names = [task.name for task in tasks]
+        covered = tuple(names) if term.tasks is None else term.tasks
+        unknown = [name for name in covered if name not in names]
+        if unknown or not covered:
+            raise ValueError(f"a term's tasks should be among {names}; received {list(covered)}")
+        columns = [names.index(name) for name in covered]
+        every = columns == list(range(len(names)))
+        self.register_buffer("columns", None if every else torch.tensor(columns), persistent=False)
+        self.term = term
+        self.teacher_index = teacher_index
+        self.loss = TaskLoss([tasks[column] for column in columns])
+        self.head = DistillationHead(
+            in_features, num_tasks=len(columns), hidden=term.hidden, beta=term.beta
+        )
+
+    def forward(
+        self, shared: Tensor, teacher: TeacherOutputs, adapted: Tensor | None, count: Tensor | None
+    ) -> Tensor:
+        if self.term.adapted and adapted is None:
+            raise ValueError(
+                f"the term {self.term.name!r} learns from a student adapter's outputs and there "
+                "are none: give TrainPipelineExFM an adapter"
+            )
+        source = adapted if self.term.adapted and adapted is not None else teacher.values
+        targets = self.loss.soft_labels(self._pick(source[:, self.teacher_index]), self.term.alpha)
+        present = self._pick(teacher.presence[:, self.teacher_index])
+        denominators = None if count is None else self._pick(count[self.teacher_index])
+        losses = self.loss(self.head(shared), targets)
+        mean: Tensor = masked_mean(losses, present, denominators).mean()
+        return mean
+
+    def _pick(self, values: Tensor) -> Tensor:
+        return values if self.columns is None else values.index_select(-1, self.columns)
+
+
+def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
+    """Linear layers with a ReLU between each two."""
+    widths = [in_features, *hidden, out_features]
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def check_names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names, at least one and each once; a ValueError otherwise."""
+    if isinstance(names, str) or not names or len(set(names)) != len(names):
+        raise ValueError(f"{what} should be distinct names, at least one; received {names!r}")
+    return tuple(names)

@@ -1,0 +1,215 @@
+"""The train pipeline that brings the teachers' outputs to the step: it holds time, no formula.
+
+Shapes: B examples, M teachers, T tasks.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchrec_exfm._compat import (
+    TrainPipelineSparseDist,
+    data_parallel_group,
+    pipelined_names,
+    sharded_names,
+)
+from torchrec_exfm.adapter import StudentAdapter, adapter_step
+from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
+from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
+
+__all__ = ["LiveTeacher", "TrainPipelineExFM"]
+
+
+class LiveTeacher:
+    """A teacher in the same process, asked at every step, without gradient.
+
+    The most expensive way to have a teacher, and the baseline for the others. Under several ranks
+    a sharded teacher runs its collectives at the same point of every rank's step.
+
+    Args:
+        model: ``model(batch)`` on the user's batch, on the student's device; put into
+            evaluation mode.
+        logits: takes what it returns to logits (or predictions of a regression) of shape (B, T)
+            or (B,); the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, logits: Callable[[Any], Tensor] = lambda output: output[1][1]
+    ) -> None:
+        self.model = model.eval()
+        self.logits = logits
+
+    def __call__(self, batch: Any) -> TeacherOutputs:
+        """The outputs for a batch that is on the device."""
+        with torch.no_grad():
+            return TeacherOutputs(self.logits(self.model(batch)))
+
+
+class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
+    """``TrainPipelineSparseDist`` with the teachers' outputs brought in (Algorithm 1).
+
+    At each step, once the batch is on the device: the live teacher is asked, if there is one; the
+    student adapter takes its step on the labels, and gives its outputs without gradient; then
+    the student's step goes as in ``TrainPipelineSparseDist``, one forward, one backward. Under
+    data parallelism the means of the losses are over all ranks' examples, and the adapter's
+    gradients are averaged over the ranks.
+
+    Everything else is TorchRec's: ``progress(dataloader_iter)`` returns the student's own
+    ``(loss, logits, labels)``, computed before the step's update.
+
+    Args:
+        model: an ``ExFMWrapper`` under ``DistributedModelParallel`` (or DDP, or alone).
+        optimizer: over the model's dense parameters, the heads' among them.
+        device: where the step runs.
+        teacher: where the outputs come from. None: the data loader gives ``ExFMBatch``. A
+            function of the user's batch, called on the host as it is loaded: for outputs that
+            were logged as columns of the data. A :class:`LiveTeacher`.
+        adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
+        adapter_optimizer: over the adapter's parameters; None: Adam with a rate of 1e-3.
+        labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter.
+        trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
+            ``TrainPipelineBase``.
+        **kwargs: those of ``TrainPipelineSparseDist``.
+
+    Raises:
+        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit.
+        TypeError: for a teacher of another kind.
+
+    Warns:
+        RuntimeWarning: if the embeddings end up not pipelined.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        teacher: Callable[[Any], TeacherOutputs] | LiveTeacher | None = None,
+        adapter: StudentAdapter | None = None,
+        adapter_optimizer: torch.optim.Optimizer | None = None,
+        labels: Callable[[Any], Tensor] = operator.attrgetter("labels"),
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, optimizer, device, **kwargs)
+        _check_teacher(teacher)
+        _check_adapter(find_wrapper(model), adapter)
+        self._teacher = teacher
+        self._labels = labels
+        self._trace = trace
+        self._group = data_parallel_group(model)
+        self.adapter = None if adapter is None else self._on_device(adapter)
+        self.adapter_optimizer = adapter_optimizer
+        if self.adapter is not None and adapter_optimizer is None:
+            self.adapter_optimizer = torch.optim.Adam(self.adapter.parameters(), lr=1e-3)
+
+    def _on_device(self, adapter: StudentAdapter) -> StudentAdapter:
+        adapter = adapter.to(self._device)
+        if self._group is not None:
+            for parameter in adapter.parameters():
+                dist.broadcast(parameter.detach(), group=self._group, group_src=0)
+        return adapter
+
+    def _next_batch(self, dataloader_iter: Iterator[Any]) -> Any:
+        batch = super()._next_batch(dataloader_iter)
+        if batch is None or self._teacher is None:
+            return batch
+        if isinstance(batch, ExFMBatch):
+            raise TypeError(
+                "the data loader gives ExFMBatch, which carries the teachers' outputs, and "
+                "TrainPipelineExFM was given a teacher as well: drop one of them"
+            )
+        logged_as_columns = self._model.training and not isinstance(self._teacher, LiveTeacher)
+        return ExFMBatch(batch, self._teacher(batch)) if logged_as_columns else batch
+
+    def _wait_for_batch(self) -> None:
+        super()._wait_for_batch()
+        if self._model.training:
+            self.batches[0] = self._supervised(self.batches[0])
+
+    def _supervised(self, batch: Any) -> ExFMBatch[Any]:
+        """The batch with all that the heads need, on the device."""
+        if not isinstance(batch, ExFMBatch):
+            if self._teacher is None:
+                raise TypeError(
+                    f"the data loader should give ExFMBatch; received {type(batch).__name__}: or "
+                    "tell TrainPipelineExFM where the teachers' outputs come from (teacher=...)"
+                )
+            batch = ExFMBatch(batch, self._teacher(batch))
+        batch.count = self._count(batch.teacher)
+        if self.adapter is not None and self.adapter_optimizer is not None:
+            batch.adapted = adapter_step(
+                self.adapter,
+                self.adapter_optimizer,
+                batch.teacher,
+                self._labels(batch.batch),
+                count=batch.count,
+                group=self._group,
+            )
+        return batch
+
+    def _count(self, teacher: TeacherOutputs) -> Tensor | None:
+        """(M, T), the present outputs of a rank, on average over the ranks."""
+        if self._group is None:
+            return None
+        count = teacher.presence.sum(0, dtype=torch.float32)
+        dist.all_reduce(count, group=self._group)
+        return count / self._group.size()
+
+    def _pipeline_model(self, *args: Any, **kwargs: Any) -> None:
+        if not self._trace:
+            return
+        try:
+            super()._pipeline_model(*args, **kwargs)
+        except Exception as error:
+            raise RuntimeError(
+                f"the model can't be traced for the pipeline ({type(error).__name__}: {error}); "
+                "move what depends on tensors' values into a submodule without tables, or pass "
+                "trace=False to train with the embeddings not pipelined"
+            ) from error
+        self._warn_if_not_pipelined()
+
+    def _warn_if_not_pipelined(self) -> None:
+        pipelined = pipelined_names(self, self._model)
+        missed = [name for name in sharded_names(self._model) if name not in pipelined]
+        if missed:
+            warnings.warn(
+                f"the embeddings {missed} are NOT pipelined: their input is changed on its way from "
+                "the batch to them; training is right, but slower; move the change into the data "
+                "loader, or see pipeline_postproc of TrainPipelineSparseDist",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _check_teacher(teacher: object) -> None:
+    if isinstance(teacher, nn.Module) or not (teacher is None or callable(teacher)):
+        raise TypeError(
+            "teacher should be None, a function of the batch, or LiveTeacher(module); received "
+            f"{type(teacher).__name__}"
+        )
+
+
+def _check_adapter(wrapper: ExFMWrapper, adapter: StudentAdapter | None) -> None:
+    head = wrapper.auxiliary_head
+    adapted = [term.name for term in head.terms if term.adapted]
+    if adapted and adapter is None:
+        raise ValueError(f"the terms {adapted} learn from a student adapter: pass adapter")
+    if adapter is not None and not adapted:
+        raise ValueError(
+            "no term learns from the adapter: give the wrapper a DistillationTerm(adapted=True), "
+            "or pass no adapter"
+        )
+    expected = (len(head.teachers), len(head.tasks))
+    if adapter is not None and adapter.shape != expected:
+        raise ValueError(
+            f"the adapter should be for (teachers, tasks) = {expected}; received {adapter.shape}"
+        )
