@@ -53,7 +53,7 @@ def check() -> None:
 
 
 def installed() -> dict[str, str]:
-    """Return versions by distribution name, UNKNOWN and GONE among them; what is missing is absent."""
+    """Return the versions by distribution name; what is not installed is absent."""
     versions: dict[str, str] = {}
     for name, module in _MODULES.items():
         try:
@@ -104,7 +104,7 @@ def _about_fbgemm(versions: Mapping[str, str]) -> str | None:
         )
     if len(found) == 2 and not _is_cpu_build("fbgemm-gpu", versions["fbgemm-gpu"]):
         both = " and ".join(f"{name} {versions[name]}" for name in found)
-        return f"found both {both}, which share one folder: {_replace_fbgemm(found, torch)}"
+        return f"found both {both}, which overwrite each other: {_replace_fbgemm(found, torch)}"
     name = found[-1]
     fbgemm = versions[name]
     built_for = _torch_minor_of(fbgemm)
@@ -148,9 +148,9 @@ def _about_torchrec(versions: Mapping[str, str]) -> str | None:
         return None
     if major != 1 or minor not in _TORCHREC_MINORS:
         return f"works with {works_with}, and found {torchrec}: run {_pip_torchrec(fbgemm_minor)}"
-    needs = _TORCHREC_NEEDS
+    needs = list(_TORCHREC_NEEDS)
     if minor <= _LAST_TORCHREC_THAT_NEEDS_IOPATH:
-        needs = (*needs, "iopath")
+        needs.append("iopath")
     missing = [name for name in needs if versions.get(name, GONE) == GONE]
     if missing:
         command = _pip(*(_PINS.get(name, name) for name in missing))

@@ -178,7 +178,6 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         if not terms:
             raise ValueError("terms should hold at least one DistillationTerm; received none")
-        self.task_list = tuple(tasks)
         self.tasks = check_names("tasks", [task.name for task in tasks])
         self.teachers = check_names("teachers", teachers)
         self.terms = tuple(terms)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.metrics.metric_module import RecMetricModule, generate_metric_module
 from torchrec.metrics.metrics_config import (
     MetricsConfig,
@@ -15,8 +16,8 @@ from torchrec.metrics.metrics_config import (
     RecTaskInfo,
 )
 
+from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.heads import Task
-from torchrec_exfm.wrapper import find_wrapper
 
 __all__ = ["ExFMMetrics"]
 
@@ -39,37 +40,40 @@ class ExFMMetrics:
     of examples that the student had not seen ("score before train").
 
     Args:
-        model: an ExFMWrapper, or a model that holds one.
         batch_size: B, of one rank.
         device: where the metrics are kept: the model's.
+        tasks: the T tasks, in the order of the logits and the labels.
+        teachers: the names of the M teachers, in the order of the outputs.
         window_size: examples of all ranks in the window of the AUC.
-
-    Raises:
-        ValueError: if there is no ExFMWrapper.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         *,
         batch_size: int,
         device: torch.device,
+        tasks: Sequence[Task] = (Task(),),
+        teachers: Sequence[str] = ("teacher",),
         window_size: int = 1_000_000,
     ) -> None:
-        self._wrapper = find_wrapper(model)
-        head = self._wrapper.auxiliary_head
-        self._tasks = head.task_list
-        shape = (len(head.teachers), len(head.tasks))
-        self._examples = torch.zeros((), dtype=torch.float64, device=device)
-        self._present = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._age = torch.zeros(2, len(head.teachers), dtype=torch.float64, device=device)
+        self._tasks = tuple(tasks)
+        self._teachers = tuple(teachers)
+        # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task
+        columns = 3 + len(tasks)
+        self._sums = torch.zeros(len(teachers), columns, dtype=torch.float64, device=device)
         self._modules = [
-            _metric_module(kind, tasks, batch_size, device, window_size)
-            for kind, tasks in _by_kind(self._tasks)
+            _metric_module(kind, group, batch_size, device, window_size)
+            for kind, group in _by_kind(self._tasks)
         ]
 
-    def update(self, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Count one step: ``(loss, logits, labels)``, logits and labels (B,), (B, 1) or (B, T).
+    def update(
+        self, output: tuple[Tensor, Tensor, Tensor], teacher: TeacherOutputs | None = None
+    ) -> None:
+        """Count one step.
+
+        Args:
+            output: ``(loss, logits, labels)``, logits and labels (B,), (B, 1) or (B, T).
+            teacher: the step's outputs, such as ``ExFMWrapper.last_teacher``, for the coverage.
 
         Raises:
             ValueError: if the shapes do not fit the tasks.
@@ -84,7 +88,8 @@ class ExFMMetrics:
             columns[f"{task.name}-weight"] = torch.ones_like(values)
         for module in self._modules:
             module.update(columns)
-        self._update_coverage()
+        if teacher is not None:
+            self._update_coverage(teacher)
 
     def _columns(self, values: Tensor) -> Tensor:
         if values.dim() not in (1, 2) or values.numel() != values.shape[0] * len(self._tasks):
@@ -94,15 +99,14 @@ class ExFMMetrics:
             )
         return values.reshape(-1, len(self._tasks))
 
-    def _update_coverage(self) -> None:
-        teacher = self._wrapper.last_teacher
-        if teacher is None:
-            return
-        self._examples += teacher.presence.shape[0]
-        self._present += teacher.presence.sum(0)
+    def _update_coverage(self, teacher: TeacherOutputs) -> None:
+        present = teacher.presence
+        self._sums[:, 0] += present.shape[0]
+        self._sums[:, 3:] += present.sum(0)
         if teacher.age_seconds is not None:
-            known = teacher.presence.any(-1)
-            self._age += torch.stack([(teacher.age_seconds * known).sum(0), known.sum(0)])
+            there = present.any(-1)
+            self._sums[:, 1] += there.sum(0)
+            self._sums[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks; every rank must call it."""
@@ -113,19 +117,17 @@ class ExFMMetrics:
         return results | self._coverage()
 
     def _coverage(self) -> dict[str, float]:
-        head = self._wrapper.auxiliary_head
-        sums = torch.cat([self._examples.reshape(1), self._present.flatten(), self._age.flatten()])
+        sums = self._sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
-        examples, *rest = sums.tolist()
-        names = [f"coverage/{teacher}/{task}" for teacher in head.teachers for task in head.tasks]
-        results = {
-            name: present / examples for name, present in zip(names, rest, strict=False) if examples
-        }
-        ages, known = rest[len(names) :][: len(head.teachers)], rest[-len(head.teachers) :]
-        for teacher, age, count in zip(head.teachers, ages, known, strict=True):
-            if count:
-                results[f"age_seconds/{teacher}"] = age / count
+        results: dict[str, float] = {}
+        for teacher, row in zip(self._teachers, sums.tolist(), strict=True):
+            examples, with_age, age, *present = row
+            if examples:
+                for task, count in zip(self._tasks, present, strict=True):
+                    results[f"coverage/{teacher}/{task.name}"] = count / examples
+            if with_age:
+                results[f"age_seconds/{teacher}"] = age / with_age
         return results
 
 

@@ -1,0 +1,72 @@
+# make test | lint | demo | clean
+#
+# Each of the first three sees to .venv before anything else: makes it where it is missing or half
+# made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
+# TorchRec do not go together. FBGEMM=cpu or FBGEMM=cuda overrides the choice between the two, which
+# is CUDA where nvidia-smi finds a GPU.
+
+PYTHON ?= python3
+FBGEMM ?= auto
+TORCHREC := torchrec==1.8.0
+
+ifeq ($(FBGEMM),auto)
+override FBGEMM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+ifeq ($(filter $(FBGEMM),cpu cuda),)
+$(error FBGEMM should be cpu, cuda or auto. Received: $(FBGEMM))
+endif
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := .venv/.ready-$(FBGEMM)
+OTHER_FBGEMM := $(if $(filter cuda,$(FBGEMM)),fbgemm-gpu-cpu,fbgemm-gpu)
+GUARD := $(PY) -I torchrec_exfm/_versions.py
+LOADS := $(PY) -I -c 'import torchrec'
+# --no-compile: Python compiles what it imports, which is little of what is installed.
+PIP_INSTALL := $(PIP) install -q --no-compile
+SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
+
+.NOTPARALLEL:
+.PHONY: test lint demo clean venv install
+
+test: venv
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+demo: venv
+	$(PY) examples/promo_response/main.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@if [ ! -e $(STAMP) ] || [ pyproject.toml -nt $(STAMP) ] || ! $(GUARD); then \
+		$(SET_UP) && { $(LOADS) || { \
+			echo 'TorchRec does not load from .venv: making .venv anew'; \
+			rm -rf .venv && $(SET_UP) && $(LOADS); \
+		}; } && touch $(STAMP); \
+	fi
+
+# The two FBGEMMs share a folder, so that taking out one breaks the other: where either is wrong, both
+# go. TorchRec goes before each CPU install, as pip would complain that its fbgemm-gpu is missing.
+install:
+	@echo 'setting up .venv with the $(FBGEMM) FBGEMM: about a minute the first time'
+	@rm -f .venv/.ready-*
+	@$(PIP) --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@if $(PIP) show -q $(OTHER_FBGEMM) 2>/dev/null || ! $(GUARD) 2>/dev/null; then \
+		$(PIP) uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu 2>/dev/null; \
+	fi
+ifeq ($(FBGEMM),cuda)
+	@if $(PIP) freeze 2>/dev/null | grep -q '^torch==.*+cpu'; then $(PIP) uninstall -q -y torch; fi
+	$(PIP_INSTALL) -e '.[cuda,dev,examples]'
+else
+	@$(PIP) uninstall -q -y torchrec 2>/dev/null
+	$(PIP_INSTALL) -e '.[cpu,dev,examples]'
+	$(PIP_INSTALL) --no-deps $(TORCHREC)
+endif
+	@$(GUARD) || { echo 'To choose the FBGEMM yourself: make FBGEMM=cpu test, or FBGEMM=cuda'; false; }

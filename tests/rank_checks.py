@@ -1,0 +1,383 @@
+"""Checks of training under DistributedModelParallel, each run by every rank of one or two."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import rank_models as rm
+import torch
+import torch.distributed as dist
+from models import students
+from rank_reference import ByHand
+from ranks import device
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.models.dlrm import DLRM, DLRMTrain
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMBatch,
+    ExFMWrapper,
+    LiveTeacher,
+    StudentAdapter,
+    TeacherOutputs,
+    adapter_step,
+    student_state_dict,
+)
+
+BOTH = (*rm.HEADS, *rm.ADAPTED)
+
+
+def check_weight_zero_is_plain(rank: int, world_size: int, name: str, adapted: bool) -> None:
+    """With w = 0 the student trains as if there were no teacher, to the bit."""
+    student = students()[name]
+    bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
+    plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
+    expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
+
+    terms = [DistillationTerm(weight=0.0), DistillationTerm(weight=0.0, adapted=True)]
+    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms[: 1 + adapted])
+    trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
+    options = {"adapter": StudentAdapter(), "labels": _labels} if adapted else {}
+    pipeline = rm.pipeline_of(trainee, **options)
+    outputs = rm.drained(pipeline, rm.random_batches(student, rank))
+
+    assert len(outputs) == 5
+    rm.assert_same(outputs, expected)
+    trained = rm.snapshot(student_state_dict(trainee.model))
+    rm.assert_same(trained, rm.snapshot(bare.model.state_dict()))
+    assert rm.differs(trained, _fresh(student.factory(), world_size))
+
+
+def _labels(batch: Any) -> Tensor:
+    labels: Tensor = batch.clicked if hasattr(batch, "clicked") else batch.labels
+    return labels
+
+
+def _fresh(module: nn.Module, world_size: int) -> dict[str, list[Tensor]]:
+    return rm.snapshot(rm.sharded(module, world_size).model.state_dict())
+
+
+def check_pipelined_equals_plain(
+    rank: int, world_size: int, adapted: bool, sharding: str
+) -> None:
+    """The same outputs and weights from the pipeline and from a loop written by hand."""
+    terms = BOTH if adapted else rm.HEADS
+    runs = [
+        _pipelined(rank, world_size, terms, sharding, trace=True),
+        _pipelined(rank, world_size, terms, sharding, trace=False),
+        _looped(rank, world_size, terms, sharding),
+    ]
+    for run in runs[1:]:
+        rm.assert_same(run, runs[0])
+
+
+def _adapter_of(terms: Sequence[DistillationTerm]) -> StudentAdapter | None:
+    return rm.two_task_adapter() if any(term.adapted for term in terms) else None
+
+
+def _pipelined(
+    rank: int,
+    world_size: int,
+    terms: Sequence[DistillationTerm] = BOTH,
+    sharding: str = "table_wise",
+    *,
+    trace: bool = True,
+    **options: Any,
+) -> Any:
+    """Outputs, weights, and the adapter's weights."""
+    trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
+    options = {"teacher": rm.logged, "adapter": _adapter_of(terms), **options}
+    pipeline = rm.pipeline_of(trainee, trace=trace, **options)
+    outputs = rm.drained(pipeline, rm.parts(rank, world_size))
+    assert len(outputs) == 6
+    assert len(pipeline._pipelined_modules) == trace
+    return outputs, rm.snapshot(trainee.model.state_dict()), _weights(pipeline.adapter)
+
+
+def _weights(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [value.detach().clone() for value in module.parameters()]
+
+
+def _looped(
+    rank: int, world_size: int, terms: Sequence[DistillationTerm], sharding: str
+) -> Any:
+    """As ``_pipelined``, with no pipeline: counts over all ranks are taken from the global data."""
+    trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
+    adapter = _adapter_of(terms)
+    adapter = None if adapter is None else adapter.to(device())
+    adam = torch.optim.Adam(adapter.parameters(), lr=1e-3) if adapter else None
+    outputs = []
+    for data in rm.global_data():
+        part = rm.part_of(data, rank, world_size)
+        batch = ExFMBatch(part, rm.logged(part)).to(device())
+        batch.count = (data.presence.sum(0).float() / world_size).to(device())
+        if adapter is not None and adam is not None:
+            step = (adapter, adam, batch.teacher, batch.batch.labels)
+            batch.adapted = adapter_step(*step, count=batch.count, group=_group(world_size))
+        trainee.optimizer.zero_grad()
+        loss, output = trainee.model(batch)
+        loss.backward()
+        trainee.optimizer.step()
+        outputs.append([value.clone() for value in output])
+    return outputs, rm.snapshot(trainee.model.state_dict()), _weights(adapter)
+
+
+def _group(world_size: int) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if world_size > 1 else None
+
+
+def check_ranks_agree_with_one(
+    rank: int, world_size: int, sharding: str, optimizer: str, adapted: bool
+) -> None:
+    """Ranks with very different presence train as one process on all the data would."""
+    kind = getattr(torch.optim, optimizer)
+    options = {"lr": 0.2} if optimizer == "SGD" else {"lr": 0.05, "eps": 1e-3}
+    terms = BOTH if adapted else rm.HEADS
+    adapter = _adapter_of(terms)
+    reference = ByHand(rm.wrapped(terms=terms), adapter, kind, adapter_lr=0.1, **options)
+    for data in rm.global_data():
+        reference.step(data)
+
+    trainee = rm.sharded(
+        rm.wrapped(terms=terms), world_size, sharding=sharding, fused=kind, dense=kind, **options
+    )
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter, **_sgd(adapter))
+    rm.drained(pipeline, rm.parts(rank, world_size))
+
+    state = {f"adapter.{k}": v for k, v in adapter.state_dict().items()} if adapter else {}
+    state |= trainee.model.state_dict()
+    rm.assert_near_whole(state, reference.weights())
+
+
+def _sgd(adapter: StudentAdapter | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    return {"adapter_optimizer": torch.optim.SGD(adapter.parameters(), lr=0.1)}
+
+
+class ShiftedDLRM(DLRM):
+    """Changes the ids on their way to the tables."""
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        shifted = KeyedJaggedTensor(
+            keys=sparse_features.keys(),
+            values=(sparse_features.values() + 1) % rm.ROWS,
+            lengths=sparse_features.lengths(),
+        )
+        logits: Tensor = super().forward(dense_features, shifted)
+        return logits
+
+
+class BranchingDLRM(DLRM):
+    """Its forward depends on the values of a tensor."""
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        if dense_features.sum() > 0:
+            dense_features = dense_features + 1
+        logits: Tensor = super().forward(dense_features, sparse_features)
+        return logits
+
+
+def _dlrm_of(kind: type[DLRM]) -> DLRMTrain:
+    torch.manual_seed(0)
+    tables = rm.tables(rows=rm.ROWS, dim=rm.DIM)
+    return DLRMTrain(kind(tables, rm.NUM_DENSE, [6, rm.DIM], [5, len(rm.TASKS)]))
+
+
+def _run(kind: type[DLRM], rank: int, world_size: int, *, trace: bool) -> Any:
+    trainee = rm.sharded(rm.wrapped(_dlrm_of(kind)), world_size)
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, trace=trace)
+    outputs = rm.drained(pipeline, rm.parts(rank, world_size))
+    assert not pipeline._pipelined_modules
+    return outputs, rm.snapshot(trainee.model.state_dict())
+
+
+def check_changed_ids_are_told(rank: int, world_size: int) -> None:
+    """Ids that are changed before the tables: a warning, and the right result."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = _run(ShiftedDLRM, rank, world_size, trace=True)
+    told = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert len(told) == 1, told
+    assert "embedding_bag_collection" in told[0] and "NOT pipelined" in told[0]
+    rm.assert_same(traced, _run(ShiftedDLRM, rank, world_size, trace=False))
+
+
+def check_untraceable_is_told(rank: int, world_size: int) -> None:
+    """A forward that depends on values: an error that names the way out, which works."""
+    with pytest.raises(RuntimeError, match="trace=False"):
+        _run(BranchingDLRM, rank, world_size, trace=True)
+    outputs, weights = _run(BranchingDLRM, rank, world_size, trace=False)
+    assert len(outputs) == 6
+    assert rm.differs(weights, _fresh(rm.wrapped(_dlrm_of(BranchingDLRM)), world_size))
+
+
+def check_absent_teacher(rank: int, world_size: int) -> None:
+    """A head without any output gets no gradient, one with some gets the same on every rank."""
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged)
+    data = rm.global_data(steps=9)
+    iterator = iter([rm.part_of(batch, rank, world_size) for batch in data])
+    parameters = dict(trainee.model.named_parameters())
+    for batch in data:
+        pipeline.progress(iterator)
+        for k, columns in ((0, batch.presence[:, 0]), (1, batch.presence[:, 1, 0])):
+            gradients = [
+                parameter.grad
+                for name, parameter in parameters.items()
+                if f".heads.{k}." in name
+            ]
+            assert all(gradient is not None for gradient in gradients)
+            nonzero = any(bool(gradient.any()) for gradient in gradients)
+            assert nonzero == bool(columns.any()), (k, columns)
+            for gradient in gradients:
+                rm.assert_same(rm.on_every_rank(gradient), [gradient] * world_size)
+    absent = [not batch.presence[:, 1, 0].any() for batch in data]
+    assert any(absent) and not all(absent)
+
+
+def check_adapter_is_shared(rank: int, world_size: int) -> None:
+    """From another start on each rank, the adapter is rank 0's start and stays the same."""
+    trainee = rm.sharded(rm.wrapped(terms=BOTH), world_size)
+    adapter = rm.two_task_adapter(seed=10 + rank)
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter)
+    expected = _weights(rm.two_task_adapter(seed=10).to(device()))
+    rm.assert_same(_weights(pipeline.adapter), expected)
+
+    rm.drained(pipeline, rm.parts(rank, world_size))
+    for parameter, before in zip(adapter.parameters(), expected, strict=True):
+        assert not torch.equal(parameter, before)
+        for other in rm.on_every_rank(parameter):
+            assert torch.equal(parameter, other)
+
+
+def check_adapter_learns_from_labels_alone(rank: int, world_size: int) -> None:
+    """The student can't be felt in the adapter, nor the adapter's loss in the student."""
+    with_one = _pipelined(rank, world_size)
+    heavy = [DistillationTerm(teacher="a", adapted=True, weight=50.0, beta=9.0)]
+    with_another = _pipelined(rank, world_size, heavy)
+    rm.assert_same(with_another[2], with_one[2])
+    assert rm.differs(
+        {"student": [with_another[0][-1][1]]}, {"student": [with_one[0][-1][1]]}
+    )
+
+
+def check_student_does_not_feel_the_adapters_loss(rank: int, world_size: int) -> None:
+    """An adapter that can't move: whatever its labels, the student is the same."""
+    runs = []
+    for learns in (False, True):
+        for labels in (lambda batch: batch.labels, lambda batch: 1 - batch.labels):
+            adapter = rm.two_task_adapter()
+            rate = 0.1 if learns else 0.0
+            sgd = torch.optim.SGD(adapter.parameters(), lr=rate)
+            options = {"adapter": adapter, "adapter_optimizer": sgd, "labels": labels}
+            runs.append(_pipelined(rank, world_size, **options)[:2])
+    frozen, frozen_other, learning, learning_other = runs
+    rm.assert_same(frozen_other, frozen)
+    assert rm.differs(learning[1], frozen[1])
+    assert rm.differs(learning_other[1], learning[1])
+
+
+def _teacher_model(world_size: int) -> nn.Module:
+    module = rm.two_task_student(seed=5)
+    return rm.sharded(module, world_size, sharding="mixed").model
+
+
+def _live(world_size: int) -> LiveTeacher:
+    """One large model for both teachers: b says half of what a says."""
+
+    def logits(output: Any) -> Tensor:
+        values: Tensor = output[1][1]
+        return torch.stack([values, values / 2], dim=1)
+
+    return LiveTeacher(_teacher_model(world_size), logits=logits)
+
+
+def check_live_teacher(rank: int, world_size: int) -> None:
+    """Asked while training or before it, the teacher teaches the same, and does not learn."""
+    teacher = _live(world_size)
+    before = rm.snapshot(teacher.model.state_dict())
+    answered = [teacher(batch.to(device())) for batch in rm.parts(rank, world_size)]
+    columns = [
+        rm.Columns(**(batch.columns | {"values": outputs.values, "presence": outputs.presence}))
+        for batch, outputs in zip(rm.parts(rank, world_size), answered, strict=True)
+    ]
+    live = _trained(world_size, rm.parts(rank, world_size), teacher)
+    rm.assert_same(live, _trained(world_size, columns, rm.logged))
+
+    assert not teacher.model.training
+    assert not any(module.training for module in teacher.model.modules())
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    rm.assert_same(rm.snapshot(teacher.model.state_dict()), before)
+
+
+def _trained(world_size: int, batches: Iterable[Any], teacher: Any) -> Any:
+    trainee = rm.sharded(rm.wrapped(terms=BOTH), world_size)
+    adapter = rm.two_task_adapter()
+    pipeline = rm.pipeline_of(trainee, teacher=teacher, adapter=adapter)
+    outputs = rm.drained(pipeline, batches)
+    assert len(outputs) == 6
+    return outputs, rm.snapshot(trainee.model.state_dict()), _weights(adapter)
+
+
+def check_ways_of_bringing_outputs(rank: int, world_size: int) -> None:
+    """In the batches, out of their columns, or asked at the step: all the same."""
+    batches = rm.parts(rank, world_size)
+    columns = _trained(world_size, batches, rm.logged)
+    loaded = [ExFMBatch(batch, rm.logged(batch)) for batch in batches]
+    rm.assert_same(_trained(world_size, loaded, None), columns)
+    rm.assert_same(_trained(world_size, batches, _Replay(batches)), columns)
+
+
+class _Replay(LiveTeacher):
+    """A live teacher that knows the answers."""
+
+    def __init__(self, batches: Sequence[rm.Columns]) -> None:
+        super().__init__(nn.Identity())
+        self.answers = iter([rm.logged(batch).to(device()) for batch in batches])
+
+    def __call__(self, batch: Any) -> TeacherOutputs:
+        return next(self.answers)
+
+
+def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
+    """Each by an error that says what was expected."""
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    adapting = rm.sharded(rm.wrapped(terms=BOTH), world_size)
+    batches = rm.parts(rank, world_size)
+    loaded = [ExFMBatch(batch, rm.logged(batch)) for batch in batches]
+
+    with pytest.raises(TypeError, match="given a teacher as well"):
+        rm.drained(rm.pipeline_of(trainee, teacher=rm.logged), loaded)
+    with pytest.raises(TypeError, match="given a teacher as well"):
+        rm.drained(rm.pipeline_of(trainee, teacher=_live(world_size)), loaded)
+    with pytest.raises(TypeError, match=r"should give ExFMBatch; received Columns.*teacher="):
+        rm.drained(rm.pipeline_of(trainee), batches)
+    with pytest.raises(TypeError, match="LiveTeacher"):
+        rm.pipeline_of(trainee, teacher=nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="received int"):
+        rm.pipeline_of(trainee, teacher=3)
+    with pytest.raises(ValueError, match=r"'a/adapted'.*pass adapter"):
+        rm.pipeline_of(adapting, teacher=rm.logged)
+    with pytest.raises(ValueError, match="no term learns from the adapter"):
+        rm.pipeline_of(trainee, teacher=rm.logged, adapter=rm.two_task_adapter())
+    with pytest.raises(ValueError, match=r"\(2, 2\); received \(1, 1\)"):
+        rm.pipeline_of(adapting, teacher=rm.logged, adapter=StudentAdapter())
+    bare = rm.sharded(rm.two_task_student(), world_size)
+    with pytest.raises(ValueError, match="should hold an ExFMWrapper"):
+        rm.pipeline_of(bare, teacher=rm.logged)
+    wrong = rm.pipeline_of(trainee, teacher=lambda batch: TeacherOutputs(batch.values[:, :1]))
+    with pytest.raises(ValueError, match=r"should be of shape \(\d+, 2, 2\)"):
+        rm.drained(wrong, _present(batches))
+
+
+def _present(batches: Iterable[rm.Columns]) -> list[rm.Columns]:
+    return [
+        rm.Columns(**(batch.columns | {"values": batch.values.nan_to_num(0.0)}))
+        for batch in batches
+    ]

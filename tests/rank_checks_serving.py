@@ -1,0 +1,242 @@
+"""Checks of what comes after a step: export, checkpoints, evaluation, other options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rank_models as rm
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import Student, students
+from ranks import device
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.gradient_accumulation import (
+    GradientAccumulationConfig,
+    GradientAccumulationWrapper,
+)
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMWrapper,
+    StudentAdapter,
+    TrainPipelineExFM,
+    export_student,
+    student_state_dict,
+)
+
+BOTH = (*rm.HEADS, *rm.ADAPTED)
+
+
+def _training(
+    world_size: int, sharding: str = "table_wise", **options: Any
+) -> tuple[rm.Trainee, TrainPipelineExFM]:
+    trainee = rm.sharded(rm.wrapped(terms=BOTH), world_size, sharding=sharding)
+    adapter = rm.two_task_adapter()
+    return trainee, rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter, **options)
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        _, (_, logits, _) = model(batch)
+    found: Tensor = logits
+    return found
+
+
+def check_export(rank: int, world_size: int, sharding: str) -> None:
+    """Amid training: the bare student, with the sharded one's outputs, and nothing disturbed."""
+    trainee, pipeline = _training(world_size, sharding)
+    batches = iter(rm.parts(rank, world_size))
+    for _ in range(3):
+        pipeline.progress(batches)
+    exported = export_student(trainee.model)
+    at_export = rm.snapshot(exported.state_dict()) if exported else {}
+    expected = _logits_of_trainee_after(3, rank, world_size, sharding)
+    rm.drained(pipeline, batches)
+
+    undisturbed, other = _training(world_size, sharding)
+    rm.drained(other, rm.parts(rank, world_size))
+    rm.assert_same(
+        rm.snapshot(trainee.model.state_dict()), rm.snapshot(undisturbed.model.state_dict())
+    )
+    assert (exported is not None) == (rank == 0)
+    if exported is not None:
+        plain = rm.two_task_student()
+        assert type(exported) is type(plain)
+        assert list(exported.state_dict()) == list(plain.state_dict())
+        assert not any(module.training for module in exported.modules())
+        rm.assert_same(rm.snapshot(exported.state_dict()), at_export)
+        found = [_logits(exported, batch) for batch in rm.parts(rank, world_size)]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def _logits_of_trainee_after(steps: int, rank: int, world_size: int, sharding: str) -> list[Tensor]:
+    trainee, pipeline = _training(world_size, sharding)
+    rm.drained(pipeline, rm.parts(rank, world_size)[:steps])
+    return _evaluated(pipeline.detach(), rank, world_size)
+
+
+def _evaluated(model: nn.Module, rank: int, world_size: int) -> list[Tensor]:
+    model.eval()
+    batches = [batch.to(device()) for batch in rm.parts(rank, world_size)]
+    logits = [_logits(model, batch).cpu() for batch in batches]
+    model.train()
+    return logits
+
+
+def check_checkpoint(rank: int, world_size: int, sharding: str, other: str) -> None:
+    """A checkpoint of the student is one of the bare student, and the other way round."""
+    trainee, pipeline = _training(world_size, sharding)
+    rm.drained(pipeline, rm.parts(rank, world_size))
+    model = pipeline.detach()
+    bare = rm.sharded(rm.two_task_student(seed=3), world_size, sharding=other)
+    before = _evaluated(bare.model, rank, world_size)
+    expected = _evaluated(model, rank, world_size)
+    _copied_through_disk(student_state_dict(trainee.model), bare.model.state_dict())
+    rm.assert_near(_evaluated(bare.model, rank, world_size), expected)
+    assert rm.differs({"logits": before}, {"logits": expected})
+
+    fresh, _ = _training(world_size, other)
+    heads = rm.snapshot(fresh.model.state_dict())
+    _copied_through_disk(bare.model.state_dict(), student_state_dict(fresh.model))
+    rm.assert_near(_evaluated(fresh.model, rank, world_size), expected)
+    after = rm.snapshot(fresh.model.state_dict())
+    for key in (key for key in heads if key.startswith("exfm.")):
+        rm.assert_same(after[key], heads[key])
+
+
+def _copied_through_disk(source: dict[str, Any], target: dict[str, Any]) -> None:
+    assert sorted(source) == sorted(target)
+    with rm.shared_folder() as folder:
+        dcp.save(source, checkpoint_id=folder)
+        dcp.load(target, checkpoint_id=folder)
+
+
+def check_student(rank: int, world_size: int, name: str) -> None:
+    """Every kind of student trains, pipelined, evaluates, and is exported."""
+    student = students()[name]
+    wrapper = ExFMWrapper(student.factory(), tap=student.tap)
+    trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
+    before = rm.snapshot(trainee.model.state_dict())
+    pipeline = rm.pipeline_of(trainee)
+    outputs = rm.drained(pipeline, rm.random_batches(student, rank, steps=3))
+    assert len(outputs) == 3
+    assert pipeline._pipelined_modules
+    after = rm.snapshot(trainee.model.state_dict())
+    for key in after:
+        assert rm.differs({key: after[key]}, {key: before[key]}) or _may_rest(key), key
+
+    exported = export_student(trainee.model)
+    batch = student.make_batch(1000 + rank).to(device())
+    expected = _logits(pipeline.detach().eval(), batch)
+    assert (exported is not None) == (rank == 0)
+    if exported is not None:
+        assert type(exported) is type(student.factory())
+        assert list(exported.state_dict()) == list(student.factory().state_dict())
+        rm.assert_near([_logits(exported, batch.to(torch.device("cpu")))], [expected.cpu()])
+
+
+def _may_rest(key: str) -> bool:
+    """Whether a parameter may see no gradient: what follows a ReLU that is shut."""
+    return key.endswith("bias")
+
+
+def check_option_changes_nothing(rank: int, world_size: int, option: str) -> None:
+    """TorchRec's own options of the pipeline: faster or leaner, with the same result."""
+    results = []
+    for options in ({}, {option: True}):
+        trainee, pipeline = _training(world_size, **options)
+        outputs = rm.drained(pipeline, rm.parts(rank, world_size))
+        results.append((outputs, rm.snapshot(trainee.model.state_dict())))
+    rm.assert_same(*results)
+
+
+def check_gradient_accumulation(rank: int, world_size: int) -> None:
+    """With w = 0 as the plain student, with its gradients accumulated in the same way."""
+    student = students()["dlrm"]
+    bare = rm.sharded(student.factory(), world_size)
+    plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
+    expected = rm.drained(_accumulating(plain, bare), _plain_batches(student, rank))
+
+    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=[DistillationTerm(weight=0.0)])
+    trainee = rm.sharded(wrapper, world_size)
+    pipeline = _accumulating(rm.pipeline_of(trainee), trainee)
+    outputs = rm.drained(pipeline, rm.random_batches(student, rank, steps=6))
+    rm.assert_same(outputs, expected)
+    rm.assert_same(
+        rm.snapshot(student_state_dict(trainee.model)), rm.snapshot(bare.model.state_dict())
+    )
+
+
+def _plain_batches(student: Student, rank: int) -> list[Any]:
+    return rm.random_batches(student, rank, steps=6, supervised=False)
+
+
+def _accumulating(pipeline: Any, trainee: rm.Trainee) -> Any:
+    config = GradientAccumulationConfig(num_steps=2)
+    return GradientAccumulationWrapper(pipeline, trainee.optimizer, trainee.model, config)
+
+
+def check_adapter_while_accumulating(rank: int, world_size: int) -> None:
+    """The adapter steps at every batch, whether or not the student's gradients accumulate."""
+    weights = []
+    for accumulate in (False, True):
+        trainee, pipeline = _training(world_size)
+        runner = _accumulating(pipeline, trainee) if accumulate else pipeline
+        before = rm.snapshot(trainee.model.state_dict())
+        assert len(rm.drained(runner, rm.parts(rank, world_size))) == 6
+        assert rm.differs(rm.snapshot(trainee.model.state_dict()), before)
+        weights.append(rm.snapshot(pipeline.adapter.state_dict()))
+    rm.assert_same(*weights)
+
+
+def check_evaluation_between_steps(rank: int, world_size: int) -> None:
+    """Train, detach, evaluate plain batches in TorchRec's own pipeline, train on: no trace of it."""
+    undisturbed, pipeline = _training(world_size)
+    expected = rm.drained(pipeline, rm.parts(rank, world_size))
+
+    trainee, pipeline = _training(world_size)
+    batches = iter(rm.parts(rank, world_size))
+    outputs = [[value.clone() for value in pipeline.progress(batches)] for _ in range(3)]
+    model = pipeline.detach().eval()
+    held_out = rm.parts(rank, world_size, seed=9)
+    by_model = [_logits(model, batch.to(device())) for batch in held_out]
+    by_pipeline = _evaluated_by_pipeline(trainee, held_out)
+    rm.assert_same(by_pipeline, by_model)
+    model.train()
+    pipeline.attach(model)
+    outputs += rm.drained(pipeline, batches)
+    rm.assert_same(outputs, expected)
+    rm.assert_same(
+        rm.snapshot(trainee.model.state_dict()), rm.snapshot(undisturbed.model.state_dict())
+    )
+
+
+def _evaluated_by_pipeline(trainee: rm.Trainee, batches: list[Any]) -> list[Tensor]:
+    evaluation = EvalPipelineSparseDist(trainee.model, trainee.optimizer, device())
+    with torch.no_grad():
+        outputs = rm.drained(evaluation, batches)
+    evaluation.detach()
+    return [logits for _, logits, _ in outputs]
+
+
+def check_evaluation_in_the_pipeline(rank: int, world_size: int) -> None:
+    """Batches that pass while the model is in evaluation leave nothing in the training."""
+    batches = rm.parts(rank, world_size)
+    trained_on = [*batches[:2], *batches[4:]]
+    undisturbed, pipeline = _training(world_size)
+    expected = rm.drained(pipeline, trained_on)
+
+    trainee, pipeline = _training(world_size)
+    iterator = iter(batches)
+    outputs = []
+    for step in range(len(batches)):
+        trainee.model.train(step not in (2, 3))
+        with torch.set_grad_enabled(trainee.model.training):
+            output = [value.clone() for value in pipeline.progress(iterator)]
+        outputs += [output] if trainee.model.training else []
+    rm.assert_same(outputs, expected)
+    rm.assert_same(
+        rm.snapshot(trainee.model.state_dict()), rm.snapshot(undisturbed.model.state_dict())
+    )

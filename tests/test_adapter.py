@@ -1,0 +1,235 @@
+"""The student adapter: what it learns, from what, and that nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import make_teacher
+from torch import Tensor
+
+from torchrec_exfm import (
+    AuxiliaryHead,
+    DistillationTerm,
+    StudentAdapter,
+    Task,
+    TeacherOutputs,
+    adapter_step,
+)
+
+B = 12
+TASKS = (Task(name="click"), Task(name="minutes", regression=True))
+
+
+def make_adapter(
+    seed: int = 0, *, teachers: int = 2, tasks: tuple[Task, ...] = TASKS
+) -> StudentAdapter:
+    """An adapter that is past its start: no layer is 0."""
+    torch.manual_seed(seed)
+    adapter = StudentAdapter(num_teachers=teachers, tasks=tasks, hidden=(4,))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return adapter
+
+
+def make_labels(seed: int = 0, tasks: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (B, tasks), generator=generator).float()
+
+
+def gradients(adapter: StudentAdapter, teacher: TeacherOutputs, labels: Tensor) -> list[Tensor]:
+    loss = adapter.loss(adapter(teacher), teacher, labels)
+    return [loss, *torch.autograd.grad(loss, list(adapter.parameters()))]
+
+
+def test_starts_as_the_identity_within_the_limits() -> None:
+    values = torch.tensor([[-15.0, -1e6], [0.1, 0.0], [1e4, 3e7], [-1e4, 0.5]])
+    adapter = StudentAdapter(tasks=TASKS)
+    expected = [[-15.0, -1e6], [0.1, 0.0], [15.0, 3e7], [-15.0, 0.5]]
+    assert torch.equal(adapter(TeacherOutputs(values))[:, 0], torch.tensor(expected))
+
+
+def reference_loss(
+    parameters: list[np.ndarray], teacher: TeacherOutputs, labels: Tensor, count: Tensor
+) -> float:
+    """L_SA for TASKS and one hidden layer a teacher, in float64."""
+    limits, loss = np.array([15.0, np.inf]), 0.0
+    for m in range(teacher.values.shape[1]):
+        present = teacher.presence[:, m].double().numpy()
+        values = np.clip(teacher.values[:, m].double().numpy(), -limits, limits)
+        w1, b1, w2, b2 = parameters[m * 4 : m * 4 + 4]
+        hidden = np.maximum(np.hstack([values, present]) @ w1.T + b1, 0)
+        z, y = values + hidden @ w2.T + b2, labels.double().numpy()
+        losses = y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
+        losses[:, 1] = (z[:, 1] - y[:, 1]) ** 2
+        loss += (present * losses).sum(0) @ (1 / count[m].double().numpy()) / 2
+    return float(loss)
+
+
+@pytest.mark.parametrize("with_count", [False, True])
+def test_loss_and_gradients_against_finite_differences(with_count: bool) -> None:
+    adapter, labels = make_adapter(), make_labels()
+    teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.4)
+    teacher.values[5] *= 100
+    counts = teacher.presence.sum(0) * (0.75 if with_count else 1)
+    loss = adapter.loss(adapter(teacher), teacher, labels, counts if with_count else None)
+    loss.backward()
+    arrays = [parameter.detach().double().numpy().copy() for parameter in adapter.parameters()]
+    assert loss.item() == pytest.approx(reference_loss(arrays, teacher, labels, counts), rel=1e-6)
+    for parameter, array in zip(adapter.parameters(), arrays, strict=True):
+        numeric = np.zeros_like(array)
+        for index, value in np.ndenumerate(array):
+            ends = []
+            for step in (1e-5, -1e-5):
+                array[index] = value + step
+                ends.append(reference_loss(arrays, teacher, labels, counts))
+            array[index] = value
+            numeric[index] = (ends[0] - ends[1]) / 2e-5
+        scale = np.abs(numeric).max()
+        assert scale > 0
+        np.testing.assert_allclose(parameter.grad.double(), numeric, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    values = torch.tensor([1e4, -1e4, 1e30, -1e30])
+    adapter = make_adapter(teachers=1, tasks=(Task(),))
+    teacher, labels = TeacherOutputs(values), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    assert all(torch.isfinite(value).all() for value in gradients(adapter, teacher, labels))
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-3)
+    for _ in range(3):
+        assert torch.isfinite(adapter_step(adapter, optimizer, teacher, labels)).all()
+
+
+def test_masked_examples_have_no_influence() -> None:
+    adapter, labels = make_adapter(tasks=(Task(),)), make_labels(tasks=1)
+    presence = torch.rand(B, 2, 1, generator=torch.Generator().manual_seed(3)) < 0.5
+    presence[0], presence[1] = False, True
+    values = torch.randn(B, 2, 1, generator=torch.Generator().manual_seed(4))
+    other_values = torch.where(presence, values, float("nan"))
+    other_labels = labels.clone()
+    other_labels[0] = 1 - labels[0]
+    before = gradients(adapter, TeacherOutputs(values, presence), labels)
+    after = gradients(adapter, TeacherOutputs(other_values, presence), other_labels)
+    assert all(map(torch.equal, before, after))
+    other_labels[1] = 1 - labels[1]
+    changed = gradients(adapter, TeacherOutputs(values, presence), other_labels)
+    assert not any(map(torch.equal, before, changed))
+
+
+def test_without_any_teacher_the_step_changes_nothing() -> None:
+    adapter = make_adapter(teachers=1)
+    before = copy.deepcopy(adapter.state_dict())
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
+    adapter_step(adapter, optimizer, TeacherOutputs.missing(B, 1, 2), make_labels())
+    assert all(torch.equal(before[key], value) for key, value in adapter.state_dict().items())
+
+
+def test_no_gradient_comes_from_the_student_or_goes_to_the_teacher() -> None:
+    adapter, labels = make_adapter(teachers=1), make_labels()
+    source = torch.randn(B, 2, requires_grad=True)
+    teacher = TeacherOutputs(source * 1.0)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    adapted = adapter_step(adapter, optimizer, teacher, labels)
+    assert not adapted.requires_grad
+    terms = [DistillationTerm(adapted=True)]
+    head = AuxiliaryHead(3, terms=terms, tasks=TASKS)
+    shared = torch.randn(B, 3, requires_grad=True)
+    head(shared, teacher, adapted)[0].backward()
+    assert shared.grad is not None and shared.grad.any()
+    assert source.grad is None
+    assert all(parameter.grad is None for parameter in adapter.parameters())
+
+
+def test_teachers_do_not_influence_one_another() -> None:
+    both, labels = make_adapter(), make_labels()
+    teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.3)
+    outputs, (_, *grads) = both(teacher), gradients(both, teacher, labels)
+    for m in range(2):
+        single = make_adapter(teachers=1)
+        single.mlps[0].load_state_dict(both.mlps[m].state_dict())
+        alone = TeacherOutputs(teacher.values[:, m : m + 1], teacher.presence[:, m : m + 1])
+        assert torch.equal(single(alone)[:, 0], outputs[:, m])
+        _, *single_grads = gradients(single, alone, labels)
+        assert all(map(torch.equal, single_grads, grads[m * 4 : m * 4 + 4]))
+
+
+def test_adapter_step_is_a_plain_step_and_leaves_no_gradient() -> None:
+    adapter, labels = make_adapter(), make_labels()
+    teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.3)
+    _, *grads = gradients(adapter, teacher, labels)
+    rate = 0.125
+    pairs = zip(adapter.parameters(), grads, strict=True)
+    expected = [parameter.detach() - rate * grad for parameter, grad in pairs]
+    assert all(grad.any() for grad in grads)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)  # of no concern to the step
+    with torch.no_grad():
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=rate)
+        adapted = adapter_step(adapter, optimizer, teacher, labels)
+    assert all(map(torch.equal, adapter.parameters(), expected))
+    assert all(parameter.grad is None for parameter in adapter.parameters())
+    assert torch.equal(adapted, adapter(teacher))
+
+
+def trained(tasks: tuple[Task, ...], sample: Callable[..., Any]) -> StudentAdapter:
+    torch.manual_seed(0)
+    adapter = StudentAdapter(tasks=tasks)
+    for epoch, rate in enumerate((0.05, 0.01, 0.002)):
+        optimizer = torch.optim.Adam(adapter.parameters(), lr=rate)
+        for step in range(30):
+            adapter_step(adapter, optimizer, *sample(1000 * epoch + step, 8192))
+    return adapter
+
+
+def test_calibrates_a_stale_teacher_on_examples_it_has_not_seen() -> None:
+    def sample(seed: int, size: int) -> tuple[TeacherOutputs, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(size, generator=generator) - 1.5
+        labels = torch.rand(size, generator=generator) < logits.sigmoid()
+        return TeacherOutputs(1.7 * logits + 1.0), labels.float()
+
+    adapter = trained((Task(),), sample)
+    teacher, labels = sample(10_000, 200_000)
+    raw, adapted = teacher.values, adapter(teacher).detach()
+    assert adapted.sigmoid().mean() / labels.mean() == pytest.approx(1.0, abs=0.02)
+    assert raw.sigmoid().mean() / labels.mean() > 1.1
+    losses = [adapter.loss(outputs, teacher, labels).item() for outputs in (adapted, raw)]
+    assert losses[0] < 0.97 * losses[1]
+
+
+def test_calibrates_a_task_of_regression() -> None:
+    def sample(seed: int, size: int) -> tuple[TeacherOutputs, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        truth = 2.0 * torch.randn(size, generator=generator) + 5.0
+        noise = 0.5 * torch.randn(size, generator=generator)
+        return TeacherOutputs(0.6 * truth + 0.5 + noise), truth
+
+    adapter = trained((Task(regression=True),), sample)
+    teacher, labels = sample(10_000, 20_000)
+    adapted = adapter(teacher).detach()
+    assert adapted.mean() / labels.mean() == pytest.approx(1.0, abs=0.02)
+    loss = adapter.loss(adapted, teacher, labels).item()
+    assert loss < 0.5 * adapter.loss(teacher.values, teacher, labels).item()
+
+
+def test_wrong_labels_and_shapes_are_refused() -> None:
+    adapter = make_adapter(teachers=1, tasks=(Task(),))
+    teacher = make_teacher(1, B)
+    outputs = adapter(teacher)
+    expected = rf"labels should be .*\({B}, 1\) or \({B},\); received"
+    with pytest.raises(ValueError, match=f"{expected} NoneType.*tell the pipeline where they are"):
+        adapter.loss(outputs, teacher, None)
+    for shape in ((B - 1,), (B, 2), (1, B), ()):
+        with pytest.raises(ValueError, match=expected):
+            adapter.loss(outputs, teacher, torch.zeros(shape))
+    flat, column = torch.ones(B), torch.ones(B, 1, dtype=torch.int64)
+    losses = [adapter.loss(outputs, teacher, labels) for labels in (flat, column)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"\(B, 1, 1\) .*received \(12, 2, 1\)"):
+        adapter(make_teacher(1, B, teachers=2))
+    with pytest.raises(ValueError, match=r"tasks should be distinct names.*\['label', 'label'\]"):
+        StudentAdapter(tasks=(Task(), Task()))

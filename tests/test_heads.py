@@ -1,0 +1,249 @@
+"""The heads that meet the teacher, against backpropagation written by hand in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import make_teacher
+from torch import Tensor
+
+from torchrec_exfm import AuxiliaryHead, DistillationTerm, Task, TeacherOutputs
+
+B, D = 16, 5
+NAN = float("nan")
+TASKS = (Task(name="click"), Task(name="buy"), Task(name="minutes", regression=True))
+TEACHERS = ("fm", "peer")
+TERMS = (
+    DistillationTerm(teacher="fm", alpha=3.0, beta=0.5, weight=1.5, hidden=(6,)),
+    DistillationTerm(
+        teacher="fm",
+        adapted=True,
+        tasks=("minutes", "click"),
+        alpha=0.7,
+        beta=2.0,
+        weight=0.3,
+        hidden=(),
+    ),
+    DistillationTerm(teacher="peer", tasks=("buy",), alpha=8.0, beta=3.3, weight=2.0, hidden=(4,)),
+    DistillationTerm(teacher="peer", tasks=("minutes",), alpha=1.3, beta=0.0, hidden=(4, 3)),
+)
+
+
+def make_head(*terms: DistillationTerm, seed: int = 0, **options: Any) -> AuxiliaryHead:
+    torch.manual_seed(seed)
+    return AuxiliaryHead(D, terms=terms or (DistillationTerm(hidden=(4,)),), **options)
+
+
+def make_shared() -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(B, D, generator=generator).requires_grad_()
+
+
+def gradients(head: AuxiliaryHead, shared: Tensor, loss: Tensor) -> list[Tensor]:
+    """Of the shared representation, then of every parameter; None fails."""
+    return list(torch.autograd.grad(loss, [shared, *head.parameters()]))
+
+
+def reference_term(
+    term: DistillationTerm, layers: list[np.ndarray], x: np.ndarray, column: dict[str, Any]
+) -> tuple[float, list[np.ndarray]]:
+    """A term's loss, and its gradients: of x times β, then of each weight and bias."""
+    activations = [x]
+    for i in range(0, len(layers), 2):
+        z = activations[-1] @ layers[i].T + layers[i + 1]
+        activations.append(np.maximum(z, 0) if i + 2 < len(layers) else z)
+    z, loss = activations[-1], 0.0
+    upstream = np.zeros_like(z)
+    names = term.tasks or tuple(task.name for task in TASKS)
+    for i, name in enumerate(names):
+        values, mask, count = column[name]
+        for b in np.flatnonzero(mask):
+            if name == "minutes":
+                error = z[b, i] - term.alpha * values[b]
+                each, slope = error**2, 2 * error
+            else:
+                y = min(term.alpha / (1 + math.exp(-values[b])), 1.0)
+                each = y * np.logaddexp(0, -z[b, i]) + (1 - y) * np.logaddexp(0, z[b, i])
+                slope = 1 / (1 + math.exp(-z[b, i])) - y
+            loss += each / count / len(names)
+            upstream[b, i] = term.weight * slope / count / len(names)
+    grads: list[np.ndarray] = []
+    for i in range(len(layers) - 2, -1, -2):
+        grads[:0] = [upstream.T @ activations[i // 2], upstream.sum(0)]
+        upstream = upstream @ layers[i]
+        if i:
+            upstream = upstream * (activations[i // 2] > 0)
+    return loss, [term.beta * upstream, *grads]
+
+
+@pytest.mark.parametrize("with_count", [False, True])
+def test_against_a_reference_of_several_terms(with_count: bool) -> None:
+    head = make_head(*TERMS, teachers=TEACHERS, tasks=TASKS)
+    shared = make_shared()
+    teacher = make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
+    adapted = teacher.values * 1.5 - 0.2
+    count = teacher.presence.sum(0) * 0.75 if with_count else None
+    loss, of_each = head(shared, teacher, adapted, count)
+    actual = gradients(head, shared, loss)
+
+    expected_loss, expected_x, expected, losses = 0.0, 0.0, [], []
+    counts = (teacher.presence.sum(0) if count is None else count).double().numpy()
+    for term, module in zip(TERMS, head.heads, strict=True):
+        m = TEACHERS.index(term.teacher)
+        source = (adapted if term.adapted else teacher.values)[:, m].double().numpy()
+        mask = teacher.presence[:, m].numpy()
+        column = {
+            task.name: (source[:, t], mask[:, t], counts[m, t]) for t, task in enumerate(TASKS)
+        }
+        layers = [p.detach().double().numpy() for p in module.parameters()]
+        term_loss, grads = reference_term(term, layers, shared.detach().double().numpy(), column)
+        losses.append(term_loss)
+        expected_loss += term.weight * term_loss
+        expected_x = expected_x + grads[0]
+        expected += grads[1:]
+    assert not of_each.requires_grad
+    np.testing.assert_allclose(of_each.double(), losses, rtol=1e-6)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
+    for value, reference in zip(actual, [expected_x, *expected], strict=True):
+        scale = np.abs(reference).max()
+        np.testing.assert_allclose(value.double(), reference, rtol=1e-6, atol=1e-6 * scale)
+
+
+def loss_and_gradients(**options: float) -> tuple[Tensor, list[Tensor]]:
+    head, shared = make_head(DistillationTerm(hidden=(4,), **options)), make_shared()
+    loss, _ = head(shared, make_teacher(1, B, missing=0.3))
+    return loss, gradients(head, shared, loss)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 8.0, 3.7])
+def test_beta_scales_the_backbones_gradient_alone(beta: float) -> None:
+    loss, (shared, *own) = loss_and_gradients()
+    scaled_loss, (scaled_shared, *scaled_own) = loss_and_gradients(beta=beta)
+    assert torch.equal(scaled_loss, loss)
+    assert all(map(torch.equal, scaled_own, own))
+    torch.testing.assert_close(scaled_shared, beta * shared, rtol=1e-6, atol=0.0)
+    if beta != 3.7:
+        assert torch.equal(scaled_shared, beta * shared)
+
+
+@pytest.mark.parametrize("weight", [0.25, 8.0, 3.7])
+def test_weight_scales_the_loss_and_every_gradient(weight: float) -> None:
+    loss, grads = loss_and_gradients()
+    scaled_loss, scaled = loss_and_gradients(weight=weight)
+    tolerance = 1e-6 if weight == 3.7 else 0.0
+    torch.testing.assert_close(scaled_loss, weight * loss, rtol=tolerance, atol=0.0)
+    for value, unscaled in zip(scaled, grads, strict=True):
+        expected = weight * unscaled
+        scale = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=scale)
+
+
+@pytest.mark.parametrize("case", ["weight 0", "teacher missing", "no examples"])
+def test_nothing_to_learn_gives_zero_gradients_to_all(case: str) -> None:
+    head = make_head(DistillationTerm(weight=0.0 if case == "weight 0" else 1.0))
+    shared, teacher = make_shared(), make_teacher(1, B)
+    if case == "teacher missing":
+        teacher = TeacherOutputs.missing(B)
+    elif case == "no examples":
+        shared, teacher = shared[:0].detach().requires_grad_(), TeacherOutputs.missing(0)
+    loss, of_each = head(shared, teacher)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (of_each.item() > 0) == (case == "weight 0")
+    for tensor in (shared, *head.parameters()):
+        assert tensor.grad is not None and not tensor.grad.any()
+
+
+@pytest.mark.parametrize("poison", [-1e30, 7.5, float("inf"), NAN])
+@pytest.mark.parametrize("where", ["teacher", "adapted"])
+def test_what_is_masked_has_no_influence(poison: float, where: str) -> None:
+    head, shared = make_head(*TERMS, teachers=TEACHERS, tasks=TASKS), make_shared()
+    clean = make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
+    poisoned = torch.where(clean.presence, clean.values, poison)
+    loss, _ = head(shared, clean, clean.values)
+    if where == "teacher":
+        other, _ = head(shared, TeacherOutputs(poisoned, clean.presence), clean.values)
+    else:
+        other, _ = head(shared, clean, poisoned)
+    assert torch.equal(loss, other)
+    pairs = zip(gradients(head, shared, loss), gradients(head, shared, other), strict=True)
+    assert all(torch.equal(before, after) for before, after in pairs)
+
+
+def test_large_outputs_of_one_task_leave_the_others_alone() -> None:
+    values = torch.tensor([[1e4, -1e4, 1e15], [-1e4, 1e4, -1e15]])
+    small = torch.tensor([[1e4, -1e4, 1.0], [-1e4, 1e4, 2.0]])
+    grads = []
+    for outputs in (values, small):
+        head = make_head(DistillationTerm(hidden=()), tasks=TASKS)
+        loss, _ = head(torch.ones(2, D), TeacherOutputs(outputs))
+        loss.backward()
+        grads.append(head.heads[0].head.mlp[0].weight.grad)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert torch.equal(grads[0][:2], grads[1][:2]) and grads[0][:2].any()
+
+
+def test_the_state_is_the_heads_parameters() -> None:
+    head = make_head(TERMS[1], TERMS[2], teachers=TEACHERS, tasks=TASKS)
+    assert list(head.state_dict()) == [name for name, _ in head.named_parameters()]
+    shapes = [tuple(parameter.shape) for parameter in head.parameters()]
+    assert shapes == [(2, D), (2,), (4, D), (4,), (1, 4), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"terms": ()}, r"at least one DistillationTerm; received none"),
+        ({"terms": (DistillationTerm(teacher="x"),)}, r"one of \['teacher'\]; received 'x'"),
+        ({"terms": (DistillationTerm(tasks=("x",)),)}, r"among \['label'\]; received \['x'\]"),
+        ({"terms": (DistillationTerm(tasks=()),)}, r"among \['label'\]; received \[\]"),
+        ({"terms": (DistillationTerm(tasks=("label",) * 2),)}, r"received \['label', 'label'\]"),
+        ({"teachers": ("a", "a")}, r"teachers should be distinct.*received \('a', 'a'\)"),
+        ({"teachers": ()}, r"teachers should be .*at least one; received \(\)"),
+        ({"teachers": "teacher"}, r"teachers should be .*received 'teacher'"),
+        ({"tasks": (Task(), Task())}, r"tasks should be distinct.*received \['label', 'label'\]"),
+        ({"tasks": ()}, r"tasks should be .*at least one; received \[\]"),
+    ],
+)
+def test_wrong_terms_and_names_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AuxiliaryHead(D, **options)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "weight"])
+@pytest.mark.parametrize("value", [-1.0, NAN, float("inf")])
+def test_wrong_factors_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} should be a finite number.*received {value}"):
+        DistillationTerm(**{name: value})
+
+
+def test_a_term_is_frozen_and_alpha_is_not_zero() -> None:
+    with pytest.raises(ValueError, match="alpha should be a finite number > 0; received 0"):
+        DistillationTerm(alpha=0.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DistillationTerm().beta = 2.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DistillationTerm("teacher")  # type: ignore[misc]
+
+
+def test_teacher_outputs_of_another_shape_are_refused() -> None:
+    head, shared = make_head(teachers=("teacher", "other")), make_shared()
+    for size, teachers, tasks in ((B - 1, 2, 1), (B, 1, 1), (B, 2, 3)):
+        teacher = make_teacher(0, size, teachers=teachers, tasks=tasks)
+        with pytest.raises(ValueError, match=rf"\({B}, 2, 1\).*received \({size}, {teachers}, "):
+            head(shared, teacher)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_adapted_outputs_absent_or_of_another_shape_are_refused(regression: bool) -> None:
+    head = make_head(DistillationTerm(adapted=True), tasks=(Task(regression=regression),))
+    with pytest.raises(ValueError, match=r"'teacher/adapted' .*give .* an adapter"):
+        head(make_shared(), make_teacher(0, B))
+    for shape in ((B,), (B, 1), (B - 1, 1, 1), (B, 1, 2)):
+        with pytest.raises(ValueError, match=r"adapted .*\(16, 1, 1\).*received"):
+            head(make_shared(), make_teacher(0, B), torch.zeros(shape))

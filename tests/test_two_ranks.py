@@ -1,0 +1,66 @@
+"""Training and serving under DistributedModelParallel, on one rank and on two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import rank_checks as checks
+import rank_checks_metrics as of_metrics
+import rank_checks_serving as serving
+from models import students
+from rank_models import SHARDINGS
+from ranks import Ranks
+
+CHECKS: list[tuple[Any, ...]] = [
+    (checks.check_weight_zero_is_plain, "dlrm", False),
+    (checks.check_weight_zero_is_plain, "dlrm", True),
+    (checks.check_weight_zero_is_plain, "hand_written", True),
+    *((checks.check_pipelined_equals_plain, a, s) for a, s in itertools.product((False, True), ("table_wise", "mixed"))),
+    *((checks.check_ranks_agree_with_one, s, "SGD", True) for s in SHARDINGS),
+    (checks.check_ranks_agree_with_one, "table_wise", "Adagrad", True),
+    (checks.check_ranks_agree_with_one, "table_wise", "SGD", False),
+    (checks.check_changed_ids_are_told,),
+    (checks.check_untraceable_is_told,),
+    (checks.check_absent_teacher,),
+    (checks.check_adapter_is_shared,),
+    (checks.check_adapter_learns_from_labels_alone,),
+    (checks.check_student_does_not_feel_the_adapters_loss,),
+    (checks.check_live_teacher,),
+    (checks.check_ways_of_bringing_outputs,),
+    (checks.check_wrong_set_ups_are_refused,),
+    *((serving.check_export, sharding) for sharding in SHARDINGS),
+    *((serving.check_checkpoint, *pair) for pair in itertools.pairwise((*SHARDINGS, SHARDINGS[0]))),
+    *((serving.check_student, name) for name in students()),
+    (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
+    (serving.check_option_changes_nothing, "enqueue_batch_after_forward"),
+    (serving.check_option_changes_nothing, "free_features_storage_early"),
+    (serving.check_gradient_accumulation,),
+    (serving.check_adapter_while_accumulating,),
+    (serving.check_evaluation_between_steps,),
+    (serving.check_evaluation_in_the_pipeline,),
+    (of_metrics.check_metrics,),
+    (of_metrics.check_window_of_auc,),
+    (of_metrics.check_metrics_of_one_task,),
+    (of_metrics.check_metrics_in_training,),
+    (of_metrics.check_uneven_batches,),
+    (of_metrics.check_wrong_shapes_are_refused,),
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    processes = Ranks(request.param)
+    yield processes
+    processes.close()
+
+
+def _name(check: Callable[..., None], *arguments: Any) -> str:
+    return "-".join([check.__name__.removeprefix("check_"), *map(str, arguments)])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: _name(*check))
+def test_check(ranks: Ranks, check: tuple[Any, ...]) -> None:
+    ranks.run(*check)
