@@ -25,6 +25,7 @@ from torchrec_exfm import (
     LiveTeacher,
     StudentAdapter,
     TeacherOutputs,
+    TrainPipelineExFM,
     adapter_step,
     student_state_dict,
 )
@@ -62,9 +63,7 @@ def _fresh(module: nn.Module, world_size: int) -> dict[str, list[Tensor]]:
     return rm.snapshot(rm.sharded(module, world_size).model.state_dict())
 
 
-def check_pipelined_equals_plain(
-    rank: int, world_size: int, adapted: bool, sharding: str
-) -> None:
+def check_pipelined_equals_plain(rank: int, world_size: int, adapted: bool, sharding: str) -> None:
     """The same outputs and weights from the pipeline and from a loop written by hand."""
     terms = BOTH if adapted else rm.HEADS
     runs = [
@@ -103,9 +102,7 @@ def _weights(module: nn.Module | None) -> list[Tensor]:
     return [] if module is None else [value.detach().clone() for value in module.parameters()]
 
 
-def _looped(
-    rank: int, world_size: int, terms: Sequence[DistillationTerm], sharding: str
-) -> Any:
+def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], sharding: str) -> Any:
     """As ``_pipelined``, with no pipeline: counts over all ranks are taken from the global data."""
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     adapter = _adapter_of(terms)
@@ -228,9 +225,7 @@ def check_absent_teacher(rank: int, world_size: int) -> None:
         pipeline.progress(iterator)
         for k, columns in ((0, batch.presence[:, 0]), (1, batch.presence[:, 1, 0])):
             gradients = [
-                parameter.grad
-                for name, parameter in parameters.items()
-                if f".heads.{k}." in name
+                parameter.grad for name, parameter in parameters.items() if f".heads.{k}." in name
             ]
             assert all(gradient is not None for gradient in gradients)
             nonzero = any(bool(gradient.any()) for gradient in gradients)
@@ -262,9 +257,7 @@ def check_adapter_learns_from_labels_alone(rank: int, world_size: int) -> None:
     heavy = [DistillationTerm(teacher="a", adapted=True, weight=50.0, beta=9.0)]
     with_another = _pipelined(rank, world_size, heavy)
     rm.assert_same(with_another[2], with_one[2])
-    assert rm.differs(
-        {"student": [with_another[0][-1][1]]}, {"student": [with_one[0][-1][1]]}
-    )
+    assert rm.differs({"student": [with_another[0][-1][1]]}, {"student": [with_one[0][-1][1]]})
 
 
 def check_student_does_not_feel_the_adapters_loss(rank: int, world_size: int) -> None:
@@ -304,7 +297,7 @@ def check_live_teacher(rank: int, world_size: int) -> None:
     before = rm.snapshot(teacher.model.state_dict())
     answered = [teacher(batch.to(device())) for batch in rm.parts(rank, world_size)]
     columns = [
-        rm.Columns(**(batch.columns | {"values": outputs.values, "presence": outputs.presence}))
+        _relogged(batch, outputs.to(torch.device("cpu")))
         for batch, outputs in zip(rm.parts(rank, world_size), answered, strict=True)
     ]
     live = _trained(world_size, rm.parts(rank, world_size), teacher)
@@ -314,6 +307,10 @@ def check_live_teacher(rank: int, world_size: int) -> None:
     assert not any(module.training for module in teacher.model.modules())
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     rm.assert_same(rm.snapshot(teacher.model.state_dict()), before)
+
+
+def _relogged(batch: rm.Columns, outputs: TeacherOutputs) -> rm.Columns:
+    return rm.Columns(**(batch.columns | {"values": outputs.values, "presence": outputs.presence}))
 
 
 def _trained(world_size: int, batches: Iterable[Any], teacher: Any) -> Any:
@@ -374,6 +371,41 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     wrong = rm.pipeline_of(trainee, teacher=lambda batch: TeacherOutputs(batch.values[:, :1]))
     with pytest.raises(ValueError, match=r"should be of shape \(\d+, 2, 2\)"):
         rm.drained(wrong, _present(batches))
+
+
+def check_freed_features_are_refused(rank: int, world_size: int) -> None:
+    """A live teacher reads the ids after the point where TorchRec can be told to free them."""
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    with pytest.raises(ValueError, match="free_features_storage_early"):
+        rm.pipeline_of(trainee, teacher=_live(world_size), free_features_storage_early=True)
+
+
+def check_without_dmp(rank: int, world_size: int, parallel: bool) -> None:
+    """Plain tables, alone on a rank or under DDP, train as by hand."""
+    reference = ByHand(rm.wrapped(), None, torch.optim.SGD, adapter_lr=0.0, lr=0.2)
+    part = (rank, world_size) if parallel else (0, 1)
+    wrapper = rm.wrapped().to(device())
+    model = nn.parallel.DistributedDataParallel(wrapper) if parallel else wrapper
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    pipeline = TrainPipelineExFM(model, optimizer, device(), teacher=rm.logged)
+    rm.drained(pipeline, rm.parts(*part))
+    for data in rm.global_data():
+        reference.step(data)
+    rm.assert_near_whole(wrapper.state_dict(), reference.weights())
+
+
+def check_pinned_batches(rank: int, world_size: int) -> None:
+    """Copied while earlier steps run, the batches arrive as they were."""
+    pinned = [batch.pin_memory() for batch in rm.parts(rank, world_size)]
+    expected = _trained(world_size, rm.parts(rank, world_size), rm.logged)
+    rm.assert_same(_trained(world_size, pinned, rm.logged), expected)
+
+
+def check_fails_on_the_last_rank(rank: int, world_size: int) -> None:
+    """Fails there, while the others wait for it: for the test of the harness itself."""
+    if rank == world_size - 1:
+        raise ArithmeticError("on purpose")
+    dist.barrier()
 
 
 def _present(batches: Iterable[rm.Columns]) -> list[rm.Columns]:

@@ -102,7 +102,7 @@ def check_window_of_auc(rank: int, world_size: int) -> None:
 
 
 def check_metrics_of_one_task(rank: int, world_size: int) -> None:
-    """Logits of shape (B,), no teacher: metrics but no coverage, while training in a pipeline."""
+    """Logits of shape (B,), no teacher: metrics but no coverage, for none was given."""
     metrics = ExFMMetrics(batch_size=8, device=device())
     logits, labels = torch.tensor([2.0, -1.0]), torch.tensor([1, 0])
     metrics.update((torch.zeros(()), logits.to(device()), labels.to(device())))
@@ -150,7 +150,20 @@ def check_wrong_shapes_are_refused(rank: int, world_size: int) -> None:
         for pair in ((bad, good), (good, bad)):
             with pytest.raises(ValueError, match=r"shape \(B, 2\) for the tasks"):
                 metrics.update((torch.zeros(()), *pair))
-    with pytest.raises(ValueError, match="should be"):
+
+
+def check_wrong_teachers_are_refused(rank: int, world_size: int) -> None:
+    """Outputs of another number of teachers or tasks than the metrics were made for."""
+    metrics = _metrics(world_size)
+    good = torch.zeros(8, 2, device=device())
+    with pytest.raises(ValueError, match=r"should be of shape.*2, 2"):
         metrics.update((torch.zeros(()), good, good), TeacherOutputs(torch.zeros(8)))
+
+
+def check_names_of_tasks(rank: int, world_size: int) -> None:
+    """Any name is a key of the results; two tasks can't have the same."""
+    metrics = ExFMMetrics(batch_size=8, device=device(), tasks=(Task(name="ctr-1|a"),))
+    metrics.update((torch.zeros(()), torch.zeros(8), torch.ones(8)))
+    assert {"ne/ctr-1|a", "auc/ctr-1|a"} <= metrics.compute().keys()
     with pytest.raises(ValueError, match="distinct"):
         ExFMMetrics(batch_size=8, device=device(), tasks=(Task(), Task()))

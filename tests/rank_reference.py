@@ -38,7 +38,9 @@ class ByHand:
         mlps = [head.head.mlp for head in wrapper.auxiliary_head.heads]
         self.heads = copy.deepcopy(nn.ModuleList(mlps)).double()
         self.adapters = copy.deepcopy(adapter.mlps).double() if adapter else nn.ModuleList()
-        self.optimizer = optimizer([*self.student.parameters(), *self.heads.parameters()], **options)
+        self.optimizer = optimizer(
+            [*self.student.parameters(), *self.heads.parameters()], **options
+        )
         self.adapter_lr = adapter_lr
         tapped = self.student.get_submodule(TAP)
         tapped._forward_pre_hooks.clear()

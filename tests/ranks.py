@@ -43,6 +43,7 @@ class Ranks:
         self._device = device
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, check: Check, *arguments: Any) -> None:
         """Run ``check(rank, world_size, *arguments)`` on every rank.
@@ -70,10 +71,13 @@ class Ranks:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        store = Path(self._folder.name) / "store"
         for rank in range(self._world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -115,7 +119,7 @@ def device() -> Any:
     """The device of the checks in this process."""
     import torch
 
-    return torch.device(_DEVICE)
+    return torch.device(_DEVICE, torch.cuda.current_device() if _DEVICE == "cuda" else None)
 
 
 _DEVICE = "cpu"

@@ -18,10 +18,14 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", False),
     (checks.check_weight_zero_is_plain, "dlrm", True),
     (checks.check_weight_zero_is_plain, "hand_written", True),
-    *((checks.check_pipelined_equals_plain, a, s) for a, s in itertools.product((False, True), ("table_wise", "mixed"))),
-    *((checks.check_ranks_agree_with_one, s, "SGD", True) for s in SHARDINGS),
-    (checks.check_ranks_agree_with_one, "table_wise", "Adagrad", True),
+    (checks.check_pipelined_equals_plain, False, "table_wise"),
+    (checks.check_pipelined_equals_plain, True, "table_wise"),
+    (checks.check_pipelined_equals_plain, True, "mixed"),
+    *((checks.check_ranks_agree_with_one, sharding, "SGD", True) for sharding in SHARDINGS),
     (checks.check_ranks_agree_with_one, "table_wise", "SGD", False),
+    (checks.check_ranks_agree_with_one, "table_wise", "Adagrad", True),
+    (checks.check_without_dmp, False),
+    (checks.check_without_dmp, True),
     (checks.check_changed_ids_are_told,),
     (checks.check_untraceable_is_told,),
     (checks.check_absent_teacher,),
@@ -31,8 +35,10 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_live_teacher,),
     (checks.check_ways_of_bringing_outputs,),
     (checks.check_wrong_set_ups_are_refused,),
+    (checks.check_freed_features_are_refused,),
     *((serving.check_export, sharding) for sharding in SHARDINGS),
     *((serving.check_checkpoint, *pair) for pair in itertools.pairwise((*SHARDINGS, SHARDINGS[0]))),
+    (serving.check_resumed_training,),
     *((serving.check_student, name) for name in students()),
     (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
     (serving.check_option_changes_nothing, "enqueue_batch_after_forward"),
@@ -47,6 +53,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_metrics.check_metrics_in_training,),
     (of_metrics.check_uneven_batches,),
     (of_metrics.check_wrong_shapes_are_refused,),
+    (of_metrics.check_wrong_teachers_are_refused,),
+    (of_metrics.check_names_of_tasks,),
 ]
 
 
@@ -62,5 +70,10 @@ def _name(check: Callable[..., None], *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: _name(*check))
-def test_check(ranks: Ranks, check: tuple[Any, ...]) -> None:
+def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
+
+
+def test_a_failing_rank_is_told_without_waiting_for_the_others(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"rank \d: Traceback(.|\n)*on purpose"):
+        ranks.run(checks.check_fails_on_the_last_rank)

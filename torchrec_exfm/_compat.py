@@ -35,11 +35,12 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
 
 def gather_to_rank_0(tensor: ShardedTensor) -> torch.Tensor | None:
     """The whole of a sharded tensor on rank 0, on the device of its shards; None elsewhere."""
-    whole = None
+    whole, size = None, tensor.metadata().size
+    properties = tensor.metadata().tensor_properties
     if dist.get_rank() == 0:
         device = tensor._get_preferred_device()
-        whole = torch.empty(tensor.size(), dtype=tensor.dtype, device=device)
-    tensor.gather(dst=0, out=whole)
+        whole = torch.empty(size, dtype=properties.dtype, device=device)
+    tensor.gather(dst=0, out=whole, dtype=properties.dtype)
     return whole
 
 

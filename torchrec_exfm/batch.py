@@ -219,7 +219,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         return inner[key]
 
     def __copy__(self) -> ExFMBatch[BatchT]:
-        return ExFMBatch(copy.copy(self.batch), self.teacher)
+        copied = ExFMBatch(copy.copy(self.batch), self.teacher)
+        copied.adapted, copied.count = self.adapted, self.count
+        return copied
 
 
 def _check_tensor(what: str, value: object, *, floating: bool) -> None:

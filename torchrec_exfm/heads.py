@@ -5,6 +5,7 @@ Shapes: B examples, D width of the shared representation, M teachers, T tasks, K
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,9 +240,10 @@ class _TermHead(nn.Module):
         super().__init__()
         names = [task.name for task in tasks]
         covered = tuple(names) if term.tasks is None else term.tasks
-        unknown = [name for name in covered if name not in names]
-        if unknown or not covered:
-            raise ValueError(f"a term's tasks should be among {names}; received {list(covered)}")
+        if not set(covered) <= set(names) or len(set(covered)) != len(covered) or not covered:
+            raise ValueError(
+                f"a term's tasks should be distinct and among {names}; received {list(covered)}"
+            )
         columns = [names.index(name) for name in covered]
         every = columns == list(range(len(names)))
         self.register_buffer("columns", None if every else torch.tensor(columns), persistent=False)
@@ -255,18 +257,26 @@ class _TermHead(nn.Module):
     def forward(
         self, shared: Tensor, teacher: TeacherOutputs, adapted: Tensor | None, count: Tensor | None
     ) -> Tensor:
-        if self.term.adapted and adapted is None:
-            raise ValueError(
-                f"the term {self.term.name!r} learns from a student adapter's outputs and there "
-                "are none: give TrainPipelineExFM an adapter"
-            )
-        source = adapted if self.term.adapted and adapted is not None else teacher.values
-        targets = self.loss.soft_labels(self._pick(source[:, self.teacher_index]), self.term.alpha)
+        values = self._adapted(teacher, adapted) if self.term.adapted else teacher.values
         present = self._pick(teacher.presence[:, self.teacher_index])
+        targets = self.loss.soft_labels(self._pick(values[:, self.teacher_index]), self.term.alpha)
         denominators = None if count is None else self._pick(count[self.teacher_index])
         losses = self.loss(self.head(shared), targets)
         mean: Tensor = masked_mean(losses, present, denominators).mean()
         return mean
+
+    def _adapted(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
+        if adapted is None:
+            raise ValueError(
+                f"the term {self.term.name!r} learns from a student adapter's outputs and there "
+                "are none: give TrainPipelineExFM an adapter"
+            )
+        if adapted.shape != teacher.values.shape:
+            raise ValueError(
+                "adapted outputs should be of the teacher's shape "
+                f"{tuple(teacher.values.shape)}; received {tuple(adapted.shape)}"
+            )
+        return torch.where(teacher.presence, adapted, 0.0)
 
     def _pick(self, values: Tensor) -> Tensor:
         return values if self.columns is None else values.index_select(-1, self.columns)
@@ -276,7 +286,7 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
     """Linear layers with a ReLU between each two."""
     widths = [in_features, *hidden, out_features]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -17,7 +17,7 @@ from torchrec.metrics.metrics_config import (
 )
 
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.heads import Task
+from torchrec_exfm.heads import Task, check_names
 
 __all__ = ["ExFMMetrics"]
 
@@ -45,6 +45,9 @@ class ExFMMetrics:
         tasks: the T tasks, in the order of the logits and the labels.
         teachers: the names of the M teachers, in the order of the outputs.
         window_size: examples of all ranks in the window of the AUC.
+
+    Raises:
+        ValueError: for tasks or teachers that share a name.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class ExFMMetrics:
         teachers: Sequence[str] = ("teacher",),
         window_size: int = 1_000_000,
     ) -> None:
+        check_names("tasks", [task.name for task in tasks])
         self._tasks = tuple(tasks)
-        self._teachers = tuple(teachers)
+        self._teachers = check_names("teachers", teachers)
         # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task
         columns = 3 + len(tasks)
         self._sums = torch.zeros(len(teachers), columns, dtype=torch.float64, device=device)
@@ -76,7 +80,7 @@ class ExFMMetrics:
             teacher: the step's outputs, such as ``ExFMWrapper.last_teacher``, for the coverage.
 
         Raises:
-            ValueError: if the shapes do not fit the tasks.
+            ValueError: if the shapes do not fit the tasks and teachers.
         """
         _, logits, labels = output
         logits, labels = (self._columns(values) for values in (logits, labels))
@@ -101,6 +105,12 @@ class ExFMMetrics:
 
     def _update_coverage(self, teacher: TeacherOutputs) -> None:
         present = teacher.presence
+        expected = (len(self._teachers), len(self._tasks))
+        if present.shape[1:] != expected:
+            raise ValueError(
+                f"teacher outputs should be of shape (B, {expected[0]}, {expected[1]}) (examples, "
+                f"teachers, tasks); received {tuple(present.shape)}"
+            )
         self._sums[:, 0] += present.shape[0]
         self._sums[:, 3:] += present.sum(0)
         if teacher.age_seconds is not None:
@@ -160,6 +170,7 @@ def _metric_module(
         rec_metrics={
             metric: RecMetricDef(rec_tasks=infos, window_size=window_size) for metric in kind
         },
+        compute_on_all_ranks=True,
     )
     distributed = dist.is_initialized()
     return generate_metric_module(

@@ -1,0 +1,46 @@
+"""The same checks on a CUDA device with NCCL, where copies and look-ups have their own streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import rank_checks as checks
+import rank_checks_metrics as of_metrics
+import rank_checks_serving as serving
+import torch
+from ranks import Ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CHECKS: list[tuple[Any, ...]] = [
+    (checks.check_weight_zero_is_plain, "dlrm", True),
+    (checks.check_pipelined_equals_plain, False, "table_wise"),
+    (checks.check_pipelined_equals_plain, True, "table_wise"),
+    (checks.check_ranks_agree_with_one, "row_wise", "SGD", True),
+    (checks.check_pinned_batches,),
+    (checks.check_absent_teacher,),
+    (checks.check_adapter_is_shared,),
+    (checks.check_live_teacher,),
+    (checks.check_ways_of_bringing_outputs,),
+    (serving.check_export, "mixed"),
+    (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
+    (serving.check_evaluation_between_steps,),
+    (of_metrics.check_metrics,),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks(1, device="cuda")
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check[0].__name__)
+def test_cuda(ranks: Ranks, check: tuple[Any, ...]) -> None:
+    ranks.run(*check)

@@ -1,0 +1,139 @@
+"""What the wrapper refuses: taps and students that do not keep its contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import HandTrain, dlrm_train, hand_train, make_hand_batch, make_teacher
+from torch import Tensor, nn
+
+from torchrec_exfm import DistillationTerm, ExFMBatch, ExFMWrapper
+
+
+class Tower(nn.Module):
+    """A student whose tapped module is called with what a test says, as often as it says."""
+
+    def __init__(self, *inputs: Any, loss: Any = None) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 1)
+        self.table = nn.EmbeddingBag(3, 4)
+        self.inputs = inputs
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Any:
+        for given in self.inputs:
+            if isinstance(given, Tensor):
+                logits = self.head(given)
+            else:
+                self.head.forward = lambda hidden: hidden[0]  # type: ignore[method-assign]
+                logits = self.head(given)
+        if self.loss is not None:
+            return self.loss
+        loss = self.trunk(batch.numbers).mean()
+        return loss, (loss.detach(), logits if self.inputs else loss, batch.clicked)
+
+
+def train(student: nn.Module, **options: Any) -> Tensor:
+    wrapper = ExFMWrapper(student, tap="head", **options)
+    loss, _ = wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 8)))
+    return loss
+
+
+def test_an_unknown_tap_is_refused_with_candidates() -> None:
+    for tap in ("over_arch", "", "model.over_arch.nothing"):
+        with pytest.raises(ValueError, match=f"submodule of DLRMTrain; received {tap!r}") as error:
+            ExFMWrapper(dlrm_train(), tap=tap)
+        candidates = str(error.value).partition("candidates: ")[2]
+        assert "'model.over_arch'" in candidates and "'model.dense_arch'" in candidates
+        assert not any(wrong in candidates for wrong in ("sparse_arch", "'model'", "''"))
+
+
+def test_every_candidate_that_is_named_can_be_tapped() -> None:
+    with pytest.raises(ValueError, match="candidates") as error:
+        ExFMWrapper(hand_train(), tap="x")
+    named = str(error.value).partition("candidates: ")[2]
+    assert named == "['trunk', 'trunk.0', 'score', 'score.out']"
+    batch = ExFMBatch(make_hand_batch(), make_teacher())
+    for tap in ("trunk", "trunk.0", "score", "score.out"):
+        loss, _ = ExFMWrapper(hand_train(), tap=tap)(batch)
+        assert torch.isfinite(loss)
+
+
+def test_a_width_that_cannot_be_told_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"'norm' \(LayerNorm\).* no nn.Linear: pass in_features"):
+        ExFMWrapper(hand_train(), tap="norm")
+    wrapper = ExFMWrapper(hand_train(), tap="norm", in_features=7)
+    loss, _ = wrapper(ExFMBatch(make_hand_batch(), make_teacher()))
+    loss.backward()
+    assert wrapper.student.trunk[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_tapped_module_that_does_not_run_once_is_refused(times: int) -> None:
+    message = rf"'head' should run exactly once .* ran {times} times: tap another.*'trunk'"
+    with pytest.raises(RuntimeError, match=message):
+        train(Tower(*[torch.ones(8, 4)] * times))
+    assert torch.isfinite(train(Tower(torch.ones(8, 4))))
+
+
+@pytest.mark.parametrize(
+    ("given", "received"),
+    [
+        (torch.ones(8, 2, 4), r"\(8, 2, 4\)"),
+        (torch.ones(4), r"\(4,\)"),
+        ([torch.ones(8, 4)], "list"),
+    ],
+)
+def test_a_tapped_input_that_is_no_matrix_is_refused(given: Any, received: str) -> None:
+    message = rf"'head' should be a tensor of shape \(B, 4\); received {received}: pass in_features"
+    with pytest.raises(ValueError, match=message):
+        train(Tower(given))
+
+
+def test_a_wrong_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(B, 3\); received \(8, 4\): pass in_features"):
+        train(Tower(torch.ones(8, 4)), in_features=3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "received"),
+    [
+        (torch.ones(()), r"a tensor of shape \(\)"),
+        ((torch.ones(()), torch.ones(8), torch.ones(8)), r"\(a tensor of shape \(\), a tensor"),
+        ((torch.ones(8), (torch.ones(8),)), r"\(a tensor of shape \(8,\), \(a tensor"),
+        ((0.5, (torch.ones(8),)), r"\(float, \(a tensor of shape \(8,\)\)\)"),
+        ({"loss": 1}, "dict"),
+    ],
+)
+def test_a_student_of_another_contract_is_refused(outputs: Any, received: str) -> None:
+    message = rf"should return \(loss, \(loss, logits, labels\)\).*DLRMTrain; received {received}"
+    with pytest.raises(TypeError, match=message):
+        train(Tower(torch.ones(8, 4), loss=outputs))
+
+
+def test_a_loss_of_one_element_is_taken() -> None:
+    rest = (torch.ones(8),)
+    loss = train(Tower(torch.ones(8, 4), loss=(torch.ones(1, requires_grad=True), rest)))
+    assert loss.numel() == 1
+    loss.sum().backward()
+
+
+def test_a_plain_batch_is_refused_in_training_alone() -> None:
+    wrapper = ExFMWrapper(hand_train(), tap="score")
+    message = "given an ExFMBatch; received HandBatch: let TrainPipelineExFM make it, or build"
+    with pytest.raises(TypeError, match=message):
+        wrapper(make_hand_batch())
+    wrapper.eval()(make_hand_batch())
+
+
+def test_wrong_terms_are_refused_and_the_student_left_as_it_was() -> None:
+    student = hand_train()
+    with pytest.raises(ValueError, match=r"one of \['teacher'\]; received 'x'"):
+        ExFMWrapper(student, tap="score", terms=[DistillationTerm(teacher="x")])
+    with pytest.raises(ValueError, match="in_features"):
+        ExFMWrapper(student, tap="norm")
+    assert isinstance(student, HandTrain)
+    assert not any(module._forward_pre_hooks for module in student.modules())
