@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that DDP averages the dense gradients over; None if that is one rank or none."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            group = cast(dist.ProcessGroup, module.process_group)
+            group = module.process_group
             return group if group.size() > 1 else None
     return None
 

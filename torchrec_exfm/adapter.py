@@ -62,9 +62,8 @@ class StudentAdapter(nn.Module):
             mlp(2 * len(tasks), hidden, len(tasks)) for _ in range(num_teachers)
         )
         for perceptron in self.mlps:
-            last = perceptron[-1]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in list(perceptron.parameters())[-2:]:
+                nn.init.zeros_(parameter)
 
     def forward(self, teacher: TeacherOutputs) -> Tensor:
         """Teacher outputs -> (B, M, T) logits or predictions, with gradient to the parameters.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -50,8 +51,19 @@ def export_student(model: nn.Module) -> nn.Module | None:
     state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
     if _rank() != 0:
         return None
-    bare.load_state_dict(state, assign=True)
+    _materialise(bare)
+    bare.load_state_dict(state)
     return bare.eval()
+
+
+def _materialise(module: nn.Module) -> None:
+    """Give what is on the meta device memory on the CPU; what is shared stays shared."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_meta:
+            memory = torch.empty_like(tensor, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                memory = nn.Parameter(memory, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, memory)
 
 
 def _gathered(value: Any) -> Any:

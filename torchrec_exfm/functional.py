@@ -91,7 +91,7 @@ class _ScaleGradient(torch.autograd.Function):
         return inputs.view_as(inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return grad * ctx.beta, None
 
 
@@ -117,7 +117,7 @@ def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
         >>> x.grad
         tensor([5., 5.])
     """
-    scaled: Tensor = _ScaleGradient.apply(inputs, beta)
+    scaled: Tensor = _ScaleGradient.apply(inputs, beta)  # type: ignore[no-untyped-call]
     return scaled
 
 

@@ -137,24 +137,28 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
 
     def _supervised(self, batch: Any) -> ExFMBatch[Any]:
         """The batch with all that the heads need, on the device."""
-        if not isinstance(batch, ExFMBatch):
-            if self._teacher is None:
-                raise TypeError(
-                    f"the data loader should give ExFMBatch; received {type(batch).__name__}: or "
-                    "tell TrainPipelineExFM where the teachers' outputs come from (teacher=...)"
-                )
-            batch = ExFMBatch(batch, self._teacher(batch))
-        batch.count = self._count(batch.teacher)
+        supervised = self._with_outputs(batch)
+        supervised.count = self._count(supervised.teacher)
         if self.adapter is not None and self.adapter_optimizer is not None:
-            batch.adapted = adapter_step(
+            supervised.adapted = adapter_step(
                 self.adapter,
                 self.adapter_optimizer,
-                batch.teacher,
-                self._labels(batch.batch),
-                count=batch.count,
+                supervised.teacher,
+                self._labels(supervised.batch),
+                count=supervised.count,
                 group=self._group,
             )
-        return batch
+        return supervised
+
+    def _with_outputs(self, batch: Any) -> ExFMBatch[Any]:
+        if isinstance(batch, ExFMBatch):
+            return batch
+        if self._teacher is None:
+            raise TypeError(
+                f"the data loader should give ExFMBatch; received {type(batch).__name__}: or tell "
+                "TrainPipelineExFM where the teachers' outputs come from (teacher=...)"
+            )
+        return ExFMBatch(batch, self._teacher(batch))
 
     def _count(self, teacher: TeacherOutputs) -> Tensor | None:
         """(M, T), the present outputs of a rank, on average over the ranks."""
@@ -182,9 +186,9 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         missed = [name for name in sharded_names(self._model) if name not in pipelined]
         if missed:
             warnings.warn(
-                f"the embeddings {missed} are NOT pipelined: their input is changed on its way from "
-                "the batch to them; training is right, but slower; move the change into the data "
-                "loader, or see pipeline_postproc of TrainPipelineSparseDist",
+                f"the embeddings {missed} are NOT pipelined: their input is changed on its way "
+                "from the batch to them; training is right, but slower; move the change into the "
+                "data loader, or see pipeline_postproc of TrainPipelineSparseDist",
                 RuntimeWarning,
                 stacklevel=2,
             )

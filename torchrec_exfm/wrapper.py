@@ -117,14 +117,15 @@ class _Tap:
         self.name = name
         self.width = width
         self.candidates = candidates
-        self.clear()
+        self._value: Any = None
+        self._calls = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._value = args[0] if args else next(iter(kwargs.values()), None)
         self._calls += 1
 
     def clear(self) -> None:
-        self._value: Any = None
+        self._value = None
         self._calls = 0
 
     def take(self) -> Tensor:
@@ -228,7 +229,8 @@ def _without_weights(module: nn.Module) -> nn.Module:
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for parameter in module.parameters()
     }
-    return copy.deepcopy(module, weights)  # type: ignore[arg-type]
+    bare: nn.Module = copy.deepcopy(module, weights)
+    return bare
 
 
 def _remove_taps(student: nn.Module) -> None:

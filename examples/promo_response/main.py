@@ -22,6 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ import report
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from tqdm import tqdm
 
@@ -47,16 +47,18 @@ from torchrec_exfm import (
 
 FIRST_WEEK = 27  # of the evaluation: the last half of the year
 BIAS = 1.0  # added to the logits of the biased teacher
-TEACHER_BATCH, STUDENT_BATCH = 2048, 1024
-WEIGHT, BETA = 1.0, 2.0
-TAP = "model.over_arch.model.1"  # the last layer: heads share the whole of the network below it
+BATCH = 2048  # of all ranks together
+TEACHER: dict[str, Any] = {"width": 16, "cross_layers": 2, "over_arch": (128, 64)}
+STUDENT: dict[str, Any] = {"width": 32, "cross_layers": 1, "over_arch": (64, 32)}
+TEACHER_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.3}
 
-TERM = DistillationTerm(weight=WEIGHT, beta=BETA)
-TERMS = {
-    "AH": [TERM],
-    "AH + SA": [TERM, DistillationTerm(weight=WEIGHT, beta=BETA, adapted=True)],
-}
+TAP = "model.over_arch.model.1"  # the last layer: the heads share all of the network below it
+TERM = DistillationTerm(weight=1.0, beta=3.0)
+TERMS = {"AH": [TERM], "AH + SA": [TERM, replace(TERM, adapted=True)]}
 ARMS = ("none", "serving head", *TERMS)
+
+Pipeline = TrainPipelineSparseDist[Any, Any]
+Feed = Iterator[tuple[slice, Any]]  # rows of the stream, and their batch or outputs
 
 
 def main() -> None:
@@ -64,78 +66,71 @@ def main() -> None:
     options = parse_options()
     device = set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
-    logged, speed = train_teacher(stream, options.seed, device)
-    rows = stream.vertical == stream.verticals.index(options.vertical)
-    vertical, logged = stream.select(rows), logged[torch.from_numpy(rows)]
-    results = [report.Result("teacher", "fresh", **evaluate(vertical, logged), samples_per_second=speed)]
+    vertical, logged, results = teach(stream, options, device)
     for teacher, bias in (("fresh", 0.0), (f"biased by {BIAS:+g}", BIAS)):
         for arm in ARMS:
-            if arm == "none" and bias:
-                continue
-            logits, speed = train_student(vertical, logged + bias, arm, options.seed, device)
-            figures = evaluate(vertical, logits)
-            results.append(report.Result(arm, teacher, **figures, samples_per_second=speed))
+            if not (bias and arm == "none"):
+                logits, speed = train_student(vertical, logged + bias, arm, options, device)
+                results.append(report.Result(arm, teacher, *evaluate(vertical, logits), speed))
     if dist.get_rank() == 0:
-        report.write(results, options.out, vertical=options.vertical, examples=len(vertical))
+        report.write(results, options)
     dist.destroy_process_group()
 
 
-def train_teacher(stream: data.Stream, seed: int, device: torch.device) -> tuple[Tensor, float]:
-    """One pass through all verticals; the logits before each update, and examples a second."""
-    torch.manual_seed(seed)
-    module = models.ranker(
-        data.RICH_SPARSE,
-        data.RICH_DENSE,
-        stream.cardinalities,
-        over_arch=(128, 64),
-        cross_layers=2,
-    )
-    model, optimizer = models.distribute(module, device)
-    pipeline = TrainPipelineSparseDist(model, optimizer, device)
-    feed = data.batches(
-        stream, data.RICH_SPARSE, data.RICH_DENSE, TEACHER_BATCH, **ranks()
-    )
-    return run("teacher", pipeline, feed, len(stream))
+def teach(
+    stream: data.Stream, options: argparse.Namespace, device: torch.device
+) -> tuple[data.Stream, Tensor, list[report.Result]]:
+    """One pass of the teacher; the students' vertical, what was logged for it, and its figures."""
+    torch.manual_seed(options.seed)
+    features = data.RICH_SPARSE, data.RICH_DENSE
+    module = models.ranker(*features, stream.cardinalities, **TEACHER)
+    model, optimizer = models.distribute(module, device, **TEACHER_RATES)
+    pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    feed = data.batches(stream, *features, BATCH, **ranks())
+    logits, speed = run("teacher", pipeline, feed, len(stream))
+    rows = stream.vertical == stream.verticals.index(options.vertical)
+    vertical, logged = stream.select(rows), logits[torch.from_numpy(rows)]
+    figures = report.Result("teacher", "fresh", *evaluate(vertical, logged), speed)
+    return vertical, logged, [figures]
 
 
 def train_student(
-    vertical: data.Stream, logged: Tensor, arm: str, seed: int, device: torch.device
+    vertical: data.Stream,
+    logged: Tensor,
+    arm: str,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> tuple[Tensor, float]:
     """One pass through the vertical; the logits before each update, and examples a second."""
-    torch.manual_seed(seed)
-    module: Any = models.ranker(
-        data.LEAN_SPARSE, data.LEAN_DENSE, vertical.cardinalities, over_arch=(64, 32), cross_layers=1
-    )
+    torch.manual_seed(options.seed)
+    features = data.LEAN_SPARSE, data.LEAN_DENSE
+    module: Any = models.ranker(*features, vertical.cardinalities, **STUDENT)
     if arm == "serving head":
-        module = models.ServingHeadDistillation(module, WEIGHT)
+        module = models.ServingHeadDistillation(module, TERM.weight)
     elif arm in TERMS:
         module = ExFMWrapper(module, tap=TAP, terms=TERMS[arm])
-    model, optimizer = models.distribute(module, device)
-    pipeline: TrainPipelineSparseDist[Any, Any]
+    model, optimizer = models.distribute(
+        module,
+        device,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+    )
+    pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, device)
     if arm in TERMS:
         adapter = StudentAdapter() if arm == "AH + SA" else None
         pipeline = TrainPipelineExFM(model, optimizer, device, adapter=adapter)
-    else:
-        pipeline = TrainPipelineSparseDist(model, optimizer, device)
-    feed = data.batches(vertical, data.LEAN_SPARSE, data.LEAN_DENSE, STUDENT_BATCH, **ranks())
-    if arm != "none":
-        feed = with_teacher(feed, logged)
-    return run(arm, pipeline, feed, len(vertical))
+    feed: Feed = data.batches(vertical, *features, options.batch_size, **ranks())
+    return run(arm, pipeline, feed if arm == "none" else with_teacher(feed, logged), len(vertical))
 
 
-def with_teacher(feed: Iterator[tuple[slice, Batch]], logged: Tensor) -> Iterator[tuple[slice, Any]]:
+def with_teacher(feed: Feed, logged: Tensor) -> Feed:
     """The batches with the logits that were logged for their examples; NaN: none was."""
     for rows, batch in feed:
         values = logged[rows]
         yield rows, ExFMBatch(batch, TeacherOutputs(values, presence=~values.isnan()))
 
 
-def run(
-    name: str,
-    pipeline: TrainPipelineSparseDist[Any, Any],
-    feed: Iterator[tuple[slice, Any]],
-    examples: int,
-) -> tuple[Tensor, float]:
+def run(name: str, pipeline: Pipeline, feed: Feed, examples: int) -> tuple[Tensor, float]:
     """Train through the feed; every example's logit before its update, NaN where there is none."""
     logits = torch.full((examples,), torch.nan)
     started = time.perf_counter()
@@ -149,9 +144,7 @@ def run(
     return torch.stack(parts).nanmean(0), speed
 
 
-def progress(
-    pipeline: TrainPipelineSparseDist[Any, Any], feed: Iterator[tuple[slice, Any]]
-) -> Iterator[tuple[slice, Any]]:
+def progress(pipeline: Pipeline, feed: Feed) -> Feed:
     """The pipeline's outputs, each with the rows of its batch (it loads some batches ahead)."""
     loaded: deque[slice] = deque()
 
@@ -169,7 +162,7 @@ def progress(
         yield loaded.popleft(), outputs
 
 
-def evaluate(stream: data.Stream, logits: Tensor) -> dict[str, float]:
+def evaluate(stream: data.Stream, logits: Tensor) -> tuple[float, float, float]:
     """NE, AUC and calibration of the examples scored in the second half of the year."""
     counted = torch.from_numpy(stream.week >= FIRST_WEEK) & ~logits.isnan()
     labels = torch.from_numpy(stream.label[counted.numpy()])
@@ -179,7 +172,7 @@ def evaluate(stream: data.Stream, logits: Tensor) -> dict[str, float]:
     )
     metrics.update((torch.tensor(0.0), logits[counted][part], labels[part]))
     figures = metrics.compute()
-    return {name: figures[f"{name}/label"] for name in ("ne", "auc", "calibration")}
+    return figures["ne/label"], figures["auc/label"], figures["calibration/label"]
 
 
 def ranks() -> dict[str, int]:
@@ -198,8 +191,11 @@ def set_up() -> torch.device:
         dist.init_process_group(backend)
     else:
         meeting_point = Path(tempfile.mkdtemp()) / "ranks"
-        dist.init_process_group(backend, init_method=f"file://{meeting_point}", rank=0, world_size=1)
+        dist.init_process_group(
+            backend, init_method=f"file://{meeting_point}", rank=0, world_size=1
+        )
     if not cuda:
+        torch.set_num_threads(1)  # for layers this small; more cores serve as more ranks
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -211,6 +207,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vertical", default="DRUG GM", help="department of the students")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="of a student, all ranks")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of a student")
+    parser.add_argument("--table-learning-rate", type=float, default=0.5, help="of a student")
     parser.add_argument("--cache", type=Path, help="folder of the built stream")
     parser.add_argument("--out", type=Path, default=Path("results/promo_response"))
     return parser.parse_args()

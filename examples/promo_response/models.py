@@ -16,12 +16,10 @@ from torchrec.models.dlrm import DLRM_DCN, DLRMTrain
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_exfm import ExFMBatch
 from torchrec_exfm.functional import soft_bce_with_logits
-
-RANK = 32
-LEARNING_RATE, TABLE_LEARNING_RATE = 3e-3, 0.05
 
 
 def tables(
@@ -47,9 +45,9 @@ def ranker(
     dense_names: Sequence[str],
     cardinalities: Mapping[str, int],
     *,
-    over_arch: Sequence[int],
+    width: int,
     cross_layers: int,
-    width: int = 16,
+    over_arch: Sequence[int],
 ) -> DLRMTrain:
     """A DLRM with deep cross interactions (DCN v2), in TorchRec's training wrapper."""
     return DLRMTrain(
@@ -59,20 +57,20 @@ def ranker(
             dense_arch_layer_sizes=[32, width],
             over_arch_layer_sizes=[*over_arch, 1],
             dcn_num_layers=cross_layers,
-            dcn_low_rank_dim=RANK,
+            dcn_low_rank_dim=32,
         )
     )
 
 
 def distribute(
-    module: nn.Module, device: torch.device
+    module: nn.Module, device: torch.device, *, learning_rate: float, table_learning_rate: float
 ) -> tuple[DistributedModelParallel, KeyedOptimizerWrapper]:
     """Shard the tables over the ranks with a fused optimizer, and give the dense part's own."""
     collections = [m for m in module.modules() if isinstance(m, EmbeddingBagCollection)]
     constraints = {}
     for collection in collections:
         apply_optimizer_in_backward(
-            torch.optim.Adagrad, collection.parameters(), {"lr": TABLE_LEARNING_RATE}
+            RowWiseAdagrad, collection.parameters(), {"lr": table_learning_rate}
         )
         for config in collection.embedding_bag_configs():
             constraints[config.name] = ParameterConstraints(sharding_types=["table_wise"])
@@ -88,7 +86,7 @@ def distribute(
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     optimizer = KeyedOptimizerWrapper(
-        dense, lambda parameters: torch.optim.Adam(parameters, lr=LEARNING_RATE)
+        dense, lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
     )
     return model, optimizer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,28 @@ class Result:
     samples_per_second: float
 
 
-def write(results: Sequence[Result], folder: Path, *, vertical: str, examples: int) -> None:
+def write(results: Sequence[Result], options: argparse.Namespace) -> None:
     """Print the table and write `results.json` and `results.png`."""
+    folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
     none = next(result for result in results if result.arm == "none")
-    print(f"\n{vertical}: {examples:,} examples, evaluated on weeks 27 to 53, scored before trained on")
+    print(f"\n{options.vertical}, weeks 27 to 53, each example scored before it was trained on:")
     print("\n".join(table(results, none)))
     record = {
-        "vertical": vertical,
-        "examples": examples,
+        "options": {
+            name: value for name, value in vars(options).items() if name not in ("cache", "out")
+        },
         "versions": {name: version(name) for name in ("torch", "torchrec", "torchrec-exfm")},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "ranks": dist.get_world_size(),
+        },
         "results": [asdict(result) | changes(result, none) for result in results],
     }
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(results, none, vertical, folder / "results.png")
+    draw(results, none, options.vertical, folder / "results.png")
     print(f"\nwritten: {folder / 'results.json'}, {folder / 'results.png'}")
 
 
