@@ -147,8 +147,9 @@ class HandTrain(nn.Module):
         self.score = HandScore(7, device)
 
     def forward(self, batch: HandBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        pooled = self.lookup(batch.ids).values()
-        hidden = self.norm(self.trunk(torch.cat([pooled, batch.numbers], dim=1)).tanh())
+        pooled = self.lookup(batch.ids)  # by name: sharding changes the order of the features
+        inputs = [*(pooled[f"f{i}"] for i in range(NUM_TABLES)), batch.numbers]
+        hidden = self.norm(self.trunk(torch.cat(inputs, dim=1)).tanh())
         logits = self.score(hidden=hidden)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, batch.clicked)
         return loss, (loss.detach(), logits.detach(), batch.clicked)

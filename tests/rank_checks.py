@@ -286,6 +286,7 @@ def _live(world_size: int) -> LiveTeacher:
 
     def logits(output: Any) -> Tensor:
         values: Tensor = output[1][1]
+        assert not torch.is_grad_enabled()
         return torch.stack([values, values / 2], dim=1)
 
     return LiveTeacher(_teacher_model(world_size), logits=logits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -122,8 +121,11 @@ class ExFMMetrics:
         """The metrics over all ranks; every rank must call it."""
         results: dict[str, float] = {}
         for module in self._modules:
-            for key, value in module.compute().items():
-                _add_result(results, key, value)
+            for key, value in module.compute().items():  # ne-TASK|lifetime_ne and others
+                namespace, _, metric = key.rpartition("|")
+                name, _, task = namespace.partition("-")
+                if metric == ("window_auc" if name == "auc" else f"lifetime_{name}"):
+                    results[f"{name}/{task}"] = float(value)
         return results | self._coverage()
 
     def _coverage(self) -> dict[str, float]:
@@ -182,12 +184,3 @@ def _metric_module(
         state_metrics_mapping={},
         device=device,
     )
-
-
-def _add_result(results: dict[str, float], key: str, value: Any) -> None:
-    """Keep TorchRec's ``ne-TASK|lifetime_ne`` as ``ne/TASK``: lifetime, but the AUC's window."""
-    namespace, _, metric = key.partition("|")
-    name, _, task = namespace.partition("-")
-    wanted = f"window_{name}" if name == "auc" else f"lifetime_{name}"
-    if metric == wanted:
-        results[f"{name}/{task}"] = float(value)

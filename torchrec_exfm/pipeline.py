@@ -79,7 +79,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         **kwargs: those of ``TrainPipelineSparseDist``.
 
     Raises:
-        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit.
+        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit; for
+            ``free_features_storage_early`` with a live teacher.
         TypeError: for a teacher of another kind.
 
     Warns:
@@ -100,7 +101,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, optimizer, device, **kwargs)
-        _check_teacher(teacher)
+        _check_teacher(teacher, kwargs)
         _check_adapter(find_wrapper(model), adapter)
         self._teacher = teacher
         self._labels = labels
@@ -169,7 +170,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         return count / self._group.size()
 
     def _pipeline_model(self, *args: Any, **kwargs: Any) -> None:
-        if not self._trace:
+        if not self._trace or not sharded_names(self._model):
             return
         try:
             super()._pipeline_model(*args, **kwargs)
@@ -194,11 +195,16 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             )
 
 
-def _check_teacher(teacher: object) -> None:
+def _check_teacher(teacher: object, options: dict[str, Any]) -> None:
     if isinstance(teacher, nn.Module) or not (teacher is None or callable(teacher)):
         raise TypeError(
             "teacher should be None, a function of the batch, or LiveTeacher(module); received "
             f"{type(teacher).__name__}"
+        )
+    if isinstance(teacher, LiveTeacher) and options.get("free_features_storage_early"):
+        raise ValueError(
+            "free_features_storage_early should be False with a LiveTeacher, which reads the "
+            "features after TorchRec would have freed them; received True"
         )
 
 

@@ -197,7 +197,8 @@ def _tapped_module(student: nn.Module, tap: str) -> nn.Module:
             f"tap should name a submodule of {type(student).__name__}; received {tap!r}; "
             f"candidates: {_candidates(student)}"
         )
-    return modules[tap]
+    tapped: nn.Module = modules[tap]
+    return tapped
 
 
 def _width(tapped: nn.Module, tap: str) -> int:

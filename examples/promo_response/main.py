@@ -55,6 +55,7 @@ TEACHER_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.3}
 TAP = "model.over_arch.model.1"  # the last layer: the heads share all of the network below it
 TERM = DistillationTerm(weight=1.0, beta=3.0)
 TERMS = {"AH": [TERM], "AH + SA": [TERM, replace(TERM, adapted=True)]}
+SERVING_HEAD_WEIGHT = TERM.weight * TERM.beta  # the same pull on the network below the heads
 ARMS = ("none", "serving head", *TERMS)
 
 Pipeline = TrainPipelineSparseDist[Any, Any]
@@ -106,7 +107,7 @@ def train_student(
     features = data.LEAN_SPARSE, data.LEAN_DENSE
     module: Any = models.ranker(*features, vertical.cardinalities, **STUDENT)
     if arm == "serving head":
-        module = models.ServingHeadDistillation(module, TERM.weight)
+        module = models.ServingHeadDistillation(module, SERVING_HEAD_WEIGHT)
     elif arm in TERMS:
         module = ExFMWrapper(module, tap=TAP, terms=TERMS[arm])
     model, optimizer = models.distribute(
