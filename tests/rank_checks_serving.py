@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import rank_models as rm
 import torch
 import torch.distributed.checkpoint as dcp
@@ -263,3 +264,11 @@ def check_evaluation_in_the_pipeline(rank: int, world_size: int) -> None:
     rm.assert_same(
         rm.snapshot(trainee.model.state_dict()), rm.snapshot(undisturbed.model.state_dict())
     )
+
+
+def check_sharded_student_is_refused(rank: int, world_size: int) -> None:
+    """A wrapper around tables that are sharded already."""
+    student = students()["dlrm"]
+    trainee = rm.sharded(student.factory(), world_size)
+    with pytest.raises(ValueError, match="before DistributedModelParallel"):
+        ExFMWrapper(trainee.model.module, tap=student.tap)

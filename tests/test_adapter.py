@@ -229,6 +229,9 @@ def test_wrong_labels_and_shapes_are_refused() -> None:
     flat, column = torch.ones(B), torch.ones(B, 1, dtype=torch.int64)
     losses = [adapter.loss(outputs, teacher, labels) for labels in (flat, column)]
     assert torch.equal(*losses)
+    one = make_teacher(1, 1)
+    with pytest.raises(ValueError, match=r"labels should be .*received \(\)"):
+        adapter.loss(adapter(one), one, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"\(B, 1, 1\) .*received \(12, 2, 1\)"):
         adapter(make_teacher(1, B, teachers=2))
     with pytest.raises(ValueError, match=r"tasks should be distinct names.*\['label', 'label'\]"):

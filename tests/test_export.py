@@ -128,6 +128,19 @@ def test_buffers_and_frozen_parameters_are_exported() -> None:
     assert torch.equal(logits(exported, quirky()), logits(wrapper, quirky()))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_outside_the_state_are_exported_as_they_are(device: str) -> None:
+    with torch.device(device):
+        module = Quirky()
+    wrapper = ExFMWrapper(module, tap="head")
+    if device == "meta":
+        wrapper.student.to_empty(device="cpu").load_state_dict(Quirky().state_dict())
+    wrapper.student.shift.fill_(-4.5)
+    exported = export_student(wrapper)
+    assert exported.shift.item() == -4.5
+    assert torch.equal(logits(exported, quirky()), logits(wrapper, quirky()))
+
+
 def test_a_shared_parameter_is_exported_as_one() -> None:
     wrapper = trained(quirky())
     exported = export_student(wrapper)

@@ -47,6 +47,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (serving.check_adapter_while_accumulating,),
     (serving.check_evaluation_between_steps,),
     (serving.check_evaluation_in_the_pipeline,),
+    (serving.check_sharded_student_is_refused,),
     (of_metrics.check_metrics,),
     (of_metrics.check_window_of_auc,),
     (of_metrics.check_metrics_of_one_task,),

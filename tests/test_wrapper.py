@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -185,3 +186,27 @@ def test_a_failed_step_leaves_nothing_behind() -> None:
     with pytest.raises(TypeError, match="should be given an ExFMBatch; received Batch: let"):
         wrapper(make_batch())
     assert torch.equal(wrapper(batch)[0], wrapped(student)(batch)[0])
+
+
+def test_a_student_that_runs_by_itself_leaves_no_graph_behind() -> None:
+    student = STUDENTS["dlrm"]
+    wrapper, batch = wrapped(student), supervised(student)
+    shared = tapped_input(wrapper.student, student.tap, batch.batch)
+    alive = weakref.ref(shared)
+    del shared
+    assert alive() is None
+    assert torch.equal(copy.deepcopy(wrapper)(batch)[0], wrapper(batch)[0])
+
+
+def test_mixed_precision_changes_little() -> None:
+    student = STUDENTS["dlrm"]
+    wrapper, batch = wrapped(student), supervised(student)
+    loss, _ = wrapper(batch)
+    exact = torch.autograd.grad(loss, list(wrapper.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = wrapper(batch)
+    assert loss.dtype == wrapper.last_losses.dtype == torch.float32
+    for grad, reference in zip(
+        torch.autograd.grad(loss, list(wrapper.parameters())), exact, strict=True
+    ):
+        assert (grad - reference).norm() < 0.05 * reference.norm()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrec_exfm._compat import sharded_names
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.heads import AuxiliaryHead, DistillationTerm, Task
 
@@ -46,7 +47,8 @@ class ExFMWrapper(nn.Module):
         in_features: D; None: that of the first ``nn.Linear`` in the tapped module.
 
     Raises:
-        ValueError: if ``tap`` is no submodule, or its width can't be told; for wrong terms.
+        ValueError: if ``tap`` is no submodule, or its width can't be told; for wrong terms; for
+            a student that is sharded already.
     """
 
     def __init__(
@@ -60,6 +62,11 @@ class ExFMWrapper(nn.Module):
         in_features: int | None = None,
     ) -> None:
         super().__init__()
+        if sharded_names(student):
+            raise ValueError(
+                f"the student should not be sharded yet; received {type(student).__name__} with "
+                f"the sharded {sharded_names(student)}: wrap it before DistributedModelParallel"
+            )
         tapped = _tapped_module(student, tap)
         width = _width(tapped, tap) if in_features is None else in_features
         with torch.random.fork_rng(devices=[]):  # the student's initialisation stays as it was
