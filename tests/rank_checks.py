@@ -372,6 +372,11 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     wrong = rm.pipeline_of(trainee, teacher=lambda batch: TeacherOutputs(batch.values[:, :1]))
     with pytest.raises(ValueError, match=r"should be of shape \(\d+, 2, 2\)"):
         rm.drained(wrong, _present(batches))
+    lost = rm.pipeline_of(
+        adapting, teacher=rm.logged, adapter=rm.two_task_adapter(), labels=lambda batch: batch.lost
+    )
+    with pytest.raises(ValueError, match=r"labels should .*lost.*pass labels="):
+        rm.drained(lost, batches)
 
 
 def check_freed_features_are_refused(rank: int, world_size: int) -> None:

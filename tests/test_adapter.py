@@ -229,10 +229,13 @@ def test_wrong_labels_and_shapes_are_refused() -> None:
     flat, column = torch.ones(B), torch.ones(B, 1, dtype=torch.int64)
     losses = [adapter.loss(outputs, teacher, labels) for labels in (flat, column)]
     assert torch.equal(*losses)
-    one = make_teacher(1, 1)
-    with pytest.raises(ValueError, match=r"labels should be .*received \(\)"):
-        adapter.loss(adapter(one), one, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"\(B, 1, 1\) .*received \(12, 2, 1\)"):
         adapter(make_teacher(1, B, teachers=2))
     with pytest.raises(ValueError, match=r"tasks should be distinct names.*\['label', 'label'\]"):
         StudentAdapter(tasks=(Task(), Task()))
+
+
+def test_a_label_without_a_dimension_is_refused_even_for_one_example() -> None:
+    adapter, teacher = make_adapter(teachers=1, tasks=(Task(),)), make_teacher(1, 1)
+    with pytest.raises(ValueError, match=r"labels should be .*\(1, 1\) or \(1,\); received \(\)"):
+        adapter.loss(adapter(teacher), teacher, torch.tensor(1.0))

@@ -96,7 +96,7 @@ class TeacherOutputs(Pipelineable):
         _check_tensor("teacher probabilities", probabilities, floating=True)
         outputs = cls(probabilities, presence, age_seconds)
         outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))
-        if not outside.is_cuda and bool(outside.any()):
+        if outside.device.type == "cpu" and bool(outside.any()):
             raise ValueError(
                 "teacher probabilities should be in [0, 1]; received "
                 f"{_describe(outputs.values, outside)}; pass logits to TeacherOutputs(...) instead"
@@ -263,7 +263,7 @@ def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
 
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return
     bad = presence & ~torch.isfinite(values)
     if bool(bad.any()):

@@ -145,11 +145,21 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                 self.adapter,
                 self.adapter_optimizer,
                 supervised.teacher,
-                self._labels(supervised.batch),
+                self._fresh_labels(supervised.batch),
                 count=supervised.count,
                 group=self._group,
             )
         return supervised
+
+    def _fresh_labels(self, batch: Any) -> Tensor:
+        try:
+            return self._labels(batch)
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                "labels should take the user's batch to its labels, for the student adapter; "
+                f"received a {type(batch).__name__} and {type(error).__name__}: {error}: pass "
+                "labels=..., a function of the batch, to TrainPipelineExFM"
+            ) from error
 
     def _with_outputs(self, batch: Any) -> ExFMBatch[Any]:
         if isinstance(batch, ExFMBatch):
