@@ -186,9 +186,9 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             super()._pipeline_model(*args, **kwargs)
         except Exception as error:
             raise RuntimeError(
-                f"the model can't be traced for the pipeline ({type(error).__name__}: {error}); "
-                "move what depends on tensors' values into a submodule without tables, or pass "
-                "trace=False to train with the embeddings not pipelined"
+                f"the model can't be pipelined ({type(error).__name__}: {error}); if its forward "
+                "can't be traced, move what depends on tensors' values into a submodule without "
+                "tables, or pass trace=False to train with the embeddings not pipelined"
             ) from error
         self._warn_if_not_pipelined()
 

@@ -94,7 +94,7 @@ def draw(results: Sequence[Result], none: Result, vertical: str, path: Path) -> 
 
     students = [result for result in results if result.arm != "teacher"]
     names = [
-        f"{result.arm}\n({result.teacher})" if result.arm != "none" else "none"
+        "\n".join([result.arm, *result.teacher.split(" ", 1)]) if result.arm != "none" else "none"
         for result in students
     ]
     colours = ["tab:red" if result.teacher != "fresh" else "tab:blue" for result in students]
