@@ -9,11 +9,13 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import torchrec_exfm
 
@@ -164,10 +166,16 @@ def python_blocks(text: str) -> list[str]:
 @pytest.mark.skipif(not README.is_file(), reason="README.md is not there")
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     text = README.read_text()
     blocks = python_blocks(text)
     assert blocks and len(blocks) == text.count("```python")
     namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
-        line = text[: text.index(block)].count("\n")
-        exec(compile("\n" * line + block, str(README), "exec"), namespace)
+    try:
+        for block in blocks:
+            line = text[: text.index(block)].count("\n")
+            exec(compile("\n" * line + block, str(README), "exec"), namespace)
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

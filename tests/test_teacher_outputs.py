@@ -165,3 +165,11 @@ def test_to_cuda_on_a_stream_of_its_own() -> None:
     moved.record_stream(torch.cuda.current_stream(device))
     for part, original in zip(parts(moved), parts(outputs), strict=True):
         assert part.device == device and torch.equal(part.cpu(), original)
+
+
+@pytest.mark.parametrize("age", [float("nan"), float("inf")])
+def test_an_age_that_is_not_finite_is_refused_where_there_is_an_output(age: float) -> None:
+    values, ages = torch.zeros(2), torch.tensor([1.0, age])
+    with pytest.raises(ValueError, match="age_seconds should be finite"):
+        TeacherOutputs(values, age_seconds=ages)
+    TeacherOutputs(values, torch.tensor([True, False]), ages)

@@ -91,6 +91,17 @@ def test_loss_is_the_students_plus_the_weighted_terms(student: Student) -> None:
 
 
 @every_student
+def test_the_student_is_given_the_users_own_batch(student: Student) -> None:
+    wrapper, batch = wrapped(student), supervised(student)
+    seen: list[Any] = []
+    wrapper.student.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    wrapper(batch)
+    wrapper.eval()(batch)
+    wrapper(batch.batch)
+    assert len(seen) == 3 and all(given is batch.batch for given in seen)
+
+
+@every_student
 def test_keys_are_the_students_under_a_prefix(student: Student) -> None:
     keys = list(wrapped(student).state_dict())
     own = [key.removeprefix("student.") for key in keys if key.startswith("student.")]
@@ -158,6 +169,7 @@ def test_wrapping_again_leaves_one_tap() -> None:
     first = ExFMWrapper(module, tap="model.dense_arch")
     second = ExFMWrapper(module, tap=student.tap, terms=[DistillationTerm(hidden=(6,))])
     hooks = [hook for m in module.modules() for hook in m._forward_pre_hooks.values()]
+    assert sum(len(m._forward_pre_hooks_with_kwargs) for m in module.modules()) == 1
     assert len(hooks) == 2 and users.id in module.get_submodule(student.tap)._forward_pre_hooks
     expected = wrapped(student)
     second.load_state_dict(expected.state_dict())

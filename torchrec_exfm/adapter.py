@@ -165,6 +165,6 @@ def _labels_like(outputs: Tensor, labels: Tensor | None) -> Tensor:
             f"labels should be a tensor of shape {expected}; received {type(labels).__name__}: "
             "the student adapter learns from fresh labels, tell the pipeline where they are"
         )
-    if labels.numel() != batch_size * num_tasks or labels.shape[0] != batch_size:
+    if labels.numel() != batch_size * num_tasks or labels.shape[:1] != (batch_size,):
         raise ValueError(f"labels should be of shape {expected}; received {tuple(labels.shape)}")
     return labels.float().reshape(batch_size, 1, num_tasks)

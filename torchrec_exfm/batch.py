@@ -67,6 +67,8 @@ class TeacherOutputs(Pipelineable):
         _check_finite(values, self.presence)
         self.values = torch.where(self.presence, values, 0.0)
         self.age_seconds = _age_like(values, age_seconds)
+        if self.age_seconds is not None:
+            _check_ages(self.age_seconds, self.presence.any(-1))
 
     @classmethod
     def from_probabilities(
@@ -270,6 +272,15 @@ def _check_finite(values: Tensor, presence: Tensor) -> None:
         raise ValueError(
             f"teacher outputs should be finite; received {_describe(values, bad)}; "
             "mark missing outputs in presence"
+        )
+
+
+def _check_ages(age_seconds: Tensor, presence: Tensor) -> None:
+    bad = presence & ~torch.isfinite(age_seconds)
+    if age_seconds.device.type == "cpu" and bool(bad.any()):
+        raise ValueError(
+            f"age_seconds should be finite where an output is present; received {int(bad.sum())} "
+            "that are not; pass None if the ages are not known"
         )
 
 

@@ -52,18 +52,26 @@ def export_student(model: nn.Module) -> nn.Module | None:
     if _rank() != 0:
         return None
     _materialise(bare)
+    _copy_buffers(find_wrapper(model).student, bare)
     bare.load_state_dict(state)
     return bare.eval()
 
 
+def _copy_buffers(student: nn.Module, bare: nn.Module) -> None:
+    """What the student holds beside its state now, which may not be what it held when wrapped."""
+    now = dict(student.named_buffers(remove_duplicate=False))
+    for prefix, module in bare.named_modules(remove_duplicate=False):
+        for key, buffer in module._buffers.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if buffer is not None and name in now:
+                module._buffers[key] = _gathered(now[name])
+
+
 def _materialise(module: nn.Module) -> None:
-    """Give what is on the meta device memory on the CPU; what is shared stays shared."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_meta:
-            memory = torch.empty_like(tensor, device="cpu")
-            if isinstance(tensor, nn.Parameter):
-                memory = nn.Parameter(memory, tensor.requires_grad)
-            torch.utils.swap_tensors(tensor, memory)
+    """Give the parameters memory on the CPU; what is shared stays shared."""
+    for parameter in module.parameters():
+        memory = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, memory)
 
 
 def _gathered(value: Any) -> Any:

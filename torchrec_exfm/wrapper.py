@@ -79,7 +79,7 @@ class ExFMWrapper(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         """See the class."""
-        self.exfm.tap.clear()
+        self.exfm.tap.open()
         outputs = self.student(batch.batch if isinstance(batch, ExFMBatch) else batch)
         if self.training:
             return self.exfm(outputs, batch)
@@ -126,14 +126,22 @@ class _Tap:
         self.candidates = candidates
         self._value: Any = None
         self._calls = 0
+        self._open = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._open:  # the student runs by itself, or once more in backward
+            return
         self._value = args[0] if args else next(iter(kwargs.values()), None)
         self._calls += 1
 
+    def open(self) -> None:
+        """Keep what comes, from now until the tap is cleared."""
+        self.clear()
+        self._open = True
+
     def clear(self) -> None:
-        self._value = None
-        self._calls = 0
+        """Forget, and close."""
+        self._value, self._calls, self._open = None, 0, False
 
     def take(self) -> Tensor:
         """The representation of this forward; clears the tap."""
