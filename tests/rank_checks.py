@@ -15,6 +15,7 @@ from rank_reference import ByHand
 from ranks import device
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
@@ -366,6 +367,9 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
         rm.pipeline_of(trainee, teacher=rm.logged, adapter=rm.two_task_adapter())
     with pytest.raises(ValueError, match=r"\(2, 2\); received \(1, 1\)"):
         rm.pipeline_of(adapting, teacher=rm.logged, adapter=StudentAdapter())
+    alone = torch.optim.SGD(rm.two_task_adapter().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="pass adapter"):
+        rm.pipeline_of(trainee, teacher=rm.logged, adapter_optimizer=alone)
     bare = rm.sharded(rm.two_task_student(), world_size)
     with pytest.raises(ValueError, match="should hold an ExFMWrapper"):
         rm.pipeline_of(bare, teacher=rm.logged)
@@ -419,3 +423,15 @@ def _present(batches: Iterable[rm.Columns]) -> list[rm.Columns]:
         rm.Columns(**(batch.columns | {"values": batch.values.nan_to_num(0.0)}))
         for batch in batches
     ]
+
+
+def check_ranks_without_ddp_are_told(rank: int, world_size: int) -> None:
+    """Sharded over two ranks, the dense part left to each."""
+    wrapper = rm.wrapped()
+    model = DistributedModelParallel(wrapper, device=device(), init_data_parallel=False)
+    optimizer = torch.optim.SGD(wrapper.auxiliary_head.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TrainPipelineExFM(model, optimizer, device(), teacher=rm.logged)
+    told = [str(warning.message) for warning in caught if "without Distrib" in str(warning.message)]
+    assert len(told) == (world_size > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,11 @@ import rank_checks_serving as serving
 from models import students
 from rank_models import SHARDINGS
 from ranks import Ranks
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+FREES_FEATURES = (  # since TorchRec 1.7
+    "free_features_storage_early" in inspect.signature(TrainPipelineSparseDist.__init__).parameters
+)
 CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", False),
     (checks.check_weight_zero_is_plain, "dlrm", True),
@@ -29,20 +34,25 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_changed_ids_are_told,),
     (checks.check_untraceable_is_told,),
     (checks.check_absent_teacher,),
+    (checks.check_ranks_without_ddp_are_told,),
     (checks.check_adapter_is_shared,),
     (checks.check_adapter_learns_from_labels_alone,),
     (checks.check_student_does_not_feel_the_adapters_loss,),
     (checks.check_live_teacher,),
     (checks.check_ways_of_bringing_outputs,),
     (checks.check_wrong_set_ups_are_refused,),
-    (checks.check_freed_features_are_refused,),
+    *([(checks.check_freed_features_are_refused,)] if FREES_FEATURES else []),
     *((serving.check_export, sharding) for sharding in SHARDINGS),
     *((serving.check_checkpoint, *pair) for pair in itertools.pairwise((*SHARDINGS, SHARDINGS[0]))),
     (serving.check_resumed_training,),
     *((serving.check_student, name) for name in students()),
     (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
     (serving.check_option_changes_nothing, "enqueue_batch_after_forward"),
-    (serving.check_option_changes_nothing, "free_features_storage_early"),
+    *(
+        [(serving.check_option_changes_nothing, "free_features_storage_early")]
+        if FREES_FEATURES
+        else []
+    ),
     (serving.check_gradient_accumulation,),
     (serving.check_adapter_while_accumulating,),
     (serving.check_evaluation_between_steps,),

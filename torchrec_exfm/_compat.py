@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,11 +26,22 @@ __all__ = [
 
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that DDP averages the dense gradients over; None if that is one rank or none."""
+    """The ranks that DDP averages the dense gradients over; None if that is one rank or none.
+
+    Warns:
+        RuntimeWarning: if there are several ranks and no DDP.
+    """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             group = module.process_group
             return group if group.size() > 1 else None
+    if sharded_names(model) and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            "the model is sharded over ranks without DistributedDataParallel: the means of the "
+            "teachers' losses and the student adapter are each rank's own, not those of all ranks",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return None
 
 

@@ -36,7 +36,9 @@ def export_student(model: nn.Module) -> nn.Module | None:
     """The user's own module for serving: their class, their keys, not a parameter more.
 
     A copy, unsharded, on the CPU and in evaluation mode; the model can train on. Under several
-    ranks every rank must call it: the tables are gathered.
+    ranks every rank must call it: the tables are gathered. Where a model of your own reads pooled
+    embeddings, let it read them by key: the order within ``KeyedTensor.values()`` depends on the
+    sharding plan.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.

@@ -28,7 +28,8 @@ class ExFMMetrics:
     """The student's metrics by ``torchrec.metrics``, and the coverage of the teachers.
 
     * ``ne/TASK``: normalized entropy, log-loss over the entropy of the base rate.
-    * ``auc/TASK``: over the last ``window_size`` examples.
+    * ``auc/TASK``: over the last ``window_size`` examples; of examples with equal predictions
+      TorchRec counts the order they came in.
     * ``calibration/TASK``: mean prediction over mean label; 1 is best.
     * ``mse/TASK``: for tasks of regression, instead of the three above.
     * ``coverage/TEACHER/TASK``: the share of examples for which the teacher's output was there.

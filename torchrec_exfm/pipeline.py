@@ -103,6 +103,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         super().__init__(model, optimizer, device, **kwargs)
         _check_teacher(teacher, kwargs)
         _check_adapter(find_wrapper(model), adapter)
+        if adapter is None and adapter_optimizer is not None:
+            raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
         self._teacher = teacher
         self._labels = labels
         self._trace = trace
