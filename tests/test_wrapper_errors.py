@@ -75,8 +75,8 @@ def test_a_width_that_cannot_be_told_is_asked_for() -> None:
 def test_a_tapped_module_that_does_not_run_once_is_refused(times: int) -> None:
     message = rf"'head' should run exactly once .* ran {times} times: tap another.*'trunk'"
     with pytest.raises(RuntimeError, match=message):
-        train(Tower(*[torch.ones(8, 4)] * times))
-    assert torch.isfinite(train(Tower(torch.ones(8, 4))))
+        train(Tower(*[torch.ones(8, 4, requires_grad=True)] * times))
+    assert torch.isfinite(train(Tower(torch.ones(8, 4, requires_grad=True))))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_tapped_input_that_is_no_matrix_is_refused(given: Any, received: str) 
 
 def test_a_wrong_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(B, 3\); received \(8, 4\): pass in_features"):
-        train(Tower(torch.ones(8, 4)), in_features=3)
+        train(Tower(torch.ones(8, 4, requires_grad=True)), in_features=3)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,14 @@ def test_a_wrong_width_is_refused() -> None:
 def test_a_student_of_another_contract_is_refused(outputs: Any, received: str) -> None:
     message = rf"should return \(loss, \(loss, logits, labels\)\).*DLRMTrain; received {received}"
     with pytest.raises(TypeError, match=message):
-        train(Tower(torch.ones(8, 4), loss=outputs))
+        train(Tower(torch.ones(8, 4, requires_grad=True), loss=outputs))
 
 
 def test_a_loss_of_one_element_is_taken() -> None:
     rest = (torch.ones(8),)
-    loss = train(Tower(torch.ones(8, 4), loss=(torch.ones(1, requires_grad=True), rest)))
+    loss = train(
+        Tower(torch.ones(8, 4, requires_grad=True), loss=(torch.ones(1, requires_grad=True), rest))
+    )
     assert loss.numel() == 1
     loss.sum().backward()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import masked_mean
-from torchrec_exfm.heads import Task, TaskLoss, check_names, mlp
+from torchrec_exfm.heads import Task, TaskLoss, check_tasks, constant, mlp
 
 __all__ = ["StudentAdapter", "adapter_step"]
 
@@ -25,10 +25,11 @@ class StudentAdapter(nn.Module):
 
     .. math:: y_{SA} = y_F + \\mathrm{MLP}(y_F), \\qquad L_{SA} = h(y_{SA}, y)
 
-    One perceptron a teacher. Its last layer starts at 0, so the adapter starts as the identity
-    and learns the correction. It is trained on fresh labels alone, through its own optimizer and
-    before the student's step (Algorithm 1, :func:`adapter_step`); a second distillation head
-    then learns from its outputs, through which no gradient comes back.
+    One perceptron a teacher, which also sees which of its outputs are there. Its last layer starts
+    at 0, so the adapter starts as the identity and learns the correction. It is trained on fresh
+    labels alone, through its own optimizer and before the student's step (Algorithm 1,
+    :func:`adapter_step`); a second distillation head then learns from its outputs, through which
+    no gradient comes back.
 
     Logits are kept within ±15 on their way in, predictions of a regression are taken as they are.
 
@@ -53,11 +54,11 @@ class StudentAdapter(nn.Module):
         hidden: Sequence[int] = (32,),
     ) -> None:
         super().__init__()
-        check_names("tasks", [task.name for task in tasks])
+        check_tasks(tasks)
         self.shape = (num_teachers, len(tasks))
         self.task_loss = TaskLoss(tasks)
         limits = [float("inf") if task.regression else LOGIT_LIMIT for task in tasks]
-        self.register_buffer("limits", torch.tensor(limits), persistent=False)
+        self.register_buffer("limits", constant(limits), persistent=False)
         self.mlps = nn.ModuleList(
             mlp(2 * len(tasks), hidden, len(tasks)) for _ in range(num_teachers)
         )
@@ -166,5 +167,8 @@ def _labels_like(outputs: Tensor, labels: Tensor | None) -> Tensor:
             "the student adapter learns from fresh labels, tell the pipeline where they are"
         )
     if labels.numel() != batch_size * num_tasks or labels.shape[:1] != (batch_size,):
-        raise ValueError(f"labels should be of shape {expected}; received {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels should be of shape {expected}; received {tuple(labels.shape)}, with "
+            f"{batch_size} teacher outputs"
+        )
     return labels.float().reshape(batch_size, 1, num_tasks)

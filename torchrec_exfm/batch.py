@@ -62,7 +62,8 @@ class TeacherOutputs(Pipelineable):
             )
         shape = values.shape
         values = values.detach().float()
-        values = values if values.dim() == 3 else values.reshape(shape[0], 1, -1)
+        if values.dim() < 3:
+            values = values.reshape(shape[0], 1, *(shape[1:] or (1,)))
         self.presence = _presence_like(values, shape, presence)
         _check_finite(values, self.presence)
         self.values = torch.where(self.presence, values, 0.0)
@@ -85,7 +86,7 @@ class TeacherOutputs(Pipelineable):
             probabilities: of the shapes of ``values``.
             presence: as for the class.
             age_seconds: as for the class.
-            eps: ε, what keeps the logits of 0 and 1 finite (±13.8 for the default).
+            eps: ε, in [1e-7, 0.5): keeps the logits of 0 and 1 finite (±13.8 for the default).
 
         Raises:
             TypeError: as for the class.
@@ -95,6 +96,8 @@ class TeacherOutputs(Pipelineable):
             >>> TeacherOutputs.from_probabilities(torch.tensor([0.5])).values.item()
             0.0
         """
+        if not 1e-7 <= eps < 0.5:
+            raise ValueError(f"eps should be in [1e-7, 0.5); received {eps}")
         _check_tensor("teacher probabilities", probabilities, floating=True)
         outputs = cls(probabilities, presence, age_seconds)
         outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))

@@ -35,7 +35,8 @@ def student_state_dict(model: nn.Module) -> dict[str, Any]:
 def export_student(model: nn.Module) -> nn.Module | None:
     """The user's own module for serving: their class, their keys, not a parameter more.
 
-    A copy, unsharded, on the CPU and in evaluation mode; the model can train on. Under several
+    A copy, unsharded, on the CPU, in evaluation mode; structure, plain attributes and dtypes are
+    those it had when it was wrapped. The model can train on. Under several
     ranks every rank must call it: the tables are gathered. Where a model of your own reads pooled
     embeddings, let it read them by key: the order within ``KeyedTensor.values()`` depends on the
     sharding plan.
@@ -48,8 +49,15 @@ def export_student(model: nn.Module) -> nn.Module | None:
 
     Raises:
         ValueError: if there is no ExFMWrapper.
+        TypeError: if the student could not be copied when it was wrapped.
     """
     bare = copy.deepcopy(find_wrapper(model).bare_student[0])
+    if isinstance(bare, Exception):
+        raise TypeError(
+            "the student should be one that copy.deepcopy can copy before its first step; when "
+            f"it was wrapped that raised {type(bare).__name__}: {bare}; load "
+            "student_state_dict(model) into a student of your own instead"
+        ) from bare
     state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
     if _rank() != 0:
         return None

@@ -57,6 +57,7 @@ class DistillationTerm:
 
     Raises:
         ValueError: if α is not positive, if β or w is negative, or one is not finite.
+        TypeError: if ``hidden`` or ``tasks`` is no tuple.
     """
 
     teacher: str = "teacher"
@@ -73,6 +74,11 @@ class DistillationTerm:
                 raise ValueError(f"{name} should be a finite number >= 0; received {value}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+        for name, names in (("hidden", self.hidden), ("tasks", self.tasks)):
+            if names is not None and not isinstance(names, (tuple, list)):
+                raise TypeError(f"{name} should be a tuple; received {names!r}")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden should be widths of at least 1; received {self.hidden}")
 
     @property
     def name(self) -> str:
@@ -89,7 +95,7 @@ class TaskLoss(nn.Module):
         super().__init__()
         flags = [task.regression for task in tasks]
         self._all_regression = all(flags)
-        mixed = torch.tensor(flags) if any(flags) and not all(flags) else None
+        mixed = constant(flags) if any(flags) and not all(flags) else None
         self.register_buffer("regression", mixed, persistent=False)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -162,6 +168,7 @@ class AuxiliaryHead(nn.Module):
 
     Raises:
         ValueError: for no terms, or a term with an unknown teacher or task.
+        TypeError: for terms or tasks of another kind.
 
     Example:
         >>> ah = AuxiliaryHead(8, terms=[DistillationTerm(weight=2.0)])
@@ -177,9 +184,10 @@ class AuxiliaryHead(nn.Module):
         tasks: Sequence[Task] = (Task(),),
     ) -> None:
         super().__init__()
+        check_kinds("terms", terms, DistillationTerm)
         if not terms:
             raise ValueError("terms should hold at least one DistillationTerm; received none")
-        self.tasks = check_names("tasks", [task.name for task in tasks])
+        self.tasks = check_tasks(tasks)
         self.teachers = check_names("teachers", teachers)
         self.terms = tuple(terms)
         self.heads = nn.ModuleList(
@@ -246,7 +254,7 @@ class _TermHead(nn.Module):
             )
         columns = [names.index(name) for name in covered]
         every = columns == list(range(len(names)))
-        self.register_buffer("columns", None if every else torch.tensor(columns), persistent=False)
+        self.register_buffer("columns", None if every else constant(columns), persistent=False)
         self.term = term
         self.teacher_index = teacher_index
         self.loss = TaskLoss([tasks[column] for column in columns])
@@ -261,7 +269,9 @@ class _TermHead(nn.Module):
         present = self._pick(teacher.presence[:, self.teacher_index])
         targets = self.loss.soft_labels(self._pick(values[:, self.teacher_index]), self.term.alpha)
         denominators = None if count is None else self._pick(count[self.teacher_index])
-        losses = self.loss(self.head(shared), targets)
+        outputs = self.head(shared)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        losses = self.loss(outputs, targets.to(outputs.dtype))
         mean: Tensor = masked_mean(losses, present, denominators).mean()
         return mean
 
@@ -282,6 +292,11 @@ class _TermHead(nn.Module):
         return values if self.columns is None else values.index_select(-1, self.columns)
 
 
+def constant(values: Sequence[float]) -> Tensor:
+    """A tensor with its values, on the CPU even where modules are being made on meta."""
+    return torch.tensor(values, device="cpu")
+
+
 def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
     """Linear layers with a ReLU between each two."""
     widths = [in_features, *hidden, out_features]
@@ -289,6 +304,18 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def check_kinds(what: str, values: Sequence[object], kind: type) -> None:
+    """A TypeError unless it is a sequence of that kind."""
+    if not isinstance(values, (tuple, list)) or any(not isinstance(v, kind) for v in values):
+        raise TypeError(f"{what} should be a sequence of {kind.__name__}; received {values!r}")
+
+
+def check_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """The tasks' names; an error unless they are tasks, at least one, of distinct names."""
+    check_kinds("tasks", tasks, Task)
+    return check_names("tasks", [task.name for task in tasks])
 
 
 def check_names(what: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torchrec.metrics.metrics_config import (
 )
 
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.heads import Task, check_names
+from torchrec_exfm.heads import Task, check_names, check_tasks
 
 __all__ = ["ExFMMetrics"]
 
@@ -59,7 +59,7 @@ class ExFMMetrics:
         teachers: Sequence[str] = ("teacher",),
         window_size: int = 1_000_000,
     ) -> None:
-        check_names("tasks", [task.name for task in tasks])
+        check_tasks(tasks)
         self._tasks = tuple(tasks)
         self._teachers = check_names("teachers", teachers)
         # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task
@@ -84,6 +84,11 @@ class ExFMMetrics:
         """
         _, logits, labels = output
         logits, labels = (self._columns(values) for values in (logits, labels))
+        if logits.shape != labels.shape:
+            raise ValueError(
+                f"logits and labels should be of one shape; received {tuple(logits.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
         columns: dict[str, Tensor] = {}
         for t, task in enumerate(self._tasks):
             values = logits[:, t].detach().float()

@@ -102,6 +102,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
     ) -> None:
         super().__init__(model, optimizer, device, **kwargs)
         _check_teacher(teacher, kwargs)
+        if isinstance(teacher, LiveTeacher) and any(m is teacher.model for m in model.modules()):
+            raise ValueError("the live teacher should be another model; received the student's own")
         _check_adapter(find_wrapper(model), adapter)
         if adapter is None and adapter_optimizer is not None:
             raise ValueError("adapter_optimizer should come with its adapter: pass adapter")

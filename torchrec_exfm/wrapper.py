@@ -6,6 +6,8 @@ Shapes: B examples, D width of the shared representation, M teachers, T tasks, K
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +28,8 @@ class ExFMWrapper(nn.Module):
 
     The student's forward runs once, as it is; a hook reads the input of one of its submodules
     (the *tap*), the representation that serving head and distillation heads share. The student
-    keeps its class, its names and its outputs; it is neither edited nor copied. (arXiv
-    2502.17494, eq. 3-5.)
+    keeps its class, its names and its outputs. A tapped module that begins with an operation in
+    place changes what the heads see as well. (arXiv 2502.17494, eq. 3-5.)
 
     Put the wrapper where the training module was: before ``apply_optimizer_in_backward``, the
     sharding plan and ``DistributedModelParallel``, whose names gain the prefix ``student.``.
@@ -71,10 +73,13 @@ class ExFMWrapper(nn.Module):
         width = _width(tapped, tap) if in_features is None else in_features
         with torch.random.fork_rng(devices=[]):  # the student's initialisation stays as it was
             heads = AuxiliaryHead(width, terms=terms, teachers=teachers, tasks=tasks)
+        weight = next(tapped.parameters(), None)
+        if weight is not None and not weight.is_meta:
+            heads.to(device=weight.device, dtype=weight.dtype)
         _remove_taps(student)
         self.bare_student = (_without_weights(student),)  # a tuple: no submodule, no state
         self.student = student
-        self.exfm = _Supervision(heads, _Tap(tap, width, _candidates(student)))
+        self.exfm = _Supervision(heads, _Tap(tap, tapped, width, _candidates(student)))
         tapped.register_forward_pre_hook(self.exfm.tap, with_kwargs=True)
 
     def forward(self, batch: Any) -> Any:
@@ -120,8 +125,9 @@ def find_wrapper(model: nn.Module) -> ExFMWrapper:
 class _Tap:
     """A forward pre-hook that keeps the first argument of the tapped module."""
 
-    def __init__(self, name: str, width: int, candidates: list[str]) -> None:
+    def __init__(self, name: str, tapped: nn.Module, width: int, candidates: list[str]) -> None:
         self.name = name
+        self.argument = next(iter(inspect.signature(tapped.forward).parameters), "")
         self.width = width
         self.candidates = candidates
         self._value: Any = None
@@ -131,7 +137,8 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._open:  # the student runs by itself, or once more in backward
             return
-        self._value = args[0] if args else next(iter(kwargs.values()), None)
+        only = next(iter(kwargs.values())) if len(kwargs) == 1 else None
+        self._value = args[0] if args else kwargs.get(self.argument, only)
         self._calls += 1
 
     def open(self) -> None:
@@ -158,6 +165,14 @@ class _Tap:
                 f"the first argument of the tapped module {self.name!r} should be a tensor of "
                 f"shape (B, {self.width}); received {shape}: pass in_features, or tap another "
                 f"module, such as {self.candidates}"
+            )
+        if torch.is_grad_enabled() and not value.requires_grad:
+            warnings.warn(
+                f"the input of the tapped module {self.name!r} carries no gradient, so nothing of "
+                "the teacher reaches the network below it; with activation checkpointing around "
+                "the tap use use_reentrant=False",
+                RuntimeWarning,
+                stacklevel=2,
             )
         return value
 
@@ -239,13 +254,16 @@ def _candidates(student: nn.Module) -> list[str]:
     ]
 
 
-def _without_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters are on the meta device."""
+def _without_weights(module: nn.Module) -> nn.Module | Exception:
+    """A copy of a module whose parameters are on the meta device, or why there can be none."""
     weights = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for parameter in module.parameters()
     }
-    bare: nn.Module = copy.deepcopy(module, weights)
+    try:
+        bare: nn.Module = copy.deepcopy(module, weights)
+    except Exception as error:  # whatever the user's attributes raise; told at export
+        return error
     return bare
 
 
