@@ -107,7 +107,7 @@ def train_student(
     features = data.LEAN_SPARSE, data.LEAN_DENSE
     module: Any = models.ranker(*features, vertical.cardinalities, **STUDENT)
     if arm == "serving head":
-        module = models.ServingHeadDistillation(module, SERVING_HEAD_WEIGHT)
+        module = models.ServingHeadDistillation(module, options.serving_head_weight)
     elif arm in TERMS:
         module = ExFMWrapper(module, tap=TAP, terms=TERMS[arm])
     model, optimizer = models.distribute(
@@ -211,6 +211,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=BATCH, help="of a student, all ranks")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="of a student")
     parser.add_argument("--table-learning-rate", type=float, default=0.5, help="of a student")
+    parser.add_argument("--serving-head-weight", type=float, default=SERVING_HEAD_WEIGHT)
     parser.add_argument("--cache", type=Path, help="folder of the built stream")
     parser.add_argument("--out", type=Path, default=Path("results/promo_response"))
     return parser.parse_args()
