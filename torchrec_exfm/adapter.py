@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.functional import masked_mean
 from torchrec_exfm.heads import Task, TaskLoss, check_tasks, constant, mlp
 
@@ -72,11 +72,7 @@ class StudentAdapter(nn.Module):
         Raises:
             ValueError: if the outputs' shape does not fit M and T.
         """
-        if teacher.values.shape[1:] != self.shape:
-            raise ValueError(
-                f"teacher outputs should be of shape (B, {self.shape[0]}, {self.shape[1]}) "
-                f"(examples, teachers, tasks); received {tuple(teacher.values.shape)}"
-            )
+        check_outputs_shape(teacher, self.shape)
         values = torch.clamp(teacher.values, -self.limits, self.limits)
         inputs = torch.cat([values, teacher.presence.float()], dim=-1)
         corrections = [perceptron(inputs[:, m]) for m, perceptron in enumerate(self.mlps)]

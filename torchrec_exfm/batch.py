@@ -229,6 +229,15 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         return copied
 
 
+def check_outputs_shape(teacher: TeacherOutputs, shape: tuple[int, int]) -> None:
+    """A ValueError unless the outputs are of (M, T) teachers and tasks."""
+    if teacher.values.shape[1:] != shape:
+        raise ValueError(
+            f"teacher outputs should be of shape (B, {shape[0]}, {shape[1]}) (examples, teachers, "
+            f"tasks); received {tuple(teacher.values.shape)}"
+        )
+
+
 def _check_tensor(what: str, value: object, *, floating: bool) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} should be a torch.Tensor; received {type(value).__name__}")

@@ -36,10 +36,9 @@ def export_student(model: nn.Module) -> nn.Module | None:
     """The user's own module for serving: their class, their keys, not a parameter more.
 
     A copy, unsharded, on the CPU, in evaluation mode; structure, plain attributes and dtypes are
-    those it had when it was wrapped. The model can train on. Under several
-    ranks every rank must call it: the tables are gathered. Where a model of your own reads pooled
-    embeddings, let it read them by key: the order within ``KeyedTensor.values()`` depends on the
-    sharding plan.
+    those it had when it was wrapped. The model can train on. Under several ranks every rank must
+    call it: the tables are gathered. Where a model of your own reads pooled embeddings, let it
+    read them by key: the order within ``KeyedTensor.values()`` depends on the sharding plan.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.
@@ -51,7 +50,8 @@ def export_student(model: nn.Module) -> nn.Module | None:
         ValueError: if there is no ExFMWrapper.
         TypeError: if the student could not be copied when it was wrapped.
     """
-    bare = copy.deepcopy(find_wrapper(model).bare_student[0])
+    wrapper = find_wrapper(model)
+    bare = copy.deepcopy(wrapper.bare_student[0])
     if isinstance(bare, Exception):
         raise TypeError(
             "the student should be one that copy.deepcopy can copy before its first step; when "
@@ -62,7 +62,7 @@ def export_student(model: nn.Module) -> nn.Module | None:
     if _rank() != 0:
         return None
     _materialise(bare)
-    _copy_buffers(find_wrapper(model).student, bare)
+    _copy_buffers(wrapper.student, bare)
     bare.load_state_dict(state)
     return bare.eval()
 

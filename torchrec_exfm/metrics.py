@@ -15,7 +15,7 @@ from torchrec.metrics.metrics_config import (
     RecTaskInfo,
 )
 
-from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import Task, check_names, check_tasks
 
 __all__ = ["ExFMMetrics"]
@@ -109,13 +109,8 @@ class ExFMMetrics:
         return values.reshape(-1, len(self._tasks))
 
     def _update_coverage(self, teacher: TeacherOutputs) -> None:
+        check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
         present = teacher.presence
-        expected = (len(self._teachers), len(self._tasks))
-        if present.shape[1:] != expected:
-            raise ValueError(
-                f"teacher outputs should be of shape (B, {expected[0]}, {expected[1]}) (examples, "
-                f"teachers, tasks); received {tuple(present.shape)}"
-            )
         self._sums[:, 0] += present.shape[0]
         self._sums[:, 3:] += present.sum(0)
         if teacher.age_seconds is not None:

@@ -101,12 +101,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, optimizer, device, **kwargs)
-        _check_teacher(teacher, kwargs)
-        if isinstance(teacher, LiveTeacher) and any(m is teacher.model for m in model.modules()):
-            raise ValueError("the live teacher should be another model; received the student's own")
-        _check_adapter(find_wrapper(model), adapter)
-        if adapter is None and adapter_optimizer is not None:
-            raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
+        _check_teacher(teacher, model, kwargs)
+        _check_adapter(find_wrapper(model), adapter, adapter_optimizer)
         self._teacher = teacher
         self._labels = labels
         self._trace = trace
@@ -209,20 +205,30 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             )
 
 
-def _check_teacher(teacher: object, options: dict[str, Any]) -> None:
+def _check_teacher(teacher: object, model: nn.Module, options: dict[str, Any]) -> None:
     if isinstance(teacher, nn.Module) or not (teacher is None or callable(teacher)):
         raise TypeError(
             "teacher should be None, a function of the batch, or LiveTeacher(module); received "
             f"{type(teacher).__name__}"
         )
-    if isinstance(teacher, LiveTeacher) and options.get("free_features_storage_early"):
+    if not isinstance(teacher, LiveTeacher):
+        return
+    if any(module is teacher.model for module in model.modules()):
+        raise ValueError("the live teacher should be another model; received the student's own")
+    if options.get("free_features_storage_early"):
         raise ValueError(
             "free_features_storage_early should be False with a LiveTeacher, which reads the "
             "features after TorchRec would have freed them; received True"
         )
 
 
-def _check_adapter(wrapper: ExFMWrapper, adapter: StudentAdapter | None) -> None:
+def _check_adapter(
+    wrapper: ExFMWrapper,
+    adapter: StudentAdapter | None,
+    adapter_optimizer: torch.optim.Optimizer | None,
+) -> None:
+    if adapter is None and adapter_optimizer is not None:
+        raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
     head = wrapper.auxiliary_head
     adapted = [term.name for term in head.terms if term.adapted]
     if adapted and adapter is None:
