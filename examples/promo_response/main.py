@@ -69,7 +69,8 @@ def main() -> None:
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
     if options.vertical not in stream.verticals:
         raise SystemExit(
-            f"--vertical should be one of {', '.join(stream.verticals)}; received {options.vertical}"
+            f"--vertical should be one of {', '.join(stream.verticals)}; "
+            f"received {options.vertical}"
         )
     vertical, logged, results = teach(stream, options, device)
     for teacher, bias in (("fresh", 0.0), (f"biased by {BIAS:+g}", BIAS)):
