@@ -63,10 +63,10 @@ install:
 	fi
 ifeq ($(FBGEMM),cuda)
 	@if $(PIP) freeze 2>/dev/null | grep -q '^torch==.*+cpu'; then $(PIP) uninstall -q -y torch; fi
-	$(PIP_INSTALL) -e '.[cuda,dev,examples]'
+	$(PIP_INSTALL) -e '.[cuda,das,dev,examples]'
 else
 	@$(PIP) uninstall -q -y torchrec 2>/dev/null
-	$(PIP_INSTALL) -e '.[cpu,dev,examples]'
+	$(PIP_INSTALL) -e '.[cpu,das,dev,examples]'
 	$(PIP_INSTALL) --no-deps $(TORCHREC)
 endif
 	@$(GUARD) || { echo 'To choose the FBGEMM yourself: make FBGEMM=cpu test, or FBGEMM=cuda'; false; }

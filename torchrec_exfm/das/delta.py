@@ -1,0 +1,278 @@
+"""What Delta Lake leaves to its users: to commit once, and to say which file is damaged."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
+
+__all__ = ["DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
+
+_ATTEMPTS = 20
+
+
+class StoreError(RuntimeError):
+    """Something in a store is damaged, missing, foreign or can't be written; the text names it."""
+
+
+class MissingFileError(StoreError):
+    """A file of the store is not there (any more)."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file of a table: path within it, bytes, rows, and its values of the partition."""
+
+    path: str
+    size_bytes: int
+    rows: int
+    partition: tuple[Any, ...]
+
+
+class Table:
+    """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest.
+
+    Raises:
+        StoreError: if there is none, or none that can be read.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
+        self.url = url
+        self._options = dict(storage_options or {})
+        self._table = self._load()
+        self._listed: tuple[int, list[DataFile]] | None = None
+
+    @staticmethod
+    def create(
+        url: str,
+        schema: pa.Schema,
+        partition: Sequence[str],
+        description: str,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make an empty table; one that is there is left as it is."""
+        try:
+            DeltaTable.create(
+                url,
+                schema,
+                mode="ignore",
+                partition_by=list(partition),
+                description=description,
+                storage_options=dict(storage_options or {}),
+            )
+        except CommitFailedError:  # another process was first
+            return
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"{url}: can't be made ({_first_line(error)})") from error
+
+    @property
+    def version(self) -> int:
+        """Number of the commit that is read."""
+        return self._table.version()
+
+    @property
+    def description(self) -> str | None:
+        """The table's description."""
+        return self._table.metadata().description
+
+    @property
+    def delta(self) -> DeltaTable:
+        """The table of the deltalake library."""
+        return self._table
+
+    def refresh(self, version: int | None = None) -> None:
+        """Go to the newest version, or to ``version``."""
+        try:
+            if version is None:
+                self._table.update_incremental()
+            elif version != self.version:
+                self._table.load_as_version(version)
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"{self.url}: its log can't be read ({_first_line(error)})") from error
+
+    def append(
+        self,
+        data: pa.Table,
+        transaction: tuple[str, int],
+        *,
+        properties: WriterProperties,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Commit rows, all or none, once for all calls with the same transaction.
+
+        Args:
+            data: rows with the table's columns.
+            transaction: name and number; there may be a commit for each number, rising.
+            properties: of the files.
+            metadata: kept in the log beside the commit.
+
+        Returns:
+            Whether the rows were committed by this call; False: they were there.
+
+        Raises:
+            StoreError: if they can't be written; then none of them is there.
+        """
+        name, number = transaction
+        properties_of_commit = CommitProperties(
+            custom_metadata=dict(metadata or {}), app_transactions=[Transaction(name, number)]
+        )
+        for attempt in range(_ATTEMPTS):
+            table = self._load()
+            committed = table.transaction_version(name)
+            if committed is not None and committed >= number:
+                return False
+            try:
+                write_deltalake(
+                    table,
+                    data,
+                    mode="append",
+                    writer_properties=properties,
+                    commit_properties=properties_of_commit,
+                )
+                return True
+            except CommitFailedError as error:  # another writer was first: look again
+                if attempt == _ATTEMPTS - 1:
+                    raise self._not_written(error) from error
+            except (DeltaError, OSError, pa.ArrowException) as error:
+                raise self._not_written(error) from error
+        raise AssertionError("unreachable")
+
+    def files(self) -> list[DataFile]:
+        """The data files of this version.
+
+        Raises:
+            StoreError: if the path of one leaves the table's folder.
+        """
+        if self._listed is None or self._listed[0] != self.version:
+            self._listed = (self.version, self._list())
+        return self._listed[1]
+
+    def read(self, file: DataFile, columns: pa.Schema) -> pa.Table:
+        """The rows of a data file.
+
+        Raises:
+            MissingFileError: if it is not there.
+            StoreError: if it is cut short or is not a file of this table.
+        """
+        self._check_inside(file.path)
+        where = f"{self.url}/{file.path}"
+        try:
+            with self._filesystem().open_input_file(file.path) as source:
+                size = source.size()
+                if size != file.size_bytes:
+                    raise StoreError(
+                        f"{where}: is of {size} bytes and the table's log says {file.size_bytes}: "
+                        "it was cut short or replaced; restore it, or write its rows anew"
+                    )
+                rows = pq.ParquetFile(source).read(columns=columns.names, use_threads=False)
+            if rows.schema.names != columns.names:
+                absent = [name for name in columns.names if name not in rows.schema.names]
+                raise StoreError(f"{where}: lacks the columns {absent}: it is not of this table")
+            rows = rows.cast(columns)
+        except FileNotFoundError as error:
+            raise MissingFileError(
+                f"{where}: is missing, and the table's log has it; restore it, or write its rows "
+                "anew"
+            ) from error
+        except (OSError, pa.ArrowException, DeltaError) as error:
+            raise StoreError(f"{where}: can't be read ({_first_line(error)})") from error
+        if any(rows[field.name].null_count for field in columns if not field.nullable):
+            raise StoreError(f"{where}: holds nulls where none may be: it is not of this table")
+        return rows
+
+    def _load(self) -> DeltaTable:
+        try:
+            table = DeltaTable(self.url, storage_options=self._options)
+        except TableNotFoundError as error:
+            raise StoreError(f"{self.url}: there is no store; make one first") from error
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"{self.url}: can't be opened ({_first_line(error)})") from error
+        protocol = table.protocol()
+        if protocol.min_reader_version > 1:
+            raise StoreError(
+                f"{self.url}: needs version {protocol.min_reader_version} of the Delta reader "
+                f"protocol ({protocol.reader_features}), and this package reads version 1: rewrite "
+                "it without column mapping and deletion vectors"
+            )
+        return table
+
+    def _list(self) -> list[DataFile]:
+        actions = pa.table(self._table.get_add_actions(flatten=True)).to_pydict()
+        partition = self._table.metadata().partition_columns
+        columns = [
+            "path",
+            "size_bytes",
+            "num_records",
+            *(f"partition.{name}" for name in partition),
+        ]
+        files = [
+            DataFile(path, size_bytes, rows, tuple(values))
+            for path, size_bytes, rows, *values in zip(*(actions[c] for c in columns), strict=True)
+        ]
+        for file in files:
+            if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", file.path) or ".." in file.path.split("/"):
+                raise self._leaves(file.path)
+        return files
+
+    def _check_inside(self, path: str) -> None:
+        """Refuse a link that leads out of a local table."""
+        if "://" not in self.url:
+            root = os.path.realpath(self.url)
+            if not os.path.realpath(os.path.join(root, path)).startswith(root + os.sep):
+                raise self._leaves(path)
+
+    def _leaves(self, path: str) -> StoreError:
+        return StoreError(
+            f"{self.url}: the file {path!r} is refused: it is not in the table's folder"
+        )
+
+    def _filesystem(self) -> pa_fs.FileSystem:
+        return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
+
+    def _not_written(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.url}: can't be written to, and nothing of this shard was "
+            f"({_first_line(error)}); mend the cause and write it again"
+        )
+
+
+def normal_url(url: str | Path) -> str:
+    """A local folder as its absolute path, ``file://`` URLs too; other URLs as they are.
+
+    Raises:
+        TypeError: for no string or path.
+        ValueError: for an empty one, or a URL with credentials or with ``..`` in it.
+    """
+    if not isinstance(url, (str, Path)):
+        raise TypeError(
+            f"a store's url should be a string or a Path; received {type(url).__name__}"
+        )
+    text = str(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        if not text:
+            raise ValueError("a store's url should be a folder or a URL; received ''")
+        return str(Path(text).expanduser().absolute())
+    place = text.split("://", 1)[1]
+    if "@" in place.split("/")[0] or "?" in place or ".." in place.split("/"):
+        raise ValueError(
+            "a store's url should be SCHEME://BUCKET/PATH, without credentials, query and '..': "
+            "credentials go into storage_options or the environment"
+        )
+    return text.rstrip("/")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()
