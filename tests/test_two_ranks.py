@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import rank_checks as checks
+import rank_checks_das as das
 import rank_checks_metrics as of_metrics
 import rank_checks_serving as serving
+import rank_checks_store as of_store
 from models import students
 from rank_models import SHARDINGS
 from ranks import Ranks
@@ -58,6 +60,16 @@ CHECKS: list[tuple[Any, ...]] = [
     (serving.check_evaluation_between_steps,),
     (serving.check_evaluation_in_the_pipeline,),
     (serving.check_sharded_student_is_refused,),
+    *((das.check_checkpoint_across_ranks, *pair) for pair in itertools.pairwise(SHARDINGS)),
+    (das.check_checkpoint_of_dtensors,),
+    (das.check_checkpoint_errors_reach_every_rank,),
+    (of_store.check_store_equals_columns,),
+    (of_store.check_store_with_evaluation_between,),
+    (of_store.check_a_failing_store_ends_training,),
+    (of_store.check_each_example_is_scored_once,),
+    (of_store.check_wrong_scoring_is_refused,),
+    (of_store.check_the_newest_snapshot_that_does_not_leak,),
+    (of_store.check_logging_the_training_forward,),
     (of_metrics.check_metrics,),
     (of_metrics.check_window_of_auc,),
     (of_metrics.check_metrics_of_one_task,),

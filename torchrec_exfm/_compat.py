@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineContext, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 
 __all__ = [
     "DTensor",
     "ShardedTensor",
+    "TrainPipelineContext",
     "TrainPipelineSparseDist",
     "data_parallel_group",
     "gather_to_rank_0",

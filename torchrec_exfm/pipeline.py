@@ -8,13 +8,16 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrec_exfm._compat import (
+    TrainPipelineContext,
     TrainPipelineSparseDist,
     data_parallel_group,
     pipelined_names,
@@ -24,7 +27,23 @@ from torchrec_exfm.adapter import StudentAdapter, adapter_step
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
 
-__all__ = ["LiveTeacher", "TrainPipelineExFM"]
+__all__ = ["AsyncTeacher", "LiveTeacher", "TrainPipelineExFM"]
+
+
+@runtime_checkable
+class AsyncTeacher(Protocol):
+    """Finds outputs while earlier batches compute; ``torchrec_exfm.das.TeacherLookup`` is one."""
+
+    def start(self, batch: Any) -> Future[TeacherOutputs]:
+        """Begin to find the outputs of a batch that is on the host; they come on the host."""
+        ...
+
+
+@dataclass
+class _Context(TrainPipelineContext):
+    """TrainPipelineSparseDist's own of a batch in flight, and the look-up of its outputs."""
+
+    outputs: Future[TeacherOutputs] | None = None
 
 
 class LiveTeacher:
@@ -70,7 +89,9 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         device: where the step runs.
         teacher: where the outputs come from. None: the data loader gives ``ExFMBatch``. A
             function of the user's batch, called on the host as it is loaded: for outputs that
-            were logged as columns of the data. A :class:`LiveTeacher`.
+            were logged as columns of the data. A look-up with ``start(batch)``, such as
+            ``torchrec_exfm.das.TeacherLookup``: begun as the batch is loaded, joined before its
+            step. A :class:`LiveTeacher`.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
         adapter_optimizer: over the adapter's parameters; None: Adam with a rate of 1e-3.
         labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter.
@@ -93,17 +114,20 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
-        teacher: Callable[[Any], TeacherOutputs] | LiveTeacher | None = None,
+        teacher: Callable[[Any], TeacherOutputs] | AsyncTeacher | LiveTeacher | None = None,
         adapter: StudentAdapter | None = None,
         adapter_optimizer: torch.optim.Optimizer | None = None,
         labels: Callable[[Any], Tensor] = operator.attrgetter("labels"),
         trace: bool = True,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("context_type", _Context)
         super().__init__(model, optimizer, device, **kwargs)
         _check_teacher(teacher, model, kwargs)
+        _check_names(find_wrapper(model), teacher)
         _check_adapter(find_wrapper(model), adapter, adapter_optimizer)
         self._teacher = teacher
+        self._started: Future[TeacherOutputs] | None = None
         self._labels = labels
         self._trace = trace
         self._group = data_parallel_group(model)
@@ -128,8 +152,24 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                 "the data loader gives ExFMBatch, which carries the teachers' outputs, and "
                 "TrainPipelineExFM was given a teacher as well: drop one of them"
             )
-        logged_as_columns = self._model.training and not isinstance(self._teacher, LiveTeacher)
-        return ExFMBatch(batch, self._teacher(batch)) if logged_as_columns else batch
+        if isinstance(self._teacher, LiveTeacher) or not self._model.training:
+            return batch
+        if isinstance(self._teacher, AsyncTeacher):
+            self._started = self._teacher.start(batch)
+            return batch
+        return ExFMBatch(batch, self._teacher(batch))
+
+    def copy_batch_to_gpu(self, dataloader_iter: Iterator[Any]) -> Any:
+        """As TorchRec's, with the look-up of the batch's outputs begun."""
+        return self._with_started(*super().copy_batch_to_gpu(dataloader_iter))
+
+    def inplace_copy_batch_to_gpu(self, dataloader_iter: Iterator[Any]) -> Any:
+        """As TorchRec's, with the look-up of the batch's outputs begun."""
+        return self._with_started(*super().inplace_copy_batch_to_gpu(dataloader_iter))
+
+    def _with_started(self, batch: Any, context: Any) -> tuple[Any, Any]:
+        context.outputs, self._started = self._started, None
+        return batch, context
 
     def _wait_for_batch(self) -> None:
         super()._wait_for_batch()
@@ -169,7 +209,23 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                 f"the data loader should give ExFMBatch; received {type(batch).__name__}: or tell "
                 "TrainPipelineExFM where the teachers' outputs come from (teacher=...)"
             )
+        if isinstance(self._teacher, AsyncTeacher):
+            context: Any = self.contexts[0]
+            started = context.outputs or self._teacher.start(batch)  # None: loaded in evaluation
+            return ExFMBatch(batch, self._copied(started.result()))
         return ExFMBatch(batch, self._teacher(batch))
+
+    def _copied(self, outputs: TeacherOutputs) -> TeacherOutputs:
+        """Outputs on the device; on an accelerator by way of the stream that copies batches."""
+        if self._memcpy_stream is None:
+            return outputs.to(self._device)
+        accelerator = torch.get_device_module(self._device)
+        with accelerator.stream(self._memcpy_stream):
+            copied = outputs.pin_memory().to(self._device, non_blocking=True)
+        current = accelerator.current_stream()
+        current.wait_stream(self._memcpy_stream)
+        copied.record_stream(current)
+        return copied
 
     def _count(self, teacher: TeacherOutputs) -> Tensor | None:
         """(M, T), the present outputs of a rank, on average over the ranks."""
@@ -206,10 +262,11 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
 
 
 def _check_teacher(teacher: object, model: nn.Module, options: dict[str, Any]) -> None:
-    if isinstance(teacher, nn.Module) or not (teacher is None or callable(teacher)):
+    known = teacher is None or callable(teacher) or isinstance(teacher, AsyncTeacher)
+    if isinstance(teacher, nn.Module) or not known:
         raise TypeError(
-            "teacher should be None, a function of the batch, or LiveTeacher(module); received "
-            f"{type(teacher).__name__}"
+            "teacher should be None, a function of the batch, a TeacherLookup, or "
+            f"LiveTeacher(module); received {type(teacher).__name__}"
         )
     if not isinstance(teacher, LiveTeacher):
         return
@@ -220,6 +277,19 @@ def _check_teacher(teacher: object, model: nn.Module, options: dict[str, Any]) -
             "free_features_storage_early should be False with a LiveTeacher, which reads the "
             "features after TorchRec would have freed them; received True"
         )
+
+
+def _check_names(wrapper: ExFMWrapper, teacher: object) -> None:
+    """A look-up's teachers and tasks should be the wrapper's; one alone may have another name."""
+    head = wrapper.auxiliary_head
+    expected = {"teachers": tuple(head.teachers), "tasks": tuple(head.tasks)}
+    for what, names in expected.items():
+        given = tuple(getattr(teacher, what, names))
+        if len(given) != len(names) or (len(names) > 1 and given != names):
+            raise ValueError(
+                f"the look-up should be of the wrapper's {what}, {names}, in this order; received "
+                f"{given}"
+            )
 
 
 def _check_adapter(

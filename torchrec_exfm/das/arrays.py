@@ -9,7 +9,17 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-__all__ = ["MICROSECONDS", "AnyArray", "Floats", "Ints", "Mask", "as_floats", "as_int64", "utc"]
+__all__ = [
+    "MICROSECONDS",
+    "AnyArray",
+    "Floats",
+    "Ints",
+    "Mask",
+    "among",
+    "as_floats",
+    "as_int64",
+    "utc",
+]
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -55,6 +65,15 @@ def as_floats(what: str, values: Any, shape: tuple[int, int]) -> Floats:
     _check_shape(what, array, shape, 2)
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused
         return array.astype(np.float32, copy=False)
+
+
+def among(values: Ints, ordered: Ints) -> Mask:
+    """Which values (n,) are among others, which are in rising order."""
+    if len(ordered) == 0:
+        return np.zeros(len(values), dtype=np.bool_)
+    at = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    found: Mask = ordered[at] == values
+    return found
 
 
 def utc(seconds: float) -> str:

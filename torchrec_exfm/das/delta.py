@@ -128,8 +128,8 @@ class Table:
         )
         for attempt in range(_ATTEMPTS):
             table = self._load()
-            committed = table.transaction_version(name)
-            if committed is not None and committed >= number:
+            before = table.transaction_version(name)
+            if before is not None and before >= number:
                 return False
             try:
                 write_deltalake(
@@ -146,6 +146,36 @@ class Table:
             except (DeltaError, OSError, pa.ArrowException) as error:
                 raise self._not_written(error) from error
         raise AssertionError("unreachable")
+
+    def committed(self, transaction: tuple[str, int]) -> bool:
+        """Whether a transaction is in this version."""
+        number = self._table.transaction_version(transaction[0])
+        return number is not None and number >= transaction[1]
+
+    def delete(self, predicate: str) -> None:
+        """Delete the rows that fit a predicate, in one commit."""
+        self.refresh()
+        try:
+            self._table.delete(predicate)
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"{self.url}: can't delete ({_first_line(error)})") from error
+
+    def compact(
+        self, partition: tuple[Any, ...] = (), *, properties: WriterProperties | None = None
+    ) -> None:
+        """Make the files of a partition (or of a table without any) one, sorted by example id."""
+        columns = self._table.metadata().partition_columns
+        filters = [(c, "=", str(value)) for c, value in zip(columns, partition, strict=True)]
+        self.refresh()
+        try:
+            if filters:
+                self._table.optimize.z_order(
+                    ["example_id"], partition_filters=filters, writer_properties=properties
+                )
+            else:
+                self._table.optimize.compact()
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"{self.url}: can't compact ({_first_line(error)})") from error
 
     def files(self) -> list[DataFile]:
         """The data files of this version.

@@ -10,7 +10,16 @@ import numpy as np
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Floats, Ints, Mask, utc
 
-__all__ = ["MAX_SECONDS", "BadRows", "Rows", "broken_rules", "check_bad_rows", "refuse", "repeats"]
+__all__ = [
+    "MAX_SECONDS",
+    "BadRows",
+    "Rows",
+    "broken_rules",
+    "check_bad_rows",
+    "newest",
+    "refuse",
+    "repeats",
+]
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 
@@ -115,6 +124,21 @@ def repeats(rows: Rows) -> Iterator[tuple[str, Mask]]:
     bad[order[1:]] = ids[1:] == ids[:-1]
     if bad.any():
         yield "repeat an example id", bad
+
+
+def newest(rows: Rows) -> Rows:
+    """One row for each example: the newest snapshot wins.
+
+    Among those of one snapshot the one trained through the latest time, then the one scored last.
+    """
+    ids = rows.example_id
+    if (ids[1:] > ids[:-1]).all():  # as they are written
+        return rows
+    ids = np.sort(ids)
+    if (ids[1:] > ids[:-1]).all():
+        return rows
+    order = np.lexsort((rows.scored_at, rows.trained_through, rows.snapshot, rows.example_id))
+    return rows[order[np.append(ids[1:] != ids[:-1], len(ids) > 0)]]
 
 
 def refuse(where: str, words: str, bad: Mask, rows: Rows) -> str:

@@ -32,14 +32,14 @@ from deltalake import ColumnProperties, WriterProperties
 
 from torchrec_exfm.das.arrays import Floats
 
-__all__ = ["FORMAT_VERSION", "KEYS", "PARTITION", "StoreFormat", "check_name"]
+__all__ = ["FORMAT_VERSION", "KEYS", "PARTITION", "TIMESTAMP", "StoreFormat", "check_name"]
 
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
 KEYS = ("user_id", "item_id", "category_id")
 RESOLUTIONS = ("bfloat16", "float32")
 
-_TIMESTAMP = pa.timestamp("us", "UTC")
+TIMESTAMP = pa.timestamp("us", "UTC")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +108,11 @@ class StoreFormat:
         required = [
             ("example_id", pa.int64()),
             *((name, pa.float32()) for name in self.outputs),
-            ("event_time", _TIMESTAMP),
+            ("event_time", TIMESTAMP),
             ("snapshot", pa.int64()),
-            ("trained_through", _TIMESTAMP),
+            ("trained_through", TIMESTAMP),
             ("logged", pa.bool_()),
-            ("scored_at", _TIMESTAMP),
+            ("scored_at", TIMESTAMP),
             ("teacher", pa.string()),
             ("window", pa.int64()),
         ]

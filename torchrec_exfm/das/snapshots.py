@@ -1,14 +1,51 @@
-"""Snapshots of a teacher: published once, whole or not at all, found by version and event time."""
+"""Snapshots of a teacher: published whole or not at all, found by version and event time."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from torchrec_exfm.das.schema import check_name
+import pyarrow as pa
+import torch.distributed as dist
+from deltalake import WriterProperties
+from torch import nn
 
-__all__ = ["Snapshot"]
+from torchrec_exfm.das.arrays import MICROSECONDS, utc
+from torchrec_exfm.das.checkpoint import load_checkpoint, save_checkpoint
+from torchrec_exfm.das.delta import StoreError, Table
+from torchrec_exfm.das.schema import TIMESTAMP, check_name
 
-_MAX_SECONDS = 2**40
+if TYPE_CHECKING:
+    from torchrec_exfm.das.store import TeacherStore
+
+__all__ = [
+    "Snapshot",
+    "create_registry",
+    "forget_snapshots",
+    "load_snapshot",
+    "newest_snapshot",
+    "on_rank_0",
+    "publish",
+    "published",
+]
+
+T = TypeVar("T")
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("teacher", pa.string(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+        pa.field("trained_through", TIMESTAMP, nullable=False),
+        pa.field("published_at", TIMESTAMP, nullable=False),
+        pa.field("checkpoint", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -17,9 +54,9 @@ class Snapshot:
 
     Args:
         teacher: its name.
-        version: a whole number from 0, higher for newer.
+        version: a whole number from 0, higher for newer; :func:`publish` counts from 1.
         trained_through_seconds: the last event time that it was trained on, epoch seconds: an
-            example at or before that time may have taught it its label.
+            example of that time or before may have taught it its label.
 
     Raises:
         ValueError: for a wrong value.
@@ -33,11 +70,180 @@ class Snapshot:
         check_name("a teacher", self.teacher)
         for name in ("version", "trained_through_seconds"):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not 0 <= value < _MAX_SECONDS
-            ):
-                raise ValueError(
-                    f"{name} should be a whole number in [0, 2^40); received {value!r}"
-                )
+            if type(value) is not int or not 0 <= value < 2**40:
+                raise ValueError(f"{name} should be an int in [0, 2^40); received {value!r}")
+
+    def __str__(self) -> str:
+        through = utc(self.trained_through_seconds)
+        return f"{self.teacher} version {self.version}, trained through {through}"
+
+
+def publish(
+    store: TeacherStore,
+    teacher: str,
+    model: nn.Module | None,
+    *,
+    trained_through_seconds: int,
+    checkpoints: Path | None = None,
+) -> Snapshot:
+    """Publish the teacher as it is now, as the next version; called by all ranks.
+
+    Its parameters are written by torch.distributed.checkpoint, sharded as they are, and then one
+    commit makes the snapshot known: a process killed before leaves nothing that a reader sees.
+
+    Args:
+        store: where it is made known.
+        teacher: its name.
+        model: the teacher, under DMP or not; None: there is no checkpoint to load (a teacher that
+            is kept elsewhere).
+        trained_through_seconds: the last event time that it was trained on, epoch seconds.
+        checkpoints: the folder of the checkpoints, the same for all ranks; None: in the store's
+            own folder, which has to be a local (or mounted) one.
+
+    Raises:
+        ValueError: for a wrong value; if the store is on an object store and no folder is given.
+        StoreError: if it can't be written.
+    """
+    Snapshot(teacher, 0, trained_through_seconds)  # fail before the work
+    name = on_rank_0(lambda: f"{int(time.time())}-{uuid.uuid4().hex[:12]}")
+    if model is not None:
+        folder = _folder(store, checkpoints) / teacher / name
+        save_checkpoint(folder, model.state_dict())
+    row = (trained_through_seconds, name if model is not None else None)
+    return on_rank_0(lambda: _commit(store, teacher, *row))
+
+
+def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
+    """A teacher's snapshots, oldest version first."""
+    rows = _rows(_registry(store))
+    return sorted(
+        (snapshot for snapshot, _ in rows if snapshot.teacher == teacher),
+        key=lambda snapshot: snapshot.version,
+    )
+
+
+def newest_snapshot(
+    store: TeacherStore, teacher: str, *, before_seconds: int | None = None
+) -> Snapshot | None:
+    """The newest snapshot, of those trained through times before ``before_seconds`` if given."""
+    allowed = [
+        snapshot
+        for snapshot in published(store, teacher)
+        if before_seconds is None or snapshot.trained_through_seconds < before_seconds
+    ]
+    return allowed[-1] if allowed else None
+
+
+def load_snapshot(
+    store: TeacherStore, snapshot: Snapshot, model: nn.Module, *, checkpoints: Path | None = None
+) -> None:
+    """Load a published snapshot into a model, in place; called by all ranks, of any number.
+
+    Nothing is unpickled: only tensors are read, with ``weights_only=True``.
+
+    Raises:
+        StoreError: if it is not published, or its checkpoint is missing or damaged.
+        ValueError: if the model has other parameters.
+    """
+    found = [name for known, name in _rows(_registry(store)) if known == snapshot]
+    if not found:
+        raise StoreError(f"{store.url}/snapshots: {snapshot}, is not published there")
+    if found[0] is None:
+        raise StoreError(f"{store.url}/snapshots: {snapshot}, was published without a checkpoint")
+    if not re.fullmatch(r"[0-9]+-[0-9a-f]+", found[0]):
+        raise StoreError(
+            f"{store.url}/snapshots: the checkpoint {found[0]!r} of {snapshot} is refused: it may "
+            "leave the store's folder"
+        )
+    state = model.state_dict()
+    load_checkpoint(_folder(store, checkpoints) / snapshot.teacher / found[0], state)
+    model.load_state_dict(state)
+
+
+def forget_snapshots(
+    store: TeacherStore, teacher: str, before_version: int, *, checkpoints: Path | None = None
+) -> int:
+    """Delete a teacher's older snapshots: outputs, entries and checkpoints; returns the entries."""
+    check_name("a teacher", teacher)
+    registry = _registry(store)
+    old = [
+        (known, name)
+        for known, name in _rows(registry)
+        if known.teacher == teacher and known.version < before_version
+    ]
+    store.table.delete(f"teacher = '{teacher}' AND snapshot < {int(before_version)}")
+    registry.delete(f"teacher = '{teacher}' AND version < {int(before_version)}")
+    for _, name in old:
+        if name is not None and re.fullmatch(r"[0-9]+-[0-9a-f]+", name):
+            shutil.rmtree(_folder(store, checkpoints) / teacher / name, ignore_errors=True)
+    return len(old)
+
+
+def create_registry(url: str, storage_options: Mapping[str, str] | None) -> None:
+    """Make the empty table of snapshots, unless it is there."""
+    Table.create(f"{url}/snapshots", _SCHEMA, (), "snapshots of teachers", storage_options)
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """What a function gives on rank 0, for all ranks; an error of it is raised on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    answer: list[T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function()]
+        except Exception as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
+
+
+def _commit(
+    store: TeacherStore, teacher: str, trained_through_seconds: int, checkpoint: str | None
+) -> Snapshot:
+    registry = _registry(store)
+    while True:
+        newest = newest_snapshot(store, teacher)
+        version = 1 if newest is None else newest.version + 1
+        row = {
+            "teacher": teacher,
+            "version": version,
+            "trained_through": trained_through_seconds * MICROSECONDS,
+            "published_at": int(time.time() * MICROSECONDS),
+            "checkpoint": checkpoint,
+        }
+        data = pa.Table.from_pylist([row], schema=_SCHEMA)
+        if registry.append(data, (f"snapshot/{teacher}", version), properties=WriterProperties()):
+            if version % 100 == 0:  # each has a file of its own: make them one
+                registry.compact()
+            return Snapshot(teacher, version, trained_through_seconds)
+
+
+def _registry(store: TeacherStore) -> Table:
+    return Table(f"{store.url}/snapshots", store.storage_options)
+
+
+def _rows(registry: Table) -> list[tuple[Snapshot, str | None]]:
+    rows = []
+    for file in registry.files():
+        data = registry.read(file, _SCHEMA)
+        data = data.set_column(2, "trained_through", data["trained_through"].cast(pa.int64()))
+        for row in data.select(["teacher", "version", "trained_through", "checkpoint"]).to_pylist():
+            snapshot = Snapshot(
+                row["teacher"], row["version"], row["trained_through"] // MICROSECONDS
+            )
+            rows.append((snapshot, row["checkpoint"]))
+    return rows
+
+
+def _folder(store: TeacherStore, checkpoints: Path | None) -> Path:
+    if checkpoints is not None:
+        return Path(checkpoints)
+    if "://" in store.url:
+        raise ValueError(
+            f"checkpoints should be a folder that all ranks share, as {store.url} is no local one; "
+            "received None"
+        )
+    return Path(store.url) / "checkpoints"

@@ -29,7 +29,7 @@ from torchrec_exfm.das.rules import (
     repeats,
 )
 from torchrec_exfm.das.schema import KEYS, PARTITION, StoreFormat
-from torchrec_exfm.das.snapshots import Snapshot
+from torchrec_exfm.das.snapshots import Snapshot, create_registry
 
 __all__ = ["TeacherStore", "WriteReport"]
 
@@ -53,9 +53,9 @@ class TeacherStore:
     """A table of teachers' outputs at a folder or URL (Delta Lake; the columns are in ``schema``).
 
     Several processes may write at once, and others read: each write is one atomic commit, and a
-    reader sees whole commits, those made since only after :meth:`refresh`. Of several outputs for an example, **that of the newest snapshot
-    wins** (then the one trained through the latest time, then the one scored last), unless the
-    reader pins a snapshot.
+    reader sees whole commits; :meth:`refresh` brings those made since. Of several outputs for an
+    example, **that of the newest snapshot wins** (then the one trained through the latest time,
+    then the one scored last), unless the reader pins a snapshot.
 
     Args:
         url: a local folder, or ``s3://``, ``gs://``, ``az://`` ..., as deltalake takes them.
@@ -114,6 +114,7 @@ class TeacherStore:
             tasks=tuple(tasks), window_seconds=window_seconds, resolution=resolution
         )
         where = f"{normal_url(url)}/outputs"
+        create_registry(normal_url(url), storage_options)
         Table.create(where, wanted.schema(), PARTITION, wanted.to_json(), storage_options)
         store = cls(url, storage_options=storage_options)
         if store.format != wanted:

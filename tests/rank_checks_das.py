@@ -1,0 +1,112 @@
+"""Checks of checkpoints between numbers of ranks and shardings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import rank_models as rm
+import torch
+import torch.distributed as dist
+from ranks import device
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from torchrec_exfm.das.checkpoint import load_checkpoint, save_checkpoint
+
+
+def check_checkpoint_across_ranks(rank: int, world_size: int, sharding: str, other: str) -> None:
+    """From these ranks into other shards on them, into one process, and from that one back."""
+    saved = rm.sharded(rm.two_task_student(), world_size, sharding=sharding).model.state_dict()
+    loaded = _other_student(world_size, other)
+    assert rm.differs(rm.snapshot(loaded), rm.snapshot(_student_of(world_size, other)))
+    with rm.shared_folder() as name:
+        folder = Path(name)
+        save_checkpoint(folder / "ranks", saved)
+        assert not (folder / "ranks" / ".metadata").exists()
+        load_checkpoint(folder / "ranks", loaded)
+        rm.assert_same(rm.snapshot(loaded), rm.snapshot(_student_of(world_size, other)))
+
+        if rank == 0:
+            _through_one_process(folder)
+        dist.barrier()
+        loaded = _other_student(world_size, other)
+        load_checkpoint(folder / "one", loaded)
+        rm.assert_same(rm.snapshot(loaded), rm.snapshot(_student_of(world_size, other)))
+
+
+def _student_of(world_size: int, sharding: str) -> dict[str, Any]:
+    """The weights that are saved, in other shards."""
+    student = rm.two_task_student()
+    state: dict[str, Any] = rm.sharded(student, world_size, sharding=sharding).model.state_dict()
+    return state
+
+
+def _other_student(world_size: int, sharding: str) -> dict[str, Any]:
+    student = rm.two_task_student(seed=3)
+    state: dict[str, Any] = rm.sharded(student, world_size, sharding=sharding).model.state_dict()
+    return state
+
+
+def _through_one_process(folder: Path) -> None:
+    """Without torch.distributed, as far as the checkpoint can tell."""
+    whole = rm.two_task_student(seed=3).state_dict()
+    with mock.patch.object(dist, "is_initialized", lambda: False):
+        load_checkpoint(folder / "ranks", whole)
+        rm.assert_same(whole, rm.two_task_student().state_dict())
+        save_checkpoint(folder / "one", whole)
+
+
+def check_checkpoint_of_dtensors(rank: int, world_size: int) -> None:
+    """Of uneven shards, with a rank that has none, and with a copy on each rank."""
+    mesh = init_device_mesh(device().type, (world_size,))
+    placements = {"rows": Shard(0), "row": Shard(0), "copies": Replicate()}
+    generator = torch.Generator().manual_seed(0)
+    wholes = {
+        "rows": torch.randn(5, 3, generator=generator),
+        "row": torch.randn(1, 4, generator=generator),
+        "copies": torch.randn(4, generator=generator),
+    }
+
+    def distributed(values: dict[str, Tensor]) -> dict[str, DTensor]:
+        return {
+            key: distribute_tensor(value.to(device()), mesh, [placements[key]])
+            for key, value in values.items()
+        }
+
+    saved = distributed(wholes)
+    loaded = distributed({key: torch.zeros_like(whole) for key, whole in wholes.items()})
+    with rm.shared_folder() as name:
+        save_checkpoint(Path(name) / "new", saved)
+        load_checkpoint(Path(name) / "new", loaded)
+    for key, whole in wholes.items():
+        rm.assert_same(loaded[key].full_tensor().cpu(), whole)
+
+
+def check_checkpoint_errors_reach_every_rank(rank: int, world_size: int) -> None:
+    """What goes wrong on the last rank alone."""
+    last = rank == world_size - 1
+    with rm.shared_folder() as name:
+        folder = Path(name) / "new"
+        with pytest.raises(TypeError, match="'b', of type int"):
+            save_checkpoint(folder, {"a": torch.ones(2), "b": 3 if last else torch.ones(1)})
+        save_checkpoint(folder, {"a": torch.ones(2)})
+        with pytest.raises(FileExistsError, match="save to a new folder"):
+            save_checkpoint(folder, {"a": torch.ones(2)})
+        dist.barrier()
+
+        with pytest.raises(FileNotFoundError, match=r"none should hold metadata\.json"):
+            load_checkpoint(folder.with_name("none") if last else folder, {"a": torch.ones(2)})
+        with pytest.raises(ValueError, match=r"'a' should be .*\[3\]; received .*\[2\]"):
+            load_checkpoint(folder, {"a": torch.ones(3 if last else 2)})
+        if rank == 0:
+            (chunk,) = json.loads((folder / "metadata.json").read_text())["tensors"]["a"]["chunks"]
+            (folder / chunk["file"]).write_bytes(os.urandom(chunk["length"]))
+        dist.barrier()
+        with pytest.raises(ValueError, match=r"received what torch\.load"):
+            load_checkpoint(folder, {"a": torch.ones(2)})

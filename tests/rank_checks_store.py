@@ -1,0 +1,357 @@
+"""Checks of the teacher store in training and scoring, on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rank_models as rm
+import torch
+import torch.distributed as dist
+from ranks import device
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from torchrec_exfm import ExFMBatch, TrainPipelineExFM
+from torchrec_exfm.das import (
+    Examples,
+    Snapshot,
+    StoreError,
+    TeacherLogger,
+    TeacherLookup,
+    TeacherStore,
+    load_snapshot,
+    newest_snapshot,
+    publish,
+    published,
+    score,
+)
+
+STEPS = 6
+WINDOW = 1000
+START = 10 * WINDOW
+SECONDS = 50  # between examples: a batch of all ranks spans windows
+TRAINED_THROUGH = START - 1
+
+
+def data(steps: int = STEPS) -> list[rm.Columns]:
+    """Batches of all ranks, with ids above 2^53, times, and each teacher there for all tasks."""
+    batches = []
+    for step, batch in enumerate(rm.global_data(steps)):
+        rows = torch.arange(rm.GLOBAL_SIZE) + step * rm.GLOBAL_SIZE
+        presence = batch.presence.any(-1, keepdim=True).expand_as(batch.presence).clone()
+        values = torch.where(presence, batch.values.nan_to_num(0.25), torch.nan)
+        batches.append(
+            rm.Columns(
+                **batch.columns
+                | {
+                    "values": values,
+                    "presence": presence,
+                    "age_seconds": (START + SECONDS * rows - TRAINED_THROUGH)[:, None]
+                    .expand(-1, len(rm.TEACHERS))
+                    .float(),
+                    "example_ids": (rows * 7919) % 1009 + 2**60,
+                    "event_seconds": START + SECONDS * rows,
+                }
+            )
+        )
+    return batches
+
+
+def parts(rank: int, world_size: int) -> list[rm.Columns]:
+    return [rm.part_of(batch, rank, world_size) for batch in data()]
+
+
+def new_store(folder: Path, **options: Any) -> TeacherStore:
+    """The same for all ranks, made by the first."""
+    if dist.get_rank() == 0:
+        options = {
+            "tasks": task_names(),
+            "window_seconds": WINDOW,
+            "resolution": "float32",
+        } | options
+        TeacherStore.create(folder, **options)
+    dist.barrier()
+    return TeacherStore(folder)
+
+
+def task_names() -> tuple[str, ...]:
+    return tuple(task.name for task in rm.TASKS)
+
+
+def fill(store: TeacherStore) -> None:
+    """What the columns say, teacher by teacher, written by the first rank."""
+    if dist.get_rank() == 0:
+        for k, teacher in enumerate(rm.TEACHERS):
+            for batch in data():
+                there = batch.presence[:, k].all(-1)
+                store.write(
+                    Snapshot(teacher, 3, TRAINED_THROUGH),
+                    batch.example_ids[there],
+                    batch.values[there, k],
+                    batch.event_seconds[there],
+                )
+    dist.barrier()
+
+
+def trained(world_size: int, batches: list[rm.Columns], **options: Any) -> Any:
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    pipeline = rm.pipeline_of(trainee, **options)
+    outputs = rm.drained(pipeline, batches)
+    assert len(outputs) == STEPS
+    return outputs, rm.snapshot(trainee.model.state_dict())
+
+
+def check_store_equals_columns(rank: int, world_size: int) -> None:
+    """Looked up, the outputs teach what they teach as columns of the batches: to the bit."""
+    batches = parts(rank, world_size)
+    columns = trained(world_size, batches, teacher=rm.logged)
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        fill(store)
+        lookup = TeacherLookup(store, rm.TEACHERS)
+        for batch in batches:
+            found, expected = lookup(batch), rm.logged(batch)
+            assert torch.equal(found.values, expected.values)
+            assert torch.equal(found.presence, expected.presence)
+            here = expected.presence.any(-1)
+            assert found.age_seconds is not None and expected.age_seconds is not None
+            assert torch.equal(found.age_seconds[here], expected.age_seconds[here])
+        rm.assert_same(trained(world_size, batches, teacher=lookup), columns)
+        for option in ("enable_inplace_copy_batch", "enqueue_batch_after_forward"):
+            again = trained(world_size, batches, teacher=lookup, **{option: True})
+            rm.assert_same(again, columns)
+        rm.assert_same(trained(world_size, batches, teacher=lookup, trace=False), columns)
+
+
+def check_store_with_evaluation_between(rank: int, world_size: int) -> None:
+    """Batches loaded in evaluation and trained on, and the other way round."""
+    batches = parts(rank, world_size)
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        fill(store)
+        outputs = {}
+        for teacher in (rm.logged, TeacherLookup(store, rm.TEACHERS)):
+            trainee = rm.sharded(rm.wrapped(), world_size)
+            pipeline = rm.pipeline_of(trainee, teacher=teacher)
+            iterator, kept = iter(batches), []
+            for step in range(STEPS):
+                trainee.model.train(step not in (1, 2, 4))
+                with torch.set_grad_enabled(trainee.model.training):
+                    if teacher is rm.logged and trainee.model.training:
+                        _attach_columns(pipeline)
+                    kept.append([value.clone() for value in pipeline.progress(iterator)])
+            outputs[teacher is rm.logged] = kept, rm.snapshot(trainee.model.state_dict())
+        rm.assert_same(outputs[False], outputs[True])
+
+
+def _attach_columns(pipeline: TrainPipelineExFM) -> None:
+    """What a batch that was loaded in evaluation lacks."""
+    if pipeline.batches and not isinstance(pipeline.batches[0], ExFMBatch):
+        batch = pipeline.batches[0]
+        pipeline.batches[0] = ExFMBatch(batch, rm.logged(batch))
+
+
+def check_a_failing_store_ends_training(rank: int, world_size: int) -> None:
+    """With a sentence that names the file, on every rank, and not with a hang."""
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        fill(store)
+        dist.barrier()
+        if rank == 0:
+            for path in (Path(name) / "store" / "outputs").glob("teacher=a/*/*.parquet"):
+                path.unlink()
+        dist.barrier()
+        trainee = rm.sharded(rm.wrapped(), world_size)
+        pipeline = rm.pipeline_of(trainee, teacher=TeacherLookup(store, rm.TEACHERS))
+        with pytest.raises(StoreError, match=r"teacher=a/window=10/.*parquet: is missing"):
+            rm.drained(pipeline, parts(rank, world_size))
+
+
+def whole() -> rm.Columns:
+    """All examples of the data as one batch, each feature with one id."""
+    batches = data()
+    columns = {
+        name: torch.cat([batch.columns[name] for batch in batches])
+        for name in ("dense_features", "labels", "example_ids", "event_seconds")
+    }
+    rows = len(columns["labels"])
+    ids = torch.randint(0, rm.ROWS, (rows, rm.NUM_TABLES), generator=torch.manual_seed(5))
+    return rm.Columns(**columns, sparse=ids)
+
+
+def taken(examples: rm.Columns, rows: Tensor) -> rm.Columns:
+    """The teacher's batch of some examples."""
+    columns = {name: column[rows] for name, column in examples.columns.items()}
+    sparse = columns.pop("sparse")
+    names = [f"f{i}" for i in range(rm.NUM_TABLES)]
+    lengths = torch.ones(sparse.numel(), dtype=torch.int32)
+    features = KeyedJaggedTensor.from_lengths_sync(names, sparse.t().reshape(-1), lengths)
+    return rm.Columns(sparse_features=features, **columns)
+
+
+def three_students(examples: rm.Columns) -> list[Examples]:
+    """Overlapping parts of the examples."""
+    rows = torch.arange(len(examples.labels))
+    n = len(rows)
+
+    def part(these: Tensor) -> Examples:
+        return Examples(
+            examples.example_ids[these],
+            examples.event_seconds[these],
+            lambda at: taken(examples, these[at]),
+        )
+
+    return [part(rows[: n // 2]), part(rows[n // 4 :]), part(rows[::3])]
+
+
+def stored(store: TeacherStore, teacher: str) -> dict[int, list[float]]:
+    """The outputs by id; each id once."""
+    store.refresh()
+    parts = [store.read(teacher, window)[0] for window in store.windows(teacher)]
+    ids = np.concatenate([part.example_id for part in parts]).tolist()
+    assert len(set(ids)) == len(ids)
+    return dict(zip(ids, np.concatenate([part.outputs for part in parts]).tolist(), strict=True))
+
+
+def teacher_model(world_size: int, seed: int) -> nn.Module:
+    return rm.sharded(rm.two_task_student(seed), world_size, sharding="mixed").model
+
+
+def said_by(seed: int, examples: rm.Columns) -> dict[int, list[float]]:
+    """What a teacher says of all examples, without ranks, pipeline or store."""
+    model = rm.two_task_student(seed).to(device())
+    batch = taken(examples, torch.arange(len(examples.labels))).to(device())
+    with torch.no_grad():
+        logits = model(batch)[1][1]
+    return dict(zip(examples.example_ids.tolist(), logits.cpu().tolist(), strict=True))
+
+
+def assert_near(actual: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_allclose(actual[key], values, rtol=1e-5, atol=1e-6)
+
+
+def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
+    """However many students share it, whatever the shards; a second job scores nothing."""
+    examples = whole()
+    model = teacher_model(world_size, seed=4)
+    rows = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].labels)))
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+        options: Any = {"device": device(), "batch_size": 5, "shard_rows": 7, "progress": False}
+        model.train()
+        report = score(model, store, three_students(examples), snapshot, **options)
+        assert model.training
+        n = len(examples.labels)
+        assert report.scored == n and report.stored_before == 0
+        assert report.shared == sum(len(each.example_ids) for each in three_students(examples)) - n
+        total = torch.tensor([sum(rows), report.fillers], device=device())
+        dist.all_reduce(total)
+        assert int(total[0] - total[1]) == n
+        assert world_size > 1 or report.fillers == 0
+        assert_near(stored(store, "a"), said_by(4, examples))
+        again = score(model, store, three_students(examples), snapshot, **options)
+        assert (again.scored, again.stored_before) == (0, n)
+        fewer = score(model, store, three_students(examples)[:1], snapshot, **options)
+        assert (fewer.scored, fewer.stored_before) == (0, n // 2)
+
+
+def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
+    """Leaks, ids with two times, ranks with other examples."""
+    examples = whole()
+    model = teacher_model(world_size, seed=4)
+    options: Any = {"device": device(), "progress": False}
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        all_rows = Examples(
+            examples.example_ids, examples.event_seconds, lambda at: taken(examples, at)
+        )
+        moved = Examples(examples.example_ids, examples.event_seconds + 1, all_rows.batch)
+        with pytest.raises(ValueError, match="an example id should have one event time"):
+            score(model, store, [all_rows, moved], Snapshot("a", 1, 0), **options)
+        with pytest.raises(ValueError, match="no published snapshot of a was trained through"):
+            score(model, store, [all_rows], "a", **options)
+        if world_size > 1:
+            mine = Examples(examples.example_ids[rank:], examples.event_seconds[rank:], None)
+            with pytest.raises(ValueError, match=r"the same on every rank.*ranks \[1\]"):
+                score(model, store, [mine], Snapshot("a", 1, 0), **options)
+        else:
+            with pytest.raises(ValueError, match=r"leak.*trained through"):
+                score(model, store, [all_rows], Snapshot("a", 1, START + 60), **options)
+        assert stored_nothing(store)
+
+
+def stored_nothing(store: TeacherStore) -> bool:
+    store.refresh()
+    return store.teachers() == []
+
+
+def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> None:
+    """Of published snapshots, each window is scored by the newest that has not seen it."""
+    examples = whole()
+    middle = int(examples.event_seconds[len(examples.labels) // 2]) // WINDOW * WINDOW
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        for seed, seconds in ((4, TRAINED_THROUGH), (5, middle - 1), (6, middle + 10**6)):
+            model = teacher_model(world_size, seed)
+            made = publish(store, "a", model, trained_through_seconds=seconds)
+            assert made == Snapshot("a", seed - 3, seconds)
+        dist.barrier()
+        assert [each.version for each in published(store, "a")] == [1, 2, 3]
+        assert newest_snapshot(store, "a") == Snapshot("a", 3, middle + 10**6)
+        assert newest_snapshot(store, "a", before_seconds=middle) == Snapshot("a", 2, middle - 1)
+        model = teacher_model(world_size, seed=9)
+        score(model, store, three_students(examples), "a", device=device(), progress=False)
+        expected = said_by(4, examples)
+        newer = said_by(5, examples)
+        for key, seconds in zip(
+            examples.example_ids.tolist(), examples.event_seconds.tolist(), strict=True
+        ):
+            expected[key] = newer[key] if seconds >= middle else expected[key]
+        assert_near(stored(store, "a"), expected)
+        load_snapshot(store, Snapshot("a", 1, TRAINED_THROUGH), model)
+        first = teacher_model(world_size, seed=4)
+        rm.assert_same(rm.snapshot(model.state_dict()), rm.snapshot(first.state_dict()))
+        with pytest.raises(StoreError, match=r"a version 8, .* is not published"):
+            load_snapshot(store, Snapshot("a", 8, 0), model)
+
+
+def check_logging_the_training_forward(rank: int, world_size: int) -> None:
+    """What training says of each example before it learns from it, and no extra pass."""
+    batches = parts(rank, world_size)
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        trainee = rm.sharded(rm.two_task_student(), world_size)
+        calls: list[Any] = []
+        trainee.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
+        with TeacherLogger(store, "a", shard_rows=2 * rm.GLOBAL_SIZE // world_size) as logger:
+            logger.attach(trainee.model)
+            outputs = rm.drained(pipeline, batches)
+        assert len(calls) == STEPS
+        dist.barrier()
+        logits = torch.cat([logits for _, logits, _ in outputs]).cpu()
+        ids = torch.cat([batch.example_ids for batch in batches])
+        found = stored(store, "a")
+        assert len(found) == STEPS * rm.GLOBAL_SIZE
+        assert [found[key] for key in ids.tolist()] == logits.tolist()
+        for window in store.windows("a"):
+            rows, _ = store.read("a", window)
+            assert rows.logged.all() and not rows.age_seconds.any()
+
+        trainee.model.eval()
+        again = rm.sharded(rm.two_task_student(7), world_size)
+        other: Any = TrainPipelineSparseDist(again.model, again.optimizer, device())
+        with TeacherLogger(store, "a") as logger:
+            logger.attach(again.model)
+            rm.drained(other, batches)
+        assert logger.written == 0 and logger.logged_before == len(ids)
+        dist.barrier()
+        assert stored(store, "a") == found

@@ -1,0 +1,40 @@
+"""The data augmentation system: teachers' outputs, scored or logged once, for many students.
+
+A table that is open to other tools (Delta Lake), with provenance in every row: which snapshot of
+which teacher said it, what that snapshot was trained through, and when. Needs the packages of the
+extra ``das``: deltalake and pyarrow.
+"""
+
+from torchrec_exfm.das.delta import StoreError
+from torchrec_exfm.das.ids import hash_ids
+from torchrec_exfm.das.logger import TeacherLogger
+from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
+from torchrec_exfm.das.scoring import Examples, ScoringReport, score
+from torchrec_exfm.das.snapshots import (
+    Snapshot,
+    forget_snapshots,
+    load_snapshot,
+    newest_snapshot,
+    publish,
+    published,
+)
+from torchrec_exfm.das.store import TeacherStore, WriteReport
+
+__all__ = [
+    "Examples",
+    "LookupCounters",
+    "ScoringReport",
+    "Snapshot",
+    "StoreError",
+    "TeacherLogger",
+    "TeacherLookup",
+    "TeacherStore",
+    "WriteReport",
+    "forget_snapshots",
+    "hash_ids",
+    "load_snapshot",
+    "newest_snapshot",
+    "publish",
+    "published",
+    "score",
+]

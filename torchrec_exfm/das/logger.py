@@ -1,0 +1,195 @@
+"""The teacher's own training forward as the source of its outputs: no extra pass at all.
+
+What the forward says of a batch, it says before the update that learns from the batch: so the
+output of an example does not know its label, however far the teacher has been trained since.
+
+B examples, T tasks.
+"""
+
+from __future__ import annotations
+
+import operator
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64
+from torchrec_exfm.das.rules import BadRows, check_bad_rows
+from torchrec_exfm.das.schema import check_name
+from torchrec_exfm.das.snapshots import Snapshot, newest_snapshot
+from torchrec_exfm.das.store import TeacherStore, WriteReport
+
+__all__ = ["TeacherLogger"]
+
+
+class TeacherLogger:
+    """Logs what a teacher says in its training forward; each rank logs its own examples.
+
+        logger = TeacherLogger(store, "fm", ids=..., event_seconds=...)
+        logger.attach(model)
+        ...                              # the training loop, as it was
+        logger.close()
+
+    Rows are gathered, and written in the background ``shard_rows`` at a time. Call :meth:`flush`
+    before each checkpoint of the training, so that no row is both before the checkpoint and not
+    in the store. A run that is killed and goes on from its checkpoint logs the examples after it
+    anew; what the first run logged of them stays, so **each example is logged once**.
+
+    Each row carries the newest published snapshot as the version that the teacher has moved on
+    from (version 0 before the first), and ``logged``; its age is 0.
+
+    Args:
+        store: where to.
+        teacher: its name.
+        ids: takes the batch to its example ids, (B,) int64.
+        event_seconds: takes the batch to its event times, (B,) epoch seconds.
+        outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
+            the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+        shard_rows: rows of one commit.
+        bad_rows: as for :meth:`TeacherStore.write`.
+
+    Attributes:
+        written: rows that this logger has put into the store.
+        logged_before: rows that it has not, since a run before it had.
+        quarantined: rows left out because they break a rule.
+
+    Raises:
+        ValueError: for a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrec_exfm.das import TeacherStore
+        >>> store = TeacherStore.create(tempfile.mkdtemp())
+        >>> with TeacherLogger(store, "fm") as logger:
+        ...     logger.log(torch.tensor([1, 2]), torch.tensor([10, 20]), torch.tensor([0.5, -2.0]))
+        >>> store.refresh(), store.windows("fm"), logger.written
+        (1, [0], 2)
+    """
+
+    def __init__(
+        self,
+        store: TeacherStore,
+        teacher: str,
+        *,
+        ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
+        event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
+        outputs: Callable[[Any], Tensor] = lambda output: output[1][1],
+        shard_rows: int = 2**18,
+        bad_rows: BadRows = "refuse",
+    ) -> None:
+        if shard_rows < 1:
+            raise ValueError(f"shard_rows should be at least 1; received {shard_rows}")
+        check_bad_rows(bad_rows)
+        self.teacher = check_name("a teacher", teacher)
+        self.written = 0
+        self.quarantined = 0
+        self.logged_before = 0
+        self._store = TeacherStore(store.url, storage_options=store.storage_options)
+        self._ids = ids
+        self._event_seconds = event_seconds
+        self._outputs = outputs
+        self._shard_rows = shard_rows
+        self._bad_rows: BadRows = bad_rows
+        self._run = uuid.uuid4().hex
+        self._shards = 0
+        self._rows: list[tuple[Any, Any, Tensor]] = []
+        self._count = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
+        self._writing: Future[WriteReport] | None = None
+        self._there: dict[int, Ints] = {}  # ids that an earlier run logged, by window
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Log every training forward of a model, under DMP or not: ``model(batch)``."""
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if module.training:
+                batch = arguments[0]
+                self.log(self._ids(batch), self._event_seconds(batch), self._outputs(output))
+
+        self._handles.append(model.register_forward_hook(hook))
+
+    def log(self, ids: Any, event_seconds: Any, outputs: Tensor) -> None:
+        """Log the outputs of B examples; tensors may be on the device, and are not waited for.
+
+        Raises:
+            StoreError: if an earlier shard could not be written.
+            ValueError: for bad rows in an earlier shard.
+        """
+        self._rows.append((ids, event_seconds, outputs.detach().clone()))
+        self._count += len(outputs)
+        if self._count >= self._shard_rows:
+            self._hand_over()
+
+    def flush(self) -> None:
+        """Write what was logged, and wait until it is in the store.
+
+        Raises:
+            StoreError: if it can't be written.
+            ValueError: for bad rows.
+        """
+        self._hand_over()
+        self._wait()
+
+    def close(self) -> None:
+        """Flush, and detach from the models."""
+        for handle in self._handles:
+            handle.remove()
+        self.flush()
+        self._writer.shutdown()
+
+    def __enter__(self) -> TeacherLogger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            report = writing.result()
+            self.written += report.written
+            self.quarantined += sum(report.quarantined.values())
+
+    def _hand_over(self) -> None:
+        self._wait()
+        if self._rows:
+            rows, self._rows, self._count = self._rows, [], 0
+            self._writing = self._writer.submit(self._write, rows, self._shards)
+            self._shards += 1
+
+    def _write(self, rows: list[tuple[Any, Any, Tensor]], shard: int) -> WriteReport:
+        ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
+        seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
+        outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
+        new = ~self._logged_before(ids, seconds)
+        self.logged_before += len(ids) - int(new.sum())
+        if not new.any():
+            return WriteReport(written=0)
+        return self._store.write(
+            newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
+            ids[new],
+            outputs.cpu()[torch.from_numpy(new)],
+            seconds[new],
+            shard=f"log/{self._run}/{shard}",
+            logged=True,
+            bad_rows=self._bad_rows,
+        )
+
+    def _logged_before(self, ids: Ints, seconds: Ints) -> Mask:
+        """Which examples (n,) were logged before this run began."""
+        windows = self._store.window_of(seconds)
+        before = np.zeros(len(ids), dtype=np.bool_)
+        for window in np.unique(windows).tolist():
+            if window not in self._there:
+                rows, _ = self._store.read(self.teacher, window, bad_rows="quarantine")
+                self._there[window] = np.unique(rows.example_id[rows.logged])
+            at = windows == window
+            before[at] = among(ids[at], self._there[window])
+        return before

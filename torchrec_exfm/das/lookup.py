@@ -1,0 +1,347 @@
+"""The look-up of a batch's outputs by example id: a window at a time, off the training thread.
+
+B examples, M teachers, T tasks.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64
+from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.index import WindowIndex
+from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
+from torchrec_exfm.das.store import TeacherStore
+
+__all__ = ["LookupCounters", "TeacherLookup"]
+
+Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), age in seconds (B,), presence (B,)
+
+
+@dataclass
+class LookupCounters:
+    """What became of the outputs of one teacher that were asked for.
+
+    Attributes:
+        asked: examples.
+        present: with an output that was given.
+        missing: without one in the store.
+        stale: with one that is older than allowed; not given.
+        quarantined: rows of the store left out because they break a rule.
+        late: rows that came into a window after it was first read.
+    """
+
+    asked: int = 0
+    present: int = 0
+    missing: int = 0
+    stale: int = 0
+    quarantined: int = 0
+    late: int = 0
+    _age_seconds: float = field(default=0.0, repr=False)
+
+    @property
+    def coverage(self) -> float:
+        """Part of the examples with an output, in [0, 1]; NaN before the first."""
+        return self.present / self.asked if self.asked else float("nan")
+
+    @property
+    def age_seconds(self) -> float:
+        """Mean age of the outputs that were given; NaN before the first."""
+        return self._age_seconds / self.present if self.present else float("nan")
+
+
+class TeacherLookup:
+    """Where ``TrainPipelineExFM`` finds the outputs of teachers that were stored.
+
+    ``TrainPipelineExFM(..., teacher=TeacherLookup(store, "fm"))`` starts the look-up of a batch as
+    it is loaded, on a thread of its own, and joins it before the batch's step. The windows that
+    the batch lies in are in memory, 18 to 24 bytes a row for one task, and the next one is read
+    ahead; memory does not depend on the size of the store.
+
+    The age of an output is how far the teacher's training lay behind its example: event time -
+    time that the snapshot was trained through, in seconds; 0 for what was logged in training.
+
+    Args:
+        store: opened anew, so that look-ups share nothing with the caller's.
+        teachers: a name or several, in the order of the wrapper's teachers.
+        ids: takes the user's batch, on the host, to its example ids, (B,) int64.
+        event_seconds: takes it to the examples' event times, (B,) epoch seconds, or one for all.
+        tasks: which of the store's tasks, in the order of the wrapper's; None: all.
+        snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
+            output of each example, of those that do not leak.
+        missing: what to do if an example has no output: ``"mask"`` (absent, and counted) or
+            ``"error"``.
+        max_age_seconds: older outputs are masked and counted as stale; None: none is too old.
+        bad_rows: what to do with rows in the store that break a rule (leaks, NaN ...):
+            ``"refuse"`` (an error that names the file and the rows) or ``"quarantine"`` (left out
+            and counted).
+        max_windows: how many windows of each teacher to have in memory, the one read ahead
+            included.
+        refresh_seconds: how often to see whether rows came late into the windows in memory; None:
+            never (what is read depends on the store alone, not on time).
+
+    Raises:
+        ValueError: for a wrong value; if the store lacks a task.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrec_exfm.das import Snapshot, TeacherStore
+        >>> store = TeacherStore.create(tempfile.mkdtemp())
+        >>> _ = store.write(Snapshot("fm", 1, 1_000), [7, 8], [0.5, -2.0], [5_000, 6_000])
+        >>> lookup = TeacherLookup(store, "fm", ids=lambda batch: batch["id"],
+        ...                        event_seconds=lambda batch: batch["time"])
+        >>> outputs = lookup({"id": torch.tensor([8, 9]), "time": torch.tensor([6_000, 6_000])})
+        >>> outputs.values.flatten().tolist(), outputs.presence.flatten().tolist()
+        ([-2.0, 0.0], [True, False])
+        >>> lookup.counters["fm"].coverage, lookup.counters["fm"].age_seconds
+        (0.5, 5000.0)
+    """
+
+    def __init__(
+        self,
+        store: TeacherStore,
+        teachers: str | Sequence[str],
+        *,
+        ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
+        event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
+        tasks: Sequence[str] | None = None,
+        snapshot: int | Mapping[str, int] | None = None,
+        missing: Literal["mask", "error"] = "mask",
+        max_age_seconds: float | None = None,
+        bad_rows: BadRows = "refuse",
+        max_windows: int = 2,
+        refresh_seconds: float | None = 60.0,
+    ) -> None:
+        self.store = TeacherStore(store.url, storage_options=store.storage_options)
+        self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+        self.tasks = self.store.tasks if tasks is None else tuple(tasks)
+        _check(self.store.tasks, self.tasks, missing, max_age_seconds, max_windows)
+        check_bad_rows(bad_rows)
+        self._columns = [self.store.tasks.index(task) for task in self.tasks]
+        self._ids = ids
+        self._event_seconds = event_seconds
+        self._missing = missing
+        self._max_age_seconds = max_age_seconds
+        self.counters = {teacher: LookupCounters() for teacher in self.teachers}
+        reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
+        self._windows = {
+            teacher: _Windows(
+                self.store,
+                teacher,
+                self.counters[teacher],
+                reader,
+                snapshot=snapshot.get(teacher) if isinstance(snapshot, Mapping) else snapshot,
+                bad_rows=bad_rows,
+                max_windows=max_windows,
+                refresh_seconds=refresh_seconds,
+            )
+            for teacher in self.teachers
+        }
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-lookup")
+
+    def start(self, batch: Any) -> Future[TeacherOutputs]:
+        """Begin the look-up of a batch on the host; the future gives its outputs, on the host.
+
+        The ids and times are taken from the batch before this returns.
+        """
+        return self._thread.submit(self._look_up, *self._keys(batch))
+
+    def __call__(self, batch: Any) -> TeacherOutputs:
+        """The outputs of a batch.
+
+        Raises:
+            LookupError: for an example without an output, if ``missing="error"``.
+            StoreError: if the store is damaged, or refused for its rows.
+        """
+        return self.start(batch).result()
+
+    def _keys(self, batch: Any) -> tuple[Ints, Ints]:
+        ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
+        seconds = _taken("event_seconds", self._event_seconds, batch)
+        if np.ndim(seconds) == 0:
+            seconds = np.full(len(ids), int(seconds))
+        return ids, as_int64("the event_seconds of a batch", seconds, len(ids))
+
+    def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
+        windows = self.store.window_of(seconds)
+        found = [self._of_teacher(teacher, ids, windows) for teacher in self.teachers]
+        values, age_seconds, presence = (
+            np.stack(parts, axis=1) for parts in zip(*found, strict=True)
+        )
+        values = values[:, :, self._columns]
+        return TeacherOutputs(
+            torch.from_numpy(values),
+            torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
+            torch.from_numpy(age_seconds),
+        )
+
+    def _of_teacher(self, teacher: str, ids: Ints, windows: Ints) -> Found:
+        values, age_seconds, presence = self._windows[teacher].find(ids, windows)
+        counters = self.counters[teacher]
+        counters.asked += len(ids)
+        absent = ~presence
+        if self._missing == "error" and absent.any():
+            raise LookupError(
+                f"{self.store.url}: {absent.sum()} of {len(ids)} examples have no output of "
+                f"{teacher}: ids {ids[absent][:5].tolist()}, windows "
+                f"{np.unique(windows[absent])[:5].tolist()}; score them first, or pass "
+                "missing='mask'"
+            )
+        counters.missing += int(absent.sum())
+        if self._max_age_seconds is not None:
+            stale = presence & (age_seconds > self._max_age_seconds)
+            counters.stale += int(stale.sum())
+            presence = presence & ~stale
+        counters.present += int(presence.sum())
+        counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
+        return values, age_seconds, presence
+
+
+@dataclass(frozen=True)
+class _Window:
+    index: WindowIndex
+    files: list[DataFile]
+
+
+class _Windows:
+    """The windows of one teacher that are in memory, and the next one on its way."""
+
+    def __init__(
+        self,
+        store: TeacherStore,
+        teacher: str,
+        counters: LookupCounters,
+        reader: ThreadPoolExecutor,
+        *,
+        snapshot: int | None,
+        bad_rows: BadRows,
+        max_windows: int,
+        refresh_seconds: float | None,
+    ) -> None:
+        self.store = store  # of the reader's thread alone
+        self.teacher = teacher
+        self.counters = counters
+        self.reader = reader
+        self.snapshot = snapshot
+        self.bad_rows: BadRows = bad_rows
+        self.max_windows = max_windows
+        self.refresh_seconds = refresh_seconds
+        self._held: dict[int, Future[_Window]] = {}  # the one used last comes last
+        self._reread: dict[int, Future[_Window]] = {}
+        self._refreshed = time.monotonic()
+        self._known: list[int] = []  # windows in the store
+
+    def find(self, ids: Ints, windows: Ints) -> Found:
+        """The outputs of examples in windows, each (B,)."""
+        self._refresh()
+        needed: list[int] = np.unique(windows).tolist()
+        if len(needed) == 1:
+            found = self._window(needed[0], needed).index.find(ids)
+        else:
+            found = self._find_in(needed, ids, windows)
+        self._read_ahead(needed)
+        return found
+
+    def _find_in(self, needed: list[int], ids: Ints, windows: Ints) -> Found:
+        values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
+        age_seconds = np.zeros(len(ids), dtype=np.float32)
+        presence = np.zeros(len(ids), dtype=np.bool_)
+        for window in needed:
+            rows = windows == window
+            found = self._window(window, needed).index.find(ids[rows])
+            values[rows], age_seconds[rows], presence[rows] = found
+        return values, age_seconds, presence
+
+    def _window(self, window: int, needed: list[int]) -> _Window:
+        if window not in self._held:
+            self._make_room(needed)
+            self._held[window] = self.reader.submit(self._read, window)
+        self._held[window] = self._held.pop(window)
+        try:
+            return self._held[window].result()
+        except Exception:
+            del self._held[window]  # so that it is tried again when it is asked for again
+            raise
+
+    def _make_room(self, needed: list[int]) -> None:
+        for window in [w for w in self._held if w not in needed] + needed:
+            if len(self._held) < self.max_windows:
+                return
+            self._held.pop(window, None)
+
+    def _read_ahead(self, needed: list[int]) -> None:
+        following = [window for window in self._known if needed and window > needed[-1]]
+        if following and following[0] not in self._held and len(needed) < self.max_windows:
+            self._make_room(needed)
+            self._held[following[0]] = self.reader.submit(self._read, following[0])
+
+    def _refresh(self) -> None:
+        for window in [w for w, future in self._reread.items() if future.done()]:
+            future = self._reread.pop(window)
+            if window in self._held:
+                self._held[window] = future
+        now = time.monotonic()
+        if self.refresh_seconds is None or now - self._refreshed < self.refresh_seconds:
+            return
+        self._refreshed = now
+        for window, future in self._held.items():
+            if future.done() and window not in self._reread:
+                self._reread[window] = self.reader.submit(self._read_late, window, future)
+
+    def _read(self, window: int) -> _Window:
+        self.store.refresh()
+        self._known = self.store.windows(self.teacher)
+        rows, quarantined = self.store.read(self.teacher, window, bad_rows=self.bad_rows)
+        self.counters.quarantined += sum(quarantined.values())
+        if self.snapshot is not None:
+            rows = rows[rows.snapshot == self.snapshot]
+        rows = newest(rows)
+        index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
+        return _Window(index, self.store.files(self.teacher, window))
+
+    def _read_late(self, window: int, before: Future[_Window]) -> _Window:
+        self.store.refresh()
+        held = before.result()
+        if self.store.files(self.teacher, window) == held.files:
+            return held
+        read = self._read(window)
+        self.counters.late += max(0, len(read.index) - len(held.index))
+        return read
+
+
+def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
+    try:
+        return function(batch)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{name} should take the user's batch to its {name.replace('_', ' ')}; received a "
+            f"{type(batch).__name__} and {type(error).__name__}: {error}: pass {name}=..., a "
+            "function of the batch, to TeacherLookup"
+        ) from error
+
+
+def _check(
+    known: Sequence[str],
+    tasks: Sequence[str],
+    missing: str,
+    max_age_seconds: float | None,
+    max_windows: int,
+) -> None:
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks:
+        raise ValueError(f"tasks should be among the store's {tuple(known)}; received {unknown}")
+    if missing not in ("mask", "error"):
+        raise ValueError(f"missing should be 'mask' or 'error'; received {missing!r}")
+    if max_age_seconds is not None and not max_age_seconds >= 0:
+        raise ValueError(f"max_age_seconds should be None or from 0; received {max_age_seconds}")
+    if max_windows < 1:
+        raise ValueError(f"max_windows should be at least 1; received {max_windows}")

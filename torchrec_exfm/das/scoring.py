@@ -1,0 +1,372 @@
+"""The teacher's pass: each example is scored once, however many students share it.
+
+n examples, B of a batch, T tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
+from tqdm import tqdm
+
+from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64, utc
+from torchrec_exfm.das.rules import BadRows, check_bad_rows
+from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, on_rank_0
+from torchrec_exfm.das.store import TeacherStore, WriteReport
+
+__all__ = ["Examples", "ScoringReport", "score"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one student, or of several.
+
+    Args:
+        example_ids: (n,) int64; examples of several students meet by them.
+        event_seconds: (n,) event times, epoch seconds, the same for the same id everywhere.
+        batch: takes positions, (B,) int64, to the teacher's batch of the examples there. Called
+            on a thread of its own.
+    """
+
+    example_ids: Any
+    event_seconds: Any
+    batch: Callable[[Tensor], Any]
+
+
+@dataclass
+class ScoringReport:
+    """What a scoring job did, on all ranks together.
+
+    Attributes:
+        scored: examples that went through the teacher, each once, and whose outputs are stored.
+        shared: examples given that an earlier one had the id of.
+        stored_before: examples that had an output of this snapshot, or a newer one.
+        quarantined: outputs left out because they break a rule.
+        fillers: rows of this rank that went through the teacher once more, to keep the ranks in
+            step where a shard has fewer rows than there are ranks.
+        seconds: of the whole job.
+    """
+
+    scored: int = 0
+    shared: int = 0
+    stored_before: int = 0
+    quarantined: int = 0
+    fillers: int = 0
+    seconds: float = 0.0
+
+
+def score(
+    model: nn.Module,
+    store: TeacherStore,
+    examples: Sequence[Examples],
+    teacher: str | Snapshot,
+    *,
+    device: torch.device,
+    batch_size: int = 8192,
+    outputs: Callable[[Any], Tensor] = lambda output: output[1],
+    shard_rows: int = 2**18,
+    bad_rows: BadRows = "refuse",
+    checkpoints: Path | None = None,
+    progress: bool = True,
+) -> ScoringReport:
+    """Score examples into a store, each once; called by all ranks, with the same examples.
+
+    The examples are taken window by window, and in a window shard by shard: all ranks score a part
+    of the shard, one of them commits it. A job that was killed is started again with the same
+    examples, on any number of ranks: what is in the store is not scored again.
+
+    Args:
+        model: the teacher under ``DistributedModelParallel``, sharded over the ranks.
+        store: where to.
+        examples: of all students; those that share an id are scored once, by the first's batch.
+        teacher: a ``Snapshot``: the model is that one as it is. A name: before each window the
+            newest snapshot is looked for that was trained through a time before all of the
+            window's examples, and is loaded into the model if it is another than before.
+        device: where the model runs.
+        batch_size: of a rank.
+        outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits (or
+            predictions), (B, T) or (B,); the default fits ``(loss, logits, labels)``.
+        shard_rows: rows of one commit.
+        bad_rows: as for :meth:`TeacherStore.write`.
+        checkpoints: as for :func:`load_snapshot`.
+        progress: show a bar with rows a second and the time left, on rank 0.
+
+    Raises:
+        ValueError: for a wrong value; if an id has two event times, or ranks differ in their
+            examples; for bad rows (leaks among them); if no published snapshot is old enough.
+        StoreError: if the store can't be read or written.
+    """
+    if batch_size < 1 or shard_rows < 1:
+        raise ValueError(
+            f"batch_size and shard_rows should be at least 1; got {batch_size}, {shard_rows}"
+        )
+    check_bad_rows(bad_rows)
+    started = time.perf_counter()
+    store = TeacherStore(store.url, storage_options=store.storage_options)
+    shards, shared = _plan(examples, store, shard_rows)
+    job = _Job(model, store, device, batch_size, outputs, bad_rows)
+    job.report.shared = shared
+    total = sum(len(shard.ids) for shard in shards)
+    snapshot: Snapshot | None = None
+    with (
+        tqdm(total=total, unit="rows", desc="scoring", disable=not progress or _rank() > 0) as bar,
+        job,
+    ):
+        for window, group in itertools.groupby(shards, key=lambda shard: shard.window):
+            of_window = list(group)
+            if isinstance(teacher, str):
+                first = min(int(shard.seconds.min()) for shard in of_window)
+                snapshot = _newest(model, store, teacher, first, snapshot, checkpoints)
+            else:
+                snapshot = teacher
+            job.score_window(window, of_window, snapshot, bar)
+    job.report.seconds = time.perf_counter() - started
+    return job.report
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is committed as one: examples (n,) of one window, at positions of one student's."""
+
+    window: int
+    examples: Examples
+    positions: Ints
+    ids: Ints
+    seconds: Ints
+
+    def name(self, snapshot: Snapshot) -> str:
+        """The same in every run that is given the same examples."""
+        digest = hashlib.blake2b(self.ids.tobytes(), digest_size=16).hexdigest()
+        return f"score/{snapshot.teacher}/{snapshot.version}/{digest}"
+
+    def __getitem__(self, rows: Mask) -> _Shard:
+        return replace(
+            self, positions=self.positions[rows], ids=self.ids[rows], seconds=self.seconds[rows]
+        )
+
+    def pieces(self, batch_size: int) -> list[Ints]:
+        """This rank's rows, batch by batch; every rank has as many batches, some may be empty."""
+        mine = np.array_split(np.arange(len(self.ids)), _ranks())[_rank()]
+        longest = -(-len(self.ids) // _ranks())
+        return np.array_split(mine, -(-longest // batch_size))
+
+
+class _Job:
+    """The pass itself: the pipeline, the gathering of its outputs, the commits behind it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: TeacherStore,
+        device: torch.device,
+        batch_size: int,
+        outputs: Callable[[Any], Tensor],
+        bad_rows: BadRows,
+    ) -> None:
+        self.store = store
+        self.model = model
+        self.training = model.training
+        self.device = device
+        self.batch_size = batch_size
+        self.outputs = outputs
+        self.bad_rows: BadRows = bad_rows
+        self.report = ScoringReport()
+        unused = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+        self.pipeline: Any = EvalPipelineSparseDist(model.eval(), unused, device)
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
+        self.writing: Future[WriteReport] | None = None
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pipeline.reset()
+        self.pipeline.detach()
+        self.model.train(self.training)
+        self.writer.shutdown()
+
+    def score_window(
+        self, window: int, shards: list[_Shard], snapshot: Snapshot, bar: tqdm[Any]
+    ) -> None:
+        """Score what the store does not have, and wait until it has it."""
+        left = self._left(window, shards, snapshot)
+        before = sum(len(shard.ids) for shard in shards) - sum(len(s.ids) for _, s in left)
+        self.report.stored_before += before
+        bar.total -= before
+        feed = self._batches([shard for _, shard in left])
+        for number, (name, shard) in enumerate(left):
+            values = self._gather(self._forward(shard, feed, bar), len(shard.ids), number)
+            self._wait()
+            if values is not None:
+                self.writing = self.writer.submit(self._write, name, shard, snapshot, values)
+            self.report.scored += len(shard.ids)
+        self.pipeline.reset()
+        self._wait()
+        if _ranks() > 1:
+            dist.barrier()  # the next window's look at the store sees all of this one's commits
+
+    def _left(
+        self, window: int, shards: list[_Shard], snapshot: Snapshot
+    ) -> list[tuple[str, _Shard]]:
+        """The shards with the examples that are to be scored, as all ranks see it."""
+        self.store.refresh(on_rank_0(self.store.refresh))
+        rows, _ = self.store.read(snapshot.teacher, window, bad_rows="quarantine")
+        there = np.unique(rows.example_id[rows.snapshot >= snapshot.version])
+        left = []
+        for shard in shards:
+            name = shard.name(snapshot)
+            new = shard[~among(shard.ids, there)]
+            if len(new.ids) and not self.store.table.committed((name, 0)):
+                left.append((name, new))
+        return left
+
+    def _batches(self, shards: list[_Shard]) -> Iterator[Any]:
+        for shard in shards:
+            for rows in shard.pieces(self.batch_size):
+                at = rows if len(rows) else np.zeros(1, dtype=np.int64)  # a filler
+                yield shard.examples.batch(torch.from_numpy(shard.positions[at]))
+
+    def _forward(self, shard: _Shard, feed: Iterator[Any], bar: tqdm[Any]) -> Tensor:
+        """This rank's outputs, (rows of this rank, T), float32, on the device."""
+        parts = []
+        for rows in shard.pieces(self.batch_size):
+            with torch.no_grad():
+                values = self.outputs(self.pipeline.progress(feed))
+            expected = max(len(rows), 1), len(self.store.tasks)
+            if len(values) != expected[0] or values.numel() != expected[0] * expected[1]:
+                raise ValueError(
+                    f"outputs(...) should be of shape {expected} (examples, the store's tasks); "
+                    f"received {tuple(values.shape)}"
+                )
+            parts.append(values.float().reshape(expected)[: len(rows)])
+            self.report.fillers += not len(rows)
+            bar.update(min(len(rows) * _ranks(), bar.total - bar.n))
+        return torch.cat(parts)
+
+    def _gather(self, mine: Tensor, rows: int, number: int) -> Tensor | None:
+        """The outputs of all ranks, in the order of the shard, on the rank that commits it."""
+        if _ranks() == 1:
+            return mine
+        owner = number % _ranks()
+        sizes = [len(part) for part in np.array_split(np.arange(rows), _ranks())]
+        padded = torch.zeros(max(sizes), len(self.store.tasks), device=self.device)
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in sizes] if _rank() == owner else None
+        dist.gather(padded, parts, dst=owner)
+        if parts is None:
+            return None
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def _write(self, name: str, shard: _Shard, snapshot: Snapshot, values: Tensor) -> WriteReport:
+        return self.store.write(
+            snapshot, shard.ids, values, shard.seconds, shard=name, bad_rows=self.bad_rows
+        )
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            self.report.quarantined += sum(writing.result().quarantined.values())
+
+
+def _plan(
+    examples: Sequence[Examples], store: TeacherStore, shard_rows: int
+) -> tuple[list[_Shard], int]:
+    """The shards in order of windows, every id in one of them; and how many ids came again."""
+    all_ids = [as_int64("example_ids", each.example_ids) for each in examples]
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *all_ids])
+    seconds = np.concatenate(
+        [np.empty(0, dtype=np.int64)]
+        + [
+            as_int64("event_seconds", each.event_seconds, len(some))
+            for each, some in zip(examples, all_ids, strict=True)
+        ]
+    )
+    starts = np.cumsum([0, *map(len, all_ids)])
+    source = np.repeat(np.arange(len(examples)), list(map(len, all_ids)))
+    again = _again(ids, seconds)
+    _check_same_on_all_ranks(ids, seconds)
+    window = store.window_of(seconds)
+    kept = np.flatnonzero(~again)
+    kept = kept[np.lexsort((source[kept], window[kept]))]
+    turns = np.flatnonzero(np.diff(window[kept]) | np.diff(source[kept])) + 1
+    shards = []
+    for group in np.split(kept, turns) if len(kept) else []:
+        for part in np.split(group, range(shard_rows, len(group), shard_rows)):
+            k = source[part[0]]
+            shards.append(
+                _Shard(
+                    int(window[part[0]]), examples[k], part - starts[k], ids[part], seconds[part]
+                )
+            )
+    return shards, int(again.sum())
+
+
+def _again(ids: Ints, seconds: Ints) -> Mask:
+    """Which examples (n,) have the id of an earlier one."""
+    order = np.argsort(ids, kind="stable")
+    same = np.diff(ids[order]) == 0
+    differ = same & (np.diff(seconds[order]) != 0)
+    if differ.any():
+        at = order[1:][differ][0]
+        raise ValueError(
+            f"an example id should have one event time; received several for {int(differ.sum())} "
+            f"ids, the first of them {ids[at]}: they may not be ids of the same example"
+        )
+    again = np.zeros(len(ids), dtype=np.bool_)
+    again[order[1:][same]] = True
+    return again
+
+
+def _check_same_on_all_ranks(*arrays: Ints) -> None:
+    if _ranks() == 1:
+        return
+    digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    digests: list[Any] = [None] * _ranks()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        different = [rank for rank, each in enumerate(digests) if each != digests[0]]
+        raise ValueError(
+            "examples should be the same on every rank (score() divides them); received others on "
+            f"ranks {different} than on rank 0"
+        )
+
+
+def _newest(
+    model: nn.Module,
+    store: TeacherStore,
+    teacher: str,
+    first_seconds: int,
+    loaded: Snapshot | None,
+    checkpoints: Path | None,
+) -> Snapshot:
+    """The newest snapshot that has seen none of a window's examples, in the model."""
+    snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
+    if snapshot is None:
+        raise ValueError(
+            f"{store.url}: no published snapshot of {teacher} was trained through times before "
+            f"{utc(first_seconds)} alone, and a later one would leak: publish one, or score later "
+            "examples"
+        )
+    if snapshot != loaded:
+        load_snapshot(store, snapshot, model, checkpoints=checkpoints)
+    return snapshot
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
