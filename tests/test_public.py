@@ -18,12 +18,13 @@ import pytest
 import torch.distributed as dist
 
 import torchrec_exfm
+from torchrec_exfm import das
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 MODULES = sorted(
     ["torchrec_exfm"]
-    + [f"torchrec_exfm.{m.name}" for m in pkgutil.iter_modules(torchrec_exfm.__path__)]
+    + [m.name for m in pkgutil.walk_packages(torchrec_exfm.__path__, "torchrec_exfm.")]
 )
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -98,6 +99,24 @@ def test_the_public_names_are_frozen() -> None:
         "functional",
         "student_state_dict",
     ]
+    assert das.__all__ == [
+        "Examples",
+        "LookupCounters",
+        "ScoringReport",
+        "Snapshot",
+        "StoreError",
+        "TeacherLogger",
+        "TeacherLookup",
+        "TeacherStore",
+        "WriteReport",
+        "forget_snapshots",
+        "hash_ids",
+        "load_snapshot",
+        "newest_snapshot",
+        "publish",
+        "published",
+        "score",
+    ]
     assert torchrec_exfm.functional.__all__ == [
         "masked_mean",
         "scale_gradient",
@@ -151,6 +170,10 @@ def test_docstring_examples_run(example: doctest.DocTest) -> None:
         *(f"functional.{name}" for name in torchrec_exfm.functional.__all__),
         "adapter.StudentAdapter",
         "batch.TeacherOutputs",
+        "das.index.WindowIndex",
+        "das.logger.TeacherLogger",
+        "das.lookup.TeacherLookup",
+        "das.store.TeacherStore",
         "heads.AuxiliaryHead",
         "heads.DistillationHead",
     ],

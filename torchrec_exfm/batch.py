@@ -28,8 +28,9 @@ class TeacherOutputs(Pipelineable):
         presence: boolean, of the same shape as ``values`` (or (B,), for all teachers and tasks
             at once): which outputs are there. None: all. The value of a missing output is
             ignored, and may be NaN.
-        age_seconds: (B, M), or (B,) for one teacher: how long before its example's event each
-            output was computed, or None if it is not known.
+        age_seconds: (B, M), or (B,) for one teacher: how far each teacher's training lay behind
+            the example's event (event time - time it was trained through), or None if it is not
+            known.
 
     Raises:
         TypeError: for a wrong kind or dtype.

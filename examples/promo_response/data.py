@@ -160,6 +160,31 @@ def load_stream(cache: Path | None = None, *, seed: int = 0, progress: bool = Tr
     return load(folder)
 
 
+@dataclass
+class StreamBatch(Batch):
+    """TorchRec's batch, and which examples it holds.
+
+    The two more columns stay on the host, where look-ups and logs want them; no model reads them.
+
+    Attributes:
+        example_ids: int64 (B,).
+        event_seconds: epoch seconds, int64 (B,).
+    """
+
+    example_ids: torch.Tensor
+    event_seconds: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> StreamBatch:
+        return self._with(super().to(device, non_blocking))
+
+    def pin_memory(self) -> StreamBatch:
+        return self._with(super().pin_memory())
+
+    def _with(self, batch: Batch) -> StreamBatch:
+        columns = batch.dense_features, batch.sparse_features, batch.labels
+        return StreamBatch(*columns, self.example_ids, self.event_seconds)
+
+
 def batches(
     stream: Stream,
     sparse_names: Sequence[str],
@@ -168,13 +193,13 @@ def batches(
     *,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[slice, Batch]]:
+) -> Iterator[tuple[slice, StreamBatch]]:
     """One rank's part of each global batch, in time order, with its rows in the stream.
 
     `batch_size` counts the examples of all ranks together. Rank r gets the r-th of `world_size`
     equal, contiguous slices of every global batch, b = batch_size / world_size examples: dense
-    (b, D) float32, labels (b,) float32, and a KeyedJaggedTensor of F features with one int64 id
-    an example each. The last `len(stream) % batch_size` examples are left out, so any world size
+    (b, D) float32, labels (b,) float32, a KeyedJaggedTensor of F features with one int64 id an
+    example each, and the examples' ids and times. The last `len(stream) % batch_size` examples are left out, so any world size
     sees the same examples and all ranks get the same number of batches.
 
     Raises:
@@ -199,7 +224,7 @@ def _batches(
     batch_size: int,
     rank: int,
     world_size: int,
-) -> Iterator[tuple[slice, Batch]]:
+) -> Iterator[tuple[slice, StreamBatch]]:
     size = batch_size // world_size
     for first in range(0, len(stream) - batch_size + 1, batch_size):
         rows = slice(first + rank * size, first + (rank + 1) * size)
@@ -209,8 +234,15 @@ def _batches(
         dense = np.empty((size, len(dense_names)), dtype=np.float32)
         for column, name in enumerate(dense_names):
             dense[:, column] = stream.dense[name][rows]
-        labels = torch.from_numpy(np.array(stream.label[rows]))
-        yield rows, Batch(torch.from_numpy(dense), _one_id_each(sparse_names, ids), labels)
+        columns = stream.label, stream.example_id, stream.time
+        yield (
+            rows,
+            StreamBatch(
+                torch.from_numpy(dense),
+                _one_id_each(sparse_names, ids),
+                *(torch.from_numpy(np.array(column[rows])) for column in columns),
+            ),
+        )
 
 
 def _one_id_each(names: list[str], ids: Array) -> KeyedJaggedTensor:

@@ -2,11 +2,12 @@
 
     python examples/promo_response/main.py
 
-1. A teacher with rich features goes once through all verticals in time order; its logits are
-   logged in its own training forward, before each update.
-2. Students with lean features go through one vertical in time order, one for each arm: without a
-   teacher, with the teacher on the serving head, with an auxiliary head (AH), and with the
-   student adapter beside it (AH + SA); then again with a teacher whose logits are off by +1.
+1. A teacher with rich features goes once through all verticals in time order; a logger writes what
+   it says in its own training forward, before each update, into a teacher store.
+2. Students with lean features go through one vertical each in time order and look the teacher's
+   outputs up in the store. In the first vertical there is one for each arm: without a teacher,
+   with the teacher on the serving head, with an auxiliary head (AH), and with the student adapter
+   beside it (AH + SA); then again with a teacher whose logits are off by +1.
 3. Every figure is of examples scored before they were trained on, over the last half of the year.
 
 Runs alone or on several ranks (torchrun), on CPU or CUDA.
@@ -17,11 +18,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,15 @@ from torchrec_exfm import (
     ExFMMetrics,
     ExFMWrapper,
     StudentAdapter,
-    TeacherOutputs,
     TrainPipelineExFM,
 )
+from torchrec_exfm.das import Snapshot, TeacherLogger, TeacherLookup, TeacherStore
 
 FIRST_WEEK = 27  # of the evaluation: the last half of the year
 BIAS = 1.0  # added to the logits of the biased teacher
 BATCH = 2048  # of all ranks together
+WEEK_SECONDS = 7 * 24 * 3600
+TEACHER_NAME, BIASED_NAME = "rich", "rich-biased"
 TEACHER: dict[str, Any] = {"width": 16, "cross_layers": 2, "over_arch": (128, 64)}
 STUDENT: dict[str, Any] = {"width": 32, "cross_layers": 1, "over_arch": (64, 32)}
 TEACHER_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.3}
@@ -67,42 +71,61 @@ def main() -> None:
     options = parse_options()
     device = set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
-    if options.vertical not in stream.verticals:
-        raise SystemExit(
-            f"--vertical should be one of {', '.join(stream.verticals)}; "
-            f"received {options.vertical}"
-        )
-    vertical, logged, results = teach(stream, options, device)
-    for teacher, bias in (("fresh", 0.0), (f"biased by {BIAS:+g}", BIAS)):
-        for arm in ARMS:
-            if not (bias and arm == "none"):
-                logits, speed = train_student(vertical, logged + bias, arm, options, device)
-                results.append(report.Result(arm, teacher, *evaluate(vertical, logits), speed))
+    check_verticals(stream, options.verticals)
+    parts = {name: rows_of(stream, name) for name in options.verticals}
+    store = new_store(options.out / "store")
+    logits, speed = teach(stream, store, options, device)
+    results = []
+    for name, rows in parts.items():
+        vertical, said = stream.select(rows), logits[torch.from_numpy(rows)]
+        results.append(report.Result(name, "teacher", "fresh", *evaluate(vertical, said), speed))
+        settings = [(arm, TEACHER_NAME) for arm in ("none", "AH")]
+        if name == options.verticals[0]:
+            log_biased(store, vertical, said)
+            settings = [(arm, TEACHER_NAME) for arm in ARMS]
+            settings += [(arm, BIASED_NAME) for arm in ARMS if arm != "none"]
+        for arm, teacher in settings:
+            said, speed = train_student(vertical, store, teacher, arm, options, device)
+            kind = "fresh" if teacher == TEACHER_NAME else f"biased by {BIAS:+g}"
+            results.append(report.Result(name, arm, kind, *evaluate(vertical, said), speed))
     if dist.get_rank() == 0:
         report.write(results, options)
     dist.destroy_process_group()
 
 
 def teach(
-    stream: data.Stream, options: argparse.Namespace, device: torch.device
-) -> tuple[data.Stream, Tensor, list[report.Result]]:
-    """One pass of the teacher; the students' vertical, what was logged for it, and its figures."""
+    stream: data.Stream, store: TeacherStore, options: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, float]:
+    """One pass of the teacher, logged; its logits, for its own figures, and examples a second."""
     torch.manual_seed(options.seed)
     features = data.RICH_SPARSE, data.RICH_DENSE
     module = models.ranker(*features, stream.cardinalities, **TEACHER)
     model, optimizer = models.distribute(module, device, **TEACHER_RATES)
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, device)
     feed = data.batches(stream, *features, BATCH, **ranks())
-    logits, speed = run("teacher", pipeline, feed, len(stream))
-    rows = stream.vertical == stream.verticals.index(options.vertical)
-    vertical, logged = stream.select(rows), logits[torch.from_numpy(rows)]
-    figures = report.Result("teacher", "fresh", *evaluate(vertical, logged), speed)
-    return vertical, logged, [figures]
+    with TeacherLogger(store, TEACHER_NAME) as logger:
+        logger.attach(model)
+        return run("teacher", pipeline, feed, len(stream))
+
+
+def log_biased(store: TeacherStore, vertical: data.Stream, logits: Tensor) -> None:
+    """A second teacher in the store: what the first said of a vertical, off by `BIAS`."""
+    if dist.get_rank() == 0:
+        there = ~logits.isnan().numpy()
+        store.write(
+            Snapshot(BIASED_NAME, version=0, trained_through_seconds=0),
+            vertical.example_id[there],
+            logits[there] + BIAS,
+            vertical.time[there],
+            logged=True,
+        )
+    dist.barrier()
 
 
 def train_student(
     vertical: data.Stream,
-    logged: Tensor,
+    store: TeacherStore,
+    teacher: str,
     arm: str,
     options: argparse.Namespace,
     device: torch.device,
@@ -121,19 +144,38 @@ def train_student(
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
     )
+    feed: Feed = data.batches(vertical, *features, options.batch_size, **ranks())
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    lookup = TeacherLookup(store, teacher)
     if arm in TERMS:
         adapter = StudentAdapter() if arm == "AH + SA" else None
-        pipeline = TrainPipelineExFM(model, optimizer, device, adapter=adapter)
-    feed: Feed = data.batches(vertical, *features, options.batch_size, **ranks())
-    return run(arm, pipeline, feed if arm == "none" else with_teacher(feed, logged), len(vertical))
+        pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
+    elif arm == "serving head":  # written by hand: the outputs come in the batch
+        feed = ((rows, ExFMBatch(batch, lookup(batch))) for rows, batch in feed)
+    return run(arm, pipeline, feed, len(vertical))
 
 
-def with_teacher(feed: Feed, logged: Tensor) -> Feed:
-    """The batches with the logits that were logged for their examples; NaN: none was."""
-    for rows, batch in feed:
-        values = logged[rows]
-        yield rows, ExFMBatch(batch, TeacherOutputs(values, presence=~values.isnan()))
+def new_store(folder: Path) -> TeacherStore:
+    """An empty store, the same on all ranks."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        TeacherStore.create(folder, window_seconds=WEEK_SECONDS)
+    dist.barrier()
+    return TeacherStore(folder)
+
+
+def check_verticals(stream: data.Stream, names: Sequence[str]) -> None:
+    """End with a sentence if there is no such vertical."""
+    for name in names:
+        if name not in stream.verticals:
+            raise SystemExit(
+                f"--verticals should be among {', '.join(stream.verticals)}; received {name}"
+            )
+
+
+def rows_of(stream: data.Stream, name: str) -> Any:
+    """The rows of a vertical, as a mask (B,)."""
+    return stream.vertical == stream.verticals.index(name)
 
 
 def run(name: str, pipeline: Pipeline, feed: Feed, examples: int) -> tuple[Tensor, float]:
@@ -211,7 +253,12 @@ def set_up() -> torch.device:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vertical", default="DRUG GM", help="department of the students")
+    parser.add_argument(
+        "--verticals",
+        nargs="+",
+        default=["DRUG GM", "GROCERY", "MEAT-PCKGD"],
+        help="departments with a student each; the first with all arms",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=BATCH, help="of a student, all ranks")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="of a student")

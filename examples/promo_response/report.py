@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Result:
-    """One arm, over the examples of the last half of the year.
+    """One arm, over a vertical's examples of the last half of the year.
 
     Attributes:
+        vertical: the department.
         arm: how the student was trained, or "teacher".
         teacher: "fresh" or "biased by ...".
         ne: normalized entropy; lower is better.
@@ -28,6 +29,7 @@ class Result:
         samples_per_second: of the whole pass, loading included.
     """
 
+    vertical: str
     arm: str
     teacher: str
     ne: float
@@ -40,8 +42,9 @@ def write(results: Sequence[Result], options: argparse.Namespace) -> None:
     """Print the table and write `results.json` and `results.png`."""
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
-    none = next(result for result in results if result.arm == "none")
-    print(f"\n{options.vertical}, weeks 27 to 53, each example scored before it was trained on:")
+    verticals = {result.vertical: None for result in results}
+    none = {name: none_of(results, name) for name in verticals}
+    print("\nweeks 27 to 53, each example scored before it was trained on:")
     print("\n".join(table(results, none)))
     record = {
         "options": {
@@ -54,11 +57,17 @@ def write(results: Sequence[Result], options: argparse.Namespace) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "ranks": dist.get_world_size(),
         },
-        "results": [asdict(result) | changes(result, none) for result in results],
+        "results": [asdict(r) | changes(r, none[r.vertical]) for r in results],
     }
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(results, none, options.vertical, folder / "results.png")
+    first = [result for result in results if result.vertical == options.verticals[0]]
+    draw(first, none[options.verticals[0]], folder / "results.png")
     print(f"\nwritten: {folder / 'results.json'}, {folder / 'results.png'}")
+
+
+def none_of(results: Sequence[Result], vertical: str) -> Result:
+    """A vertical's arm without a teacher."""
+    return next(r for r in results if r.vertical == vertical and r.arm == "none")
 
 
 def changes(result: Result, none: Result) -> dict[str, float]:
@@ -69,23 +78,23 @@ def changes(result: Result, none: Result) -> dict[str, float]:
     }
 
 
-def table(results: Sequence[Result], none: Result) -> list[str]:
+def table(results: Sequence[Result], none: Mapping[str, Result]) -> list[str]:
     """The lines of the table."""
     lines = [
-        f"{'arm':14}{'teacher':14}{'NE':>8}{'AUC':>8}{'calibration':>13}{'NE vs none':>12}"
+        f"{'vertical':12}{'arm':14}{'teacher':14}{'NE':>8}{'AUC':>8}{'calibration':>13}{'NE vs none':>12}"
         f"{'AUC vs none':>13}{'samples/s':>11}"
     ]
     for result in results:
-        change = changes(result, none)
+        change = changes(result, none[result.vertical])
         lines.append(
-            f"{result.arm:14}{result.teacher:14}{result.ne:8.4f}{result.auc:8.4f}"
+            f"{result.vertical:12}{result.arm:14}{result.teacher:14}{result.ne:8.4f}{result.auc:8.4f}"
             f"{result.calibration:13.3f}{change['ne_change_percent']:+11.2f}%"
             f"{change['auc_change_percent']:+12.2f}%{result.samples_per_second:11,.0f}"
         )
     return lines
 
 
-def draw(results: Sequence[Result], none: Result, vertical: str, path: Path) -> None:
+def draw(results: Sequence[Result], none: Result, path: Path) -> None:
     """The students' NE against the arm without a teacher, and their calibration, as bars."""
     import matplotlib
 
@@ -107,6 +116,6 @@ def draw(results: Sequence[Result], none: Result, vertical: str, path: Path) -> 
     right.set_ylabel("calibration (1 is best)")
     for axes in (left, right):
         axes.tick_params(axis="x", labelsize=7)
-    figure.suptitle(f"Students of {vertical}, last half of the year")
+    figure.suptitle(f"Students of {none.vertical}, last half of the year")
     figure.savefig(path, dpi=110)
     plt.close(figure)

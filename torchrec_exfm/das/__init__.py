@@ -5,6 +5,16 @@ which teacher said it, what that snapshot was trained through, and when. Needs t
 extra ``das``: deltalake and pyarrow.
 """
 
+try:
+    import deltalake  # noqa: F401
+    import pyarrow  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"torchrec_exfm.das needs deltalake and pyarrow, and {error.name} is not installed: "
+        "pip install 'torchrec-exfm[das]'",
+        name=error.name,
+    ) from error
+
 from torchrec_exfm.das.delta import StoreError
 from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.logger import TeacherLogger

@@ -12,7 +12,6 @@ from torchrec_exfm.das.arrays import MICROSECONDS, Floats, Ints, Mask, utc
 
 __all__ = [
     "MAX_SECONDS",
-    "BadRows",
     "Rows",
     "broken_rules",
     "check_bad_rows",
