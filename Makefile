@@ -1,6 +1,6 @@
-# make test | lint | demo | clean
+# make test | lint | demo | faults | clean
 #
-# Each of the first three sees to .venv before anything else: makes it where it is missing or half
+# Each but the last sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
 # TorchRec do not go together. FBGEMM=cpu or FBGEMM=cuda overrides the choice between the two, which
 # is CUDA where nvidia-smi finds a GPU.
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo clean venv install
+.PHONY: test lint demo faults clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -39,6 +39,10 @@ lint: venv
 
 demo: venv
 	$(PY) examples/promo_response/main.py
+
+# The fault tests at full length: jobs killed twenty times each and resumed.
+faults: venv
+	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

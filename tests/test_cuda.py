@@ -9,6 +9,7 @@ import pytest
 import rank_checks as checks
 import rank_checks_metrics as of_metrics
 import rank_checks_serving as serving
+import rank_checks_store as of_store
 import torch
 from ranks import Ranks
 
@@ -30,6 +31,11 @@ CHECKS: list[tuple[Any, ...]] = [
     (serving.check_export, "mixed"),
     (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
     (serving.check_evaluation_between_steps,),
+    (of_store.check_store_equals_columns,),
+    (of_store.check_store_with_evaluation_between,),
+    (of_store.check_each_example_is_scored_once,),
+    (of_store.check_the_newest_snapshot_that_does_not_leak,),
+    (of_store.check_logging_the_training_forward,),
     (of_metrics.check_metrics,),
 ]
 
