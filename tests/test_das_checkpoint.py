@@ -412,6 +412,7 @@ def bombs(flag: Path) -> dict[str, Callable[[Any], None]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # which torch.load goes on from
 @pytest.mark.parametrize("kind", bombs(Path()))
 def test_malicious_data(folder: Path, tmp_path: Path, unpickled: list[str], kind: str) -> None:
     flag = tmp_path / "flag"

@@ -174,8 +174,8 @@ class _Reader(dcp.FileSystemReader):
     _error: Exception | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        # An error must wait: for one that is raised here DCP looks for a pickle of the rank, no
-        # longer waits for the other ranks, and tells of the error in a log or not at all.
+        # An error waits until the next step: raised here, it would make DCP ask for metadata of
+        # this rank alone, which other ranks do not wait for, and end as a part of another error.
         try:
             return _read_metadata(Path(self.path))
         except Exception as error:

@@ -90,7 +90,8 @@ class TeacherLookup:
             never (what is read depends on the store alone, not on time).
 
     Raises:
-        ValueError: for a wrong value; if the store lacks a task.
+        ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
+            teacher.
 
     Example:
         >>> import tempfile
@@ -124,7 +125,11 @@ class TeacherLookup:
         self.store = TeacherStore(store.url, storage_options=store.storage_options)
         self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         self.tasks = self.store.tasks if tasks is None else tuple(tasks)
-        _check(self.store.tasks, self.tasks, missing, max_age_seconds, max_windows)
+        pinned = snapshot if isinstance(snapshot, Mapping) else {}
+        _check_names("tasks", self.tasks, self.store.tasks)
+        _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
+        _check_names("snapshot", tuple(pinned), self.teachers)
+        _check(missing, max_age_seconds, max_windows)
         check_bad_rows(bad_rows)
         self._columns = [self.store.tasks.index(task) for task in self.tasks]
         self._ids = ids
@@ -139,7 +144,7 @@ class TeacherLookup:
                 teacher,
                 self.counters[teacher],
                 reader,
-                snapshot=snapshot.get(teacher) if isinstance(snapshot, Mapping) else snapshot,
+                snapshot=pinned.get(teacher) if isinstance(snapshot, Mapping) else snapshot,
                 bad_rows=bad_rows,
                 max_windows=max_windows,
                 refresh_seconds=refresh_seconds,
@@ -329,16 +334,15 @@ def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
         ) from error
 
 
-def _check(
-    known: Sequence[str],
-    tasks: Sequence[str],
-    missing: str,
-    max_age_seconds: float | None,
-    max_windows: int,
-) -> None:
-    unknown = [task for task in tasks if task not in known]
-    if unknown or not tasks:
-        raise ValueError(f"tasks should be among the store's {tuple(known)}; received {unknown}")
+def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names) or (not names and what != "snapshot"):
+        raise ValueError(
+            f"{what} should be of {tuple(known)}, each at most once; received {tuple(names)}"
+        )
+
+
+def _check(missing: str, max_age_seconds: float | None, max_windows: int) -> None:
     if missing not in ("mask", "error"):
         raise ValueError(f"missing should be 'mask' or 'error'; received {missing!r}")
     if max_age_seconds is not None and not max_age_seconds >= 0:

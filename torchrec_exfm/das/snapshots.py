@@ -231,9 +231,11 @@ def _rows(registry: Table) -> list[tuple[Snapshot, str | None]]:
         data = registry.read(file, _SCHEMA)
         data = data.set_column(2, "trained_through", data["trained_through"].cast(pa.int64()))
         for row in data.select(["teacher", "version", "trained_through", "checkpoint"]).to_pylist():
-            snapshot = Snapshot(
-                row["teacher"], row["version"], row["trained_through"] // MICROSECONDS
-            )
+            seconds = row["trained_through"] // MICROSECONDS
+            try:
+                snapshot = Snapshot(row["teacher"], row["version"], seconds)
+            except ValueError as error:
+                raise StoreError(f"{registry.url}/{file.path}: is damaged ({error})") from error
             rows.append((snapshot, row["checkpoint"]))
     return rows
 
