@@ -199,8 +199,8 @@ def batches(
     `batch_size` counts the examples of all ranks together. Rank r gets the r-th of `world_size`
     equal, contiguous slices of every global batch, b = batch_size / world_size examples: dense
     (b, D) float32, labels (b,) float32, a KeyedJaggedTensor of F features with one int64 id an
-    example each, and the examples' ids and times. The last `len(stream) % batch_size` examples are left out, so any world size
-    sees the same examples and all ranks get the same number of batches.
+    example each, and the examples' ids and times. The last `len(stream) % batch_size` examples are
+    left out, so any world size sees the same examples and all ranks get the same number of batches.
 
     Raises:
         ValueError: batch size, rank, world size or feature names that do not fit.

@@ -81,8 +81,8 @@ def changes(result: Result, none: Result) -> dict[str, float]:
 def table(results: Sequence[Result], none: Mapping[str, Result]) -> list[str]:
     """The lines of the table."""
     lines = [
-        f"{'vertical':12}{'arm':14}{'teacher':14}{'NE':>8}{'AUC':>8}{'calibration':>13}{'NE vs none':>12}"
-        f"{'AUC vs none':>13}{'samples/s':>11}"
+        f"{'vertical':12}{'arm':14}{'teacher':14}{'NE':>8}{'AUC':>8}{'calibration':>13}"
+        f"{'NE vs none':>12}{'AUC vs none':>13}{'samples/s':>11}"
     ]
     for result in results:
         change = changes(result, none[result.vertical])

@@ -128,7 +128,7 @@ def repeats(rows: Rows) -> Iterator[tuple[str, Mask]]:
 def newest(rows: Rows) -> Rows:
     """One row for each example: the newest snapshot wins.
 
-    Among those of one snapshot the one trained through the latest time, then the one scored last.
+    Among those of one snapshot what was logged in training, then what was scored last.
     """
     ids = rows.example_id
     if (ids[1:] > ids[:-1]).all():  # as they are written
@@ -136,7 +136,7 @@ def newest(rows: Rows) -> Rows:
     ids = np.sort(ids)
     if (ids[1:] > ids[:-1]).all():
         return rows
-    order = np.lexsort((rows.scored_at, rows.trained_through, rows.snapshot, rows.example_id))
+    order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
     return rows[order[np.append(ids[1:] != ids[:-1], len(ids) > 0)]]
 
 

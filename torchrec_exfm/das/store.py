@@ -54,8 +54,8 @@ class TeacherStore:
 
     Several processes may write at once, and others read: each write is one atomic commit, and a
     reader sees whole commits; :meth:`refresh` brings those made since. Of several outputs for an
-    example, **that of the newest snapshot wins** (then the one trained through the latest time,
-    then the one scored last), unless the reader pins a snapshot.
+    example, **that of the newest snapshot wins** (then what was logged in training, then what was
+    scored last), unless the reader pins a snapshot.
 
     Args:
         url: a local folder, or ``s3://``, ``gs://``, ``az://`` ..., as deltalake takes them.

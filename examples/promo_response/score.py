@@ -1,0 +1,112 @@
+"""A scoring job on a real stream: a teacher that is half a year old scores what came after.
+
+    torchrun --nproc-per-node 2 examples/promo_response/score.py
+
+1. A teacher with rich features goes through the first half of the year, and is published: its
+   checkpoint, and the event time that it was trained through.
+2. The job takes the newest snapshot that has not seen the examples, and scores the second half for
+   three students at once, whose examples overlap: each example once. It can be stopped at any
+   moment and started again.
+3. Each student looks its examples up; how good the outputs are, and how old, is printed.
+
+Runs alone as well (python in place of torchrun), on CPU or CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import data
+import main as demo
+import models
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchrec_exfm.das import Examples, TeacherLookup, TeacherStore, newest_snapshot, publish, score
+
+TEACHER = "half-year"
+STUDENTS = {
+    "DRUG GM": ("DRUG GM",),
+    "MEAT": ("MEAT", "MEAT-PCKGD", "SEAFOOD-PCKGD"),
+    "fresh": ("PRODUCE", "MEAT", "DELI", "PASTRY"),
+}
+
+
+def main() -> None:
+    """Train and publish the teacher unless it is, score, look up."""
+    options = parse_options()
+    device = demo.set_up()
+    stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
+    first = stream.select(stream.week < demo.FIRST_WEEK)
+    store = TeacherStore.create(options.store, window_seconds=demo.WEEK_SECONDS)
+    torch.manual_seed(options.seed)
+    features = data.RICH_SPARSE, data.RICH_DENSE
+    module = models.ranker(*features, stream.cardinalities, **demo.TEACHER)
+    teacher, optimizer = models.distribute(module, device, **demo.TEACHER_RATES)
+    if newest_snapshot(store, TEACHER) is None:
+        pipeline: demo.Pipeline = demo.TrainPipelineSparseDist(teacher, optimizer, device)
+        feed = data.batches(first, *features, demo.BATCH, **demo.ranks())
+        demo.run("teacher", pipeline, feed, len(first))
+        pipeline.detach()
+        publish(store, TEACHER, teacher, trained_through_seconds=int(first.time.max()))
+    parts = {name: second_half(stream, verticals) for name, verticals in STUDENTS.items()}
+    report = score(teacher, store, [examples(p) for p in parts.values()], TEACHER, device=device)
+    if dist.get_rank() == 0:
+        print(report)
+    for name, part in parts.items():
+        outputs, lookup = look_up(store, part)
+        figures = demo.evaluate(part, outputs)
+        if dist.get_rank() == 0:
+            counters = lookup.counters[TEACHER]
+            print(
+                f"{name:10}{counters.asked:8,} examples, coverage {counters.coverage:.3f}, "
+                f"mean age {counters.age_seconds / 86_400:.0f} days, NE {figures[0]:.4f}, "
+                f"AUC {figures[1]:.4f}, calibration {figures[2]:.3f}"
+            )
+    dist.destroy_process_group()
+
+
+def second_half(stream: data.Stream, verticals: tuple[str, ...]) -> data.Stream:
+    """A student's examples of the second half of the year."""
+    rows = np.logical_or.reduce([demo.rows_of(stream, name) for name in verticals])
+    return stream.select(rows & (stream.week >= demo.FIRST_WEEK))
+
+
+def examples(part: data.Stream) -> Examples:
+    """A student's examples, with the teacher's batch of any of them."""
+
+    def batch(positions: Tensor) -> Any:
+        rows = part.select(positions.numpy())
+        features = data.RICH_SPARSE, data.RICH_DENSE
+        return next(data.batches(rows, *features, len(rows)))[1]
+
+    return Examples(part.example_id, part.time, batch)
+
+
+def look_up(store: TeacherStore, part: data.Stream) -> tuple[Tensor, TeacherLookup]:
+    """The outputs of a student's examples, NaN where there is none, as its training sees them."""
+    lookup = TeacherLookup(store, TEACHER)
+    outputs = torch.full((len(part),), torch.nan)
+    for first in range(0, len(part), 8192):
+        rows = slice(first, first + 8192)
+        ids, seconds = (torch.from_numpy(np.array(c[rows])) for c in (part.example_id, part.time))
+        found = lookup(data.StreamBatch(*[torch.empty(0)] * 3, ids, seconds))
+        outputs[rows] = found.values.flatten().where(found.presence.flatten(), torch.nan)
+    return outputs, lookup
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, help="folder of the built stream")
+    parser.add_argument("--store", type=Path, default=Path("results/promo_response_scores/store"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
