@@ -142,8 +142,9 @@ def load_snapshot(
     Nothing is unpickled: only tensors are read, with ``weights_only=True``.
 
     Raises:
-        StoreError: if it is not published, or its checkpoint is missing or damaged.
-        ValueError: if the model has other parameters.
+        StoreError: if it is not published, or was without a checkpoint.
+        FileNotFoundError: if its checkpoint is not there.
+        ValueError: if its checkpoint is damaged, or of other parameters than the model's.
     """
     found = [name for known, name in _rows(_registry(store)) if known == snapshot]
     if not found:
