@@ -19,6 +19,7 @@ from deltalake.fs import DeltaStorageHandler
 __all__ = ["DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
 
 _ATTEMPTS = 20
+_ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
 
 
 class StoreError(RuntimeError):
@@ -35,7 +36,7 @@ class DataFile:
 
     path: str
     size_bytes: int
-    rows: int
+    rows: int | None
     partition: tuple[Any, ...]
 
 
@@ -69,6 +70,7 @@ class Table:
                 partition_by=list(partition),
                 description=description,
                 storage_options=dict(storage_options or {}),
+                commit_properties=CommitProperties(max_commit_retries=0),
             )
         except CommitFailedError:  # another process was first
             return
@@ -97,8 +99,9 @@ class Table:
                 self._table.update_incremental()
             elif version != self.version:
                 self._table.load_as_version(version)
-        except (DeltaError, OSError) as error:
+        except _ERRORS as error:
             raise StoreError(f"{self.url}: its log can't be read ({_first_line(error)})") from error
+        self._check_protocol(self._table)
 
     def append(
         self,
@@ -143,7 +146,7 @@ class Table:
             except CommitFailedError as error:  # another writer was first: look again
                 if attempt == _ATTEMPTS - 1:
                     raise self._not_written(error) from error
-            except (DeltaError, OSError, pa.ArrowException) as error:
+            except _ERRORS as error:
                 raise self._not_written(error) from error
         raise AssertionError("unreachable")
 
@@ -208,25 +211,33 @@ class Table:
             if rows.schema.names != columns.names:
                 absent = [name for name in columns.names if name not in rows.schema.names]
                 raise StoreError(f"{where}: lacks the columns {absent}: it is not of this table")
-            rows = rows.cast(columns)
+            if file.rows is not None and rows.num_rows != file.rows:
+                raise StoreError(
+                    f"{where}: has {rows.num_rows} rows and the table's log says {file.rows}: it "
+                    "was replaced; restore it, or write its rows anew"
+                )
+            if any(rows[field.name].null_count for field in columns if not field.nullable):
+                raise StoreError(f"{where}: has nulls where none may be: it is not of this table")
+            return rows.cast(columns)
         except FileNotFoundError as error:
             raise MissingFileError(
                 f"{where}: is missing, and the table's log has it; restore it, or write its rows "
                 "anew"
             ) from error
-        except (OSError, pa.ArrowException, DeltaError) as error:
+        except _ERRORS as error:
             raise StoreError(f"{where}: can't be read ({_first_line(error)})") from error
-        if any(rows[field.name].null_count for field in columns if not field.nullable):
-            raise StoreError(f"{where}: holds nulls where none may be: it is not of this table")
-        return rows
 
     def _load(self) -> DeltaTable:
         try:
             table = DeltaTable(self.url, storage_options=self._options)
         except TableNotFoundError as error:
             raise StoreError(f"{self.url}: there is no store; make one first") from error
-        except (DeltaError, OSError) as error:
+        except _ERRORS as error:
             raise StoreError(f"{self.url}: can't be opened ({_first_line(error)})") from error
+        self._check_protocol(table)
+        return table
+
+    def _check_protocol(self, table: DeltaTable) -> None:
         protocol = table.protocol()
         if protocol.min_reader_version > 1:
             raise StoreError(
@@ -234,7 +245,6 @@ class Table:
                 f"protocol ({protocol.reader_features}), and this package reads version 1: rewrite "
                 "it without column mapping and deletion vectors"
             )
-        return table
 
     def _list(self) -> list[DataFile]:
         actions = pa.table(self._table.get_add_actions(flatten=True)).to_pydict()

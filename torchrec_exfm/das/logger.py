@@ -12,6 +12,7 @@ import operator
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["TeacherLogger"]
 
+_WINDOWS = 16  # whose logged ids are kept in memory
+
 
 class TeacherLogger:
     """Logs what a teacher says in its training forward; each rank logs its own examples.
@@ -38,8 +41,9 @@ class TeacherLogger:
 
     Rows are gathered, and written in the background ``shard_rows`` at a time. Call :meth:`flush`
     before each checkpoint of the training, so that no row is both before the checkpoint and not
-    in the store. A run that is killed and goes on from its checkpoint logs the examples after it
-    anew; what the first run logged of them stays, so **each example is logged once**.
+    in the store. **Each example is logged once**, the first time: a second epoch is not, as its
+    teacher has learned the labels; and where a run that was killed goes on from its checkpoint,
+    what it had logged after the checkpoint stays.
 
     Each row carries the newest published snapshot as the version that the teacher has moved on
     from (version 0 before the first), and ``logged``; its age is 0.
@@ -56,7 +60,7 @@ class TeacherLogger:
 
     Attributes:
         written: rows that this logger has put into the store.
-        logged_before: rows that it has not, since a run before it had.
+        logged_before: rows that it has not, since their examples had been logged before.
         quarantined: rows left out because they break a rule.
 
     Raises:
@@ -102,7 +106,7 @@ class TeacherLogger:
         self._count = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
         self._writing: Future[WriteReport] | None = None
-        self._there: dict[int, Ints] = {}  # ids that an earlier run logged, by window
+        self._there: dict[int, _Logged] = {}  # the window used last comes last
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -122,7 +126,7 @@ class TeacherLogger:
             StoreError: if an earlier shard could not be written.
             ValueError: for bad rows in an earlier shard.
         """
-        self._rows.append((ids, event_seconds, outputs.detach().clone()))
+        self._rows.append((_copy(ids), _copy(event_seconds), outputs.detach().clone()))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -168,7 +172,7 @@ class TeacherLogger:
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
         outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
-        new = ~self._logged_before(ids, seconds)
+        new = self._first_time(ids, seconds)
         self.logged_before += len(ids) - int(new.sum())
         if not new.any():
             return WriteReport(written=0)
@@ -182,14 +186,40 @@ class TeacherLogger:
             bad_rows=self._bad_rows,
         )
 
-    def _logged_before(self, ids: Ints, seconds: Ints) -> Mask:
-        """Which examples (n,) were logged before this run began."""
+    def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
+        """Which examples (n,) come for the first time, here and in the store."""
+        self._store.refresh()
+        new = np.zeros(len(ids), dtype=np.bool_)
+        new[np.unique(ids, return_index=True)[1]] = True
         windows = self._store.window_of(seconds)
-        before = np.zeros(len(ids), dtype=np.bool_)
         for window in np.unique(windows).tolist():
-            if window not in self._there:
-                rows, _ = self._store.read(self.teacher, window, bad_rows="quarantine")
-                self._there[window] = np.unique(rows.example_id[rows.logged])
             at = windows == window
-            before[at] = among(ids[at], self._there[window])
-        return before
+            new[at] &= ~among(ids[at], self._logged_in(window))
+        return new
+
+    def _logged_in(self, window: int) -> Ints:
+        """The ids that are logged in a window of the store, in rising order."""
+        logged = self._there.pop(window, _Logged())
+        self._there[window] = logged
+        if len(self._there) > _WINDOWS:
+            del self._there[next(iter(self._there))]
+        for file in self._store.files(self.teacher, window):
+            if file.path not in logged.files:
+                rows, _ = self._store.read_file(file, bad_rows="quarantine")
+                ids = np.concatenate([logged.ids, rows.example_id[rows.logged]])
+                logged.ids = np.sort(ids, kind="stable")  # of runs in order: they are merged
+                logged.files.add(file.path)
+        return logged.ids
+
+
+@dataclass
+class _Logged:
+    """What is known to be logged in a window: its ids in rising order, and the files read."""
+
+    ids: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    files: set[str] = field(default_factory=set)
+
+
+def _copy(values: Any) -> Any:
+    """So that a loader may use its buffers again."""
+    return values.clone() if isinstance(values, Tensor) else np.array(values)

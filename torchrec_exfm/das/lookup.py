@@ -173,8 +173,9 @@ class TeacherLookup:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
         seconds = _taken("event_seconds", self._event_seconds, batch)
         if np.ndim(seconds) == 0:
-            seconds = np.full(len(ids), int(seconds))
-        return ids, as_int64("the event_seconds of a batch", seconds, len(ids))
+            seconds = np.full(len(ids), np.asarray(seconds))
+        times = as_int64("the event_seconds of a batch", seconds, len(ids))
+        return ids.copy(), times.copy()  # the loader may use its buffers again
 
     def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
         windows = self.store.window_of(seconds)
@@ -244,6 +245,7 @@ class _Windows:
         self._reread: dict[int, Future[_Window]] = {}
         self._refreshed = time.monotonic()
         self._known: list[int] = []  # windows in the store
+        self._quarantined: dict[int, int] = {}  # rows, by window
 
     def find(self, ids: Ints, windows: Ints) -> Found:
         """The outputs of examples in windows, each (B,)."""
@@ -306,7 +308,8 @@ class _Windows:
         self.store.refresh()
         self._known = self.store.windows(self.teacher)
         rows, quarantined = self.store.read(self.teacher, window, bad_rows=self.bad_rows)
-        self.counters.quarantined += sum(quarantined.values())
+        self._quarantined[window] = sum(quarantined.values())
+        self.counters.quarantined = sum(self._quarantined.values())
         if self.snapshot is not None:
             rows = rows[rows.snapshot == self.snapshot]
         rows = newest(rows)

@@ -175,7 +175,8 @@ class TeacherStore:
         for words, bad in (*repeats(rows), *broken):
             if bad_rows == "refuse":
                 raise ValueError(refuse(f"{self.url}: nothing was written", words, bad, rows))
-            quarantined[words] = int(bad.sum())
+            if (bad & good).any():
+                quarantined[words] = int((bad & good).sum())
             good &= ~bad
         if quarantined:
             columns = columns.filter(pa.array(good))
@@ -249,7 +250,8 @@ class TeacherStore:
         for words, bad in broken_rules(rows, file.partition[1], self.format.window_seconds):
             if bad_rows == "refuse":
                 raise StoreError(refuse(f"{self.table.url}/{file.path}", words, bad, rows))
-            quarantined[words] = int(bad.sum())
+            if (bad & good).any():
+                quarantined[words] = int((bad & good).sum())
             good &= ~bad
         return (rows[good] if quarantined else rows), quarantined
 
@@ -328,7 +330,11 @@ def _optional_columns(
         name: as_int64(name, values, rows) for name, values in (keys or {}).items()
     }
     if embeddings is not None:
-        width = np.shape(embeddings)[-1]
+        width = np.shape(embeddings)[-1] if np.ndim(embeddings) == 2 else 0
+        if not width:
+            raise ValueError(
+                f"embeddings should be of shape ({rows}, K); received {np.shape(embeddings)}"
+            )
         flat = as_floats("embeddings", embeddings, (rows, width)).reshape(-1)
         if not np.isfinite(flat).all():
             raise ValueError("embeddings should be finite; received NaN or infinity")
