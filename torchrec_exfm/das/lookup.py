@@ -178,29 +178,41 @@ class TeacherLookup:
         return ids.copy(), times.copy()  # the loader may use its buffers again
 
     def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
-        windows = self.store.window_of(seconds)
-        found = [self._of_teacher(teacher, ids, windows) for teacher in self.teachers]
+        needed, windows = self._windows_of(seconds)
+        found = [self._of_teacher(teacher, ids, needed, windows) for teacher in self.teachers]
         values, age_seconds, presence = (
             np.stack(parts, axis=1) for parts in zip(*found, strict=True)
         )
-        values = values[:, :, self._columns]
+        if self.tasks != self.store.tasks:
+            values = values[:, :, self._columns]
         return TeacherOutputs(
             torch.from_numpy(values),
             torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
             torch.from_numpy(age_seconds),
         )
 
-    def _of_teacher(self, teacher: str, ids: Ints, windows: Ints) -> Found:
-        values, age_seconds, presence = self._windows[teacher].find(ids, windows)
+    def _windows_of(self, seconds: Ints) -> tuple[list[int], Ints | None]:
+        """The windows of a batch, in order; and, if there are several, that of each example."""
+        if not len(seconds):
+            return [], None
+        ends = self.store.window_of(np.array([seconds.min(), seconds.max()]))
+        if ends[0] == ends[1]:
+            return ends[:1].tolist(), None
+        windows = self.store.window_of(seconds)
+        return np.unique(windows).tolist(), windows
+
+    def _of_teacher(
+        self, teacher: str, ids: Ints, needed: list[int], windows: Ints | None
+    ) -> Found:
+        values, age_seconds, presence = self._windows[teacher].find(ids, needed, windows)
         counters = self.counters[teacher]
         counters.asked += len(ids)
         absent = ~presence
         if self._missing == "error" and absent.any():
             raise LookupError(
                 f"{self.store.url}: {absent.sum()} of {len(ids)} examples have no output of "
-                f"{teacher}: ids {ids[absent][:5].tolist()}, windows "
-                f"{np.unique(windows[absent])[:5].tolist()}; score them first, or pass "
-                "missing='mask'"
+                f"{teacher}: ids {ids[absent][:5].tolist()}, in the windows {needed}; score them "
+                "first, or pass missing='mask'"
             )
         counters.missing += int(absent.sum())
         if self._max_age_seconds is not None:
@@ -247,18 +259,17 @@ class _Windows:
         self._known: list[int] = []  # windows in the store
         self._quarantined: dict[int, int] = {}  # rows, by window
 
-    def find(self, ids: Ints, windows: Ints) -> Found:
-        """The outputs of examples in windows, each (B,)."""
+    def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> Found:
+        """The outputs of examples (B,) in the one window needed, or in ``windows`` (B,)."""
         self._refresh()
-        needed: list[int] = np.unique(windows).tolist()
-        if len(needed) == 1:
+        if windows is None and needed:
             found = self._window(needed[0], needed).index.find(ids)
         else:
             found = self._find_in(needed, ids, windows)
         self._read_ahead(needed)
         return found
 
-    def _find_in(self, needed: list[int], ids: Ints, windows: Ints) -> Found:
+    def _find_in(self, needed: list[int], ids: Ints, windows: Ints | None) -> Found:
         values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
