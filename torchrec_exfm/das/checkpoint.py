@@ -50,7 +50,7 @@ def _where_written(result: WriteResult) -> dict[str, Any]:
 
 # ---- End of what is not public ----
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "read_metadata", "save_checkpoint"]
 
 METADATA = "metadata.json"
 _FORMAT = "torchrec_exfm.checkpoint"
@@ -177,7 +177,7 @@ class _Reader(dcp.FileSystemReader):
         # An error waits until the next step: raised here, it would make DCP ask for metadata of
         # this rank alone, which other ranks do not wait for, and end as a part of another error.
         try:
-            return _read_metadata(Path(self.path))
+            return read_metadata(Path(self.path))
         except Exception as error:
             self._error = error
             return dcp.Metadata({}, storage_data={})
@@ -212,7 +212,8 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
 
-def _read_metadata(folder: Path) -> dcp.Metadata:
+def read_metadata(folder: Path) -> dcp.Metadata:
+    """What a checkpoint holds, and where; an error if its files can't be all of that."""
     path = folder / METADATA
     if not path.exists():
         raise FileNotFoundError(

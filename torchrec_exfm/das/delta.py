@@ -19,6 +19,7 @@ from deltalake.fs import DeltaStorageHandler
 __all__ = ["DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
 
 _ATTEMPTS = 20
+_ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
 _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
 
 
@@ -75,7 +76,7 @@ class Table:
         except CommitFailedError:  # another process was first
             return
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{url}: can't be made ({_first_line(error)})") from error
+            raise StoreError(f"{url}: can't be made ({_one_line(error)})") from error
 
     @property
     def version(self) -> int:
@@ -100,7 +101,7 @@ class Table:
             elif version != self.version:
                 self._table.load_as_version(version)
         except _ERRORS as error:
-            raise StoreError(f"{self.url}: its log can't be read ({_first_line(error)})") from error
+            raise StoreError(f"{self.url}: its log can't be read ({_one_line(error)})") from error
         self._check_protocol(self._table)
 
     def append(
@@ -155,13 +156,13 @@ class Table:
         number = self._table.transaction_version(transaction[0])
         return number is not None and number >= transaction[1]
 
-    def delete(self, predicate: str) -> None:
-        """Delete the rows that fit a predicate, in one commit."""
+    def delete(self, predicate: str, *, properties: WriterProperties | None = None) -> None:
+        """Delete the rows that fit a predicate, in one commit; files of the rest are rewritten."""
         self.refresh()
         try:
-            self._table.delete(predicate)
+            self._table.delete(predicate, writer_properties=properties)
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.url}: can't delete ({_first_line(error)})") from error
+            raise StoreError(f"{self.url}: can't delete ({_one_line(error)})") from error
 
     def compact(
         self, partition: tuple[Any, ...] = (), *, properties: WriterProperties | None = None
@@ -173,12 +174,15 @@ class Table:
         try:
             if filters:
                 self._table.optimize.z_order(
-                    ["example_id"], partition_filters=filters, writer_properties=properties
+                    ["example_id"],
+                    partition_filters=filters,
+                    target_size=_ONE_FILE,
+                    writer_properties=properties,
                 )
             else:
                 self._table.optimize.compact()
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.url}: can't compact ({_first_line(error)})") from error
+            raise StoreError(f"{self.url}: can't compact ({_one_line(error)})") from error
 
     def files(self) -> list[DataFile]:
         """The data files of this version.
@@ -225,7 +229,7 @@ class Table:
                 "anew"
             ) from error
         except _ERRORS as error:
-            raise StoreError(f"{where}: can't be read ({_first_line(error)})") from error
+            raise StoreError(f"{where}: can't be read ({_one_line(error)})") from error
 
     def _load(self) -> DeltaTable:
         try:
@@ -233,7 +237,7 @@ class Table:
         except TableNotFoundError as error:
             raise StoreError(f"{self.url}: there is no store; make one first") from error
         except _ERRORS as error:
-            raise StoreError(f"{self.url}: can't be opened ({_first_line(error)})") from error
+            raise StoreError(f"{self.url}: can't be opened ({_one_line(error)})") from error
         self._check_protocol(table)
         return table
 
@@ -282,7 +286,7 @@ class Table:
     def _not_written(self, error: Exception) -> StoreError:
         return StoreError(
             f"{self.url}: can't be written to, and nothing of this shard was "
-            f"({_first_line(error)}); mend the cause and write it again"
+            f"({_one_line(error)}); mend the cause and write it again"
         )
 
 
@@ -313,6 +317,7 @@ def normal_url(url: str | Path) -> str:
     return text.rstrip("/")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()
+def _one_line(error: Exception) -> str:
+    """The error on one line: of an object store's, the causes that its other lines tell."""
+    text = re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)) or type(error).__name__
+    return ": ".join(filter(None, map(str.strip, text.splitlines())))[:500]

@@ -25,19 +25,23 @@ if TYPE_CHECKING:
     from torchrec_exfm.das.store import TeacherStore
 
 __all__ = [
+    "SCHEMA",
     "Snapshot",
+    "checkpoint_folder",
     "create_registry",
+    "entries",
     "forget_snapshots",
     "load_snapshot",
     "newest_snapshot",
     "on_rank_0",
     "publish",
     "published",
+    "registry_of",
 ]
 
 T = TypeVar("T")
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("teacher", pa.string(), nullable=False),
         pa.field("version", pa.int64(), nullable=False),
@@ -107,7 +111,7 @@ def publish(
     Snapshot(teacher, 0, trained_through_seconds)  # fail before the work
     name = on_rank_0(lambda: f"{int(time.time())}-{uuid.uuid4().hex[:12]}")
     if model is not None:
-        folder = _folder(store, checkpoints) / teacher / name
+        folder = checkpoint_folder(store, checkpoints) / teacher / name
         save_checkpoint(folder, model.state_dict())
     row = (trained_through_seconds, name if model is not None else None)
     return on_rank_0(lambda: _commit(store, teacher, *row))
@@ -115,7 +119,7 @@ def publish(
 
 def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
     """A teacher's snapshots, oldest version first."""
-    rows = _rows(_registry(store))
+    rows = entries(registry_of(store))
     return sorted(
         (snapshot for snapshot, _ in rows if snapshot.teacher == teacher),
         key=lambda snapshot: snapshot.version,
@@ -146,7 +150,7 @@ def load_snapshot(
         FileNotFoundError: if its checkpoint is not there.
         ValueError: if its checkpoint is damaged, or of other parameters than the model's.
     """
-    found = [name for known, name in _rows(_registry(store)) if known == snapshot]
+    found = [name for known, name in entries(registry_of(store)) if known == snapshot]
     if not found:
         raise StoreError(f"{store.url}/snapshots: {snapshot}, is not published there")
     if found[0] is None:
@@ -157,7 +161,7 @@ def load_snapshot(
             "leave the store's folder"
         )
     state = model.state_dict()
-    load_checkpoint(_folder(store, checkpoints) / snapshot.teacher / found[0], state)
+    load_checkpoint(checkpoint_folder(store, checkpoints) / snapshot.teacher / found[0], state)
     model.load_state_dict(state)
 
 
@@ -166,23 +170,30 @@ def forget_snapshots(
 ) -> int:
     """Delete a teacher's older snapshots: outputs, entries and checkpoints; returns the entries."""
     check_name("a teacher", teacher)
-    registry = _registry(store)
+    registry = registry_of(store)
     old = [
         (known, name)
-        for known, name in _rows(registry)
+        for known, name in entries(registry)
         if known.teacher == teacher and known.version < before_version
     ]
-    store.table.delete(f"teacher = '{teacher}' AND snapshot < {int(before_version)}")
+    folders = [
+        checkpoint_folder(store, checkpoints) / teacher / name  # fails before anything is deleted
+        for _, name in old
+        if name is not None and re.fullmatch(r"[0-9]+-[0-9a-f]+", name)
+    ]
+    store.table.delete(
+        f"teacher = '{teacher}' AND snapshot < {int(before_version)}",
+        properties=store.format.writer_properties(),
+    )
     registry.delete(f"teacher = '{teacher}' AND version < {int(before_version)}")
-    for _, name in old:
-        if name is not None and re.fullmatch(r"[0-9]+-[0-9a-f]+", name):
-            shutil.rmtree(_folder(store, checkpoints) / teacher / name, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     return len(old)
 
 
 def create_registry(url: str, storage_options: Mapping[str, str] | None) -> None:
     """Make the empty table of snapshots, unless it is there."""
-    Table.create(f"{url}/snapshots", _SCHEMA, (), "snapshots of teachers", storage_options)
+    Table.create(f"{url}/snapshots", SCHEMA, (), "snapshots of teachers", storage_options)
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -204,7 +215,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
 def _commit(
     store: TeacherStore, teacher: str, trained_through_seconds: int, checkpoint: str | None
 ) -> Snapshot:
-    registry = _registry(store)
+    registry = registry_of(store)
     while True:
         newest = newest_snapshot(store, teacher)
         version = 1 if newest is None else newest.version + 1
@@ -215,21 +226,23 @@ def _commit(
             "published_at": int(time.time() * MICROSECONDS),
             "checkpoint": checkpoint,
         }
-        data = pa.Table.from_pylist([row], schema=_SCHEMA)
+        data = pa.Table.from_pylist([row], schema=SCHEMA)
         if registry.append(data, (f"snapshot/{teacher}", version), properties=WriterProperties()):
             if version % 100 == 0:  # each has a file of its own: make them one
                 registry.compact()
             return Snapshot(teacher, version, trained_through_seconds)
 
 
-def _registry(store: TeacherStore) -> Table:
+def registry_of(store: TeacherStore) -> Table:
+    """The table of a store's snapshots."""
     return Table(f"{store.url}/snapshots", store.storage_options)
 
 
-def _rows(registry: Table) -> list[tuple[Snapshot, str | None]]:
+def entries(registry: Table) -> list[tuple[Snapshot, str | None]]:
+    """The snapshots, each with the name of its checkpoint's folder."""
     rows = []
     for file in registry.files():
-        data = registry.read(file, _SCHEMA)
+        data = registry.read(file, SCHEMA)
         data = data.set_column(2, "trained_through", data["trained_through"].cast(pa.int64()))
         for row in data.select(["teacher", "version", "trained_through", "checkpoint"]).to_pylist():
             seconds = row["trained_through"] // MICROSECONDS
@@ -241,7 +254,8 @@ def _rows(registry: Table) -> list[tuple[Snapshot, str | None]]:
     return rows
 
 
-def _folder(store: TeacherStore, checkpoints: Path | None) -> Path:
+def checkpoint_folder(store: TeacherStore, checkpoints: Path | None) -> Path:
+    """Where a store's checkpoints are."""
     if checkpoints is not None:
         return Path(checkpoints)
     if "://" in store.url:

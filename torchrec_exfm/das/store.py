@@ -184,7 +184,9 @@ class TeacherStore:
             columns.sort_by([("window", "ascending"), ("example_id", "ascending")]),
             (shard or f"write/{uuid.uuid4().hex}", 0),
             properties=self.format.writer_properties(),
-            metadata={"quarantined": json.dumps(quarantined)} if quarantined else None,
+            metadata={"quarantined": json.dumps(quarantined), "teacher": snapshot.teacher}
+            if quarantined
+            else None,
         )
         if not committed:
             return WriteReport(written=0, committed=False)
@@ -244,7 +246,7 @@ class TeacherStore:
         self, file: DataFile, *, bad_rows: BadRows = "refuse"
     ) -> tuple[Rows, dict[str, int]]:
         """As :meth:`read`, for one of :meth:`files`."""
-        rows = self._rows_of(file)
+        rows = self.rows_of(file)
         quarantined: dict[str, int] = {}
         good = np.ones(len(rows), dtype=np.bool_)
         for words, bad in broken_rules(rows, file.partition[1], self.format.window_seconds):
@@ -263,7 +265,8 @@ class TeacherStore:
             quarantined.update(left_out)
         return Rows.concatenate(parts, len(self.tasks)), dict(quarantined)
 
-    def _rows_of(self, file: DataFile) -> Rows:
+    def rows_of(self, file: DataFile) -> Rows:
+        """The rows of one of :meth:`files`, whatever rules they break."""
         names = [field.name for field in fields(Rows) if field.name != "outputs"]
         schema = self.format.schema()
         wanted = pa.schema([schema.field(name) for name in (*names, *self.format.outputs)])

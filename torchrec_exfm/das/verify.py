@@ -1,32 +1,31 @@
-"""Whether a store keeps to every rule: all of its files, rows and checkpoints are looked at.
-
-A window at a time: memory depends on the largest window, not on the store. n rows.
-"""
+"""Whether a store keeps to every rule; memory depends on its largest window, not on its size."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from deltalake.exceptions import DeltaError
 from tqdm import tqdm
 
-from torchrec_exfm.das.arrays import MICROSECONDS, Ints, Mask, utc
-from torchrec_exfm.das.checkpoint import _read_metadata
+from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
+from torchrec_exfm.das.checkpoint import read_metadata
 from torchrec_exfm.das.delta import DataFile, StoreError
 from torchrec_exfm.das.rules import Rows, broken_rules
 from torchrec_exfm.das.schema import PARTITION, check_name
-from torchrec_exfm.das.snapshots import _folder, _registry, _rows
+from torchrec_exfm.das.snapshots import checkpoint_folder, entries, registry_of
 from torchrec_exfm.das.store import TeacherStore
 
-__all__ = ["Verification"]
+__all__ = ["ERRORS", "Verification"]
 
-_BLOCK = 2**22  # of ids that are compared at once
+ERRORS = (StoreError, DeltaError, pa.ArrowException, ValueError, OSError)
+_BLOCK = 2**22  # ids that are compared at once
 
 
 class Verification:
@@ -45,53 +44,50 @@ class Verification:
     def __init__(
         self, store: TeacherStore, say: Callable[[str], object], checkpoints: Path | None = None
     ) -> None:
-        self.counts = dict.fromkeys(("files", "rows", "snapshots", "checkpoints", "violations"), 0)
+        self.counts = Counter(files=0, rows=0, snapshots=0, checkpoints=0, violations=0)
         self.notes: list[str] = []
-        self._store = store
-        self._say = say
-        self._published: dict[tuple[str, int], int] = {}  # trained through, in microseconds
-        self._unpublished = Counter[tuple[str, int]]()
+        self._store, self._say = store, say
+        self._published: dict[tuple[str, int], int] = {}  # trained through, in seconds
+        self._unpublished = defaultdict[str, Counter[int]](Counter)  # rows, by version
         self._attempt(self._check_snapshots, checkpoints)
         self._attempt(self._check_table)
-        for (teacher, version), rows in sorted(self._unpublished.items()):
-            self.notes.append(f"{rows} rows are of {teacher} version {version}, not published here")
+        for teacher, rows in self._unpublished.items():
+            text = f"{sum(rows.values())} rows of {teacher} are of versions not published here: "
+            self.notes.append(text + _some(sorted(rows)))
 
     def _violation(self, text: str) -> None:
         self.counts["violations"] += 1
-        where = "" if self._store.url in text else f"{self._store.url}: "
-        self._say(where + " ".join(text.split()))
+        text = text if self._store.url in text else f"{self._store.url}: {text}"
+        self._say(" ".join(text.split()))
 
     def _attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (StoreError, ValueError, OSError) as error:
+        except ERRORS as error:
             self._violation(str(error))
 
     def _check_snapshots(self, checkpoints: Path | None) -> None:
-        for snapshot, name in _rows(_registry(self._store)):
+        if unseen := checkpoints is None and "://" in self._store.url:
+            self.notes.append("checkpoints were not looked for: their folder was not given")
+        for snapshot, name in entries(registry_of(self._store)):
             self.counts["snapshots"] += 1
-            through = snapshot.trained_through_seconds * MICROSECONDS
-            if self._published.setdefault((snapshot.teacher, snapshot.version), through) != through:
-                self._violation(f"{snapshot}, was also published as trained through another time")
+            self._published[snapshot.teacher, snapshot.version] = snapshot.trained_through_seconds
             if name is not None and not re.fullmatch(r"[0-9]+-[0-9a-f]+", name):
                 self._violation(f"the checkpoint {name!r} of {snapshot}, has no safe name")
-            elif name is not None and checkpoints is None and "://" in self._store.url:
-                self.notes.append(f"the checkpoint of {snapshot}, was not looked for")
-            elif name is not None:
-                folder = _folder(self._store, checkpoints) / snapshot.teacher / name
-                self.counts["checkpoints"] += self._attempt(_read_metadata, folder) is not None
+            elif name is not None and not unseen:
+                folder = checkpoint_folder(self._store, checkpoints) / snapshot.teacher / name
+                self.counts["checkpoints"] += self._attempt(read_metadata, folder) is not None
 
     def _check_table(self) -> None:
-        table, wanted = self._store.table, self._store.format.schema()
-        if differing := {*pa.schema(table.delta.schema())} ^ {*wanted}:
-            self._violation(f"{table.url}: not as in the format: {sorted(map(str, differing))}")
+        table = self._store.table
         if tuple(table.delta.metadata().partition_columns) != PARTITION:
             raise StoreError(f"{table.url}: is not partitioned by {PARTITION}: its rows are unread")
+        if differing := {*pa.schema(table.delta.schema())} ^ {*self._store.format.schema()}:
+            self._violation(f"{table.url}: not as in the format: {sorted(map(str, differing))}")
         for teacher in self._store.teachers():
             self._attempt(check_name, "a teacher", teacher)
-            windows = self._store.windows(teacher)
             with tempfile.TemporaryFile() as ids:
-                for window in tqdm(windows, desc=teacher, unit="window", disable=None):
+                for window in tqdm(self._store.windows(teacher), desc=teacher, disable=None):
                     self._check_window(self._store.files(teacher, window), ids)
                 self._check_ids(f"{table.url}/teacher={teacher}", ids)
 
@@ -101,7 +97,7 @@ class Verification:
         read = [(file, part) for file, part in found if part is not None]
         rows = Rows.concatenate([part for _, part in read], len(self._store.tasks))
         order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
-        id_, snapshot, logged, time = (  # as in the row before
+        id_, snapshot, logged, time = (  # the same as in the row before
             np.append(False, np.diff(column[order]) == 0)[: len(rows)]
             for column in (rows.example_id, rows.snapshot, rows.logged, rows.event_time)
         )
@@ -118,40 +114,34 @@ class Verification:
     def _check_file(self, file: DataFile) -> Rows:
         store, (teacher, window) = self._store, file.partition
         store.table.read(file, pa.schema([f for f in store.format.schema() if f.nullable]))
-        rows = store._rows_of(file)
-        self.counts["files"] += 1
-        self.counts["rows"] += len(rows)
-        if file.rows not in (None, len(rows)):
-            where = f"{store.table.url}/{file.path}"
-            self._violation(f"{where}: holds {len(rows)} rows, and the log says {file.rows}")
+        rows = store.rows_of(file)
+        self.counts.update(files=1, rows=len(rows))
         for words, bad in broken_rules(rows, window, store.format.window_seconds):
             self._bad_rows(file, words, bad, rows)
         for version in np.unique(rows.snapshot).tolist():
             of_version = rows.snapshot == version
-            through = self._published.get((teacher, version))
-            if through is None:
-                self._unpublished[teacher, version] += int(of_version.sum())
+            if (through := self._published.get((teacher, version))) is None:
+                self._unpublished[teacher][version] += int(of_version.sum())
             else:
-                words = f"deny that version {version} was trained through {utc(through / 1e6)}"
-                self._bad_rows(file, words, of_version & (rows.trained_through != through), rows)
+                words = f"deny that version {version} was trained through {utc(through)}"
+                of_version &= rows.trained_through != through * MICROSECONDS
+                self._bad_rows(file, words, of_version, rows)
         return rows
 
     def _check_ids(self, where: str, all_ids: IO[bytes]) -> None:
-        if all_ids.tell():
-            ids = np.memmap(all_ids, dtype=np.int64, mode="r+")  # sorted on disk
-            ids.sort()
-            blocks = (ids[start : start + _BLOCK + 1] for start in range(0, len(ids), _BLOCK))
-            again = np.unique(np.concatenate([b[1:][np.diff(b) == 0] for b in blocks]))
-            if len(again):
-                self._violation(f"{where}: {len(again)} ids are in several windows: {_some(again)}")
+        ids = np.memmap(all_ids, np.int64, "r+") if all_ids.tell() else np.empty(1, np.int64)
+        ids.sort()  # on disk
+        blocks = (ids[start : start + _BLOCK + 1] for start in range(0, len(ids), _BLOCK))
+        again = np.unique(np.concatenate([b[1:][np.diff(b) == 0] for b in blocks]))
+        if len(again):
+            self._violation(f"{where}: {len(again)} ids are in several windows: {_some(again)}")
 
     def _bad_rows(self, file: DataFile, words: str, bad: Mask, rows: Rows) -> None:
         if bad.any():
             at = np.flatnonzero(bad)
-            where = f"{self._store.table.url}/{file.path}: {len(at)} of {len(rows)} rows"
-            ids = _some(rows.example_id[at])
-            self._violation(f"{where} {words}: rows {_some(at)} (example ids {ids})")
+            text = f"{self._store.table.url}/{file.path}: {len(at)} of {len(rows)} rows {words}: "
+            self._violation(f"{text}rows {_some(at)} (example ids {_some(rows.example_id[at])})")
 
 
-def _some(values: Ints) -> str:
+def _some(values: Any) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
