@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from torchrec_exfm.batch import TeacherOutputs
@@ -325,6 +326,8 @@ class _Windows:
             rows = rows[rows.snapshot == self.snapshot]
         rows = newest(rows)
         index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
+        del rows
+        pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         return _Window(index, self.store.files(self.teacher, window))
 
     def _read_late(self, window: int, before: Future[_Window]) -> _Window:
