@@ -52,6 +52,7 @@ class Table:
         self.url = url
         self._options = dict(storage_options or {})
         self._table = self._load()
+        self._written: DeltaTable | None = None  # the newest version, whichever is read
         self._listed: tuple[int, list[DataFile]] | None = None
 
     @staticmethod
@@ -131,7 +132,7 @@ class Table:
             custom_metadata=dict(metadata or {}), app_transactions=[Transaction(name, number)]
         )
         for attempt in range(_ATTEMPTS):
-            table = self._load()
+            table = self._newest()
             before = table.transaction_version(name)
             if before is not None and before >= number:
                 return False
@@ -230,6 +231,17 @@ class Table:
             ) from error
         except _ERRORS as error:
             raise StoreError(f"{where}: can't be read ({_one_line(error)})") from error
+
+    def _newest(self) -> DeltaTable:
+        """The table to write to: loaded once, and brought up to date after."""
+        if self._written is None:
+            self._written = self._load()
+        try:
+            self._written.update_incremental()
+        except _ERRORS as error:
+            raise StoreError(f"{self.url}: its log can't be read ({_one_line(error)})") from error
+        self._check_protocol(self._written)
+        return self._written
 
     def _load(self) -> DeltaTable:
         try:
