@@ -104,6 +104,7 @@ class TeacherLogger:
         self._shards = 0
         self._rows: list[tuple[Any, Any, Tensor]] = []
         self._count = 0
+        self._handed_over: list[tuple[Any, Any, Tensor]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
         self._writing: Future[WriteReport] | None = None
         self._there: dict[int, _Logged] = {}  # the window used last comes last
@@ -134,6 +135,8 @@ class TeacherLogger:
     def flush(self) -> None:
         """Write what was logged, and wait until it is in the store.
 
+        What could not be written is kept, and the next flush tries again.
+
         Raises:
             StoreError: if it can't be written.
             ValueError: for bad rows.
@@ -157,15 +160,20 @@ class TeacherLogger:
     def _wait(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            report = writing.result()
+            try:
+                report = writing.result()
+            except Exception:  # nothing is lost: the next flush tries again
+                self._rows = self._handed_over + self._rows
+                self._count = sum(len(outputs) for _, _, outputs in self._rows)
+                raise
             self.written += report.written
             self.quarantined += sum(report.quarantined.values())
 
     def _hand_over(self) -> None:
         self._wait()
         if self._rows:
-            rows, self._rows, self._count = self._rows, [], 0
-            self._writing = self._writer.submit(self._write, rows, self._shards)
+            self._handed_over, self._rows, self._count = self._rows, [], 0
+            self._writing = self._writer.submit(self._write, self._handed_over, self._shards)
             self._shards += 1
 
     def _write(self, rows: list[tuple[Any, Any, Tensor]], shard: int) -> WriteReport:
@@ -173,10 +181,10 @@ class TeacherLogger:
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
         outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
         new = self._first_time(ids, seconds)
-        self.logged_before += len(ids) - int(new.sum())
         if not new.any():
+            self.logged_before += len(ids)
             return WriteReport(written=0)
-        return self._store.write(
+        report = self._store.write(
             newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
             ids[new],
             outputs.cpu()[torch.from_numpy(new)],
@@ -185,6 +193,8 @@ class TeacherLogger:
             logged=True,
             bad_rows=self._bad_rows,
         )
+        self.logged_before += len(ids) - int(new.sum())
+        return report
 
     def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
         """Which examples (n,) come for the first time, here and in the store."""

@@ -1,0 +1,206 @@
+"""The store on one core: its rows on disk and in memory, and how fast they go in and come out.
+
+    python benchmarks/store.py [--json] [--quick] [--rows N]
+
+All rows lie in one time window and are written 2^18 a commit. Ids are random (hash_ids) or
+sequential. The top level has writing, look-up, gather and memory with random ids, and disk with
+sequential ones, at the store's default resolution, bfloat16; details has the rest.
+
+A look-up is TeacherLookup(batch) of 8192 examples at random places in the window, all of it: ids
+and times from the batch, threads, index, checks, counters. The gather that it is compared with is
+numpy's take of the same rows, by position, from records of 16 bytes (id, age, value).
+
+Everything is pinned to one core. Rates are medians (over batches, commits or reads) by the time
+that the process had the core, so that a machine that is not quiet gives them too; "on_the_wall" is
+the same by the clock on the wall.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore, hash_ids
+from torchrec_exfm.das.index import WindowIndex
+
+BATCH = 8192
+BATCHES = 400
+COMMIT = 2**18
+WINDOW = 86_400  # seconds
+FIRST = 20_000  # the first window
+SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
+AIMS = {
+    "lookup_rows_per_s": ">= 5 M",
+    "bytes_per_row_in_memory": "<= 24",
+    "bytes_per_row_on_disk": "<= 2",
+}
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--rows", type=int, help="of the window (10 million; --quick: 1 million)")
+    options = parser.parse_args()
+    rows = options.rows or (1_000_000 if options.quick else 10_000_000)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that is started from now on
+    os.environ["OMP_NUM_THREADS"] = "1"
+    details: dict[str, Any] = {"rows": rows, "batch": BATCH, "rows_of_a_commit": COMMIT}
+    with tempfile.TemporaryDirectory(prefix="benchmark-store-") as folder:
+        write(f"{folder}/small", "random", rows=1)
+        for ids in ("random", "sequential"):
+            exact = write(f"{folder}/exact/{ids}", ids, rows, resolution="float32", commits=8)
+            details[ids] = {
+                **write(f"{folder}/{ids}", ids, rows),
+                "bytes_per_row_on_disk_float32": exact["bytes_per_row_on_disk"],
+                **common.in_process(look_up, folder, ids, rows),
+            }
+        details["windows_x10"] = windows_x10(folder, rows // 100)
+    random, sequential = details["random"], details["sequential"]
+    result = {
+        "write_rows_per_s": random["write_rows_per_s"]["median"],
+        "lookup_rows_per_s": random["lookup_rows_per_s"]["median"],
+        "lookup_over_gather": random["lookup_over_gather"]["median"],
+        "bytes_per_row_on_disk": sequential["bytes_per_row_on_disk"],
+        "bytes_per_row_in_memory": random["bytes_per_row_in_memory"],
+        "details": details,
+    }
+    common.show(result, options.json, AIMS)
+
+
+def write(
+    url: str,
+    ids: str,
+    rows: int,
+    *,
+    windows: range = range(1),
+    resolution: str = "bfloat16",
+    commits: int | None = None,
+) -> dict[str, Any]:
+    """Make a store of so many rows in each window, or of its first commits."""
+    store = TeacherStore.create(url, window_seconds=WINDOW, resolution=resolution)
+    random = np.random.default_rng(0)
+    times = []
+    for window in windows:
+        for places in np.array_split(np.arange(rows), range(COMMIT, rows, COMMIT))[:commits]:
+            outputs = random.normal(-2.0, 1.5, len(places)).astype(np.float32)
+            part = examples(places, ids, rows, window)
+            rows_of_part = (SNAPSHOT, part.example_ids, outputs, part.event_seconds)
+            times.append((len(places), common.timed(store.write, *rows_of_part)))
+    size = sum(file.stat().st_size for file in Path(url).rglob("*") if file.is_file())
+    return {
+        "write_rows_per_s": common.rates(times),
+        "bytes_per_row_on_disk": common.rounded(size / sum(rows for rows, _ in times)),
+    }
+
+
+def examples(places: Any, ids: str, rows: int, window: int = 0) -> SimpleNamespace:
+    """A batch of the examples at places in a window, whose events come in order of places."""
+    place = torch.from_numpy(places)
+    number = place + window * rows
+    return SimpleNamespace(
+        places=places,
+        example_ids=hash_ids(number) if ids == "random" else number + 10**12,
+        event_seconds=(FIRST + window) * WINDOW + place * WINDOW // rows,
+    )
+
+
+def random_batches(ids: str, rows: int, count: int, window: int = 0) -> list[SimpleNamespace]:
+    random = np.random.default_rng(window)
+    return [examples(random.integers(0, rows, BATCH), ids, rows, window) for _ in range(count)]
+
+
+def ready(folder: str) -> int:
+    """Bytes of this process once the libraries have read something."""
+    torch.set_num_threads(1)
+    TeacherLookup(TeacherStore(f"{folder}/small"), "fm")(examples(np.arange(1), "random", 1))
+    return common.memory("VmRSS", new_peak=True)
+
+
+def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
+    """Read a window through a look-up; then look up batches, beside the index and gathers alone."""
+    batches = random_batches(ids, rows, BATCHES)
+    store = TeacherStore(f"{folder}/{ids}")
+    before = ready(folder)
+    lookup = TeacherLookup(store, "fm")
+    reads = [common.timed(lookup, batches[0])]
+    resident, peak = (common.memory(name) - before for name in ("VmRSS", "VmHWM"))
+    reads += [common.timed(TeacherLookup(store, "fm"), batches[0]) for _ in range(2)]
+    stored, _ = store.read("fm", FIRST)
+    index = WindowIndex(stored.example_id, stored.outputs, stored.age_seconds)
+    del stored
+    records = np.empty(rows, [("id", "i8"), ("age", "f4"), ("value", "f4")])
+    records["id"], records["age"], records["value"] = np.arange(rows), 1.0, 1.0
+    values = records["value"].copy()
+    arms: dict[str, Callable[[Any], Any]] = {
+        "lookup": lookup,
+        "index": lambda batch: index.find(batch.example_ids.numpy()),
+        "gather": lambda batch: records.take(batch.places),
+        "gather_of_values": lambda batch: values.take(batch.places),
+    }
+    times: dict[str, list[tuple[int, common.Time]]] = {name: [] for name in arms}
+    for batch in batches:
+        for name, arm in arms.items():
+            times[name].append((BATCH, common.timed(arm, batch)))
+    assert lookup.counters["fm"].coverage == 1
+    core = {name: [core for _, (_, core) in times[name]] for name in arms}
+    return {
+        **{f"{name}_rows_per_s": common.rates(times[name]) for name in arms},
+        **{
+            f"lookup_over_{name}": common.spread(np.divide(core[name], core["lookup"]))
+            for name in ("gather", "gather_of_values")
+        },
+        "read_rows_per_s": common.rates([(rows, read) for read in reads]),
+        "bytes_per_row_in_memory": common.rounded(index.nbytes / rows),
+        "bytes_per_row_resident": common.rounded(resident / rows),
+        "bytes_per_row_at_peak_of_read": common.rounded(peak / rows),
+    }
+
+
+def windows_x10(folder: str, rows: int) -> dict[str, Any]:
+    """A table of a hundred windows, and tables of ten of them, looked up in order of windows."""
+    write(f"{folder}/many", "random", rows, windows=range(100))
+    for tens in range(5):
+        write(f"{folder}/few/{tens}", "random", rows, windows=range(10 * tens, 10 * tens + 10))
+    _, few = common.in_process(visit, folder, rows, ["few"], 1)
+    _, many = common.in_process(visit, folder, rows, ["many"], 10)
+    times, _ = common.in_process(visit, folder, rows, ["few", "many"], 5)
+    core = {name: [core for _, (_, core) in of_table] for name, of_table in times.items()}
+    return {
+        "rows_of_a_window": rows,
+        "rows_per_s_10_windows": common.rates(times["few"]),
+        "rows_per_s_100_windows": common.rates(times["many"]),
+        "rows_per_s_ratio": common.spread(np.divide(core["few"], core["many"])),
+        "peak_mib_10_windows": few,
+        "peak_mib_100_windows": many,
+        "peak_ratio": common.rounded(many / few),
+    }
+
+
+def visit(folder: str, rows: int, tables: list[str], tens: int) -> tuple[Any, float]:
+    """Look up as many rows as windows have, ten windows at a time, by turns in each table."""
+    count = -(-rows // BATCH)
+    of_window = [random_batches("random", rows, count, window) for window in range(10 * tens)]
+    before = ready(folder)
+    many = TeacherLookup(TeacherStore(f"{folder}/many"), "fm")
+    times: dict[str, list[tuple[int, common.Time]]] = {table: [] for table in tables}
+    for number in range(tens):
+        batches = list(itertools.chain(*of_window[10 * number :][:10]))
+        few = TeacherLookup(TeacherStore(f"{folder}/few/{number % 5}"), "fm")
+        for table in tables[:: 1 if number % 2 else -1]:
+            lookup = many if table == "many" else few
+            taken = common.timed(list, map(lookup, batches))
+            times[table].append((len(batches) * BATCH, taken))
+            assert lookup.counters["fm"].coverage == 1
+    return times, common.rounded((common.memory("VmHWM") - before) / 2**20)
+
+
+if __name__ == "__main__":
+    main()

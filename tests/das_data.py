@@ -1,0 +1,112 @@
+"""Small stores, bad rows planted past the rules, and damage, for the tests of the teacher store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake import write_deltalake
+
+from torchrec_exfm.das import Snapshot, TeacherStore
+from torchrec_exfm.das.rules import Rows
+
+WINDOW = 3600  # seconds
+AT = 2 * WINDOW  # an event time, the first of window 2
+US = 1_000_000
+
+
+def snapshot(version: int = 1, through: int = 1_000, teacher: str = "fm") -> Snapshot:
+    return Snapshot(teacher, version, through)
+
+
+def new_store(folder: Path, **options: Any) -> TeacherStore:
+    """Of float32 and windows of an hour, unless the options say otherwise."""
+    return TeacherStore.create(
+        folder, **{"window_seconds": WINDOW, "resolution": "float32", **options}
+    )
+
+
+def small_store(folder: Path, rows: int = 3) -> TeacherStore:
+    """One file: examples 0, 1 ... of window 2, an output of 0.5, 1.5 ... of each."""
+    store = new_store(folder)
+    ids = np.arange(rows)
+    store.write(snapshot(), ids, ids + np.float32(0.5), AT + ids)
+    store.refresh()
+    return store
+
+
+def all_rows(store: TeacherStore, teacher: str = "fm") -> Rows:
+    """What a teacher said, as of the newest commit, in order of the ids."""
+    store.refresh()
+    parts = [store.read(teacher, window)[0] for window in store.windows(teacher)]
+    rows = Rows.concatenate(parts, len(store.tasks))
+    return rows[np.argsort(rows.example_id, kind="stable")]
+
+
+def by_id(store: TeacherStore, teacher: str = "fm") -> dict[int, list[float]]:
+    """The outputs of each example, each of which must be there once."""
+    rows = all_rows(store, teacher)
+    assert len(set(rows.example_id.tolist())) == len(rows)
+    return dict(zip(rows.example_id.tolist(), rows.outputs.tolist(), strict=True))
+
+
+def plain_rows(store: TeacherStore, n: int = 1, **columns: Any) -> pa.Table:
+    """Rows of window 2 with the store's columns; the given ones may break every rule."""
+    values: dict[str, Any] = {
+        "example_id": list(range(n)),
+        **{name: [0.0] * n for name in store.format.outputs},
+        "event_time": [AT * US] * n,
+        "snapshot": [1] * n,
+        "trained_through": [1_000 * US] * n,
+        "logged": [False] * n,
+        "scored_at": [0] * n,
+        "teacher": ["fm"] * n,
+        "window": [2] * n,
+        **columns,
+    }
+    schema = store.format.schema()
+    return pa.table(
+        [
+            pa.array(values[field.name], field.type)
+            if field.name in values
+            else pa.nulls(n, field.type)
+            for field in schema
+        ],
+        schema=schema,
+    )
+
+
+def plant(store: TeacherStore, n: int = 1, **columns: Any) -> None:
+    """Add rows as another program would, without the store's rules."""
+    write_deltalake(store.table.url, plain_rows(store, n, **columns), mode="append")
+    store.refresh()
+
+
+def only_file(store: TeacherStore, teacher: str = "fm", window: int = 2) -> Path:
+    (file,) = store.files(teacher, window)
+    return Path(store.table.url) / file.path
+
+
+def log_file(store: TeacherStore, version: int) -> Path:
+    return Path(store.table.url) / "_delta_log" / f"{version:020}.json"
+
+
+def edit_log(store: TeacherStore, version: int, action: str, edit: Callable[[Any], Any]) -> None:
+    """Change the actions of a kind ("add", "metaData" ...) in one commit."""
+    path = log_file(store, version)
+    actions = [json.loads(line) for line in path.read_text().splitlines()]
+    for each in actions:
+        if action in each:
+            edit(each[action])
+    path.write_text("".join(json.dumps(each) + "\n" for each in actions))
+
+
+def sentence(error: BaseException) -> str:
+    """The text of an error, which must be one line."""
+    text = str(error)
+    assert text and "\n" not in text, text
+    return text

@@ -1,0 +1,234 @@
+"""The jobs that the fault tests kill: a scoring job, and a training that logs and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import das_data as dd
+import numpy as np
+import pytest
+import rank_models as rm
+import torch
+import torch.distributed as dist
+from ranks import device
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+from tqdm import tqdm
+
+from torchrec_exfm.das import (
+    Examples,
+    Snapshot,
+    StoreError,
+    TeacherLogger,
+    TeacherStore,
+    publish,
+    published,
+    score,
+)
+
+START = 1_000_000  # the first event time
+ROWS = 4_320  # examples, one each second
+WINDOW = ROWS // 3
+TASKS = tuple(task.name for task in rm.TASKS)
+SHARD = 60  # rows of a commit: of the scoring job, in batches of 30 on any number of ranks
+STEPS = 80  # of the training, with the first LOGGED examples
+LOGGED = 3_200
+CHECKPOINT_STEPS = 5
+
+Job = Callable[[int, int, Path], None]
+
+
+class Data:
+    """Examples by their position; the ids are large and in no order."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randperm(ROWS, generator=generator) * 1_000_003 + 2**60
+        self.seconds = START + torch.arange(ROWS)
+        self.dense = torch.randn(ROWS, rm.NUM_DENSE, generator=generator)
+        self.sparse = torch.randint(0, rm.ROWS, (ROWS, rm.NUM_TABLES), generator=generator)
+        self.labels = torch.rand(ROWS, len(TASKS), generator=generator).round()
+
+    def batch(self, positions: Tensor) -> rm.Columns:
+        keys = [f"f{table}" for table in range(rm.NUM_TABLES)]
+        lengths = torch.ones(len(keys) * len(positions), dtype=torch.int32)
+        values = self.sparse[positions].t().reshape(-1)
+        return rm.Columns(
+            dense_features=self.dense[positions],
+            sparse_features=KeyedJaggedTensor(keys, values, lengths=lengths),
+            labels=self.labels[positions],
+            example_ids=self.ids[positions],
+            event_seconds=self.seconds[positions],
+        )
+
+
+def make_store(folder: Path) -> TeacherStore:
+    return dd.new_store(folder / "store", tasks=TASKS, window_seconds=WINDOW)
+
+
+def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> None:
+    """A job as one of its ranks; those of an attempt meet by its number."""
+    logging.disable(logging.WARNING)
+    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a kill leaves behind
+    torch.set_num_threads(1)
+    meeting = (folder / f"meeting-{attempt}").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    job(rank, world_size, folder)
+    dist.destroy_process_group()
+
+
+def scoring(rank: int, world_size: int, folder: Path) -> None:
+    """Scores the examples of two students, a third of which they share."""
+    data = Data()
+    third = ROWS // 3
+    examples = [
+        Examples(
+            data.ids[start : start + 2 * third],
+            data.seconds[start : start + 2 * third],
+            lambda positions, start=start: data.batch(positions + start),  # type: ignore[misc]
+        )
+        for start in (0, third)
+    ]
+    teacher = rm.sharded(rm.two_task_student(), world_size).model
+    report = score(
+        teacher,
+        TeacherStore(folder / "store"),
+        examples,
+        Snapshot("fm", 1, START - 1),
+        device=device(),
+        batch_size=SHARD // 2,
+        shard_rows=SHARD,
+        progress=False,
+    )
+    assert (report.scored + report.stored_before, report.shared) == (ROWS, third)
+
+
+def training(rank: int, world_size: int, folder: Path) -> None:
+    """Trains a teacher that logs, from its last checkpoint on."""
+    data = Data()
+    trainee = rm.sharded(rm.two_task_student(), world_size)
+    first = resumed(rank, folder, trainee.model.state_dict())
+    size = LOGGED // STEPS // world_size
+    with TeacherLogger(TeacherStore(folder / "store"), "fm", shard_rows=3 * size) as logger:
+        logger.attach(trainee.model)
+        for step in range(first, STEPS):
+            start = (step * world_size + rank) * size
+            loss, _ = trainee.model(data.batch(torch.arange(start, start + size)))
+            trainee.optimizer.zero_grad()
+            loss.backward()
+            trainee.optimizer.step()
+            if (step + 1) % CHECKPOINT_STEPS == 0:
+                logger.flush()
+                checkpoint(rank, folder, step + 1, trainee.model.state_dict())
+
+
+def checkpoint(rank: int, folder: Path, steps: int, state: Mapping[str, Any]) -> None:
+    """Each rank saves what it has; then all of it is the last checkpoint at once."""
+    torch.save(rm.snapshot(state), folder / f"checkpoint-{steps}-{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        (folder / "latest.new").write_text(str(steps))
+        os.replace(folder / "latest.new", folder / "latest")
+
+
+def resumed(rank: int, folder: Path, state: Mapping[str, Any]) -> int:
+    """Load the last checkpoint, if there is one; the number of steps before it."""
+    if not (folder / "latest").exists():
+        return 0
+    steps = int((folder / "latest").read_text())
+    saved = torch.load(folder / f"checkpoint-{steps}-{rank}.pt")
+    with torch.no_grad():
+        for key, value in state.items():
+            for (tensor, _), stored in zip(rm._pieces(value), saved[key], strict=True):
+                tensor.copy_(stored)
+    return steps
+
+
+# ---- A full disk ----
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_to_a_full_disk(folder: Path, rows: int, name: str, limit: int) -> None:
+    """One error, nothing of the shard; and when there is room again, all of it once."""
+    store = dd.small_store(folder)
+    ids = np.arange(100, 100 + rows)
+    shard = (dd.snapshot(), ids, ids.astype(np.float32), dd.AT + ids)
+    with full_disk(limit):
+        for _ in range(2):
+            with pytest.raises(StoreError, match="can't be written to, and nothing of") as caught:
+                store.write(*shard, shard=name)
+            assert store.table.url in dd.sentence(caught.value)
+    assert store.refresh() == 1
+    assert list(dd.by_id(TeacherStore(folder))) == [0, 1, 2]
+    assert store.write(*shard, shard=name).written == rows
+    assert not store.write(*shard, shard=name).committed
+    assert list(dd.by_id(store)) == [0, 1, 2, *ids.tolist()]
+
+
+def write_where_a_log_checkpoint_does_not_fit(folder: Path) -> None:
+    """The log sums itself up after some commits: one that is there is not said to have failed."""
+    store = dd.small_store(folder)
+    every = {"delta.checkpointInterval": "3"}
+    dd.edit_log(store, 0, "metaData", lambda data: data["configuration"].update(every))
+    written = [0, 1, 2]
+    with full_disk(6_000):
+        for example in range(100, 106):
+            try:
+                store.write(dd.snapshot(), [example], [0.5], [dd.AT])
+                written.append(example)
+            except StoreError as error:
+                dd.sentence(error)
+            assert list(dd.by_id(store)) == written
+    assert len(written) > 3
+
+
+def log_to_a_full_disk(folder: Path) -> None:
+    """A training that is told, waits for room and flushes again has lost no row."""
+    store = dd.new_store(folder)
+    logger = TeacherLogger(store, "fm", shard_rows=1_000)
+    ids = torch.arange(5_000)
+    with full_disk(1_000):
+        with pytest.raises(StoreError, match="can't be written to") as caught:
+            for part in ids.split(500):
+                logger.log(part, dd.AT + part % 100, part.float())
+            logger.flush()
+        assert store.table.url in dd.sentence(caught.value)
+        logged = int(part[-1]) + 1
+        assert dd.by_id(store) == {}
+    logger.close()
+    assert dd.by_id(store) == {id_: [float(id_)] for id_ in range(logged)}
+    assert logger.written == logged
+
+
+def publish_to_a_full_disk(folder: Path) -> None:
+    store = dd.new_store(folder)
+    with full_disk(100):
+        with pytest.raises(StoreError, match="can't be written to") as caught:
+            publish(store, "fm", None, trained_through_seconds=5)
+        assert f"{store.url}/snapshots" in dd.sentence(caught.value)
+    assert published(store, "fm") == []
+    assert publish(store, "fm", None, trained_through_seconds=5).version == 1
+
+
+def create_on_a_full_disk(folder: Path) -> None:
+    with full_disk(100), pytest.raises(StoreError, match="can't be made") as caught:
+        dd.new_store(folder)
+    assert str(folder) in dd.sentence(caught.value)
+    assert list(dd.by_id(dd.small_store(folder))) == [0, 1, 2]

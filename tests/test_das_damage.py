@@ -1,0 +1,316 @@
+"""Damage to a teacher store, and traps in it: each is one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import das_data as dd
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from das_data import AT, WINDOW, new_store, small_store, snapshot
+
+from torchrec_exfm.das import (
+    StoreError,
+    TeacherLookup,
+    TeacherStore,
+    newest_snapshot,
+    publish,
+)
+from torchrec_exfm.das.delta import MissingFileError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TeacherStore:
+    return small_store(tmp_path / "store")
+
+
+def refused(store: TeacherStore, words: str, *, where: str | Path | None = None) -> None:
+    """Whoever reads the window gets an error that names the file."""
+    named = str(dd.only_file(store) if where is None else where)
+    for bad_rows in ("refuse", "quarantine"):  # a damaged file is no bad row
+        with pytest.raises(StoreError, match=words) as caught:
+            TeacherStore(store.url).read("fm", 2, bad_rows=bad_rows)  # type: ignore[arg-type]
+        assert named in dd.sentence(caught.value)
+
+
+def replace(store: TeacherStore, table: pa.Table | bytes) -> None:
+    """Put another file in the place of the data file, of the size that the log says."""
+    path = dd.only_file(store)
+    if isinstance(table, bytes):
+        path.write_bytes(table)
+    else:
+        pq.write_table(table, path)
+    size = path.stat().st_size
+    dd.edit_log(store, 1, "add", lambda add: add.update(size=size))
+
+
+# ---- Data files ----
+
+
+@pytest.mark.parametrize("keep", [0, 1, 500, -1])
+def test_a_truncated_file(store: TeacherStore, keep: int) -> None:
+    path = dd.only_file(store)
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(store, rf"is of {path.stat().st_size} bytes and the table's log says \d+: it was cut")
+
+
+def test_a_longer_file(store: TeacherStore) -> None:
+    path = dd.only_file(store)
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(store, "it was cut short or replaced")
+
+
+@pytest.mark.parametrize("there", ["nothing", "folder"])
+def test_a_missing_file(store: TeacherStore, there: str) -> None:
+    path = dd.only_file(store)
+    path.unlink()
+    if there == "folder":
+        path.mkdir()
+    refused(store, "is missing, and the table's log has it; restore it")
+    with pytest.raises(MissingFileError):
+        store.read("fm", 2)
+
+
+def test_a_file_that_is_no_parquet(store: TeacherStore) -> None:
+    replace(store, b"PAR1" + b"x" * 1000 + b"PAR1")
+    refused(store, "can't be read")
+
+
+def test_a_file_of_another_table(store: TeacherStore) -> None:
+    replace(store, pa.table({"example_id": [1], "other": [2]}))
+    refused(store, r"lacks the columns \[.*'event_time'.*\]: it is not of this table")
+
+
+def test_a_file_of_other_tasks(store: TeacherStore) -> None:
+    rows = dd.plain_rows(store, 3).rename_columns(
+        ["output_click" if name == "output_label" else name for name in store.format.schema().names]
+    )
+    replace(store, rows)
+    refused(store, r"lacks the columns \['output_label'\]")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array(["a"] * 3), pa.array([1.5] * 3), pa.array([2**63] * 3, pa.uint64())],
+    ids=["text", "fractions", "uint64"],
+)
+def test_a_file_with_a_column_of_another_type(store: TeacherStore, column: pa.Array) -> None:
+    replace(store, dd.plain_rows(store, 3).set_column(0, "example_id", column))
+    refused(store, "can't be read")
+
+
+def test_a_file_with_nulls(store: TeacherStore) -> None:
+    nulls = pa.array([1, None, 2], pa.int64())
+    replace(store, dd.plain_rows(store, 3).set_column(0, "example_id", nulls))
+    refused(store, "nulls")
+
+
+def test_a_file_with_fewer_rows_than_the_log_says(store: TeacherStore) -> None:
+    replace(store, dd.plain_rows(store, 2, example_id=[0, 1]))
+    refused(store, "2 rows")
+
+
+def test_a_file_with_changed_bytes_never_gives_another_kind_of_error(store: TeacherStore) -> None:
+    path = dd.only_file(store)
+    whole = path.read_bytes()
+    kinds = set()
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            store.read("fm", 2)
+        except StoreError as error:
+            assert str(path) in dd.sentence(error)
+            kinds.add("told")
+    assert kinds == {"told"}
+
+
+def test_another_windows_file_in_this_ones_place(store: TeacherStore) -> None:
+    store.write(snapshot(), [7, 8, 9], [0.5, 0.5, 0.5], [AT + WINDOW] * 3)
+    store.refresh()
+    shutil.copy(dd.only_file(store, window=3), dd.only_file(store))
+    size = dd.only_file(store).stat().st_size
+    dd.edit_log(store, 1, "add", lambda add: add.update(size=size))
+    with pytest.raises(StoreError, match="3 of 3 rows lie outside of window 2") as caught:
+        TeacherStore(store.url).read("fm", 2)
+    assert str(dd.only_file(store)) in dd.sentence(caught.value)
+
+
+def test_the_registry_is_checked_too(store: TeacherStore) -> None:
+    publish(store, "fm", None, trained_through_seconds=5)
+    (path,) = Path(store.url, "snapshots").glob("*.parquet")
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"cut short|is missing") as caught:
+            newest_snapshot(store, "fm")
+        assert str(path) in dd.sentence(caught.value)
+
+
+# ---- The log ----
+
+
+def test_a_damaged_log(store: TeacherStore) -> None:
+    path = dd.log_file(store, 1)
+    for text in (path.read_text()[:-1000], "{]", "\0\xff", "1\n"):
+        path.write_text(text)
+        with pytest.raises(StoreError, match="can't be opened") as caught:
+            TeacherStore(store.url)
+        assert store.table.url in dd.sentence(caught.value)
+
+
+def test_a_commit_missing_in_the_middle(store: TeacherStore) -> None:
+    store.write(snapshot(), [9], [0.5], [AT])
+    dd.log_file(store, 1).unlink()
+    with pytest.raises(StoreError, match=r"can't be opened .* gap") as caught:
+        TeacherStore(store.url)
+    assert store.table.url in dd.sentence(caught.value)
+
+
+def test_a_file_of_no_partition(store: TeacherStore) -> None:
+    nowhere = {"teacher": None, "window": None}
+    dd.edit_log(store, 1, "add", lambda add: add.update(partitionValues=nowhere))
+    with pytest.raises(StoreError) as caught:
+        TeacherStore(store.url).windows("fm")
+    assert store.table.url in dd.sentence(caught.value)
+
+
+def test_a_log_without_statistics_will_do(store: TeacherStore) -> None:
+    dd.edit_log(store, 1, "add", lambda add: add.pop("stats"))
+    assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2]
+
+
+def upgrade(store: TeacherStore) -> None:
+    """As another program does that is to delete rows without writing the files anew."""
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+    protocol = {"minReaderVersion": 3, "minWriterVersion": 7, **features}
+    dd.log_file(store, 2).write_text(json.dumps({"protocol": protocol}) + "\n")
+
+
+NEWER = r"needs version 3 of the Delta reader protocol \(\['deletionVectors'\]\)"
+
+
+def test_a_table_for_newer_readers(store: TeacherStore) -> None:
+    upgrade(store)
+    with pytest.raises(StoreError, match=NEWER) as caught:
+        TeacherStore(store.url)
+    assert store.table.url in dd.sentence(caught.value)
+    with pytest.raises(StoreError, match=NEWER):
+        store.write(snapshot(), [9], [0.5], [AT])
+
+
+def test_a_table_that_becomes_one_for_newer_readers(store: TeacherStore) -> None:
+    upgrade(store)
+    with pytest.raises(StoreError, match=NEWER):
+        store.refresh()
+
+
+# ---- Ways out of the folder ----
+
+WAYS_OUT = [
+    "../secret.parquet",
+    "teacher=fm/../../secret.parquet",
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "s3://elsewhere/x.parquet",
+    "..",
+]
+
+
+@pytest.mark.parametrize("path", WAYS_OUT)
+def test_a_planted_path_is_refused(store: TeacherStore, path: str) -> None:
+    shutil.copy(dd.only_file(store), Path(store.url) / "secret.parquet")
+    dd.edit_log(store, 1, "add", lambda add: add.update(path=path))
+    for ask in (TeacherStore.teachers, lambda store: store.read("fm", 2)):
+        with pytest.raises(StoreError, match="is refused: it is not in the table's f") as caught:
+            ask(TeacherStore(store.url))  # type: ignore[operator]
+        assert repr(path) in dd.sentence(caught.value)
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/secret.parquet", "..%2Fsecret.parquet", "."])
+def test_an_odd_path_leads_nowhere(store: TeacherStore, path: str) -> None:
+    shutil.copy(dd.only_file(store), Path(store.url) / "secret.parquet")
+    dd.edit_log(store, 1, "add", lambda add: add.update(path=path))
+    with pytest.raises(StoreError, match=r"is refused|is missing") as caught:
+        TeacherStore(store.url).read("fm", 2)
+    assert path in dd.sentence(caught.value)
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_link_that_leads_out_is_refused(store: TeacherStore, tmp_path: Path, link: str) -> None:
+    path = dd.only_file(store)
+    moved = path if link == "file" else path.parent
+    shutil.move(moved, tmp_path / "outside")
+    moved.symlink_to(tmp_path / "outside")
+    refused(store, "is refused: it is not in the table's folder", where=path.name)
+
+
+def test_a_link_to_the_whole_store_is_followed(store: TeacherStore, tmp_path: Path) -> None:
+    os.symlink(store.url, tmp_path / "link")
+    assert list(dd.by_id(TeacherStore(tmp_path / "link"))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://key:SECRET@bucket/x", "https://host/x?sig=SECRET", "s3://bucket/../x", ""],
+)
+def test_urls_with_credentials_are_refused_and_not_repeated(url: str) -> None:
+    for way in (TeacherStore, new_store):
+        with pytest.raises(ValueError, match="a store's url should be") as caught:
+            way(url)  # type: ignore[arg-type]
+        assert "SECRET" not in dd.sentence(caught.value)
+
+
+def test_credentials_are_in_no_file(tmp_path: Path) -> None:
+    store = new_store(tmp_path, storage_options={"aws_secret_access_key": "SECRET"})
+    store.write(snapshot(), [1], [0.5], [AT])
+    publish(store, "fm", None, trained_through_seconds=5)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 6 and not any(b"SECRET" in path.read_bytes() for path in files)
+
+
+# ---- Pickles ----
+
+
+def no_pickle(*_: Any, **__: Any) -> Any:
+    raise AssertionError("something was unpickled")
+
+
+def test_a_reader_never_unpickles(store: TeacherStore) -> None:
+    publish(store, "fm", None, trained_through_seconds=5)
+    with (
+        mock.patch.object(pickle, "load", no_pickle),
+        mock.patch.object(pickle, "loads", no_pickle),
+        mock.patch.object(pickle, "Unpickler", no_pickle),
+        mock.patch.object(pickle, "_Unpickler", no_pickle),
+    ):
+        with pytest.raises(AssertionError, match="something was unpickled"):
+            pickle.loads(b"N.")
+        again = TeacherStore(store.url)
+        assert list(dd.by_id(again)) == [0, 1, 2]
+        lookup = TeacherLookup(again, "fm", ids=np.array, event_seconds=lambda _: AT)
+        assert lookup([0, 7]).presence.ravel().tolist() == [True, False]
+        found = newest_snapshot(again, "fm")
+        assert found is not None and found.version == 1
+
+
+def test_files_are_no_pickles(store: TeacherStore) -> None:
+    """Nothing that the store keeps could be unpickled."""
+    publish(store, "fm", None, trained_through_seconds=5)
+    kinds: dict[str, Callable[[bytes], Any]] = {
+        ".parquet": lambda data: data.startswith(b"PAR1"),
+        ".json": lambda data: [json.loads(line) for line in data.splitlines()],
+    }
+    files = [path for path in Path(store.url).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == set(kinds)
+    assert all(kinds[path.suffix](path.read_bytes()) for path in files)

@@ -1,0 +1,365 @@
+"""TeacherLookup: what is given, what is counted, what is in memory, what an error leaves behind."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import das_data as dd
+import numpy as np
+import pytest
+import torch
+from das_data import AT, WINDOW, new_store, small_store, snapshot
+
+from torchrec_exfm import TeacherOutputs
+from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
+from torchrec_exfm.das import lookup as lookup_module
+from torchrec_exfm.das.index import WindowIndex
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TeacherStore:
+    """Examples 0, 1, 2 of window 2."""
+    return small_store(tmp_path)
+
+
+def lookup_of(store: TeacherStore, teachers: Any = "fm", **options: Any) -> TeacherLookup:
+    """Of batches that are a dict of ids and their event times."""
+    functions = {"ids": lambda batch: list(batch), "event_seconds": lambda b: list(b.values())}
+    return TeacherLookup(store, teachers, **{**functions, **options})
+
+
+def given(outputs: TeacherOutputs, teacher: int = 0) -> list[float | None]:
+    """The first task's output of each example, None where it is absent."""
+    pairs = zip(outputs.values[:, teacher, 0], outputs.presence[:, teacher, 0], strict=True)
+    return [float(value) if there else None for value, there in pairs]
+
+
+def several_windows(folder: Path, windows: int = 6) -> TeacherStore:
+    """Example w in each window w = 2, 3 ..., with the output w."""
+    store = new_store(folder)
+    numbers = np.arange(2, 2 + windows)
+    store.write(snapshot(), numbers, numbers.astype(np.float32), numbers * WINDOW)
+    store.refresh()
+    return store
+
+
+def batch_of(*windows: int) -> dict[int, int]:
+    return {window: window * WINDOW for window in windows}
+
+
+def after_refresh(lookup: TeacherLookup, batch: dict[int, int]) -> TeacherOutputs:
+    """The outputs when the windows in memory have been looked at anew."""
+    for _ in range(3):  # the first begins it, the second may find it done
+        found = lookup(batch)
+        lookup._windows["fm"].reader.submit(lambda: None).result()
+    return found
+
+
+# ---- What is given ----
+
+
+def test_outputs_ages_and_their_kinds(store: TeacherStore) -> None:
+    found = lookup_of(store)({1: AT, 7: AT, 0: AT})
+    assert given(found) == [1.5, None, 0.5]
+    assert found.values.dtype == torch.float32 and found.presence.dtype == torch.bool
+    assert found.age_seconds is not None
+    assert found.age_seconds.tolist() == [[AT + 1 - 1_000], [0], [AT - 1_000]]
+
+
+def test_the_same_example_several_times_in_a_batch(store: TeacherStore) -> None:
+    lookup = TeacherLookup(store, "fm", ids=torch.tensor, event_seconds=lambda _: AT)
+    assert given(lookup([1, 1, 9, 1])) == [1.5, 1.5, None, 1.5]
+
+
+@pytest.mark.parametrize("scalar", [AT, np.int64(AT), torch.tensor(AT), np.array(AT, np.int32)])
+def test_one_event_time_for_all(store: TeacherStore, scalar: Any) -> None:
+    assert given(lookup_of(store, event_seconds=lambda _: scalar)({0: 5, 2: 5})) == [0.5, 2.5]
+
+
+@pytest.mark.parametrize("scalar", [AT + 0.5, torch.tensor(AT + 0.5), math.nan])
+def test_one_event_time_that_is_no_whole_number(store: TeacherStore, scalar: Any) -> None:
+    with pytest.raises(TypeError, match="event_seconds of a batch should be whole numbers"):
+        lookup_of(store, event_seconds=lambda _: scalar)({0: 5})
+
+
+def test_an_example_is_looked_for_in_its_window_alone(store: TeacherStore) -> None:
+    assert given(lookup_of(store)({0: AT + WINDOW - 1, 1: AT + WINDOW, 2: -1})) == [0.5, None, None]
+
+
+def test_an_empty_batch(store: TeacherStore) -> None:
+    lookup = lookup_of(store)
+    found = lookup({})
+    assert found.values.shape == (0, 1, 1)
+    assert lookup.counters["fm"].asked == 0 and math.isnan(lookup.counters["fm"].coverage)
+    assert math.isnan(lookup.counters["fm"].age_seconds)
+
+
+def test_two_teachers_are_in_the_order_asked_for(store: TeacherStore) -> None:
+    store.write(snapshot(5, 2_000, "other"), [1, 8], [-1.0, -8.0], [AT, AT])
+    batch = {0: AT, 1: AT, 8: AT}
+    for order in (("fm", "other"), ("other", "fm")):
+        lookup = lookup_of(store, order)
+        found = lookup(batch)
+        assert given(found, order.index("fm")) == [0.5, 1.5, None]
+        assert given(found, order.index("other")) == [None, -1.0, -8.0]
+        assert found.age_seconds is not None
+        assert found.age_seconds[1].tolist() == [
+            {"fm": AT + 1 - 1_000, "other": AT - 2_000}[teacher] for teacher in order
+        ]
+        assert [lookup.counters[teacher].missing for teacher in order] == [1, 1]
+    pinned = lookup_of(store, ("fm", "other"), snapshot={"other": 4})(batch)
+    assert given(pinned, 0) == [0.5, 1.5, None]  # not pinned
+    assert given(pinned, 1) == [None, None, None]
+
+
+def test_a_store_that_is_still_empty(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    lookup = lookup_of(store, refresh_seconds=0)
+    assert given(lookup({0: AT})) == [None]
+    store.write(snapshot(), [0], [0.5], [AT])
+    assert given(after_refresh(lookup, {0: AT})) == [0.5]
+
+
+def test_tasks_in_another_order(tmp_path: Path) -> None:
+    store = new_store(tmp_path, tasks=("click", "stay", "buy"))
+    store.write(snapshot(), [1], [[0.5, 60.0, -3.0]], [AT])
+    for tasks, expected in [
+        (None, [0.5, 60.0, -3.0]),
+        (("buy", "click"), [-3.0, 0.5]),
+        (("stay",), [60.0]),
+    ]:
+        found = lookup_of(store, tasks=tasks)({1: AT, 2: AT})
+        assert found.values[0, 0].tolist() == expected
+        assert found.presence.tolist() == [[[True] * len(expected)], [[False] * len(expected)]]
+
+
+def test_rows_that_came_since_the_store_was_opened_are_found(store: TeacherStore) -> None:
+    lookup = lookup_of(store)
+    store.write(snapshot(), [9], [9.0], [AT])
+    assert given(lookup({9: AT})) == [9.0]
+
+
+# ---- Policies and counters ----
+
+
+def test_missing_examples_are_counted_or_refused(store: TeacherStore) -> None:
+    lookup = lookup_of(store)
+    lookup({0: AT, 7: AT})
+    lookup({1: AT, 2: AT, 8: AT + WINDOW})
+    counters = lookup.counters["fm"]
+    assert (counters.asked, counters.present, counters.missing) == (5, 3, 2)
+    assert counters.coverage == 0.6
+    assert counters.age_seconds == AT + 1 - 1_000  # on average
+    refusing = lookup_of(store, missing="error")
+    assert given(refusing({0: AT})) == [0.5]
+    with pytest.raises(LookupError, match=r"1 of 2 examples have no output of fm: ids \[7\]") as at:
+        refusing({0: AT, 7: AT})
+    assert "windows [2]" in dd.sentence(at.value) and store.url in str(at.value)
+
+
+def test_old_outputs_are_masked_and_counted(store: TeacherStore) -> None:
+    lookup = lookup_of(store, max_age_seconds=AT + 1 - 1_000)  # the age of example 1
+    assert given(lookup({0: AT, 1: AT, 2: AT, 9: AT})) == [0.5, 1.5, None, None]
+    counters = lookup.counters["fm"]
+    assert (counters.present, counters.stale, counters.missing) == (2, 1, 1)
+    assert counters.coverage == 0.5 and counters.age_seconds == AT + 0.5 - 1_000
+
+
+def test_logged_outputs_are_of_age_zero(store: TeacherStore) -> None:
+    store.write(snapshot(2, AT + 99), [0], [9.0], [AT], logged=True)
+    lookup = lookup_of(store, max_age_seconds=0)
+    assert given(lookup({0: AT, 1: AT})) == [9.0, None]
+    assert lookup.counters["fm"].age_seconds == 0
+
+
+def test_bad_rows_are_refused_or_left_out_and_counted(store: TeacherStore) -> None:
+    dd.plant(store, example_id=[1], trained_through=[(AT + 9) * dd.US], snapshot=[9])
+    batch = {0: AT, 1: AT}
+    with pytest.raises(StoreError, match=r"part-.*\.parquet: 1 of 1 rows leak") as caught:
+        lookup_of(store)(batch)
+    assert "snapshot 9" in dd.sentence(caught.value)
+    lookup = lookup_of(store, bad_rows="quarantine")
+    assert given(lookup(batch)) == given(lookup(batch)) == [0.5, 1.5]
+    assert lookup.counters["fm"].quarantined == 1
+
+
+def test_late_rows_are_found_and_counted(store: TeacherStore) -> None:
+    lookup, never = (lookup_of(store, refresh_seconds=seconds) for seconds in (0, None))
+    batch = {0: AT, 8: AT, 9: AT}
+    assert given(lookup(batch)) == given(never(batch)) == [0.5, None, None]
+    store.write(snapshot(), [8, 9], [8.0, 9.0], [AT, AT])
+    assert given(after_refresh(lookup, batch)) == [0.5, 8.0, 9.0]
+    assert lookup.counters["fm"].late == 2
+    store.write(snapshot(2), [0], [7.0], [AT])
+    assert given(after_refresh(lookup, batch)) == [7.0, 8.0, 9.0]
+    assert given(after_refresh(never, batch)) == [0.5, None, None]
+    assert never.counters["fm"].late == 0
+
+
+def test_quarantined_rows_are_counted_once_however_often_they_are_read(store: TeacherStore) -> None:
+    dd.plant(store, example_id=[7], trained_through=[(AT + 9) * dd.US])
+    lookup = lookup_of(store, bad_rows="quarantine", refresh_seconds=0)
+    batch = {0: AT, 8: AT}
+    assert given(lookup(batch)) == [0.5, None]
+    store.write(snapshot(), [8], [8.0], [AT])
+    assert given(after_refresh(lookup, batch)) == [0.5, 8.0]
+    assert lookup.counters["fm"].quarantined == 1
+
+
+# ---- What is in memory ----
+
+
+def test_the_next_window_is_read_ahead(tmp_path: Path) -> None:
+    store = several_windows(tmp_path)
+    lookup = lookup_of(store)
+    assert given(lookup(batch_of(2))) == [2.0]
+    lookup._windows["fm"]._held[3].result()
+    shutil.rmtree(dd.only_file(store, window=3).parent)
+    assert given(lookup(batch_of(3))) == [3.0]
+
+
+def test_no_more_windows_are_in_memory_than_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = several_windows(tmp_path)
+    alive: weakref.WeakSet[WindowIndex] = weakref.WeakSet()
+
+    class Counted(WindowIndex):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            alive.add(self)
+
+    monkeypatch.setattr(lookup_module, "WindowIndex", Counted)
+    rng = np.random.default_rng(0)
+    for most in (1, 2, 3):
+        alive.clear()
+        lookup = lookup_of(store, max_windows=most, refresh_seconds=None)
+        batches = [[2], [2, 3], [7, 2, 4, 5, 6, 3], [9], *(rng.choice(6, 2) + 2 for _ in range(12))]
+        for windows in batches:
+            found = lookup(batch_of(*windows))
+            assert given(found) == [w if w < 8 else None for w in dict.fromkeys(windows)]
+            lookup._windows["fm"].reader.submit(lambda: None).result()  # what was read ahead
+            assert len(lookup._windows["fm"]._held) <= most
+            assert 1 <= len(alive) <= most
+
+
+def test_look_ups_begun_early_keep_their_order(tmp_path: Path) -> None:
+    lookup = lookup_of(several_windows(tmp_path), max_windows=1)
+    started = [lookup.start(batch_of(window)) for window in (2, 5, 3, 7, 2)]
+    assert [given(each.result()) for each in started] == [[2.0], [5.0], [3.0], [7.0], [2.0]]
+
+
+def test_a_batch_may_be_overwritten_once_its_look_up_has_begun(store: TeacherStore) -> None:
+    ids, seconds, busy = torch.tensor([0]), torch.tensor([AT]), threading.Event()
+    lookup = TeacherLookup(store, "fm", ids=lambda b: b[0], event_seconds=lambda b: b[1])
+    lookup._thread.submit(busy.wait)
+    started = lookup.start((ids, seconds))
+    ids.fill_(1)
+    seconds.fill_(0)
+    busy.set()
+    assert given(started.result()) == [0.5]
+
+
+# ---- What goes wrong ----
+
+
+@pytest.mark.parametrize("refresh", [0, None])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_lost_file_is_named_and_found_when_it_is_back(
+    tmp_path: Path, ahead: bool, refresh: float | None
+) -> None:
+    store = several_windows(tmp_path / "store")
+    path = dd.only_file(store, window=3)
+    shutil.move(path, tmp_path / "kept")
+    lookup = lookup_of(store, refresh_seconds=refresh)
+    if ahead:
+        assert given(lookup(batch_of(2))) == [2.0]
+    for _ in range(2):
+        with pytest.raises(StoreError, match="is missing") as caught:
+            lookup(batch_of(2, 3))
+        assert str(path) in dd.sentence(caught.value)
+    shutil.move(tmp_path / "kept", path)
+    for _ in range(3):
+        assert given(lookup(batch_of(2, 3))) == [2.0, 3.0]
+
+
+def test_an_error_from_before_a_file_was_back_is_not_told_later(tmp_path: Path) -> None:
+    """The look at late rows, begun while the file was lost, ends after it was read again."""
+    store = several_windows(tmp_path / "store")
+    path = dd.only_file(store, window=3)
+    shutil.move(path, tmp_path / "kept")
+    lookup = lookup_of(store, refresh_seconds=0)
+    reader, held = lookup._windows["fm"].reader, lookup._windows["fm"]._held
+    for _ in range(2):
+        lookup(batch_of(2))
+        reader.submit(lambda: None).result()  # window 3 was read ahead, and then again: it failed
+    busy = threading.Event()
+    reader.submit(busy.wait)
+    with pytest.raises(StoreError, match="is missing"):
+        lookup(batch_of(3))
+    shutil.move(tmp_path / "kept", path)
+    started = lookup.start(batch_of(3))
+    while 3 not in held:  # until it waits for the reader
+        time.sleep(0.001)
+    busy.set()
+    assert given(started.result()) == given(lookup(batch_of(3))) == [3.0]
+
+
+WRONG = {
+    "no ids": ({}, SimpleNamespace(event_seconds=[AT]), ValueError, "pass ids=..., a function"),
+    "no times": ({}, SimpleNamespace(example_ids=[1]), ValueError, "pass event_seconds=..., a f"),
+    "no key": (
+        {"ids": lambda batch: batch["id"], "event_seconds": lambda batch: batch["at"]},
+        {"id": [1]},
+        ValueError,
+        "event_seconds should take the user's batch .* a dict and KeyError: 'at'",
+    ),
+    "float ids": (
+        {},
+        SimpleNamespace(example_ids=torch.ones(1), event_seconds=[AT]),
+        TypeError,
+        "the example ids of a batch should be whole numbers .*float32",
+    ),
+    "fewer times": (
+        {},
+        SimpleNamespace(example_ids=[1, 2], event_seconds=[AT]),
+        ValueError,
+        r"event_seconds of a batch should be of shape \(2,\); received \(1,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
+    options, batch, error, words = WRONG[kind]
+    with pytest.raises(error, match=words) as caught:
+        TeacherLookup(store, "fm", **options)(batch)
+    dd.sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"teachers": "nobody"}, r"teachers should be of \('fm',\), .* received \('nobody',\)"),
+        ({"teachers": ()}, "teachers should be of"),
+        ({"teachers": ("fm", "fm")}, "teachers should be of .* each at most once"),
+        ({"tasks": ("buy",)}, r"tasks should be of \('label',\), .* received \('buy',\)"),
+        ({"tasks": ()}, "tasks should be of"),
+        ({"snapshot": {"nobody": 1}}, "snapshot should be of"),
+        ({"missing": "drop"}, "'mask' or 'error'; received 'drop'"),
+        ({"bad_rows": "drop"}, "'refuse' or 'quarantine'; received 'drop'"),
+        ({"max_age_seconds": -1}, "None or from 0; received -1"),
+        ({"max_age_seconds": math.nan}, "None or from 0; received nan"),
+        ({"max_windows": 0}, "at least 1; received 0"),
+    ],
+)
+def test_wrong_options_are_refused(store: TeacherStore, options: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        lookup_of(store, **options)

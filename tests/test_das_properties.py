@@ -1,0 +1,177 @@
+"""Any sequence of writes, read and looked up, against a dict that states the rule in a line."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import das_data as dd
+import numpy as np
+from das_data import new_store
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore
+
+TOP = 2**63 - 1
+WINDOW = 100
+TIMES = 4 * WINDOW  # event times are below
+EXAMPLES = st.dictionaries(  # an example has one event time, in any write
+    st.one_of(st.integers(0, TOP), st.integers(TOP - 3, TOP), st.integers(0, 5)),
+    st.integers(0, TIMES - 1),
+    min_size=1,
+    max_size=8,
+)
+FEW = settings(  # each commits several times; to shrink a failing one would take minutes
+    max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
+
+
+class Said(NamedTuple):
+    """A row of the model, in order of what wins."""
+
+    snapshot: int
+    logged: bool
+    write: int
+    output: float
+    through: int
+
+
+@dataclass
+class Case:
+    """Writes, and what the store should have made of them: the rows of each example."""
+
+    times: dict[int, int]
+    rows: dict[int, list[Said]]
+    leaks: list[int]
+    store: TeacherStore
+
+    def winner(self, example: int, pinned: int | None) -> Said | None:
+        """The newest snapshot, then what was logged, then what was scored last."""
+        rows = [row for row in self.rows[example] if pinned in (None, row.snapshot)]
+        return max(rows, default=None)
+
+
+@st.composite
+def write(draw: st.DrawFn, examples: list[int]) -> tuple[Snapshot, bool, list[int], list[float]]:
+    version = draw(st.integers(0, 2))
+    some = st.lists(st.sampled_from(examples), min_size=1, unique=True)
+    ids = draw(st.one_of(st.permutations(examples), some))
+    number = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    outputs = draw(st.lists(number, min_size=len(ids), max_size=len(ids)))
+    through = draw(st.one_of(st.integers(0, 50), st.integers(0, TIMES)))  # the later leak more
+    return Snapshot("fm", version, through), draw(st.booleans()), ids, outputs
+
+
+def written(data: st.DataObject, folder: Path) -> Case:
+    times = data.draw(EXAMPLES)
+    examples = sorted(times)
+    case = Case(times, {id_: [] for id_ in examples}, [], new_store(folder, window_seconds=WINDOW))
+    for number in range(data.draw(st.integers(2, 5))):
+        snapshot, logged, ids, outputs = data.draw(write(examples))
+        through = snapshot.trained_through_seconds
+        leaks = [id_ for id_ in ids if times[id_] <= through and not logged]
+        seconds = [times[id_] for id_ in ids]
+        report = case.store.write(
+            snapshot, ids, outputs, seconds, logged=logged, bad_rows="quarantine"
+        )
+        assert (report.written, sum(report.quarantined.values())) == (
+            len(ids) - len(leaks),
+            len(leaks),
+        )
+        for id_, output in zip(ids, outputs, strict=True):
+            if id_ not in leaks:
+                said = Said(snapshot.version, logged, number, output, through)
+                case.rows[id_].append(said)
+    return case
+
+
+@FEW
+@given(st.data())
+def test_what_was_written_is_read(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        case = written(data, Path(folder))
+        if data.draw(st.booleans()):
+            for window in case.store.windows("fm"):
+                case.store.table.compact(("fm", window))
+        rows = dd.all_rows(case.store)
+        assert Counter(
+            zip(
+                rows.example_id.tolist(),
+                rows.event_time.tolist(),
+                rows.snapshot.tolist(),
+                rows.trained_through.tolist(),
+                rows.logged.tolist(),
+                rows.outputs[:, 0].view(np.uint32).tolist(),
+                strict=True,
+            )
+        ) == Counter(
+            (
+                id_,
+                case.times[id_] * dd.US,
+                said.snapshot,
+                said.through * dd.US,
+                said.logged,
+                int(np.float32(said.output).view(np.uint32)),
+            )
+            for id_, all_said in case.rows.items()
+            for said in all_said
+        )
+        windows = {case.times[id_] // WINDOW for id_, said in case.rows.items() if said}
+        assert case.store.windows("fm") == sorted(windows)
+
+
+@FEW
+@given(st.data())
+def test_what_is_looked_up_is_what_the_rule_says(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        case = written(data, Path(folder))
+        pinned = data.draw(st.sampled_from([None, 0, 1, 2]))
+        oldest = data.draw(st.sampled_from([None, 0, 30, 150]))
+        most = data.draw(st.sampled_from([1, 2]))
+        lookup = TeacherLookup(
+            case.store,
+            "fm",
+            ids=lambda batch: np.array([id_ for id_, _ in batch], np.int64),
+            event_seconds=lambda batch: np.array([at for _, at in batch], np.int64),
+            snapshot=pinned,
+            max_age_seconds=oldest,
+            max_windows=most,
+        )
+        there = st.sampled_from(sorted(case.times.items()))
+        elsewhere = st.tuples(st.integers(0, TOP), st.integers(0, TIMES + WINDOW))
+        asked = Counter[str]()
+        batches = st.lists(st.lists(st.one_of(there, there, elsewhere), max_size=8), max_size=4)
+        for batch in [list(case.times.items()), *data.draw(batches)]:
+            check_batch(case, lookup, batch, pinned, oldest, asked)
+        counters = lookup.counters["fm"]
+        for name in ("asked", "present", "missing", "stale"):
+            assert getattr(counters, name) == asked[name], name
+
+
+def check_batch(
+    case: Case,
+    lookup: TeacherLookup,
+    batch: list[tuple[int, int]],
+    pinned: int | None,
+    oldest: int | None,
+    asked: Counter[str],
+) -> None:
+    found = lookup(batch)
+    assert found.values.shape == found.presence.shape == (len(batch), 1, 1)
+    assert found.age_seconds is not None and found.age_seconds.shape == (len(batch), 1)
+    for row, (id_, at) in enumerate(batch):
+        said = None
+        if id_ in case.times and case.times[id_] // WINDOW == at // WINDOW:
+            said = case.winner(id_, pinned)
+        age = None if said is None else 0 if said.logged else case.times[id_] - said.through
+        stale = age is not None and oldest is not None and age > oldest
+        outcome = "missing" if said is None else "stale" if stale else "present"
+        asked.update(["asked", outcome])
+        assert bool(found.presence[row]) == (outcome == "present")
+        if said is not None and outcome == "present":
+            assert found.values[row].item() == np.float32(said.output)
+            assert found.age_seconds[row].item() == age
