@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def resumed(rank: int, folder: Path, state: Mapping[str, Any]) -> int:
 # ---- A full disk ----
 
 
-@contextmanager
+@contextlib.contextmanager
 def full_disk(limit: int) -> Iterator[None]:
     """No file of this process may grow beyond so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -184,19 +184,25 @@ def write_to_a_full_disk(folder: Path, rows: int, name: str, limit: int) -> None
 
 def write_where_a_log_checkpoint_does_not_fit(folder: Path) -> None:
     """The log sums itself up after some commits: one that is there is not said to have failed."""
-    store = dd.small_store(folder)
     every = {"delta.checkpointInterval": "3"}
-    dd.edit_log(store, 0, "metaData", lambda data: data["configuration"].update(every))
+    made = dd.small_store(folder)
+    dd.edit_log(made, 0, "metaData", lambda data: data["configuration"].update(every))
+    store = TeacherStore(folder)
     written = [0, 1, 2]
+
+    def write(example: int) -> None:
+        with contextlib.suppress(StoreError):
+            store.write(dd.snapshot(), [example], [0.5], [dd.AT])
+            written.append(example)
+        assert list(dd.by_id(store)) == written
+
     with full_disk(6_000):
         for example in range(100, 106):
-            try:
-                store.write(dd.snapshot(), [example], [0.5], [dd.AT])
-                written.append(example)
-            except StoreError as error:
-                dd.sentence(error)
-            assert list(dd.by_id(store)) == written
-    assert len(written) > 3
+            write(example)
+    assert not list(folder.rglob("*.checkpoint.parquet"))
+    for example in range(106, 109):
+        write(example)
+    assert list(folder.rglob("*.checkpoint.parquet"))
 
 
 def log_to_a_full_disk(folder: Path) -> None:

@@ -149,6 +149,8 @@ class Table:
                 if attempt == _ATTEMPTS - 1:
                     raise self._not_written(error) from error
             except _ERRORS as error:
+                if self._load().transaction_version(name) == number:
+                    return True  # what failed came after the commit: to sum up the log
                 raise self._not_written(error) from error
         raise AssertionError("unreachable")
 

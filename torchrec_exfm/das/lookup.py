@@ -38,7 +38,7 @@ class LookupCounters:
         missing: without one in the store.
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
-        late: rows that came into a window after it was first read.
+        late: examples whose first output came into a window after it was read.
     """
 
     asked: int = 0
@@ -289,6 +289,7 @@ class _Windows:
             return self._held[window].result()
         except Exception:
             del self._held[window]  # so that it is tried again when it is asked for again
+            self._reread.pop(window, None)
             raise
 
     def _make_room(self, needed: list[int]) -> None:

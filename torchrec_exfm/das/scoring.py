@@ -54,8 +54,8 @@ class ScoringReport:
         shared: examples given that an earlier one had the id of.
         stored_before: examples that had an output of this snapshot, or a newer one.
         quarantined: outputs left out because they break a rule.
-        fillers: rows of this rank that went through the teacher once more, to keep the ranks in
-            step where a shard has fewer rows than there are ranks.
+        fillers: rows that went through the teacher once more, to keep the ranks in step where a
+            shard has fewer rows than there are ranks.
         seconds: of the whole job.
     """
 
@@ -132,6 +132,8 @@ def score(
             else:
                 snapshot = teacher
             job.score_window(window, of_window, snapshot, bar)
+    job.report.quarantined = _over_ranks(job.report.quarantined)
+    job.report.fillers = _over_ranks(job.report.fillers)
     job.report.seconds = time.perf_counter() - started
     return job.report
 
@@ -341,6 +343,13 @@ def _check_same_on_all_ranks(*arrays: Ints) -> None:
             "examples should be the same on every rank (score() divides them); received others on "
             f"ranks {different} than on rank 0"
         )
+
+
+def _over_ranks(count: int) -> int:
+    counts = [count] * _ranks()
+    if _ranks() > 1:
+        dist.all_gather_object(counts, count)
+    return sum(counts)
 
 
 def _newest(
