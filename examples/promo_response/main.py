@@ -74,11 +74,12 @@ def main() -> None:
     check_verticals(stream, options.verticals)
     parts = {name: rows_of(stream, name) for name in options.verticals}
     store = new_store(options.out / "store")
-    logits, speed = teach(stream, store, options, device)
+    logits, teacher_speed = teach(stream, store, options, device)
     results = []
     for name, rows in parts.items():
         vertical, said = stream.select(rows), logits[torch.from_numpy(rows)]
-        results.append(report.Result(name, "teacher", "fresh", *evaluate(vertical, said), speed))
+        figures = evaluate(vertical, said)
+        results.append(report.Result(name, "teacher", "fresh", *figures, teacher_speed))
         settings = [(arm, TEACHER_NAME) for arm in ("none", "AH")]
         if name == options.verticals[0]:
             log_biased(store, vertical, said)
