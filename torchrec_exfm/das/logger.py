@@ -173,10 +173,15 @@ class TeacherLogger:
         self._wait()
         if self._rows:
             self._handed_over, self._rows, self._count = self._rows, [], 0
-            self._writing = self._writer.submit(self._write, self._handed_over, self._shards)
+            ready = _event(self._handed_over[-1][2].device)
+            self._writing = self._writer.submit(self._write, self._handed_over, self._shards, ready)
             self._shards += 1
 
-    def _write(self, rows: list[tuple[Any, Any, Tensor]], shard: int) -> WriteReport:
+    def _write(
+        self, rows: list[tuple[Any, Any, Tensor]], shard: int, ready: torch.Event | None
+    ) -> WriteReport:
+        if ready is not None:
+            ready.synchronize()  # the writer's thread has a stream of its own
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
         outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
@@ -228,6 +233,15 @@ class _Logged:
 
     ids: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     files: set[str] = field(default_factory=set)
+
+
+def _event(device: torch.device) -> torch.Event | None:
+    """Of all that an accelerator was given to do so far on this thread's stream."""
+    if device.type == "cpu":
+        return None
+    event: torch.Event = torch.get_device_module(device).Event()
+    event.record()
+    return event
 
 
 def _copy(values: Any) -> Any:
