@@ -2,17 +2,15 @@
 
     python benchmarks/store.py [--json] [--quick] [--rows N]
 
-All rows lie in one time window and are written 2^18 a commit. Ids are random (hash_ids) or
-sequential. The top level has writing, look-up, gather and memory with random ids, and disk with
-sequential ones, at the store's default resolution, bfloat16; details has the rest.
+All rows lie in one time window, 2^18 a commit. Ids are random (hash_ids) or sequential; the top
+level has disk with sequential ones, all else with random ones, at bfloat16. The rest is in details.
 
 A look-up is TeacherLookup(batch) of 8192 examples at random places in the window, all of it: ids
 and times from the batch, threads, index, checks, counters. The gather that it is compared with is
 numpy's take of the same rows, by position, from records of 16 bytes (id, age, value).
 
-Everything is pinned to one core. Rates are medians (over batches, commits or reads) by the time
-that the process had the core, so that a machine that is not quiet gives them too; "on_the_wall" is
-the same by the clock on the wall.
+All is pinned to one core. Rates are medians (over batches, commits or reads) by the time that the
+process had the core, so that other work on the machine counts less; "on_the_wall" is by the clock.
 """
 
 from __future__ import annotations
@@ -32,11 +30,8 @@ import torch
 from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore, hash_ids
 from torchrec_exfm.das.index import WindowIndex
 
-BATCH = 8192
-BATCHES = 400
-COMMIT = 2**18
-WINDOW = 86_400  # seconds
-FIRST = 20_000  # the first window
+BATCH, BATCHES, COMMIT = 8192, 400, 2**18
+WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
 SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
 AIMS = {
     "lookup_rows_per_s": ">= 5 M",

@@ -443,3 +443,22 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_rows_of_a_missing_file_are_given_up_and_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = TeacherStore.create(tmp_path)
+    teacher = Snapshot("fm", 1, 1_000)
+    for id_ in (1, 2):
+        store.write(teacher, [id_], [0.5], [5_000])
+    store.refresh()
+    lost, kept = store.files("fm", 0)
+    (tmp_path / "outputs" / lost.path).unlink()
+    assert main(["verify", str(tmp_path)]) == 1
+    assert main(["compact", str(tmp_path), "--repair"]) == 0
+    assert lost.path in capsys.readouterr().out
+    assert main(["verify", str(tmp_path)]) == 0
+    store.refresh()
+    assert store.files("fm", 0) == [kept]
+    assert store.write(teacher, [1, 2], [0.5, 0.5], [5_000, 5_000]).written == 2

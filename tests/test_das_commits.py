@@ -217,7 +217,9 @@ def test_another_table_is_refused(tmp_path: Path, description: str | None) -> No
 
 
 def test_no_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="there is no store; make one first") as caught:
+    with pytest.raises(
+        StoreError, match=r"there is no store; TeacherStore.create makes one"
+    ) as caught:
         TeacherStore(tmp_path / "none")
     assert str(tmp_path / "none") in dd.sentence(caught.value)
     assert not (tmp_path / "none").exists()

@@ -90,7 +90,7 @@ def test_one_event_time_that_is_no_whole_number(store: TeacherStore, scalar: Any
 
 
 def test_an_example_is_looked_for_in_its_window_alone(store: TeacherStore) -> None:
-    assert given(lookup_of(store)({0: AT + WINDOW - 1, 1: AT + WINDOW, 2: -1})) == [0.5, None, None]
+    assert given(lookup_of(store)({0: AT + WINDOW - 1, 1: AT + WINDOW, 2: 0})) == [0.5, None, None]
 
 
 def test_an_empty_batch(store: TeacherStore) -> None:
@@ -363,3 +363,23 @@ def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
 def test_wrong_options_are_refused(store: TeacherStore, options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         lookup_of(store, **options)
+
+
+def test_a_look_up_that_finds_nothing_is_told_once(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    store.write(snapshot(), [1], [0.5], [AT])
+    lookup = lookup_of(store, snapshot=9)
+    for _ in range(9):
+        assert given(lookup({1: AT})) == [None]
+    with pytest.warns(RuntimeWarning, match="no output for any of the first 10 examples") as told:
+        for _ in range(11):
+            lookup({1: AT})
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("seconds", [-1, 2**40, 1_760_000_000_000])
+def test_times_of_another_unit_are_refused(tmp_path: Path, seconds: int) -> None:
+    with pytest.raises(ValueError, match=rf"seconds since 1970.*received {seconds} to"):
+        lookup_of(new_store(tmp_path))({1: seconds})
+    with pytest.raises(ValueError, match="should be at least 0; received -5"):
+        lookup_of(new_store(tmp_path))({-5: AT})

@@ -142,10 +142,10 @@ BAD_ROWS = {  # id, output, event time, and what the error says
     "infinity": (1, np.inf, AT, "NaN or infinite"),
     "minus infinity": (1, -np.inf, AT, "NaN or infinite"),
     "beyond float32": (1, 1e39, AT, "NaN or infinite"),
-    "negative time": (1, 0.5, -1, "event time out of range"),
-    "time too late": (1, 0.5, 2**40, "event time out of range"),
-    "latest time": (1, 0.5, TOP, "event time out of range"),
-    "earliest time": (1, 0.5, -(2**63), "event time out of range"),
+    "negative time": (1, 0.5, -1, "event time outside of"),
+    "time too late": (1, 0.5, 2**40, "event time outside of"),
+    "latest time": (1, 0.5, TOP, "event time outside of"),
+    "earliest time": (1, 0.5, -(2**63), "event time outside of"),
     "leak": (1, 0.5, 999, "leak"),
     "leak by equality": (1, 0.5, 1_000, "leak"),
 }
@@ -238,7 +238,7 @@ PLANTED = {
     "negative id": ({"example_id": [-3]}, "negative example id"),
     "NaN": ({"output_label": [np.nan]}, "NaN or infinite"),
     "other window": ({"event_time": [(AT + WINDOW) * dd.US]}, "outside of window 2"),
-    "no time": ({"event_time": [-1]}, "event time out of range"),
+    "no time": ({"event_time": [-1]}, "event time outside of"),
 }
 
 

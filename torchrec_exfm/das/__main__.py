@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "then remove the files that left the store more than H hours ago (without this, none); "
     text += f"below {_KEPT_HOURS}, jobs that read an older version may miss files and fail"
     add("--vacuum-hours", type=int, metavar="H", help=text)
+    add("--repair", action="store_true", help="before, give up data files that are missing")
     add("--forget", metavar="TEACHER", help="before, delete this teacher's snapshots and outputs")
     add("--before", type=int, metavar="VERSION", help="of versions lower than this")
     add("--checkpoints", **folder)
@@ -176,6 +177,9 @@ def _compact(options: argparse.Namespace) -> int:
     if hours is not None and hours < 0:
         raise ValueError(f"--vacuum-hours should be at least 0; received {hours}")
     print(f"before: {_size(store)}")
+    if options.repair:
+        missing = store.table.delta.repair()["files_removed"]
+        print(f"given up: {len(missing)} files that were missing {', '.join(missing)}".rstrip())
     if options.forget is not None:
         forget_snapshots(store, options.forget, options.before, checkpoints=options.checkpoints)
     store.refresh()

@@ -39,8 +39,9 @@ def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:
     array = _on_host(values)
     if array.dtype.kind not in "iu" and array.shape != (0,):
         raise TypeError(
-            f"{what} should be whole numbers (int64); received {array.dtype}, which may not hold "
-            "every number above 2^53: convert where they come from"
+            f"{what} should be whole numbers (int64); received {array.dtype}"
+            + (", which may not hold every number above 2^53" if array.dtype.kind == "f" else "")
+            + ": convert where they come from"
         )
     _check_shape(what, array, None if rows is None else (rows,), 1)
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:

@@ -228,8 +228,8 @@ class Table:
             return rows.cast(columns)
         except FileNotFoundError as error:
             raise MissingFileError(
-                f"{where}: is missing, and the table's log has it; restore it, or write its rows "
-                "anew"
+                f"{where}: is missing, and the table's log has it; restore it, or give its rows up "
+                "with `python -m torchrec_exfm.das compact URL --repair` and write them anew"
             ) from error
         except _ERRORS as error:
             raise StoreError(f"{where}: can't be read ({_one_line(error)})") from error
@@ -249,7 +249,9 @@ class Table:
         try:
             table = DeltaTable(self.url, storage_options=self._options)
         except TableNotFoundError as error:
-            raise StoreError(f"{self.url}: there is no store; make one first") from error
+            raise StoreError(
+                f"{self.url}: there is no store; TeacherStore.create makes one"
+            ) from error
         except _ERRORS as error:
             raise StoreError(f"{self.url}: can't be opened ({_one_line(error)})") from error
         self._check_protocol(table)

@@ -127,6 +127,10 @@ class TeacherLogger:
             StoreError: if an earlier shard could not be written.
             ValueError: for bad rows in an earlier shard.
         """
+        if outputs.dim() not in (1, 2):
+            raise ValueError(
+                f"outputs should be of shape (B, T) or (B,); received {tuple(outputs.shape)}"
+            )
         self._rows.append((_copy(ids), _copy(event_seconds), outputs.detach().clone()))
         self._count += len(outputs)
         if self._count >= self._shard_rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ import pyarrow as pa
 import torch
 
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64
+from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64, utc
 from torchrec_exfm.das.delta import DataFile
 from torchrec_exfm.das.index import WindowIndex
-from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
+from torchrec_exfm.das.rules import MAX_SECONDS, BadRows, check_bad_rows, newest
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["LookupCounters", "TeacherLookup"]
+
+_SILENT_BATCHES = 10
 
 Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), age in seconds (B,), presence (B,)
 
@@ -33,12 +36,15 @@ class LookupCounters:
     """What became of the outputs of one teacher that were asked for.
 
     Attributes:
+        batches: that were looked up.
         asked: examples.
         present: with an output that was given.
         missing: without one in the store.
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
         late: examples whose first output came into a window after it was read.
+        coverage: present / asked, in [0, 1]; NaN before the first.
+        age_seconds: the mean age of the outputs that were given; NaN before the first.
     """
 
     asked: int = 0
@@ -47,6 +53,7 @@ class LookupCounters:
     stale: int = 0
     quarantined: int = 0
     late: int = 0
+    batches: int = 0
     _age_seconds: float = field(default=0.0, repr=False)
 
     @property
@@ -74,7 +81,7 @@ class TeacherLookup:
     Args:
         store: opened anew, so that look-ups share nothing with the caller's.
         teachers: a name or several, in the order of the wrapper's teachers.
-        ids: takes the user's batch, on the host, to its example ids, (B,) int64.
+        ids: takes the user's batch, as it is loaded, to its example ids, (B,) int64 on the host.
         event_seconds: takes it to the examples' event times, (B,) epoch seconds, or one for all.
         tasks: which of the store's tasks, in the order of the wrapper's; None: all.
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
@@ -87,8 +94,15 @@ class TeacherLookup:
             and counted).
         max_windows: how many windows of each teacher to have in memory, the one read ahead
             included.
-        refresh_seconds: how often to see whether rows came late into the windows in memory; None:
-            never (what is read depends on the store alone, not on time).
+        refresh_seconds: how often to see whether rows came late into the windows in memory: for so
+            long a look-up may miss them. None: never (what is read depends on the store alone, not
+            on time).
+
+    Attributes:
+        counters: for each teacher, :class:`LookupCounters` since the look-up was made.
+
+    Warns:
+        RuntimeWarning: once, if none of a teacher's first batches has an output.
 
     Raises:
         ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
@@ -123,6 +137,8 @@ class TeacherLookup:
         max_windows: int = 2,
         refresh_seconds: float | None = 60.0,
     ) -> None:
+        if not isinstance(store, TeacherStore):
+            raise TypeError(f"store should be a TeacherStore; received {type(store).__name__}")
         self.store = TeacherStore(store.url, storage_options=store.storage_options)
         self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         self.tasks = self.store.tasks if tasks is None else tuple(tasks)
@@ -176,6 +192,13 @@ class TeacherLookup:
         if np.ndim(seconds) == 0:
             seconds = np.full(len(ids), np.asarray(seconds))
         times = as_int64("the event_seconds of a batch", seconds, len(ids))
+        if len(ids) and not 0 <= times.min() <= times.max() < MAX_SECONDS:
+            raise ValueError(
+                "the event_seconds of a batch should be seconds since 1970, in [0, 2^40); received "
+                f"{times.min()} to {times.max()}: are they of another unit?"
+            )
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"the example ids should be at least 0; received {ids.min()}")
         return ids.copy(), times.copy()  # the loader may use its buffers again
 
     def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
@@ -207,6 +230,7 @@ class TeacherLookup:
     ) -> Found:
         values, age_seconds, presence = self._windows[teacher].find(ids, needed, windows)
         counters = self.counters[teacher]
+        counters.batches += 1
         counters.asked += len(ids)
         absent = ~presence
         if self._missing == "error" and absent.any():
@@ -221,8 +245,24 @@ class TeacherLookup:
             counters.stale += int(stale.sum())
             presence = presence & ~stale
         counters.present += int(presence.sum())
+        self._warn_if_nothing(teacher, needed)
         counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
         return values, age_seconds, presence
+
+    def _warn_if_nothing(self, teacher: str, needed: list[int]) -> None:
+        counters = self.counters[teacher]
+        if counters.batches == _SILENT_BATCHES and not counters.present:
+            seconds = self.store.format.window_seconds
+            known = self._windows[teacher].known
+            there = f"from {utc(known[0] * seconds)} on" if known else "none at all"
+            warnings.warn(
+                f"{self.store.url}: {teacher} has no output for any of the first {counters.asked} "
+                f"examples, whose windows begin with {[utc(w * seconds) for w in needed[:1]]}; of "
+                f"{teacher} there are outputs {there}: are its name, ids, event_seconds and "
+                "snapshot right?",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True)
@@ -257,7 +297,7 @@ class _Windows:
         self._held: dict[int, Future[_Window]] = {}  # the one used last comes last
         self._reread: dict[int, Future[_Window]] = {}
         self._refreshed = time.monotonic()
-        self._known: list[int] = []  # windows in the store
+        self.known: list[int] = []  # windows in the store
         self._quarantined: dict[int, int] = {}  # rows, by window
 
     def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> Found:
@@ -299,7 +339,7 @@ class _Windows:
             self._held.pop(window, None)
 
     def _read_ahead(self, needed: list[int]) -> None:
-        following = [window for window in self._known if needed and window > needed[-1]]
+        following = [window for window in self.known if needed and window > needed[-1]]
         if following and following[0] not in self._held and len(needed) < self.max_windows:
             self._make_room(needed)
             self._held[following[0]] = self.reader.submit(self._read, following[0])
@@ -319,7 +359,7 @@ class _Windows:
 
     def _read(self, window: int) -> _Window:
         self.store.refresh()
-        self._known = self.store.windows(self.teacher)
+        self.known = self.store.windows(self.teacher)
         rows, quarantined = self.store.read(self.teacher, window, bad_rows=self.bad_rows)
         self._quarantined[window] = sum(quarantined.values())
         self.counters.quarantined = sum(self._quarantined.values())

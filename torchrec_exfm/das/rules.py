@@ -95,7 +95,10 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> Iterato
             "have an output that is NaN or infinite",
             np.logical_not(np.isfinite(rows.outputs).all(axis=1)),
         ),
-        ("have an event time out of range", (seconds < 0) | (seconds >= MAX_SECONDS)),
+        (
+            "have an event time outside of [0, 2^40) seconds",
+            (seconds < 0) | (seconds >= MAX_SECONDS),
+        ),
         ("leak: their teacher was trained through their own event time", leaks(rows)),
     ]
     if window is not None:

@@ -61,6 +61,8 @@ class StoreFormat:
     resolution: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            raise ValueError(f"tasks should be a tuple of names; received {self.tasks!r}")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks should be names without repeats; received {self.tasks}")
         for task in self.tasks:

@@ -93,11 +93,13 @@ def score(
         examples: of all students; those that share an id are scored once, by the first's batch.
         teacher: a ``Snapshot``: the model is that one as it is. A name: before each window the
             newest snapshot is looked for that was trained through a time before all of the
-            window's examples, and is loaded into the model if it is another than before.
+            window's examples, and is loaded into the model, in place, if it is another than
+            before: **the model's parameters are overwritten and stay so**.
         device: where the model runs.
         batch_size: of a rank.
-        outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits (or
-            predictions), (B, T) or (B,); the default fits ``(loss, logits, labels)``.
+        outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits, not
+            probabilities (or predictions), (B, T) or (B,); the default fits
+            ``(loss, logits, labels)``.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
         checkpoints: as for :func:`load_snapshot`.
@@ -113,6 +115,10 @@ def score(
             f"batch_size and shard_rows should be at least 1; got {batch_size}, {shard_rows}"
         )
     check_bad_rows(bad_rows)
+    if not isinstance(examples, (list, tuple)):
+        raise TypeError(
+            f"examples should be a list of Examples; received {type(examples).__name__}"
+        )
     started = time.perf_counter()
     store = TeacherStore(store.url, storage_options=store.storage_options)
     shards, shared = _plan(examples, store, shard_rows)
@@ -230,7 +236,11 @@ class _Job:
         for shard in shards:
             name = shard.name(snapshot)
             new = shard[~among(shard.ids, there)]
-            if len(new.ids) and not self.store.table.committed((name, 0)):
+            if self.store.table.committed((name, 0)):
+                if self.bad_rows == "quarantine":
+                    continue  # what is not there was left out
+                name = f"{name}/{self.store.table.version}"  # its rows have been lost since
+            if len(new.ids):
                 left.append((name, new))
         return left
 
@@ -250,7 +260,7 @@ class _Job:
             if len(values) != expected[0] or values.numel() != expected[0] * expected[1]:
                 raise ValueError(
                     f"outputs(...) should be of shape {expected} (examples, the store's tasks); "
-                    f"received {tuple(values.shape)}"
+                    f"received {tuple(values.shape)}: is the batch of all the positions asked for?"
                 )
             parts.append(values.float().reshape(expected)[: len(rows)])
             self.report.fillers += not len(rows)
@@ -361,12 +371,17 @@ def _newest(
     checkpoints: Path | None,
 ) -> Snapshot:
     """The newest snapshot that has seen none of a window's examples, in the model."""
+    known = on_rank_0(lambda: newest_snapshot(store, teacher))
+    if known is None:
+        raise ValueError(
+            f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
+        )
     snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
     if snapshot is None:
         raise ValueError(
-            f"{store.url}: no published snapshot of {teacher} was trained through times before "
-            f"{utc(first_seconds)} alone, and a later one would leak: publish one, or score later "
-            "examples"
+            f"{store.url}: no published snapshot of {teacher} was trained through a time before "
+            f"{utc(first_seconds)}, of the first example, and a later one would leak: publish one, "
+            "or score later examples"
         )
     if snapshot != loaded:
         load_snapshot(store, snapshot, model, checkpoints=checkpoints)

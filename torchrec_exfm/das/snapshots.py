@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import shutil
 import time
@@ -74,8 +75,13 @@ class Snapshot:
         check_name("a teacher", self.teacher)
         for name in ("version", "trained_through_seconds"):
             value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 2**40:
+            try:
+                number = operator.index(value)
+            except TypeError:
+                number = -1
+            if isinstance(value, bool) or not 0 <= number < 2**40:
                 raise ValueError(f"{name} should be an int in [0, 2^40); received {value!r}")
+            object.__setattr__(self, name, number)  # an int, of numpy's and torch's too
 
     def __str__(self) -> str:
         through = utc(self.trained_through_seconds)
@@ -100,7 +106,8 @@ def publish(
         teacher: its name.
         model: the teacher, under DMP or not; None: there is no checkpoint to load (a teacher that
             is kept elsewhere).
-        trained_through_seconds: the last event time that it was trained on, epoch seconds.
+        trained_through_seconds: the last event time that it was trained on, epoch seconds. Of two
+            snapshots the newer is that of the higher version, whichever was trained further.
         checkpoints: the folder of the checkpoints, the same for all ranks; None: in the store's
             own folder, which has to be a local (or mounted) one.
 
@@ -108,12 +115,12 @@ def publish(
         ValueError: for a wrong value; if the store is on an object store and no folder is given.
         StoreError: if it can't be written.
     """
-    Snapshot(teacher, 0, trained_through_seconds)  # fail before the work
+    through = Snapshot(teacher, 0, trained_through_seconds).trained_through_seconds  # or fail now
     name = on_rank_0(lambda: f"{int(time.time())}-{uuid.uuid4().hex[:12]}")
     if model is not None:
         folder = checkpoint_folder(store, checkpoints) / teacher / name
         save_checkpoint(folder, model.state_dict())
-    row = (trained_through_seconds, name if model is not None else None)
+    row = (through, name if model is not None else None)
     return on_rank_0(lambda: _commit(store, teacher, *row))
 
 

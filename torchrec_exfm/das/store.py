@@ -102,7 +102,8 @@ class TeacherStore:
         Args:
             url: as for the class.
             tasks: names of the outputs, in order.
-            window_seconds: length of a time window: what a student has in memory at once.
+            window_seconds: length of a time window: choose it so that one window's rows fit in
+                memory, at some 20 bytes a row; batches should come in order of time.
             resolution: ``"bfloat16"`` or ``"float32"``.
             storage_options: as for the class.
 
@@ -111,7 +112,9 @@ class TeacherStore:
             ValueError: for a wrong value.
         """
         wanted = StoreFormat(
-            tasks=tuple(tasks), window_seconds=window_seconds, resolution=resolution
+            tasks=tasks if isinstance(tasks, str) else tuple(tasks),
+            window_seconds=window_seconds,
+            resolution=resolution,
         )
         where = f"{normal_url(url)}/outputs"
         create_registry(normal_url(url), storage_options)
@@ -147,7 +150,8 @@ class TeacherStore:
         Args:
             snapshot: who said it.
             example_ids: (n,) whole numbers in [0, 2^63), none twice.
-            outputs: (n, T), or (n,) for one task: logits of binary tasks, else predictions.
+            outputs: (n, T), or (n,) for one task: logits of binary tasks, not probabilities
+                (``torch.logit`` makes them), else predictions.
             event_seconds: (n,) event times of the examples, epoch seconds.
             shard: a name for this piece of work: a second write of the same name does nothing.
                 None: a name of its own.
@@ -219,6 +223,8 @@ class TeacherStore:
         self, teacher: str, window: int, *, bad_rows: BadRows = "refuse"
     ) -> tuple[Rows, dict[str, int]]:
         """All rows of a window, as they were written: several of an example if there are.
+
+        None for a window or a teacher that is not there.
 
         Args:
             teacher: its name.
