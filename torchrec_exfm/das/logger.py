@@ -209,11 +209,11 @@ class TeacherLogger:
         """Which examples (n,) come for the first time, here and in the store."""
         self._store.refresh()
         new = np.zeros(len(ids), dtype=np.bool_)
-        new[np.unique(ids, return_index=True)[1]] = True
-        windows = self._store.window_of(seconds)
+        distinct, first = np.unique(ids, return_index=True)  # sorted: searched for at a tenth
+        windows = self._store.window_of(seconds[first])
         for window in np.unique(windows).tolist():
             at = windows == window
-            new[at] &= ~among(ids[at], self._logged_in(window))
+            new[first[at]] = ~among(distinct[at], self._logged_in(window))
         return new
 
     def _logged_in(self, window: int) -> Ints:

@@ -185,7 +185,7 @@ class TeacherStore:
         if quarantined:
             columns = columns.filter(pa.array(good))
         committed = self.table.append(
-            columns.sort_by([("window", "ascending"), ("example_id", "ascending")]),
+            columns.take(pa.array(_order(columns))),
             (shard or f"write/{uuid.uuid4().hex}", 0),
             properties=self.format.writer_properties(),
             metadata={"quarantined": json.dumps(quarantined), "teacher": snapshot.teacher}
@@ -350,6 +350,15 @@ def _optional_columns(
         offsets = np.arange(0, len(flat) + 1, width, dtype=np.int32)
         columns["embedding"] = pa.ListArray.from_arrays(offsets, flat)
     return columns
+
+
+def _order(columns: pa.Table) -> Ints:
+    """That of windows, and in a window of ids, of which none comes twice."""
+    windows, ids = _array(columns, "window"), _array(columns, "example_id")
+    if len(ids) and (windows == windows[0]).all():
+        order: Ints = np.argsort(ids)
+        return order
+    return np.lexsort((ids, windows))
 
 
 def _array(table: pa.Table, name: str) -> Any:
