@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import data
@@ -94,7 +95,7 @@ def look_up(store: TeacherStore, part: data.Stream) -> tuple[Tensor, TeacherLook
     for first in range(0, len(part), 8192):
         rows = slice(first, first + 8192)
         ids, seconds = (torch.from_numpy(np.array(c[rows])) for c in (part.example_id, part.time))
-        found = lookup(data.StreamBatch(*[torch.empty(0)] * 3, ids, seconds))
+        found = lookup(SimpleNamespace(example_ids=ids, event_seconds=seconds))
         outputs[rows] = found.values.flatten().where(found.presence.flatten(), torch.nan)
     return outputs, lookup
 

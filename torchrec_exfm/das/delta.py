@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -96,14 +97,7 @@ class Table:
 
     def refresh(self, version: int | None = None) -> None:
         """Go to the newest version, or to ``version``."""
-        try:
-            if version is None:
-                self._table.update_incremental()
-            elif version != self.version:
-                self._table.load_as_version(version)
-        except _ERRORS as error:
-            raise StoreError(f"{self.url}: its log can't be read ({_one_line(error)})") from error
-        self._check_protocol(self._table)
+        self._bring_to(self._table, version)
 
     def append(
         self,
@@ -132,13 +126,14 @@ class Table:
             custom_metadata=dict(metadata or {}), app_transactions=[Transaction(name, number)]
         )
         for attempt in range(_ATTEMPTS):
-            table = self._newest()
-            before = table.transaction_version(name)
-            if before is not None and before >= number:
+            if self._written is None:
+                self._written = self._load()
+            self._bring_to(self._written)
+            if _has(self._written, transaction):
                 return False
             try:
                 write_deltalake(
-                    table,
+                    self._written,
                     data,
                     mode="append",
                     writer_properties=properties,
@@ -156,8 +151,7 @@ class Table:
 
     def committed(self, transaction: tuple[str, int]) -> bool:
         """Whether a transaction is in this version."""
-        number = self._table.transaction_version(transaction[0])
-        return number is not None and number >= transaction[1]
+        return _has(self._table, transaction)
 
     def delete(self, predicate: str, *, properties: WriterProperties | None = None) -> None:
         """Delete the rows that fit a predicate, in one commit; files of the rest are rewritten."""
@@ -207,7 +201,7 @@ class Table:
         self._check_inside(file.path)
         where = f"{self.url}/{file.path}"
         try:
-            with self._filesystem().open_input_file(file.path) as source:
+            with self._filesystem.open_input_file(file.path) as source:
                 size = source.size()
                 if size != file.size_bytes:
                     raise StoreError(
@@ -234,16 +228,16 @@ class Table:
         except _ERRORS as error:
             raise StoreError(f"{where}: can't be read ({_one_line(error)})") from error
 
-    def _newest(self) -> DeltaTable:
-        """The table to write to: loaded once, and brought up to date after."""
-        if self._written is None:
-            self._written = self._load()
+    def _bring_to(self, table: DeltaTable, version: int | None = None) -> None:
+        """Bring an open table to a version, or the newest."""
         try:
-            self._written.update_incremental()
+            if version is None:
+                table.update_incremental()
+            elif version != table.version():
+                table.load_as_version(version)
         except _ERRORS as error:
             raise StoreError(f"{self.url}: its log can't be read ({_one_line(error)})") from error
-        self._check_protocol(self._written)
-        return self._written
+        self._check_protocol(table)
 
     def _load(self) -> DeltaTable:
         try:
@@ -296,6 +290,7 @@ class Table:
             f"{self.url}: the file {path!r} is refused: it is not in the table's folder"
         )
 
+    @functools.cached_property
     def _filesystem(self) -> pa_fs.FileSystem:
         return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
 
@@ -331,6 +326,11 @@ def normal_url(url: str | Path) -> str:
             "credentials go into storage_options or the environment"
         )
     return text.rstrip("/")
+
+
+def _has(table: DeltaTable, transaction: tuple[str, int]) -> bool:
+    number = table.transaction_version(transaction[0])
+    return number is not None and number >= transaction[1]
 
 
 def _one_line(error: Exception) -> str:

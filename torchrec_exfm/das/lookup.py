@@ -142,7 +142,9 @@ class TeacherLookup:
         self.store = TeacherStore(store.url, storage_options=store.storage_options)
         self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         self.tasks = self.store.tasks if tasks is None else tuple(tasks)
-        pinned = snapshot if isinstance(snapshot, Mapping) else {}
+        pinned: Mapping[str, int | None] = (
+            snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(self.teachers, snapshot)
+        )
         _check_names("tasks", self.tasks, self.store.tasks)
         _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
         _check_names("snapshot", tuple(pinned), self.teachers)
@@ -161,7 +163,7 @@ class TeacherLookup:
                 teacher,
                 self.counters[teacher],
                 reader,
-                snapshot=pinned.get(teacher) if isinstance(snapshot, Mapping) else snapshot,
+                snapshot=pinned.get(teacher),
                 bad_rows=bad_rows,
                 max_windows=max_windows,
                 refresh_seconds=refresh_seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
@@ -16,8 +16,8 @@ __all__ = [
     "broken_rules",
     "check_bad_rows",
     "newest",
-    "refuse",
     "repeats",
+    "sift",
 ]
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
@@ -161,6 +161,29 @@ def refuse(where: str, words: str, bad: Mask, rows: Rows) -> str:
         f"{first.outputs[0].tolist()}; correct them, or pass bad_rows='quarantine' to leave such "
         "rows out and count them"
     )
+
+
+def sift(
+    rows: Rows,
+    broken: Iterable[tuple[str, Mask]],
+    bad_rows: BadRows,
+    where: str,
+    error: type[Exception],
+) -> tuple[Mask, dict[str, int]]:
+    """The rows (n,) that break no rule, and how many of the others break which one first.
+
+    Raises:
+        Exception: of the kind given, for ``bad_rows="refuse"``, if there are others.
+    """
+    good = np.ones(len(rows), dtype=np.bool_)
+    quarantined: dict[str, int] = {}
+    for words, bad in broken:
+        if bad_rows == "refuse":
+            raise error(refuse(where, words, bad, rows))
+        if (bad & good).any():
+            quarantined[words] = int((bad & good).sum())
+        good &= ~bad
+    return good, quarantined
 
 
 def check_bad_rows(bad_rows: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["Examples", "ScoringReport", "score"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ def score(
             else:
                 snapshot = teacher
             job.score_window(window, of_window, snapshot, bar)
-    job.report.quarantined = _over_ranks(job.report.quarantined)
-    job.report.fillers = _over_ranks(job.report.fillers)
+    job.report.quarantined = sum(_of_each_rank(job.report.quarantined))
+    job.report.fillers = sum(_of_each_rank(job.report.fillers))
     job.report.seconds = time.perf_counter() - started
     return job.report
 
@@ -345,8 +347,7 @@ def _check_same_on_all_ranks(*arrays: Ints) -> None:
     if _ranks() == 1:
         return
     digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    digests: list[Any] = [None] * _ranks()
-    dist.all_gather_object(digests, digest)
+    digests = _of_each_rank(digest)
     if len(set(digests)) > 1:
         different = [rank for rank, each in enumerate(digests) if each != digests[0]]
         raise ValueError(
@@ -355,11 +356,11 @@ def _check_same_on_all_ranks(*arrays: Ints) -> None:
         )
 
 
-def _over_ranks(count: int) -> int:
-    counts = [count] * _ranks()
+def _of_each_rank(value: T) -> list[T]:
+    values = [value] * _ranks()
     if _ranks() > 1:
-        dist.all_gather_object(counts, count)
-    return sum(counts)
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _newest(
@@ -371,12 +372,11 @@ def _newest(
     checkpoints: Path | None,
 ) -> Snapshot:
     """The newest snapshot that has seen none of a window's examples, in the model."""
-    known = on_rank_0(lambda: newest_snapshot(store, teacher))
-    if known is None:
+    snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
+    if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
         raise ValueError(
             f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
         )
-    snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
     if snapshot is None:
         raise ValueError(
             f"{store.url}: no published snapshot of {teacher} was trained through a time before "

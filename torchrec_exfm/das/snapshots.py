@@ -32,6 +32,7 @@ __all__ = [
     "create_registry",
     "entries",
     "forget_snapshots",
+    "is_plain",
     "load_snapshot",
     "newest_snapshot",
     "on_rank_0",
@@ -162,7 +163,7 @@ def load_snapshot(
         raise StoreError(f"{store.url}/snapshots: {snapshot}, is not published there")
     if found[0] is None:
         raise StoreError(f"{store.url}/snapshots: {snapshot}, was published without a checkpoint")
-    if not re.fullmatch(r"[0-9]+-[0-9a-f]+", found[0]):
+    if not is_plain(found[0]):
         raise StoreError(
             f"{store.url}/snapshots: the checkpoint {found[0]!r} of {snapshot} is refused: it may "
             "leave the store's folder"
@@ -186,7 +187,7 @@ def forget_snapshots(
     folders = [
         checkpoint_folder(store, checkpoints) / teacher / name  # fails before anything is deleted
         for _, name in old
-        if name is not None and re.fullmatch(r"[0-9]+-[0-9a-f]+", name)
+        if name is not None and is_plain(name)
     ]
     store.table.delete(
         f"teacher = '{teacher}' AND snapshot < {int(before_version)}",
@@ -259,6 +260,11 @@ def entries(registry: Table) -> list[tuple[Snapshot, str | None]]:
                 raise StoreError(f"{registry.url}/{file.path}: is damaged ({error})") from error
             rows.append((snapshot, row["checkpoint"]))
     return rows
+
+
+def is_plain(checkpoint: str) -> bool:
+    """Whether the name of a checkpoint is as :func:`publish` makes them, and leads nowhere else."""
+    return re.fullmatch(r"[0-9]+-[0-9a-f]+", checkpoint) is not None
 
 
 def checkpoint_folder(store: TeacherStore, checkpoints: Path | None) -> Path:

@@ -25,8 +25,8 @@ from torchrec_exfm.das.rules import (
     Rows,
     broken_rules,
     check_bad_rows,
-    refuse,
     repeats,
+    sift,
 )
 from torchrec_exfm.das.schema import KEYS, PARTITION, StoreFormat
 from torchrec_exfm.das.snapshots import Snapshot, create_registry
@@ -173,15 +173,10 @@ class TeacherStore:
         columns = self._columns(
             snapshot.teacher, rows, _optional_columns(len(rows), keys, embeddings)
         )
-        quarantined: dict[str, int] = {}
-        good = np.ones(len(rows), dtype=np.bool_)
-        broken = broken_rules(rows, None, self.format.window_seconds)
-        for words, bad in (*repeats(rows), *broken):
-            if bad_rows == "refuse":
-                raise ValueError(refuse(f"{self.url}: nothing was written", words, bad, rows))
-            if (bad & good).any():
-                quarantined[words] = int((bad & good).sum())
-            good &= ~bad
+        broken = (*repeats(rows), *broken_rules(rows, None, self.format.window_seconds))
+        good, quarantined = sift(
+            rows, broken, bad_rows, f"{self.url}: nothing was written", ValueError
+        )
         if quarantined:
             columns = columns.filter(pa.array(good))
         committed = self.table.append(
@@ -253,14 +248,9 @@ class TeacherStore:
     ) -> tuple[Rows, dict[str, int]]:
         """As :meth:`read`, for one of :meth:`files`."""
         rows = self.rows_of(file)
-        quarantined: dict[str, int] = {}
-        good = np.ones(len(rows), dtype=np.bool_)
-        for words, bad in broken_rules(rows, file.partition[1], self.format.window_seconds):
-            if bad_rows == "refuse":
-                raise StoreError(refuse(f"{self.table.url}/{file.path}", words, bad, rows))
-            if (bad & good).any():
-                quarantined[words] = int((bad & good).sum())
-            good &= ~bad
+        broken = broken_rules(rows, file.partition[1], self.format.window_seconds)
+        where = f"{self.table.url}/{file.path}"
+        good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
         return (rows[good] if quarantined else rows), quarantined
 
     def _read(self, files: list[DataFile], bad_rows: BadRows) -> tuple[Rows, dict[str, int]]:

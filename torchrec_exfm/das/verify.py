@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torchrec_exfm.das.checkpoint import read_metadata
 from torchrec_exfm.das.delta import DataFile, StoreError
 from torchrec_exfm.das.rules import Rows, broken_rules
 from torchrec_exfm.das.schema import PARTITION, check_name
-from torchrec_exfm.das.snapshots import checkpoint_folder, entries, registry_of
+from torchrec_exfm.das.snapshots import checkpoint_folder, entries, is_plain, registry_of
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["ERRORS", "Verification"]
@@ -72,7 +71,7 @@ class Verification:
         for snapshot, name in entries(registry_of(self._store)):
             self.counts["snapshots"] += 1
             self._published[snapshot.teacher, snapshot.version] = snapshot.trained_through_seconds
-            if name is not None and not re.fullmatch(r"[0-9]+-[0-9a-f]+", name):
+            if name is not None and not is_plain(name):
                 self._violation(f"the checkpoint {name!r} of {snapshot}, has no safe name")
             elif name is not None and not unseen:
                 folder = checkpoint_folder(self._store, checkpoints) / snapshot.teacher / name
