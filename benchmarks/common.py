@@ -57,6 +57,11 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def rounded(value: float) -> float:
     """To four digits."""
     return float(f"{value:.4g}")
@@ -72,6 +77,20 @@ def rates(times: Sequence[tuple[int, Time]]) -> dict[str, float]:
     """Of rows and the time that they took: by the time on a core, and the median on the wall."""
     wall = spread([rows / seconds for rows, (seconds, _) in times])
     return {**spread([rows / core for rows, (_, core) in times]), "on_the_wall": wall["median"]}
+
+
+def cell(value: Any) -> str:
+    """For a table: a number, or a median with its quartiles."""
+    if isinstance(value, dict):
+        low, high = (_text(value[name]) for name in ("quartile_1", "quartile_3"))
+        return f"{_text(value['median'])} ({low} to {high})"
+    return _text(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; the first column is of names."""
+    lines = [header, ["---"] * len(header), *([row[0], *map(cell, row[1:])] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def environment() -> dict[str, Any]:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from teacher import CPU, Stream, make_teacher
+from reference import CPU, SCORER, Stream, dlrm, sharded
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
 
 from torchrec_exfm.das import Examples, Snapshot, TeacherLogger, TeacherStore, score
@@ -95,7 +95,8 @@ class Bench:
 
     def __init__(self, folder: str, rows: int) -> None:
         self.folder, self.stores = folder, itertools.count()
-        self.model, self.optimizer = make_teacher()
+        torch.manual_seed(0)
+        self.model, self.optimizer = sharded(dlrm(SCORER))
         self.stream = Stream(rows, FIRST * WINDOW, WINDOW)
         self.spent: Counter[str] = Counter()
         self.watch("pipeline", EvalPipelineSparseDist, "progress")

@@ -1,0 +1,136 @@
+"""Students that train side by side in one process, step by step in turns, and what a step costs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from reference import STUDENT, TAP, Batch, Sizes, dlrm, sharded
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMWrapper,
+    StudentAdapter,
+    TeacherOutputs,
+    TrainPipelineExFM,
+)
+
+AH = (DistillationTerm(beta=3.0),)
+AH_SA = (*AH, DistillationTerm(beta=3.0, adapted=True))
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function(device, *args)`` gives on rank 0 of as many processes, as JSON takes it."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        mp.spawn(_rank, (ranks, folder, function, args), nprocs=ranks)
+        return json.loads(Path(folder, "result.json").read_text())
+
+
+def _rank(
+    rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    on_gpu = torch.cuda.device_count() >= ranks
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, common.cores() // ranks))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=ranks,
+    )
+    result = function(device, *args)
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def columns(batch: Batch) -> TeacherOutputs:
+    return TeacherOutputs(batch.logits)
+
+
+def plain(device: torch.device, sizes: Sizes = STUDENT) -> TrainPipelineSparseDist:
+    """TorchRec's own, without a teacher."""
+    torch.manual_seed(0)
+    model, optimizer = sharded(dlrm(sizes), device)
+    return TrainPipelineSparseDist(model, optimizer, device)
+
+
+def exfm(
+    device: torch.device,
+    terms: Sequence[DistillationTerm] = AH_SA,
+    teacher: Any = columns,
+    sizes: Sizes = STUDENT,
+    **options: Any,
+) -> TrainPipelineExFM:
+    """The same student with heads, and an adapter where a term asks for one."""
+    torch.manual_seed(0)
+    wrapper = ExFMWrapper(dlrm(sizes), tap=TAP, terms=terms, **options)
+    model, optimizer = sharded(wrapper, device)
+    adapted = any(term.adapted for term in terms)
+    adapter = StudentAdapter(num_teachers=len(options.get("teachers", "1"))) if adapted else None
+    return TrainPipelineExFM(model, optimizer, device, teacher=teacher, adapter=adapter)
+
+
+class Arm:
+    """One way to train; its pipeline goes on over the same batches again and again."""
+
+    def __init__(self, pipeline: Any, batches: Sequence[Any]) -> None:
+        self.pipeline = pipeline
+        self.feed: Iterator[Any] = itertools.cycle(batches)
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.pipeline.progress(self.feed)
+
+
+def take_turns(
+    arms: dict[str, Callable[[int], None]], device: torch.device, *, rounds: int, steps: int
+) -> dict[str, list[common.Time]]:
+    """Seconds a step of each arm in each round, by the clock and of all threads together.
+
+    In a round each arm takes its steps; the order goes round from round to round. The first round
+    is to warm up, and not counted. On a GPU the clock is that of the device's events.
+    """
+    times: dict[str, list[common.Time]] = {name: [] for name in arms}
+    names = list(arms)
+    for turn in range(-1, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wall, core = _timed(arms[name], steps, device)
+            if turn >= 0:
+                times[name].append((wall / steps, core / steps))
+    return times
+
+
+def _timed(arm: Callable[[int], None], steps: int, device: torch.device) -> common.Time:
+    if device.type != "cuda":
+        return common.timed(arm, steps)
+    torch.cuda.synchronize(device)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    core = time.process_time()
+    before.record()
+    arm(steps)
+    after.record()
+    torch.cuda.synchronize(device)
+    return before.elapsed_time(after) / 1000, time.process_time() - core
+
+
+def over(
+    times: dict[str, list[common.Time]], arm: str, base: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The ratios of two arms, round by round: by the clock, and in seconds of all threads."""
+    ratios = np.array(times[arm]) / np.array(times[base])
+    return common.spread(ratios[:, 0]), common.spread(ratios[:, 1])
