@@ -35,7 +35,7 @@ class ByHand:
     ) -> None:
         self.terms = wrapper.auxiliary_head.terms
         self.student = copy.deepcopy(wrapper.student).double()
-        mlps = [head.head.mlp for head in wrapper.auxiliary_head.heads]
+        mlps = [head.mlp for head in wrapper.auxiliary_head.heads]
         self.heads = copy.deepcopy(nn.ModuleList(mlps)).double()
         self.adapters = copy.deepcopy(adapter.mlps).double() if adapter else nn.ModuleList()
         self.optimizer = optimizer(
@@ -64,7 +64,7 @@ class ByHand:
         """By the names of the wrapper's state; the adapter's under ``adapter.``."""
         weights = {f"student.{key}": value for key, value in self.student.state_dict().items()}
         for k, head in enumerate(self.heads):
-            prefix = f"exfm.auxiliary_head.heads.{k}.head.mlp"
+            prefix = f"exfm.auxiliary_head.heads.{k}.mlp"
             weights |= {f"{prefix}.{key}": value for key, value in head.state_dict().items()}
         state = self.adapters.state_dict()
         return weights | {f"adapter.mlps.{key}": value for key, value in state.items()}

@@ -6,11 +6,14 @@ regression has predictions in its own units instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "linear_with_scaled_gradient",
     "masked_mean",
     "scale_gradient",
     "scale_label",
@@ -64,14 +67,14 @@ def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(predictions, targets.detach(), reduction="none")
 
 
-def scale_label(probabilities: Tensor, alpha: float) -> Tensor:
+def scale_label(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
     """Label scaling (LS): lift a rare event's soft label, clipped to stay a probability.
 
     .. math:: \\min(α y, 1)
 
     Args:
         probabilities: the teacher's, in [0, 1], any shape.
-        alpha: α > 0; 1 leaves the label as it is.
+        alpha: α > 0, a number or one for each of the last dimension; 1 leaves the label as it is.
 
     Returns:
         Probabilities of the same shape.
@@ -119,6 +122,63 @@ def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
     """
     scaled: Tensor = _ScaleGradient.apply(inputs, beta)  # type: ignore[no-untyped-call]
     return scaled
+
+
+class _LinearWithScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, weight, bias, betas):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inputs, weight)
+        ctx.betas = betas
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        inputs, weight = ctx.saved_tensors
+        grad_inputs = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            blocks = weight.split([rows for rows, _ in ctx.betas])
+            scaled = [beta * block for block, (_, beta) in zip(blocks, ctx.betas, strict=True)]
+            grad_inputs = grad @ torch.cat(scaled)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.t() @ inputs
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_inputs, grad_weight, grad_bias, None
+
+
+def linear_with_scaled_gradient(
+    inputs: Tensor, weight: Tensor, bias: Tensor, betas: Sequence[tuple[int, float]]
+) -> Tensor:
+    """The first layers of several heads in one, with a gradient scaling (GS) for each of them.
+
+    .. math:: f(x) = x W^T + b, \\quad
+        ∂L/∂x = \\sum_k β_k \\frac{∂L}{∂f_k} W_k, \\quad ∂L/∂W_k = (∂L/∂f_k)^T x
+
+    The same as ``linear(scale_gradient(x, β_k), W_k, b_k)`` side by side, for which β multiplies
+    the weights on the way back, (H, D), and not the gradient, (B, D).
+
+    Args:
+        inputs: (B, D).
+        weight: (H, D), the rows of the first head first.
+        bias: (H,).
+        betas: of each head how many rows are its, and its β >= 0.
+
+    Returns:
+        (B, H).
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> y = linear_with_scaled_gradient(x, torch.eye(2), torch.zeros(2), [(1, 5.0), (1, 0.0)])
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([[1.0, 1.0]], [[5.0, 0.0]])
+    """
+    if torch.is_autocast_enabled(inputs.device.type):
+        dtype = torch.get_autocast_dtype(inputs.device.type)
+        inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
+    outputs: Tensor = _LinearWithScaledGradient.apply(inputs, weight, bias, betas)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

@@ -9,14 +9,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import (
+    linear_with_scaled_gradient,
     masked_mean,
-    scale_gradient,
     scale_label,
     soft_bce_with_logits,
     squared_error,
@@ -107,14 +108,17 @@ class TaskLoss(nn.Module):
             return losses
         return torch.where(self.regression, squared_error(outputs, targets), losses)
 
-    def soft_labels(self, values: Tensor, alpha: float) -> Tensor:
-        """(..., T) logits or predictions -> (..., T) targets, after label scaling."""
+    def soft_labels(self, values: Tensor, alphas: Tensor | None) -> Tensor:
+        """(..., T) logits or predictions -> (..., T) targets, after label scaling by (T,)."""
+        scaled = values if alphas is None else alphas * values
         if self._all_regression:
-            return alpha * values
-        probabilities = scale_label(values.sigmoid(), alpha)
+            return scaled
+        probabilities = values.sigmoid()
+        if alphas is not None:
+            probabilities = scale_label(probabilities, alphas)
         if self.regression is None:
             return probabilities
-        return torch.where(self.regression, alpha * values, probabilities)
+        return torch.where(self.regression, scaled, probabilities)
 
 
 class DistillationHead(nn.Module):
@@ -146,8 +150,37 @@ class DistillationHead(nn.Module):
 
     def forward(self, shared: Tensor) -> Tensor:
         """(B, D) shared representation -> (B, T) logits or predictions."""
-        outputs: Tensor = self.mlp(scale_gradient(shared, self.beta))
-        return outputs
+        return heads_side_by_side([self], shared)
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """The linear layers, from the shared representation to the outputs."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+
+
+def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Tensor:
+    """The outputs of K heads of the same widths, each layer of all of them in one multiplication.
+
+    Args:
+        heads: the K heads, of T outputs each.
+        shared: (B, D); receives the sum of the heads' gradients, each times its β.
+
+    Returns:
+        (B, K T), the outputs of the first head first.
+    """
+    first, *others = zip(*(head.layers for head in heads), strict=True)
+    hidden = linear_with_scaled_gradient(
+        shared,
+        torch.cat([layer.weight for layer in first]),
+        torch.cat([layer.bias for layer in first]),
+        [(layer.out_features, head.beta) for layer, head in zip(first, heads, strict=True)],
+    )
+    hidden = hidden.unflatten(1, (len(heads), -1)).transpose(0, 1)  # (K, B, width)
+    for layers in others:
+        weights = torch.stack([layer.weight for layer in layers])
+        biases = torch.stack([layer.bias for layer in layers])
+        hidden = torch.baddbmm(biases.unsqueeze(1), hidden.relu(), weights.transpose(1, 2))
+    return hidden.transpose(0, 1).flatten(1)
 
 
 class AuxiliaryHead(nn.Module):
@@ -156,13 +189,14 @@ class AuxiliaryHead(nn.Module):
     .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
         \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t, \\min(α_k σ(y_{F,b,t}), 1))
 
-    One :class:`DistillationHead` D_k for each term. The shared representation x receives the
+    One :class:`DistillationHead` D_k for each term, computed side by side where they have the same
+    widths; one loss over all outputs of all terms. The shared representation x receives the
     gradient of L_D (times β_k); the serving head, which is no part of this, receives none. Every
     head is in the graph on every step: missing outputs are masked.
 
     Args:
         in_features: D, the width of the shared representation.
-        terms: the K terms.
+        terms: the K terms; those of the same widths do best next to each other.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs.
 
@@ -174,6 +208,11 @@ class AuxiliaryHead(nn.Module):
         >>> ah = AuxiliaryHead(8, terms=[DistillationTerm(weight=2.0)])
         >>> loss, of_each_term = ah(torch.zeros(3, 8), TeacherOutputs(torch.zeros(3)))
     """
+
+    value_columns: Tensor | None
+    presence_columns: Tensor | None
+    alphas: Tensor | None
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -190,17 +229,48 @@ class AuxiliaryHead(nn.Module):
         self.tasks = check_tasks(tasks)
         self.teachers = check_names("teachers", teachers)
         self.terms = tuple(terms)
+        self._adapts = any(term.adapted for term in terms)
+        columns = [self._columns_of(term) for term in terms]
+        self._sizes = [len(of_term) for of_term in columns]
+        self._register_columns(list(itertools.chain(*columns)))
+        alphas = [
+            term.alpha for term, size in zip(terms, self._sizes, strict=True) for _ in range(size)
+        ]
+        self.register_buffer("alphas", _exact(alphas), persistent=False)
+        self.register_buffer("weights", _exact([term.weight for term in terms]), persistent=False)
+        self.loss = TaskLoss([tasks[column % len(tasks)] for column in itertools.chain(*columns)])
         self.heads = nn.ModuleList(
-            _TermHead(in_features, term, self._teacher_index(term), tasks) for term in terms
+            DistillationHead(in_features, num_tasks=size, hidden=term.hidden, beta=term.beta)
+            for term, size in zip(terms, self._sizes, strict=True)
         )
+        widths = [(*term.hidden, size) for term, size in zip(terms, self._sizes, strict=True)]
+        ends = [k for k in range(1, len(terms)) if widths[k] != widths[k - 1]]
+        self._alike = [slice(*pair) for pair in itertools.pairwise([0, *ends, len(terms)])]
 
-    def _teacher_index(self, term: DistillationTerm) -> int:
+    def _columns_of(self, term: DistillationTerm) -> list[int]:
+        """Where a term's targets are in the M T outputs, with the adapted ones behind them."""
         if term.teacher not in self.teachers:
             raise ValueError(
                 f"a term's teacher should be one of {list(self.teachers)}; received "
                 f"{term.teacher!r}"
             )
-        return self.teachers.index(term.teacher)
+        covered = self.tasks if term.tasks is None else term.tasks
+        if not set(covered) <= set(self.tasks) or len(set(covered)) != len(covered) or not covered:
+            raise ValueError(
+                f"a term's tasks should be distinct and among {list(self.tasks)}; received "
+                f"{list(covered)}"
+            )
+        row = self.teachers.index(term.teacher) + (len(self.teachers) if term.adapted else 0)
+        return [row * len(self.tasks) + self.tasks.index(name) for name in covered]
+
+    def _register_columns(self, columns: list[int]) -> None:
+        outputs = len(self.teachers) * len(self.tasks)
+        there = outputs * (2 if self._adapts else 1)
+        all_in_order = columns == list(range(there))
+        of_values = None if all_in_order else constant(columns)
+        of_presence = None if columns == list(range(outputs)) else constant(columns) % outputs
+        self.register_buffer("value_columns", of_values, persistent=False)
+        self.register_buffer("presence_columns", of_presence, persistent=False)
 
     def forward(
         self,
@@ -232,54 +302,37 @@ class AuxiliaryHead(nn.Module):
                 f"{list(self.teachers)}, tasks {list(self.tasks)}); received "
                 f"{tuple(teacher.values.shape)}"
             )
-        losses = [head(shared, teacher, adapted, count) for head in self.heads]
-        weighted = [term.weight * loss for term, loss in zip(self.terms, losses, strict=True)]
-        return torch.stack(weighted).sum(), torch.stack(losses).detach()
+        outputs = self._outputs(shared)
+        targets = self._targets(teacher, adapted).to(outputs.dtype)
+        present = _picked(teacher.presence.flatten(1), self.presence_columns)
+        denominators = None if count is None else _picked(count.flatten(), self.presence_columns)
+        means = masked_mean(self.loss(outputs, targets), present, denominators)
+        losses = self._means_by_term(means)
+        weighted = losses if self.weights is None else losses * _floats(self.weights, losses)
+        return weighted.sum(), losses.detach()
 
+    def _outputs(self, shared: Tensor) -> Tensor:
+        """(B, C): what the heads say, those of the same widths side by side."""
+        heads = cast(list[DistillationHead], list(self.heads))
+        parts = [heads_side_by_side(heads[alike], shared) for alike in self._alike]
+        outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
-class _TermHead(nn.Module):
-    """One term: its head, its columns of the outputs, its unweighted loss."""
+    def _targets(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
+        """(B, C): the soft labels, in the order of the heads' outputs."""
+        values = teacher.values.flatten(1)
+        if self._adapts:
+            values = torch.cat([values, self._checked(adapted, teacher).flatten(1)], dim=1)
+        values = _picked(values, self.value_columns)
+        alphas = None if self.alphas is None else _floats(self.alphas, values)
+        return self.loss.soft_labels(values, alphas)
 
-    columns: Tensor | None
-
-    def __init__(
-        self, in_features: int, term: DistillationTerm, teacher_index: int, tasks: Sequence[Task]
-    ) -> None:
-        super().__init__()
-        names = [task.name for task in tasks]
-        covered = tuple(names) if term.tasks is None else term.tasks
-        if not set(covered) <= set(names) or len(set(covered)) != len(covered) or not covered:
-            raise ValueError(
-                f"a term's tasks should be distinct and among {names}; received {list(covered)}"
-            )
-        columns = [names.index(name) for name in covered]
-        every = columns == list(range(len(names)))
-        self.register_buffer("columns", None if every else constant(columns), persistent=False)
-        self.term = term
-        self.teacher_index = teacher_index
-        self.loss = TaskLoss([tasks[column] for column in columns])
-        self.head = DistillationHead(
-            in_features, num_tasks=len(columns), hidden=term.hidden, beta=term.beta
-        )
-
-    def forward(
-        self, shared: Tensor, teacher: TeacherOutputs, adapted: Tensor | None, count: Tensor | None
-    ) -> Tensor:
-        values = self._adapted(teacher, adapted) if self.term.adapted else teacher.values
-        present = self._pick(teacher.presence[:, self.teacher_index])
-        targets = self.loss.soft_labels(self._pick(values[:, self.teacher_index]), self.term.alpha)
-        denominators = None if count is None else self._pick(count[self.teacher_index])
-        outputs = self.head(shared)
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        losses = self.loss(outputs, targets.to(outputs.dtype))
-        mean: Tensor = masked_mean(losses, present, denominators).mean()
-        return mean
-
-    def _adapted(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
+    def _checked(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
         if adapted is None:
+            names = [term.name for term in self.terms if term.adapted]
             raise ValueError(
-                f"the term {self.term.name!r} learns from a student adapter's outputs and there "
-                "are none: give TrainPipelineExFM an adapter"
+                f"the terms {names} learn from a student adapter's outputs and there are none: "
+                "give TrainPipelineExFM an adapter"
             )
         if adapted.shape != teacher.values.shape:
             raise ValueError(
@@ -288,8 +341,26 @@ class _TermHead(nn.Module):
             )
         return torch.where(teacher.presence, adapted, 0.0)
 
-    def _pick(self, values: Tensor) -> Tensor:
-        return values if self.columns is None else values.index_select(-1, self.columns)
+    def _means_by_term(self, means: Tensor) -> Tensor:
+        """(C,) -> (K,)."""
+        if len(set(self._sizes)) == 1:
+            return means.view(-1, self._sizes[0]).mean(1)
+        return torch.stack([of_term.mean() for of_term in means.split(self._sizes)])
+
+
+def _picked(values: Tensor, columns: Tensor | None) -> Tensor:
+    return values if columns is None else values.index_select(-1, columns)
+
+
+def _exact(values: Sequence[float]) -> Tensor | None:
+    """Numbers for a buffer that ``module.to(dtype)`` leaves alone; None where all are 1."""
+    if all(value == 1 for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
+
+
+def _floats(exact: Tensor, like: Tensor) -> Tensor:
+    return exact.view(torch.float64).to(like.dtype)
 
 
 def constant(values: Sequence[float]) -> Tensor:
