@@ -159,7 +159,7 @@ class DistillationHead(nn.Module):
 
 
 def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Tensor:
-    """The outputs of K heads of the same widths, each layer of all of them in one multiplication.
+    """The outputs of K heads of the same widths, whose wide first layers are one multiplication.
 
     Args:
         heads: the K heads, of T outputs each.
@@ -175,12 +175,11 @@ def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Ten
         torch.cat([layer.bias for layer in first]),
         [(layer.out_features, head.beta) for layer, head in zip(first, heads, strict=True)],
     )
-    hidden = hidden.unflatten(1, (len(heads), -1)).transpose(0, 1)  # (K, B, width)
     for layers in others:
-        weights = torch.stack([layer.weight for layer in layers])
-        biases = torch.stack([layer.bias for layer in layers])
-        hidden = torch.baddbmm(biases.unsqueeze(1), hidden.relu(), weights.transpose(1, 2))
-    return hidden.transpose(0, 1).flatten(1)
+        of_each = hidden.relu_().chunk(len(heads), dim=1)
+        outputs = [layer(part) for layer, part in zip(layers, of_each, strict=True)]
+        hidden = torch.cat(outputs, dim=1)
+    return hidden
 
 
 class AuxiliaryHead(nn.Module):
@@ -189,14 +188,14 @@ class AuxiliaryHead(nn.Module):
     .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
         \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t, \\min(α_k σ(y_{F,b,t}), 1))
 
-    One :class:`DistillationHead` D_k for each term, computed side by side where they have the same
-    widths; one loss over all outputs of all terms. The shared representation x receives the
+    One :class:`DistillationHead` D_k for each term, side by side where they have the same widths;
+    one loss over all outputs of all terms. The shared representation x receives the
     gradient of L_D (times β_k); the serving head, which is no part of this, receives none. Every
     head is in the graph on every step: missing outputs are masked.
 
     Args:
         in_features: D, the width of the shared representation.
-        terms: the K terms; those of the same widths do best next to each other.
+        terms: the K terms; fastest with those of the same widths next to each other.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs.
 
