@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import rank_models as rm
 import torch
 import torch.distributed as dist
+from costs import Costs
 from models import students
 from rank_reference import ByHand
 from ranks import device
@@ -30,6 +32,7 @@ from torchrec_exfm import (
     adapter_step,
     student_state_dict,
 )
+from torchrec_exfm.wrapper import find_wrapper
 
 BOTH = (*rm.HEADS, *rm.ADAPTED)
 
@@ -108,7 +111,7 @@ def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], shard
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     adapter = _adapter_of(terms)
     adapter = None if adapter is None else adapter.to(device())
-    adam = torch.optim.Adam(adapter.parameters(), lr=1e-3) if adapter else None
+    adam = torch.optim.Adam(adapter.parameters(), lr=1e-3, fused=True) if adapter else None
     outputs = []
     for data in rm.global_data():
         part = rm.part_of(data, rank, world_size)
@@ -213,6 +216,37 @@ def check_untraceable_is_told(rank: int, world_size: int) -> None:
     outputs, weights = _run(BranchingDLRM, rank, world_size, trace=False)
     assert len(outputs) == 6
     assert rm.differs(weights, _fresh(rm.wrapped(_dlrm_of(BranchingDLRM)), world_size))
+
+
+def check_costs_of_a_step(rank: int, world_size: int) -> None:
+    """Two small all-reduces on several ranks, none on one; nothing more waits for a value."""
+    student = students()["dlrm"]
+    terms = (DistillationTerm(), DistillationTerm(adapted=True))
+    bare = rm.sharded(student.factory(), world_size)
+    plain = _costs(TrainPipelineSparseDist(bare.model, bare.optimizer, device()), rank, False)
+    for added, these in enumerate((terms[:1], terms), start=1):
+        trainee = rm.sharded(
+            ExFMWrapper(student.factory(), tap=student.tap, terms=these), world_size
+        )
+        adapter = StudentAdapter() if len(these) == 2 else None
+        costs = _costs(rm.pipeline_of(trainee, adapter=adapter), rank, True)
+        # DDP divides the gradient of each parameter by a number that it has on the host
+        parameters = len(list(find_wrapper(trainee.model).auxiliary_head.parameters()))
+        expected = Counter(plain.syncs) + Counter(_local_scalar_dense=parameters)
+        assert costs.syncs == expected, (costs.syncs, expected)
+        expected = Counter(plain.collectives) + Counter(allreduce_=added if world_size > 1 else 0)
+        assert costs.collectives == expected, (costs.collectives, expected)
+    assert world_size == 1 or plain.collectives["allreduce_"] >= 1
+
+
+def _costs(pipeline: TrainPipelineSparseDist[Any, Any], rank: int, supervised: bool) -> Costs:
+    """Of the third of five steps."""
+    batches = iter(rm.random_batches(students()["dlrm"], rank, supervised=supervised))
+    for _ in range(2):
+        pipeline.progress(batches)
+    with Costs() as costs:
+        pipeline.progress(batches)
+    return costs
 
 
 def check_absent_teacher(rank: int, world_size: int) -> None:

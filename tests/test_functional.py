@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchrec_exfm.functional import (
+    linear_with_scaled_gradient,
     masked_mean,
     scale_gradient,
     scale_label,
@@ -144,6 +145,61 @@ def test_scale_gradient_by_one_passes_gradcheck() -> None:
     inputs = torch.tensor([0.5, -1.5], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: scale_gradient(x.square(), 1.0), inputs)
     assert gradgradcheck(lambda x: scale_gradient(x.square(), 1.0), inputs)
+
+
+BETAS = [(2, 3.0), (1, 0.0), (4, 0.5)]
+
+
+def layers_and_input(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 5), (7, 5), (7,)]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes
+    ]
+
+
+def test_linear_with_scaled_gradient_is_linear_layers_behind_scale_gradient() -> None:
+    inputs, weight, bias = layers_and_input()
+    upstream = torch.randn(6, 7, dtype=torch.float64)
+    together = linear_with_scaled_gradient(inputs, weight, bias, BETAS)
+    actual = torch.autograd.grad(together, [inputs, weight, bias], upstream)
+    blocks = [part.split([rows for rows, _ in BETAS]) for part in (weight, bias)]
+    apart = torch.cat(
+        [
+            scale_gradient(inputs, beta) @ of_weight.t() + of_bias
+            for (_, beta), of_weight, of_bias in zip(BETAS, *blocks, strict=True)
+        ],
+        dim=1,
+    )
+    expected = torch.autograd.grad(apart, [inputs, weight, bias], upstream)
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_linear_with_scaled_gradient_by_one_passes_gradcheck() -> None:
+    def function(*tensors: Tensor) -> Tensor:
+        return linear_with_scaled_gradient(*tensors, [(7, 1.0)])
+
+    assert gradcheck(function, layers_and_input())
+    assert gradgradcheck(function, layers_and_input())
+
+
+@pytest.mark.parametrize("needed", range(3))
+def test_linear_with_scaled_gradient_gives_what_is_asked_for(needed: int) -> None:
+    tensors = [tensor.detach() for tensor in layers_and_input()]
+    tensors[needed].requires_grad_()
+    linear_with_scaled_gradient(*tensors, BETAS).sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [i == needed for i in range(3)]
+
+
+def test_linear_with_scaled_gradient_under_autocast() -> None:
+    tensors = layers_and_input(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = linear_with_scaled_gradient(*tensors, BETAS)
+        expected = torch.nn.functional.linear(*tensors)
+    assert outputs.dtype == torch.bfloat16 and torch.equal(outputs, expected)
+    outputs.sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
 
 
 def test_masked_mean_of_a_part_for_each_task() -> None:

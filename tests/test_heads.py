@@ -188,6 +188,41 @@ def test_large_outputs_of_one_task_leave_the_others_alone() -> None:
     assert torch.equal(grads[0][:2], grads[1][:2]) and grads[0][:2].any()
 
 
+def test_factors_are_exact_in_heads_of_any_dtype() -> None:
+    term = DistillationTerm(alpha=0.7, weight=0.3, hidden=())
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        head = make_head(term).to(dtype)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+        loss, of_each = head(torch.ones(2, D, dtype=dtype), TeacherOutputs(torch.ones(2)))
+        losses.append((loss, of_each))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    torch.testing.assert_close(losses[0][0], 0.3 * losses[0][1].sum())
+
+
+def test_terms_of_several_widths_in_any_order_are_each_its_own() -> None:
+    """Beside each other or not, a term's loss is that of an auxiliary head of this term alone."""
+    hiddens: list[tuple[int, ...]] = [(6,), (6,), (4, 3), (), (6,), (), (4, 3)]
+    terms = [
+        DistillationTerm(teacher=TEACHERS[k % 2], beta=k, weight=k + 0.5, hidden=hidden)
+        for k, hidden in enumerate(hiddens)
+    ]
+    head = make_head(*terms, teachers=TEACHERS, tasks=TASKS)
+    shared, teacher = make_shared(), make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
+    loss, of_each = head(shared, teacher)
+    (of_shared,) = torch.autograd.grad(loss, shared)
+    losses, total = [], torch.zeros_like(shared)
+    for term, of_term in zip(terms, head.heads, strict=True):
+        alone = make_head(term, teachers=TEACHERS, tasks=TASKS)
+        alone.heads[0].load_state_dict(of_term.state_dict())
+        loss, of_one = alone(shared, teacher)
+        losses.append(of_one)
+        total += torch.autograd.grad(loss, shared)[0]
+    torch.testing.assert_close(of_each, torch.cat(losses))
+    torch.testing.assert_close(of_shared, total)
+
+
 def test_the_state_is_the_heads_parameters() -> None:
     head = make_head(TERMS[1], TERMS[2], teachers=TEACHERS, tasks=TASKS)
     assert list(head.state_dict()) == [name for name, _ in head.named_parameters()]

@@ -5,7 +5,7 @@ Shapes: B examples, M teachers, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -130,27 +130,63 @@ def adapter_step(
     Raises:
         ValueError: if labels are missing or a shape does not fit.
     """
+    return start_adapter_step(adapter, optimizer, teacher, labels, count=count, group=group)()
+
+
+def start_adapter_step(
+    adapter: StudentAdapter,
+    optimizer: torch.optim.Optimizer,
+    teacher: TeacherOutputs,
+    labels: Tensor | None,
+    *,
+    count: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], Tensor]:
+    """:func:`adapter_step` in two halves: what it returns ends the step that it has begun.
+
+    The gradients are there, and on their way to the other ranks, when this returns; what comes
+    between the two halves hides the way.
+    """
     parameters = list(adapter.parameters())
     with torch.enable_grad():
         loss = adapter.loss(adapter(teacher), teacher, labels, count)
         gradients = torch.autograd.grad(loss, parameters)
-    if group is not None:
-        gradients = _averaged(gradients, group)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        adapted: Tensor = adapter(teacher)
-    return adapted
+    average = (lambda: gradients) if group is None else _start_average(gradients, group)
+
+    def finish() -> Tensor:
+        for parameter, gradient in zip(parameters, average(), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            adapted: Tensor = adapter(teacher)
+        return adapted
+
+    return finish
 
 
-def _averaged(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=group)
-    flat /= group.size()
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    return tuple(piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True))
+def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to add up a tensor over the ranks, in place; the call of the result waits for it."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None
+        work.wait()
+        return tensor
+
+    return wait
+
+
+def _start_average(
+    gradients: Sequence[Tensor], group: dist.ProcessGroup
+) -> Callable[[], Sequence[Tensor]]:
+    wait = start_all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), group)
+
+    def average() -> Sequence[Tensor]:
+        pieces = (wait() / group.size()).split([gradient.numel() for gradient in gradients])
+        return [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+
+    return average
 
 
 def _labels_like(outputs: Tensor, labels: Tensor | None) -> Tensor:

@@ -170,7 +170,8 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         teacher: the teachers' outputs for the same examples, in the same order.
 
     Attributes:
-        adapted: (B, M, T), the student adapter's outputs, or None. Set by the pipeline.
+        adapted: (B, M, T), the student adapter's outputs, or None. Set by the pipeline, to them or
+            to a function that gives them, which is called the first time that they are read.
         count: (M, T), the denominator of the losses' means, or None. Set by the pipeline.
 
     Raises:
@@ -193,8 +194,19 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
             raise TypeError(f"teacher should be TeacherOutputs; received {type(teacher).__name__}")
         self.batch = batch
         self.teacher = teacher
-        self.adapted: Tensor | None = None
+        self._adapted: Tensor | Callable[[], Tensor] | None = None
         self.count: Tensor | None = None
+
+    @property
+    def adapted(self) -> Tensor | None:
+        """See the class."""
+        if callable(self._adapted) and not isinstance(self._adapted, Tensor):
+            self._adapted = self._adapted()
+        return self._adapted
+
+    @adapted.setter
+    def adapted(self, adapted: Tensor | Callable[[], Tensor] | None) -> None:
+        self._adapted = adapted
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> Any:
         """A copy on ``device``; further arguments go to the user's batch as well."""
@@ -216,7 +228,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         self.teacher.record_stream(stream)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "batch" or name.startswith("__"):
+        if name in ("batch", "_adapted") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.batch, name)
 

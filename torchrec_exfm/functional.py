@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "linear_with_scaled_gradient",
     "masked_mean",
     "scale_gradient",
     "scale_label",

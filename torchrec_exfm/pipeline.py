@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from torchrec_exfm._compat import (
     TrainPipelineContext,
@@ -23,7 +24,7 @@ from torchrec_exfm._compat import (
     pipelined_names,
     sharded_names,
 )
-from torchrec_exfm.adapter import StudentAdapter, adapter_step
+from torchrec_exfm.adapter import StudentAdapter, start_adapter_step, start_all_reduce
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
 
@@ -78,7 +79,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
     student adapter takes its step on the labels, and gives its outputs without gradient; then
     the student's step goes as in ``TrainPipelineSparseDist``, one forward, one backward. Under
     data parallelism the means of the losses are over all ranks' examples, and the adapter's
-    gradients are averaged over the ranks.
+    gradients are averaged over the ranks: two small all-reduces, the first behind the next
+    batch's input distribution, the second behind the student's forward.
 
     Everything else is TorchRec's: ``progress(dataloader_iter)`` returns the student's own
     ``(loss, logits, labels)``, computed before the step's update.
@@ -93,7 +95,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             ``torchrec_exfm.das.TeacherLookup``: begun as the batch is loaded, joined before its
             step. A :class:`LiveTeacher`.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
-        adapter_optimizer: over the adapter's parameters; None: Adam with a rate of 1e-3.
+        adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-3.
         labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
@@ -122,19 +124,23 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("context_type", _Context)
-        super().__init__(model, optimizer, device, **kwargs)
+        self._student_forward: Callable[[Any], Any] | None = kwargs.pop("custom_model_fwd", None)
+        super().__init__(model, optimizer, device, custom_model_fwd=self._forward, **kwargs)
         _check_teacher(teacher, model, kwargs)
         _check_names(find_wrapper(model), teacher)
         _check_adapter(find_wrapper(model), adapter, adapter_optimizer)
         self._teacher = teacher
         self._started: Future[TeacherOutputs] | None = None
+        self._counted: Callable[[], Tensor | None] = lambda: None
         self._labels = labels
         self._trace = trace
         self._group = data_parallel_group(model)
         self.adapter = None if adapter is None else self._on_device(adapter)
         self.adapter_optimizer = adapter_optimizer
         if self.adapter is not None and adapter_optimizer is None:
-            self.adapter_optimizer = torch.optim.Adam(self.adapter.parameters(), lr=1e-3)
+            self.adapter_optimizer = torch.optim.Adam(
+                self.adapter.parameters(), lr=1e-3, fused=True
+            )
 
     def _on_device(self, adapter: StudentAdapter) -> StudentAdapter:
         adapter = adapter.to(self._device)
@@ -174,22 +180,25 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
     def _wait_for_batch(self) -> None:
         super()._wait_for_batch()
         if self._model.training:
-            self.batches[0] = self._supervised(self.batches[0])
+            with record_function("## teacher_outputs ##"):
+                batch = self.batches[0] = self._with_outputs(self.batches[0])
+                self._counted = self._start_count(batch.teacher)
 
-    def _supervised(self, batch: Any) -> ExFMBatch[Any]:
-        """The batch with all that the heads need, on the device."""
-        supervised = self._with_outputs(batch)
-        supervised.count = self._count(supervised.teacher)
-        if self.adapter is not None and self.adapter_optimizer is not None:
-            supervised.adapted = adapter_step(
-                self.adapter,
-                self.adapter_optimizer,
-                supervised.teacher,
-                self._fresh_labels(supervised.batch),
-                count=supervised.count,
-                group=self._group,
-            )
-        return supervised
+    def _forward(self, batch: Any) -> Any:
+        """The student's forward, while the adapter's gradients are on their way to other ranks."""
+        if self._model.training:
+            batch.count = self._counted()
+            if self.adapter is not None and self.adapter_optimizer is not None:
+                with record_function("## adapter_step ##"):
+                    batch.adapted = start_adapter_step(
+                        self.adapter,
+                        self.adapter_optimizer,
+                        batch.teacher,
+                        self._fresh_labels(batch.batch),
+                        count=batch.count,
+                        group=self._group,
+                    )
+        return (self._student_forward or self._model)(batch)
 
     def _fresh_labels(self, batch: Any) -> Tensor:
         try:
@@ -227,13 +236,14 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         copied.record_stream(current)
         return copied
 
-    def _count(self, teacher: TeacherOutputs) -> Tensor | None:
-        """(M, T), the present outputs of a rank, on average over the ranks."""
-        if self._group is None:
-            return None
+    def _start_count(self, teacher: TeacherOutputs) -> Callable[[], Tensor | None]:
+        """Begin to count the present outputs, (M, T), of a rank on average over the ranks."""
+        group = self._group
+        if group is None:
+            return lambda: None
         count = teacher.presence.sum(0, dtype=torch.float32)
-        dist.all_reduce(count, group=self._group)
-        return count / self._group.size()
+        finish = start_all_reduce(count, group)
+        return lambda: finish() / group.size()
 
     def _pipeline_model(self, *args: Any, **kwargs: Any) -> None:
         if not self._trace or not sharded_names(self._model):

@@ -1,0 +1,68 @@
+"""Counts of what code does, which no machine changes: operations, bytes, waits, collectives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VIEWS = (
+    "alias",
+    "detach",
+    "expand",
+    "select",
+    "slice",
+    "split",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "view",
+)
+SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique")
+COLLECTIVES = ("allreduce_", "alltoall_", "alltoall_base_", "broadcast_", "_allgather_base_")
+
+
+class Costs(TorchDispatchMode):
+    """Counts operations, forward and backward, and the bytes of new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self._storages: dict[int, UntypedStorage] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operations[function.overloadpacket.__name__] += 1
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self._storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
+        return result
+
+    @property
+    def kernels(self) -> int:
+        return sum(n for name, n in self.operations.items() if name.split(".")[0] not in VIEWS)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        return {name: self.operations[name] for name in COLLECTIVES if self.operations[name]}
+
+    @property
+    def syncs(self) -> dict[str, int]:
+        return {name: n for name, n in self.operations.items() if name.startswith(SYNCS)}
+
+
+def costs_of(function: Callable[[], Any]) -> Costs:
+    function()  # optimizers make their state in the first step
+    with Costs() as costs:
+        function()
+    return costs

@@ -1,0 +1,109 @@
+"""What distillation costs, in counts that no machine changes: operations, bytes, host syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from costs import Costs, costs_of
+from models import make_teacher
+
+from torchrec_exfm import AuxiliaryHead, DistillationTerm, StudentAdapter, Task, TeacherOutputs
+from torchrec_exfm.adapter import adapter_step
+
+B, D, H = 512, 24, 128
+
+
+def head_costs(
+    *, terms: int = 1, tasks: int = 1, teachers: int = 1, adapted: int = 0, hidden: int = H
+) -> Costs:
+    """Of one forward and backward of an auxiliary head; the last terms are adapted."""
+    names = [f"teacher{m}" for m in range(teachers)]
+    head = AuxiliaryHead(
+        D,
+        terms=[
+            DistillationTerm(
+                teacher=names[k % teachers],
+                adapted=k >= terms - adapted,
+                beta=3.0,
+                weight=0.5,
+                hidden=(hidden,),
+            )
+            for k in range(terms)
+        ],
+        teachers=names,
+        tasks=[Task(name=f"task{t}") for t in range(tasks)],
+    )
+    teacher = make_teacher(0, B, teachers=teachers, tasks=tasks)
+    shared = torch.randn(B, D, requires_grad=True)
+
+    def step() -> None:
+        head.zero_grad()
+        shared.grad = None
+        head(shared, teacher, teacher.values)[0].backward()
+
+    return costs_of(step)
+
+
+def adapter_costs(teachers: int = 1, tasks: int = 1) -> Costs:
+    adapter = StudentAdapter(
+        num_teachers=teachers, tasks=[Task(name=f"task{t}") for t in range(tasks)]
+    )
+    optimizer = torch.optim.Adam(adapter.parameters(), fused=True)
+    teacher = make_teacher(0, B, teachers=teachers, tasks=tasks)
+    labels = torch.zeros(B, tasks)
+    return costs_of(lambda: adapter_step(adapter, optimizer, teacher, labels))
+
+
+def test_the_costs_are_counted() -> None:
+    values = torch.ones(B)
+    costs = costs_of(lambda: (values + 1).view(1, B)[values.bool()[None]].sum().item())
+    assert costs.operations["add"] == 1 and costs.kernels >= 4
+    assert costs.syncs.keys() >= {"_local_scalar_dense"}
+    assert costs.bytes >= 2 * values.nbytes
+
+
+def test_operations_do_not_grow_with_tasks() -> None:
+    one, many = head_costs(tasks=1), head_costs(tasks=16)
+    assert many.operations == one.operations
+    assert adapter_costs(tasks=16).operations == adapter_costs(tasks=1).operations
+
+
+def test_a_further_head_adds_its_last_layer_alone() -> None:
+    """Forward, gradients of input, weight and bias, and its factor β: five."""
+    two, three, eight = (head_costs(terms=terms).kernels for terms in (2, 3, 8))
+    assert three - two == 5
+    assert eight - two == 6 * (three - two)
+
+
+def test_operations_of_a_step() -> None:
+    """Each is a kernel's launch on a GPU, of about five microseconds."""
+    assert head_costs().kernels <= 40
+    assert head_costs(terms=2, adapted=1).kernels <= 55
+    assert adapter_costs().kernels <= 65
+
+
+@pytest.mark.parametrize("of", [head_costs, adapter_costs])
+def test_nothing_waits_for_a_value(of: Callable[..., Costs]) -> None:
+    assert of(teachers=2, tasks=3).syncs == {}
+
+
+def test_outputs_on_an_accelerator_are_taken_without_a_look_at_them() -> None:
+    """Meta tensors have no values: whatever asked for one would raise."""
+    device = torch.device("meta")
+    values = torch.zeros(B, 2, 3, device=device)
+    presence = torch.ones(B, 2, 3, device=device, dtype=torch.bool)
+    outputs = TeacherOutputs(values, presence, torch.zeros(B, 2, device=device))
+    assert outputs.values.device == device
+
+
+def test_bytes_of_a_step() -> None:
+    """Per example: x's gradient once; of the heads' hidden layers the values and three gradients.
+
+    The gradients come head by head, are put side by side, and pass the ReLU.
+    """
+    widths = 2 * 1024
+    parameters = (D + 2) * widths
+    floats = head_costs(terms=2, adapted=1, hidden=1024).bytes / 4
+    assert floats <= B * (D + 4 * widths + 40) + 4 * parameters
