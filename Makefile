@@ -1,4 +1,4 @@
-# make test | lint | demo | faults | clean
+# make test | lint | demo | faults | bench | clean
 #
 # Each but the last sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo faults clean venv install
+.PHONY: test lint demo faults bench clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -43,6 +43,11 @@ demo: venv
 # The fault tests at full length: jobs killed twenty times each and resumed.
 faults: venv
 	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py
+
+# Every benchmark, and benchmarks/README.md from what they print: about half an hour on 2 quiet cores.
+# BENCH=step picks one, BENCH=--quick prints small runs and keeps nothing.
+bench: venv
+	$(PY) benchmarks/report.py $(BENCH)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

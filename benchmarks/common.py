@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -80,11 +81,13 @@ def rates(times: Sequence[tuple[int, Time]]) -> dict[str, float]:
 
 
 def cell(value: Any) -> str:
-    """For a table: a number, or a median with its quartiles."""
+    """For a table: a number to three digits, or a median with its quartiles."""
     if isinstance(value, dict):
-        low, high = (_text(value[name]) for name in ("quartile_1", "quartile_3"))
-        return f"{_text(value['median'])} ({low} to {high})"
-    return _text(value)
+        low, high = (cell(value[name]) for name in ("quartile_1", "quartile_3"))
+        return f"{cell(value['median'])} ({low} to {high})"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value / 1e6:.3g} M" if abs(value) >= 1e6 else f"{float(f'{value:.3g}'):,g}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -102,6 +105,7 @@ def environment() -> dict[str, Any]:
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "versions": versions,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "load_average_at_end": rounded(os.getloadavg()[0]),
@@ -132,6 +136,6 @@ def _show_lines(figures: dict[str, Any], prefix: str, aims: dict[str, str]) -> N
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

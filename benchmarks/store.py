@@ -44,7 +44,11 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--rows", type=int, help="of the window (10 million; --quick: 1 million)")
     options = parser.parse_args()
-    rows = options.rows or (1_000_000 if options.quick else 10_000_000)
+    common.show(measure(options.quick, options.rows), options.json, AIMS)
+
+
+def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
+    rows = rows or (1_000_000 if quick else 10_000_000)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that is started from now on
     os.environ["OMP_NUM_THREADS"] = "1"
     details: dict[str, Any] = {"rows": rows, "batch": BATCH, "rows_of_a_commit": COMMIT}
@@ -62,7 +66,7 @@ def main() -> None:
             }
         details["windows_x10"] = windows_x10(folder, rows // 100)
     random, sequential = details["random"], details["sequential"]
-    result = {
+    return {
         "write_rows_per_s": random["write_rows_per_s"]["median"],
         "lookup_rows_per_s": random["lookup_rows_per_s"]["median"],
         "lookup_over_gather": random["lookup_over_gather"]["median"],
@@ -70,7 +74,36 @@ def main() -> None:
         "bytes_per_row_in_memory": random["bytes_per_row_in_memory"],
         "details": details,
     }
-    common.show(result, options.json, AIMS)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    details = result["details"]
+    columns = (details["random"], details["sequential"])
+    rows = [
+        ("lookup_rows_per_s", "**look-up through `TeacherLookup`, rows/s**", "5 M"),
+        ("index_rows_per_s", "the index alone (`WindowIndex.find`), rows/s", ""),
+        ("gather_rows_per_s", "a plain gather of the same records by position, rows/s", ""),
+        ("lookup_over_gather", "look-up over gather", ""),
+        ("bytes_per_row_in_memory", "**bytes a row in memory: the index**", "24"),
+        ("bytes_per_row_resident", "the same, as resident memory of the process", ""),
+        ("bytes_per_row_at_peak_of_read", "at the peak of reading a window", ""),
+        ("bytes_per_row_on_disk", "**bytes a row on disk, bfloat16**", "2 (sequential)"),
+        ("bytes_per_row_on_disk_float32", "bytes a row on disk, float32", ""),
+        ("write_rows_per_s", "written, rows/s", ""),
+        ("read_rows_per_s", "a window read into memory, rows/s", ""),
+    ]
+    windows = details["windows_x10"]
+    return (
+        f"{common.cell(details['rows'])} rows of one task in one time window, batches of "
+        f"{details['batch']:,}, on one core; rates by the time that the process had the core.\n\n"
+        + common.table(
+            ["", "random ids", "sequential ids", "aim"],
+            [[text, *(column[field] for column in columns), aim] for field, text, aim in rows],
+        )
+        + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows in the place of 10, "
+        f"visited in order, look-ups go at {common.cell(windows['rows_per_s_ratio'])} times the "
+        f"rate, and the peak of memory is {common.cell(windows['peak_ratio'])} times as high."
+    )
 
 
 def write(

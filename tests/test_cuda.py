@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import rank_checks as checks
+import rank_checks_cuda as of_cuda
 import rank_checks_metrics as of_metrics
 import rank_checks_serving as serving
 import rank_checks_store as of_store
@@ -37,6 +38,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_store.check_the_newest_snapshot_that_does_not_leak,),
     (of_store.check_logging_the_training_forward,),
     (of_metrics.check_metrics,),
+    (of_cuda.check_no_wait_is_added,),
+    (of_cuda.check_late_copies_are_waited_for,),
 ]
 
 

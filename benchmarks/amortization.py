@@ -1,0 +1,315 @@
+"""What N students of one teacher cost in all, if its outputs are stored, or if each asks it anew.
+
+    python benchmarks/amortization.py [--json] [--quick]
+
+Three ways. Logged: the teacher goes over the examples once, score() stores what it says, and the
+students train from the store. Co-distillation: each student's loop runs the teacher (LiveTeacher).
+A teacher for each: every student has its own, whose training logs its outputs (TeacherLogger).
+
+The top level is of the most students, "by_students" in the details has all.
+saved_over_codistillation: 1 - seconds of the logged way / seconds of co-distillation.
+saved_over_a_teacher_for_each: the same beside a teacher for each; the shared one comes trained.
+..._with_teacher: with the training of the one shared teacher counted in.
+saved_overhead: 1 - what the logged way adds to plain training / what co-distillation adds.
+saved_if_logged_in_training: as the first; the shared teacher's own training wrote the outputs.
+extra_over_plain: seconds of the logged way / those of as many plain students, - 1.
+teacher_over_student: what asking the teacher adds to a student's step, over the step from the
+store. limit: what is saved over co-distillation as N grows without end. students_to_break_even,
+students_to_save_claim: the smallest N that saves anything over it, or more than the claim, in more
+than half of the rounds. "added_up" are the seconds of one pass and N students as they ran.
+
+All students see the same examples. A round trains a student of each kind and a teacher, all of them
+new, over all rows, and scores the rows into a new store; figures are taken round by round. Models
+and batches are made beforehand, and not timed. One thread computes; others write and look up.
+Seconds are for a million examples of each student: of all threads on a CPU, by the clock on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import common
+import numpy as np
+import torch
+import training
+from reference import TEACHER, Stream, dlrm, sharded
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from torchrec_exfm import LiveTeacher
+from torchrec_exfm.das import Examples, Snapshot, TeacherLogger, TeacherLookup, TeacherStore, score
+
+BATCH, STUDENTS = 8192, (1, 2, 4, 8)
+CLAIM = 0.4  # "40 % less training overhead", in a summary of the paper
+WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
+SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
+CLOCKS = ("by_the_clock", "of_all_threads")
+WAYS = ("plain", "logged", "codistillation", "teacher_for_each")
+SAVED = "saved_over_codistillation"
+COMPARED = {
+    SAVED: ("logged", "codistillation"),
+    f"{SAVED}_with_teacher": ("logged_with_teacher", "codistillation_with_teacher"),
+    "saved_over_a_teacher_for_each": ("logged", "teacher_for_each"),
+    "saved_over_a_teacher_for_each_with_teacher": ("logged_with_teacher", "teacher_for_each"),
+    "saved_overhead": ("logged_overhead", "codistillation_overhead"),
+    "saved_if_logged_in_training": ("logged_in_training", "codistillation"),
+}
+AIMS = {SAVED: "grows with N"}
+
+Job: TypeAlias = Callable[[], None]
+
+
+def main() -> None:
+    options = common.arguments(__doc__).parse_args()
+    common.show(measure(options.quick), options.json, AIMS)
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    run = training.on_ranks(1, run_in_rounds, quick)
+    times = {part: np.array(some) * 1e6 / run["rows"] for part, some in run.pop("times").items()}
+    clock = CLOCKS[run["device"] == "cpu"]
+    found = compare(costs({part: t[:, CLOCKS.index(clock)] for part, t in times.items()}))
+    last, limits = found["by_students"][str(STUDENTS[-1])], found["limits"][SAVED]
+    return {
+        "students": STUDENTS[-1],
+        **{name: last[name]["median"] for name in COMPARED},
+        "extra_over_plain": last["extra_over_plain"]["logged"]["median"],
+        "teacher_over_student": found["teacher_over_student"]["median"],
+        **{**limits, "limit": limits["limit"]["median"]},
+        "details": {
+            **run,
+            "claim": CLAIM,
+            "seconds_are": clock,
+            "parts": {
+                part: {each: common.spread(t[:, i]) for i, each in enumerate(CLOCKS)}
+                for part, t in times.items()
+            },
+            **found,
+        },
+    }
+
+
+def run_in_rounds(device: torch.device, quick: bool) -> dict[str, Any]:
+    """The times of the parts, each round in another order; a small round of its own warms up."""
+    torch.set_num_threads(1)
+    batches = {"cpu": (4, 2), "cuda": (128, 32)}[device.type][quick]
+    rounds = 2 if quick else STUDENTS[-1]
+    take_rounds(Bench(device, BATCH), 1)
+    times = take_rounds(Bench(device, batches * BATCH), rounds)
+    sizes = {"rows": batches * BATCH, "batch": BATCH, "rounds": rounds}
+    return {**sizes, "device": device.type, "times": times}
+
+
+def take_rounds(bench: Bench, rounds: int) -> dict[str, list[common.Time]]:
+    times: dict[str, list[common.Time]] = {part: [] for part in bench.parts}
+    for turn in range(rounds):
+        for part in np.roll(list(times), -turn).tolist():
+            job = bench.parts[part]()
+            gc.collect()
+            times[part].append(common.timed(finish, job, bench.device))
+    return times
+
+
+def finish(job: Job, device: torch.device) -> None:
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Bench:
+    """The parts: each makes its models, and returns the job to be timed."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        self.device = device
+        self.folder = tempfile.TemporaryDirectory(prefix="benchmark-amortization-")
+        self.stores = itertools.count()
+        stream = Stream(rows, FIRST * WINDOW, WINDOW)
+        self.batches = [stream.batch(at) for at in torch.arange(rows).split(BATCH)]
+        self.examples = Examples(
+            stream.ids, stream.seconds, lambda at: self.batches[int(at[0]) // BATCH]
+        )
+        self.teacher, _ = sharded(dlrm(TEACHER), device)
+        self.scored = self.new_store()
+        self.score(self.scored)
+        self.parts: dict[str, Callable[[], Job]] = {
+            "plain": lambda: partial(self.train, training.plain(device)),
+            "from_store": lambda: self.student(TeacherLookup(self.scored, "fm")),
+            "with_live_teacher": lambda: self.student(LiveTeacher(self.teacher)),
+            "pass_of_teacher": lambda: partial(self.score, self.new_store()),
+            "teacher": lambda: partial(self.train, training.plain(device, TEACHER)),
+            "teacher_that_logs": self.teacher_that_logs,
+        }
+
+    def new_store(self) -> TeacherStore:
+        url = f"{self.folder.name}/{next(self.stores)}"
+        return TeacherStore.create(url, window_seconds=WINDOW)
+
+    def student(self, teacher: TeacherLookup | LiveTeacher) -> Job:
+        return partial(self.train, training.exfm(self.device, teacher=teacher))
+
+    def teacher_that_logs(self) -> Job:
+        model, optimizer = sharded(dlrm(TEACHER), self.device)
+        logger = TeacherLogger(self.new_store(), "fm")
+        logger.attach(model)
+        pipeline = TrainPipelineSparseDist(model, optimizer, self.device)
+        return partial(self.train, pipeline, logger.close)
+
+    def train(self, pipeline: Any, close: Job = lambda: None) -> None:
+        feed = iter(self.batches)
+        with contextlib.suppress(StopIteration):
+            while True:
+                pipeline.progress(feed)
+        close()
+
+    def score(self, store: TeacherStore) -> None:
+        options: Any = {"device": self.device, "batch_size": BATCH, "progress": False}
+        score(self.teacher, store, [self.examples], SNAPSHOT, **options)
+
+
+class Cost(NamedTuple):
+    """What N students take in each round: (rounds,) seconds spent once, and on each of them."""
+
+    once: Any
+    each: Any
+
+    def of(self, students: int) -> Any:
+        return self.once + students * self.each
+
+    def added_up(self, students: int) -> float:
+        """Of the students of as many rounds, and what the first one spent once."""
+        return common.rounded(self.once[0] + self.each[:students].sum())
+
+
+def costs(parts: dict[str, Any]) -> dict[str, Cost]:
+    """Of the ways, from the seconds of the parts in each round."""
+    plain, stored, live, scored, teacher, logging = (np.asarray(parts[p]) for p in parts)
+    return {
+        "plain": Cost(0 * plain, plain),
+        "logged": Cost(scored, stored),
+        "logged_with_teacher": Cost(scored + teacher, stored),
+        "logged_in_training": Cost(logging - teacher, stored),
+        "logged_overhead": Cost(scored, stored - plain),
+        "codistillation": Cost(0 * live, live),
+        "codistillation_with_teacher": Cost(teacher, live),
+        "codistillation_overhead": Cost(0 * live, live - plain),
+        "teacher_for_each": Cost(0 * logging, logging + stored),
+    }
+
+
+def compare(of: dict[str, Cost]) -> dict[str, Any]:
+    """All that follows from the costs: what ends are reached as N grows, and what holds for N."""
+    pairs = {name: (of[way], of[other]) for name, (way, other) in COMPARED.items()}
+    return {
+        "teacher_over_student": common.spread(of["codistillation"].each / of["logged"].each - 1),
+        "limits": {
+            name: {
+                "limit": common.spread(1 - way.each / other.each),
+                "students_to_break_even": students_to_save(0.0, way, other),
+                "students_to_save_claim": students_to_save(CLAIM, way, other),
+            }
+            for name, (way, other) in pairs.items()
+        },
+        "by_students": {
+            str(n): {
+                "seconds": {way: common.spread(of[way].of(n)) for way in WAYS},
+                "added_up": {way: of[way].added_up(n) for way in WAYS if n <= len(of[way].each)},
+                "extra_over_plain": {
+                    way: common.spread(of[way].of(n) / of["plain"].of(n) - 1) for way in WAYS[1:]
+                },
+                **{
+                    name: common.spread(1 - way.of(n) / other.of(n))
+                    for name, (way, other) in pairs.items()
+                },
+            }
+            for n in STUDENTS
+        },
+    }
+
+
+def students_to_save(share: float, way: Cost, other: Cost) -> int | str:
+    """The smallest N that saves more than a share of the other way in most rounds."""
+    gain = (1 - share) * other.each - way.each
+    lead = way.once - (1 - share) * other.once
+    needed = [max(1, a // b + 1) if b > 0 else np.inf for a, b in zip(lead, gain, strict=True)]
+    of_most = sorted(needed)[len(needed) // 2]
+    return "never" if np.isinf(of_most) else int(of_most)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    return "\n\n".join(part(result["details"]) for part in (parts_told, as_table, claim_told))
+
+
+def parts_told(details: dict[str, Any]) -> str:
+    part = {
+        name: f"{common.cell(clocks[details['seconds_are']])} s"
+        for name, clocks in details["parts"].items()
+    }
+    ran = {n: some for n, some in details["by_students"].items() if some["added_up"]}
+    most, last = list(ran.items())[-1]
+    added_up, medians = last["added_up"], last["seconds"]
+    return (
+        f"All students see the same {details['rows']:,} examples, the most that they can overlap; "
+        f"one rank on {details['device']}, one thread, batches of {details['batch']:,}, "
+        f"medians and quartiles of {details['rounds']} rounds. Seconds are "
+        f"{details['seconds_are'].replace('_', ' ')}, for a million examples of each student: a "
+        f"plain student takes {part['plain']}, one from the store {part['from_store']}, one that "
+        f"asks the teacher {part['with_live_teacher']}; the teacher's pass takes "
+        f"{part['pass_of_teacher']}, its training {part['teacher']}, or "
+        f"{part['teacher_that_logs']} if it logs. The table adds these up, round by round. One "
+        f"pass and {most} students, as they ran, took {added_up['logged']:,.4g} s in all, "
+        f"{medians['logged']['median']:,.4g} s by the median; {most} that asked the teacher "
+        f"{added_up['codistillation']:,.4g} s, {medians['codistillation']['median']:,.4g} s by "
+        "the median."
+    )
+
+
+def as_table(details: dict[str, Any]) -> str:
+    of_each_n, blank = details["by_students"].values(), [""] * 3
+    rows = [[f"{way}, seconds", *(n["seconds"][way] for n in of_each_n), *blank] for way in WAYS]
+    for way in WAYS[1:]:
+        extra = [n["extra_over_plain"][way] for n in of_each_n]
+        rows.append([f"{way} over plain, - 1", *extra, *blank])
+    for name, limits in details["limits"].items():
+        rows.append([name, *(n[name] for n in of_each_n), *limits.values()])
+    header = ["", *(f"N = {n}" for n in details["by_students"]), "without end", "any from N"]
+    named = [[row[0].replace("_", " "), *row[1:]] for row in rows]
+    return common.table([*header, f"over {details['claim']:.0%} from N"], named)
+
+
+def claim_told(details: dict[str, Any]) -> str:
+    claim, limits, ratio = (details[name] for name in ("claim", "limits", "teacher_over_student"))
+    saved = {n: f"{some[SAVED]['median']:.0%}" for n, some in details["by_students"].items()}
+    (first, at_first), *_, (last, at_last) = saved.items()
+    passes = {name: from_n(each["students_to_save_claim"]) for name, each in limits.items()}
+    limit = limits[SAVED]["limit"]
+    near = limit["quartile_1"] <= claim <= limit["quartile_3"]
+    return (
+        f"A summary of the paper speaks of {claim:.0%} less training overhead. Of all that "
+        f"co-distillation takes, the logged way saves {at_first} at N = {first}, {at_last} at N = "
+        f"{last} and {limit['median']:.0%} without end; it breaks even "
+        f"{from_n(limits[SAVED]['students_to_break_even'])}, and passes {claim:.0%} "
+        f"{passes[SAVED]}{', though the limit is too near to be sure' if near else ''}. What is "
+        "saved grows with N as the pass is shared, towards (step with the teacher - step from the "
+        "store) / step with the teacher, so the ratio of the teacher's forward to the student's "
+        f"step decides: it is {common.cell(ratio)} here, and a limit above {claim:.0%} takes more "
+        f"than {claim / (1 - claim):.2f}. Of the overhead alone, which is what distillation adds "
+        f"to plain training, more than {claim:.0%} is saved {passes['saved_overhead']}; beside a "
+        f"teacher for each {passes['saved_over_a_teacher_for_each']}, or, with the training of the "
+        f"shared one counted in, {passes['saved_over_a_teacher_for_each_with_teacher']}. Students "
+        "that overlap less share less: with u distinct examples for each one that a student sees "
+        "(1 / N where all see the same, 1 where they share none), 1 - (step from the store + u * "
+        f"pass) / step with the teacher is saved, down to the {at_first} of N = {first}."
+    )
+
+
+def from_n(students: int | str) -> str:
+    return "at no N" if students == "never" else f"from N = {students} on"
+
+
+if __name__ == "__main__":
+    main()

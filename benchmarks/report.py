@@ -1,0 +1,92 @@
+"""Runs the benchmarks and writes README.md beside them, from what was measured and nothing else.
+
+    python benchmarks/report.py [NAME ...] [--quick] [--no-run]
+
+Without names: all of them, one after the other. What each prints is kept in measured/, one file a
+benchmark and kind of device, so that README.md can be written anew without measuring (--no-run).
+With --quick nothing is kept, and the tables are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TITLES = {
+    "step": "A training step",
+    "amortization": "One teacher, many students",
+    "serving": "Serving",
+    "scale": "As the work grows",
+    "store": "The teacher store",
+    "scoring": "Filling it",
+}
+HEAD = """# Benchmarks
+
+One script a question. `make bench` runs them all and writes this page from what they print, which
+is kept in `measured/`: no figure here is written by hand. Each runs alone as well, and prints a
+table, or one JSON object with `--json`; with `--quick` within a minute or so. What is compared is
+run in turns within one process; figures are medians, with the quartiles in brackets, and ratios
+are taken round by round.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}")
+    parser.add_argument("--quick", action="store_true", help="print small runs, keep nothing")
+    parser.add_argument("--no-run", action="store_true", help="write README.md from what is kept")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(TITLES)
+    if unknown:
+        parser.error(f"NAME should be of {list(TITLES)}; received {sorted(unknown)}")
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) if options.quick else HERE / "measured"
+        kept.mkdir(exist_ok=True)
+        for name in [] if options.no_run else options.names or TITLES:
+            run(name, options.quick, kept)
+        page = HEAD + "".join(section(name, kept) for name in TITLES)
+    if options.quick:
+        print(page)
+    else:
+        (HERE / "README.md").write_text(page)
+
+
+def run(name: str, quick: bool, folder: Path) -> None:
+    """Run one, and keep what it prints."""
+    print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
+    command = [sys.executable, str(HERE / f"{name}.py"), "--json", *(["--quick"] if quick else [])]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(printed.splitlines()[-1])
+    device = "cpu" if result["environment"]["gpu"] == "none" else "cuda"
+    (folder / f"{name}.{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def section(name: str, folder: Path) -> str:
+    """What is kept of one, as text; nothing if it was not run."""
+    files = sorted(folder.glob(f"{name}.*.json"))
+    if not files:
+        return ""
+    benchmark: Any = importlib.import_module(name)
+    question = benchmark.__doc__.splitlines()[0]
+    parts = [f"\n## {TITLES[name]}: `python benchmarks/{name}.py --json`\n\n{question}\n"]
+    for file in files:
+        result = json.loads(file.read_text())
+        parts.append(f"\n{benchmark.markdown(result)}\n\n{machine(result['environment'])}\n")
+    return "".join(parts)
+
+
+def machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    where = f"{environment['cores']} cores of {environment['cpu']}, GPU: {environment['gpu']}"
+    return f"<sub>{where}; {versions}; load average {environment['load_average_at_end']}</sub>"
+
+
+if __name__ == "__main__":
+    main()

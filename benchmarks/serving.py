@@ -1,0 +1,214 @@
+"""Is the exported student served as the bare one is: the same outputs, at the same latency?
+
+    python benchmarks/serving.py [--json] [--quick]
+
+The exported student is what export_student gives of an ExFMWrapper around a DLRM, after steps of
+training with two terms, one of them adapted. The bare student is a DLRM that was never wrapped and
+has loaded student_state_dict. Both are served in five ways, each made by the same function: eager;
+TorchScript; torch.export, as the module of a program for batches of any size; AOTInductor, which
+compiles that program; and with TorchRec's quantize_embeddings (int8).
+
+identical_outputs: whether in every way, on several batches of each size, outputs are equal to the
+bit. extra_parameters, extra_keys: what the exported student holds that the bare one does not.
+latency_ratio_*: exported over bare for batches of 1, where all that comes with a call weighs most;
+the median of rounds in which both serve the same batches, in alternating order. details has the
+quartiles, the larger batches, and the milliseconds of a call.
+
+All is on one thread, by the time that the process had the core, so that other work on the machine
+counts less. --quick has 4 tables instead of 26, as AOTInductor compiles them faster, and fewer
+rounds. TorchScript is by torch.jit.script, as torch.jit.trace fixes the size of the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import common
+import torch
+from reference import CPU, KEYS, STUDENT, TAP, Batch, Stream, dlrm
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
+from torchrec import KeyedJaggedTensor
+from torchrec.inference.modules import quantize_embeddings
+from torchrec.models.dlrm import DLRM
+from training import AH_SA, over, take_turns
+
+from torchrec_exfm import (
+    ExFMBatch,
+    ExFMWrapper,
+    StudentAdapter,
+    TeacherOutputs,
+    adapter_step,
+    export_student,
+    student_state_dict,
+)
+
+CALLS = {1: 16, 512: 2}  # of a round, for each size of batch
+AIMS = {
+    "identical_outputs": "True",
+    "extra_parameters": "0",
+    "extra_keys": "0",
+    "latency_ratio_eager": "1.00 within the spread",
+    "latency_ratio_torchscript": "1.00 within the spread",
+    "latency_ratio_torch_export": "1.00 within the spread",
+    "latency_ratio_aot_inductor": "1.00 within the spread",
+    "latency_ratio_quantized_embeddings": "1.00 within the spread",
+}
+
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+class Flat(nn.Module):
+    """A DLRM that takes tensors alone: dense features, and the ids and lengths of the sparse."""
+
+    def __init__(self, model: DLRM) -> None:
+        super().__init__()
+        self.model = model
+        self.keys = list(model.sparse_arch.sparse_feature_names)
+
+    def forward(self, dense: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        sparse = KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths)
+        return self.model(dense, sparse)
+
+
+def inputs(batch: Batch) -> Inputs:
+    sparse = batch.sparse_features
+    return batch.dense_features, sparse.values(), sparse.lengths()
+
+
+def program(model: Flat, example: Inputs) -> ExportedProgram:
+    """For batches of any size; without the option, of 2 and more."""
+    size = Dim("size", min=1)
+    shapes = ({0: size}, {0: Dim.DYNAMIC}, {0: len(model.keys) * size})
+    with symbolic_shapes.patch(backed_size_oblivious=True):
+        return torch.export.export(model, example, dynamic_shapes=shapes)
+
+
+def compiled(model: Flat, example: Inputs) -> Callable[..., Tensor]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-serving-") as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            program(model, example), package_path=f"{folder}/model.pt2"
+        )
+        return torch._inductor.aoti_load_package(path)
+
+
+WAYS: dict[str, Callable[[Flat, Inputs], Callable[..., Tensor]]] = {
+    "eager": lambda model, _: model,
+    "torchscript": lambda model, _: torch.jit.script(model),
+    "torch_export": lambda model, example: program(model, example).module(),
+    "aot_inductor": compiled,
+    "quantized_embeddings": lambda model, _: quantize_embeddings(model, torch.int8, inplace=False),
+}
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    return common.in_process(serve, KEYS[:4] if quick else KEYS, 30 if quick else 100)
+
+
+def serve(keys: list[str], rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    stream = Stream(4096, first=0, seconds=86_400, keys=keys)
+    wrapper = trained(keys, stream.pool(16, 512))
+    exported, bare = export_student(wrapper), dlrm(STUDENT, tables="cpu", keys=keys)
+    bare.load_state_dict(student_state_dict(wrapper))
+    students = {"bare": bare.eval(), "exported": exported}
+    requests = {size: [inputs(batch) for batch in stream.pool(4, size)] for size in CALLS}
+    with torch.no_grad():
+        ways = {way: compare(make, students, requests, rounds) for way, make in WAYS.items()}
+    return {
+        "identical_outputs": all(way["identical_outputs"] for way in ways.values()),
+        "extra_parameters": parameters(exported) - parameters(bare),
+        "extra_keys": len(exported.state_dict().keys() - bare.state_dict().keys()),
+        **{
+            f"latency_ratio_{name}": way["batches_of_1"]["latency_ratio"]["median"]
+            for name, way in ways.items()
+        },
+        "details": {"tables": len(keys), "parameters": parameters(bare), **ways},
+    }
+
+
+def trained(keys: list[str], batches: Sequence[Batch]) -> ExFMWrapper:
+    """A student after a step on each batch."""
+    wrapper = ExFMWrapper(dlrm(STUDENT, tables="cpu", keys=keys), tap=TAP, terms=AH_SA)
+    adapter = StudentAdapter()
+    optimizer, of_adapter = (torch.optim.Adagrad(m.parameters(), 0.02) for m in (wrapper, adapter))
+    for own in batches:
+        batch = ExFMBatch(own, TeacherOutputs(own.logits))
+        batch.adapted = adapter_step(adapter, of_adapter, batch.teacher, own.labels)
+        optimizer.zero_grad()
+        wrapper(batch)[0].backward()
+        optimizer.step()
+    return wrapper
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compare(
+    make: Callable[[Flat, Inputs], Callable[..., Tensor]],
+    students: dict[str, nn.Module],
+    requests: dict[int, list[Inputs]],
+    rounds: int,
+) -> dict[str, Any]:
+    """Serve both students in one way: their outputs, and then their latency."""
+    example = requests[max(requests)][0]
+    served = {name: make(Flat(student.model), example) for name, student in students.items()}
+    every = list(itertools.chain(*requests.values()))
+    same = [torch.equal(served["bare"](*some), served["exported"](*some)) for some in every]
+    latencies = {f"batches_of_{n}": latency(served, requests[n], rounds, CALLS[n]) for n in CALLS}
+    return {"identical_outputs": all(same), **latencies}
+
+
+def latency(
+    served: dict[str, Callable[..., Tensor]], requests: list[Inputs], rounds: int, calls: int
+) -> dict[str, Any]:
+    arms = {name: partial(answer, model, requests) for name, model in served.items()}
+    times = take_turns(arms, CPU, rounds=rounds, steps=calls)
+    _, ratio = over(times, "exported", "bare")
+    milliseconds = {
+        f"{name}_ms": common.spread([1000 * core for _, core in times[name]]) for name in times
+    }
+    return {"latency_ratio": ratio, **milliseconds}
+
+
+def answer(model: Callable[..., Tensor], requests: list[Inputs], calls: int) -> None:
+    for request in itertools.islice(itertools.cycle(requests), calls):
+        model(*request)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    details = result["details"]
+    sizes = [f"batches_of_{size}" for size in CALLS]
+    header = ["way of serving", "equal to the bit"]
+    header += [f"exported over bare, {size.replace('_', ' ')}" for size in sizes]
+    header += [f"exported, ms a call, {size.replace('_', ' ')}" for size in sizes]
+    rows = [
+        [
+            way.replace("_", " "),
+            "yes" if details[way]["identical_outputs"] else "no",
+            *(details[way][size]["latency_ratio"] for size in sizes),
+            *(details[way][size]["exported_ms"] for size in sizes),
+        ]
+        for way in WAYS
+    ]
+    return (
+        f"The exported student holds {result['extra_parameters']} parameters and "
+        f"{result['extra_keys']} keys more than the bare one, which has {details['tables']} tables "
+        f"and {details['parameters']:,} parameters. Both are served on one thread; the latency is "
+        f"the time on a core.\n\n{common.table(header, rows)}"
+    )
+
+
+def main() -> None:
+    options = common.arguments(__doc__).parse_args()
+    common.show(measure(options.quick), options.json, AIMS)
+
+
+if __name__ == "__main__":
+    main()
