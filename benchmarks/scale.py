@@ -15,6 +15,8 @@ over_plain_1_rank, over_plain_2_ranks: seconds of a step with ExFM over seconds 
     out on a machine with one GPU.
 peak_rss_added_mib, peak_rss_over_plain: the most memory that a process has as it trains, with ExFM
     beside without, each in a process of its own; of a GPU's, what is allocated is in the details.
+    Blocks from 64 KiB on go back to the system once they are free (MALLOC_MMAP_THRESHOLD_), as what
+    malloc keeps otherwise differs from run to run by more than ExFM adds.
 
 The student is the reference DLRM: 26 tables of 100,000 rows of 16, dense part 512-256-16, over part
 512-256-tasks. ExFM is AH and SA but where teachers are counted; outputs come as columns of the
@@ -89,7 +91,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "store_rows": common.in_process(look_ups, stores, rounds),
         **{name: on_ranks(1, costs, cases, rounds) for name, cases in sweeps.items()},
         "ranks": {n: on_ranks(n, costs, {n: case}, rounds)[str(n)] for n in ranks},
-        "memory": memory(size, pairs=1 if quick else 3),
+        "memory": common.in_process(memory, size, 1 if quick else 3),
     }
     details["exponent_batch_plain"] = exponent(details["batch"], "plain_us_per_row")
     ratios = [of_ranks["over_plain"]["median"] for of_ranks in details["ranks"].values()]
@@ -211,7 +213,8 @@ def pool(case: Case) -> list[Batch]:
 
 
 def memory(size: int, pairs: int) -> dict[str, Any]:
-    """The peaks of processes that train without ExFM and with it."""
+    """The peaks of processes that train without ExFM and with it; started from one of its own."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     peaks = [[on_ranks(1, peak, train, size) for train in (plain, exfm)] for _ in range(pairs)]
     return {
         place: beside(*np.array([[each[place] for each in pair] for pair in peaks]).T, "mib")

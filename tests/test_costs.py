@@ -71,9 +71,9 @@ def test_operations_do_not_grow_with_tasks() -> None:
 
 
 def test_a_further_head_adds_its_last_layer_alone() -> None:
-    """Forward, gradients of input, weight and bias, and its factor β: five."""
+    """Forward, the gradients of input and weight, and its factor β: four."""
     two, three, eight = (head_costs(terms=terms).kernels for terms in (2, 3, 8))
-    assert three - two == 5
+    assert three - two == 4
     assert eight - two == 6 * (three - two)
 
 
@@ -99,11 +99,8 @@ def test_outputs_on_an_accelerator_are_taken_without_a_look_at_them() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """Per example: x's gradient once; of the heads' hidden layers the values and three gradients.
-
-    The gradients come head by head, are put side by side, and pass the ReLU.
-    """
+    """Of x the gradient, of the heads' hidden layers the values and one gradient: no copy."""
     widths = 2 * 1024
     parameters = (D + 2) * widths
     floats = head_costs(terms=2, adapted=1, hidden=1024).bytes / 4
-    assert floats <= B * (D + 4 * widths + 40) + 4 * parameters
+    assert floats <= B * (D + 2 * widths + 40) + 4 * parameters

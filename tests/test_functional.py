@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchrec_exfm.functional import (
-    linear_with_scaled_gradient,
     masked_mean,
+    perceptrons,
     scale_gradient,
     scale_label,
     soft_bce_with_logits,
@@ -147,59 +149,85 @@ def test_scale_gradient_by_one_passes_gradcheck() -> None:
     assert gradgradcheck(lambda x: scale_gradient(x.square(), 1.0), inputs)
 
 
-BETAS = [(2, 3.0), (1, 0.0), (4, 0.5)]
+BETAS = [3.0, 0.0, 0.5]
 
 
-def layers_and_input(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def perceptrons_and_input(*widths: int, dtype: torch.dtype = torch.float64) -> Any:
+    """(6, 5) inputs, and the layers of three perceptrons; all with gradient."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(6, 5), (7, 5), (7,)]
-    return [
-        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
+
+    layers = [
+        ([random(after, before) for _ in BETAS], [random(after) for _ in BETAS])
+        for before, after in itertools.pairwise((5, *widths))
     ]
+    return random(6, 5), layers
 
 
-def test_linear_with_scaled_gradient_is_linear_layers_behind_scale_gradient() -> None:
-    inputs, weight, bias = layers_and_input()
-    upstream = torch.randn(6, 7, dtype=torch.float64)
-    together = linear_with_scaled_gradient(inputs, weight, bias, BETAS)
-    actual = torch.autograd.grad(together, [inputs, weight, bias], upstream)
-    blocks = [part.split([rows for rows, _ in BETAS]) for part in (weight, bias)]
-    apart = torch.cat(
-        [
-            scale_gradient(inputs, beta) @ of_weight.t() + of_bias
-            for (_, beta), of_weight, of_bias in zip(BETAS, *blocks, strict=True)
-        ],
-        dim=1,
-    )
-    expected = torch.autograd.grad(apart, [inputs, weight, bias], upstream)
+def flat(layers: Any) -> list[Tensor]:
+    return [tensor for of_layer in layers for tensors in of_layer for tensor in tensors]
+
+
+def one_by_one(inputs: Tensor, layers: Any) -> Tensor:
+    outputs = []
+    for k, beta in enumerate(BETAS):
+        values = scale_gradient(inputs, beta)
+        for weights, biases in layers[:-1]:
+            values = (values @ weights[k].t() + biases[k]).relu()
+        outputs.append(values @ layers[-1][0][k].t() + layers[-1][1][k])
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (7, 1), (7, 4, 2), (3, 8, 6, 1)])
+def test_perceptrons_are_those_one_by_one_behind_scale_gradient(widths: tuple[int, ...]) -> None:
+    inputs, layers = perceptrons_and_input(*widths)
+    tensors = [inputs, *flat(layers)]
+    together = perceptrons(inputs, layers, BETAS)
+    apart = one_by_one(inputs, layers)
     torch.testing.assert_close(together, apart)
-    torch.testing.assert_close(actual, expected)
+    for upstream in (torch.randn_like(apart), torch.ones(1, dtype=apart.dtype).expand_as(apart)):
+        actual = torch.autograd.grad(together, tensors, upstream, retain_graph=True)
+        expected = torch.autograd.grad(apart, tensors, upstream, retain_graph=True)
+        torch.testing.assert_close(actual, expected)
 
 
-def test_linear_with_scaled_gradient_by_one_passes_gradcheck() -> None:
+def test_perceptrons_pass_gradcheck_where_beta_is_one() -> None:
+    inputs, layers = perceptrons_and_input(4, 2)
+
     def function(*tensors: Tensor) -> Tensor:
-        return linear_with_scaled_gradient(*tensors, [(7, 1.0)])
+        parts = [tensors[at : at + 3] for at in range(1, len(tensors), 3)]
+        return perceptrons(tensors[0], list(zip(parts[::2], parts[1::2], strict=True)), [1.0] * 3)
 
-    assert gradcheck(function, layers_and_input())
-    assert gradgradcheck(function, layers_and_input())
-
-
-@pytest.mark.parametrize("needed", range(3))
-def test_linear_with_scaled_gradient_gives_what_is_asked_for(needed: int) -> None:
-    tensors = [tensor.detach() for tensor in layers_and_input()]
-    tensors[needed].requires_grad_()
-    linear_with_scaled_gradient(*tensors, BETAS).sum().backward()
-    assert [tensor.grad is not None for tensor in tensors] == [i == needed for i in range(3)]
+    assert gradcheck(function, (inputs, *flat(layers)))
 
 
-def test_linear_with_scaled_gradient_under_autocast() -> None:
-    tensors = layers_and_input(torch.float32)
+def test_perceptrons_can_not_be_differentiated_twice() -> None:
+    inputs, layers = perceptrons_and_input(4, 2)
+    outputs = perceptrons(inputs, layers, BETAS).square().sum()
+    (gradient,) = torch.autograd.grad(outputs, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_perceptrons_of_no_examples_and_of_an_input_without_gradient() -> None:
+    inputs, layers = perceptrons_and_input(4, 2)
+    for part in (inputs[:0], inputs.detach()):
+        outputs = perceptrons(part, layers, BETAS)
+        assert outputs.shape == (len(part), 6)
+        gradients = torch.autograd.grad(outputs.sum(), flat(layers))
+        assert any(gradient.any() for gradient in gradients) == bool(len(part))
+
+
+def test_perceptrons_under_autocast() -> None:
+    inputs, layers = perceptrons_and_input(4, 2, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = linear_with_scaled_gradient(*tensors, BETAS)
-        expected = torch.nn.functional.linear(*tensors)
-    assert outputs.dtype == torch.bfloat16 and torch.equal(outputs, expected)
+        outputs, expected = perceptrons(inputs, layers, BETAS), one_by_one(inputs, layers)
+    assert outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs.float(), expected.float(), rtol=0.02, atol=0.02)
     outputs.sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
+    assert all(tensor.grad.dtype == torch.float32 for tensor in (inputs, *flat(layers)))
 
 
 def test_masked_mean_of_a_part_for_each_task() -> None:

@@ -6,11 +6,12 @@ regression has predictions in its own units instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "masked_mean",
@@ -123,61 +124,92 @@ def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
     return scaled
 
 
-class _LinearWithScaledGradient(torch.autograd.Function):
+class _Perceptrons(torch.autograd.Function):
+    """Each layer's values are in one tensor, as are their gradients, so that nothing is copied."""
+
     @staticmethod
-    def forward(ctx, inputs, weight, bias, betas):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inputs, weight)
+    def forward(ctx, inputs, betas, *parameters):  # type: ignore[no-untyped-def]
+        heads = len(betas)
+        (weights, biases), *others = _by_layer(parameters, heads)
+        values = [inputs, torch.addmm(torch.cat(biases), inputs, torch.cat(weights).t())]
+        for weights, biases in others:
+            hidden = values[-1].relu_()
+            values.append(hidden.new_empty(len(hidden), sum(map(len, biases))))
+            columns = (tensor.chunk(heads, dim=1) for tensor in (hidden, values[-1]))
+            for part, output, weight, bias in zip(*columns, weights, biases, strict=True):
+                torch.addmm(bias, part, weight.t(), out=output)
         ctx.betas = betas
-        return F.linear(inputs, weight, bias)
+        ctx.save_for_backward(*values[:-1], *parameters)
+        return values[-1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        inputs, weight = ctx.saved_tensors
-        grad_inputs = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            blocks = weight.split([rows for rows, _ in ctx.betas])
-            scaled = [beta * block for block, (_, beta) in zip(blocks, ctx.betas, strict=True)]
-            grad_inputs = grad @ torch.cat(scaled)
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ inputs
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
-        return grad_inputs, grad_weight, grad_bias, None
+        heads = len(ctx.betas)
+        depth = len(ctx.saved_tensors) // (2 * heads + 1)
+        inputs, *values = ctx.saved_tensors[:depth]
+        (first, _), *others = _by_layer(ctx.saved_tensors[depth:], heads)
+        gradients: list[Tensor] = []
+        for hidden, (weights, _) in zip(reversed(values), reversed(others), strict=True):
+            below, of_weights = torch.empty_like(hidden), []
+            columns = (tensor.chunk(heads, dim=1) for tensor in (grad, hidden, below))
+            for of_output, part, of_part, weight in zip(*columns, weights, strict=True):
+                of_weights.append(of_output.t() @ part)
+                torch.mm(of_output, weight, out=of_part)
+            gradients[:0] = [*of_weights, *grad.sum(0).chunk(heads)]
+            grad = torch.ops.aten.threshold_backward.grad_input(below, hidden, 0, grad_input=below)
+        gradients[:0] = [*(grad.t() @ inputs).chunk(heads), *grad.sum(0).chunk(heads)]
+        scaled = [beta * weight for beta, weight in zip(ctx.betas, first, strict=True)]
+        of_inputs = grad @ torch.cat(scaled) if ctx.needs_input_grad[0] else None
+        return of_inputs, None, *gradients
 
 
-def linear_with_scaled_gradient(
-    inputs: Tensor, weight: Tensor, bias: Tensor, betas: Sequence[tuple[int, float]]
+def _by_layer(parameters: tuple[Tensor, ...], heads: int) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """The weights of all heads, their biases, and so for each layer."""
+    return [
+        (parameters[at : at + heads], parameters[at + heads : at + 2 * heads])
+        for at in range(0, len(parameters), 2 * heads)
+    ]
+
+
+def perceptrons(
+    inputs: Tensor,
+    layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+    betas: Sequence[float],
 ) -> Tensor:
-    """The first layers of several heads in one, with a gradient scaling (GS) for each of them.
+    """K multi-layer perceptrons of one shape on one input, each with its gradient scaling (GS).
 
-    .. math:: f(x) = x W^T + b, \\quad
-        ∂L/∂x = \\sum_k β_k \\frac{∂L}{∂f_k} W_k, \\quad ∂L/∂W_k = (∂L/∂f_k)^T x
+    .. math:: D_k(x) = b_{k,n} + W_{k,n} \\, \\mathrm{relu}(\\dots
+        \\mathrm{relu}(b_{k,1} + W_{k,1} x)), \\quad
+        ∂L/∂x = \\sum_k β_k \\frac{∂L}{∂D_k} \\frac{∂D_k}{∂x}
 
-    The same as ``linear(scale_gradient(x, β_k), W_k, b_k)`` side by side, for which β multiplies
-    the weights on the way back, (H, D), and not the gradient, (B, D).
+    The same as ``mlp_k(scale_gradient(x, β_k))`` for each k, side by side, but the first layers are
+    one multiplication, and β multiplies the weights on the way back and not the (B, D) gradient.
+    Can be differentiated once.
 
     Args:
         inputs: (B, D).
-        weight: (H, D), the rows of the first head first.
-        bias: (H,).
-        betas: of each head how many rows are its, and its β >= 0.
+        layers: from the first to the last: the K weights (H, D), (H', H) ... and the K biases.
+        betas: K numbers >= 0.
 
     Returns:
-        (B, H).
+        (B, K T), the outputs of the first perceptron first.
 
     Example:
         >>> import torch
         >>> x = torch.ones(1, 2, requires_grad=True)
-        >>> y = linear_with_scaled_gradient(x, torch.eye(2), torch.zeros(2), [(1, 5.0), (1, 0.0)])
+        >>> layer = [torch.ones(1, 2), 2 * torch.ones(1, 2)], [torch.zeros(1), torch.zeros(1)]
+        >>> y = perceptrons(x, [layer], betas=[5.0, 0.0])
         >>> y.sum().backward()
         >>> y.tolist(), x.grad.tolist()
-        ([[1.0, 1.0]], [[5.0, 0.0]])
+        ([[2.0, 4.0]], [[5.0, 5.0]])
     """
+    parameters = [tensor for of_layer in layers for tensors in of_layer for tensor in tensors]
     if torch.is_autocast_enabled(inputs.device.type):
         dtype = torch.get_autocast_dtype(inputs.device.type)
-        inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
-    outputs: Tensor = _LinearWithScaledGradient.apply(inputs, weight, bias, betas)  # type: ignore[no-untyped-call]
-    return outputs
+        inputs, parameters = inputs.to(dtype), [tensor.to(dtype) for tensor in parameters]
+    apply: Callable[..., Tensor] = _Perceptrons.apply
+    return apply(inputs, betas, *parameters)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

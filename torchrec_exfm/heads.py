@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import (
-    linear_with_scaled_gradient,
     masked_mean,
+    perceptrons,
     scale_label,
     soft_bce_with_logits,
     squared_error,
@@ -159,7 +159,7 @@ class DistillationHead(nn.Module):
 
 
 def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Tensor:
-    """The outputs of K heads of the same widths, whose wide first layers are one multiplication.
+    """The outputs of K heads of the same widths, computed together.
 
     Args:
         heads: the K heads, of T outputs each.
@@ -168,18 +168,11 @@ def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Ten
     Returns:
         (B, K T), the outputs of the first head first.
     """
-    first, *others = zip(*(head.layers for head in heads), strict=True)
-    hidden = linear_with_scaled_gradient(
-        shared,
-        torch.cat([layer.weight for layer in first]),
-        torch.cat([layer.bias for layer in first]),
-        [(layer.out_features, head.beta) for layer, head in zip(first, heads, strict=True)],
-    )
-    for layers in others:
-        of_each = hidden.relu_().chunk(len(heads), dim=1)
-        outputs = [layer(part) for layer, part in zip(layers, of_each, strict=True)]
-        hidden = torch.cat(outputs, dim=1)
-    return hidden
+    layers = [
+        ([layer.weight for layer in of_heads], [layer.bias for layer in of_heads])
+        for of_heads in zip(*(head.layers for head in heads), strict=True)
+    ]
+    return perceptrons(shared, layers, [head.beta for head in heads])
 
 
 class AuxiliaryHead(nn.Module):
