@@ -39,10 +39,10 @@ import common
 import numpy as np
 import store
 import torch
-from reference import STUDENT, TAP, Batch, Sizes, Stream, dlrm, sharded
-from training import AH_SA, Arm, columns, exfm, on_ranks, over, plain, take_turns
+from reference import STUDENT, Batch, Sizes, Stream
+from training import AH_SA, Arm, exfm, on_ranks, over, plain, take_turns
 
-from torchrec_exfm import DistillationTerm, ExFMWrapper, StudentAdapter, Task, TrainPipelineExFM
+from torchrec_exfm import DistillationTerm, Task, TrainPipelineExFM
 from torchrec_exfm.das import TeacherLookup, TeacherStore
 from torchrec_exfm.das.index import WindowIndex
 
@@ -67,9 +67,9 @@ class Case(NamedTuple):
     def student(self) -> Sizes:
         return STUDENT._replace(over=(*STUDENT.over[:-1], self.tasks))
 
-    @property
-    def teachers(self) -> list[str]:
-        return list(dict.fromkeys(term.teacher for term in self.terms))
+    def exfm(self, device: torch.device) -> TrainPipelineExFM:
+        tasks = [Task(name=f"task_{number}") for number in range(self.tasks)]
+        return exfm(device, self.terms, sizes=self.student, tasks=tasks)
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def costs(device: torch.device, cases: dict[int, Case], rounds: int) -> dict[int
     for number, case in cases.items():
         batches = pool(case)
         arms[f"plain {number}"] = turn(plain(device, case.student), batches, case)
-        arms[f"exfm {number}"] = turn(distilled(device, case), batches, case)
+        arms[f"exfm {number}"] = turn(case.exfm(device), batches, case)
     times = take_turns(arms, device, rounds=rounds, steps=1)
     figures = {}
     for number, case in cases.items():
@@ -187,21 +187,11 @@ def beside(without: Any, with_it: Any, unit: str) -> dict[str, dict[str, float]]
     }
 
 
-def distilled(device: torch.device, case: Case) -> TrainPipelineExFM:
-    """As training.exfm, for several tasks as well."""
-    torch.manual_seed(0)
-    tasks = [Task(name=f"task_{number}") for number in range(case.tasks)]
-    names = {"teachers": case.teachers, "tasks": tasks}
-    wrapper = ExFMWrapper(dlrm(case.student), tap=TAP, terms=case.terms, **names)
-    model, optimizer = sharded(wrapper, device)
-    adapter = StudentAdapter(num_teachers=len(case.teachers), tasks=tasks)
-    return TrainPipelineExFM(model, optimizer, device, teacher=columns, adapter=adapter)
-
-
 def pool(case: Case) -> list[Batch]:
     """Batches with random outputs of the teachers and labels of the tasks."""
     generator = torch.Generator().manual_seed(3)
-    outputs = (case.size, len(case.teachers), case.tasks)
+    teachers = {term.teacher for term in case.terms}
+    outputs = (case.size, len(teachers), case.tasks)
     return [
         replace(
             batch,

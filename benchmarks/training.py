@@ -22,6 +22,7 @@ from torchrec_exfm import (
     DistillationTerm,
     ExFMWrapper,
     StudentAdapter,
+    Task,
     TeacherOutputs,
     TrainPipelineExFM,
 )
@@ -74,14 +75,15 @@ def exfm(
     terms: Sequence[DistillationTerm] = AH_SA,
     teacher: Any = columns,
     sizes: Sizes = STUDENT,
-    **options: Any,
+    tasks: Sequence[Task] = (Task(),),
 ) -> TrainPipelineExFM:
     """The same student with heads, and an adapter where a term asks for one."""
     torch.manual_seed(0)
-    wrapper = ExFMWrapper(dlrm(sizes), tap=TAP, terms=terms, **options)
+    teachers = list(dict.fromkeys(term.teacher for term in terms))
+    wrapper = ExFMWrapper(dlrm(sizes), tap=TAP, terms=terms, teachers=teachers, tasks=tasks)
     model, optimizer = sharded(wrapper, device)
     adapted = any(term.adapted for term in terms)
-    adapter = StudentAdapter(num_teachers=len(options.get("teachers", "1"))) if adapted else None
+    adapter = StudentAdapter(num_teachers=len(teachers), tasks=tasks) if adapted else None
     return TrainPipelineExFM(model, optimizer, device, teacher=teacher, adapter=adapter)
 
 
