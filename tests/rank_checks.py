@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import rank_models as rm
@@ -237,6 +238,41 @@ def check_costs_of_a_step(rank: int, world_size: int) -> None:
         expected = Counter(plain.collectives) + Counter(allreduce_=added if world_size > 1 else 0)
         assert costs.collectives == expected, (costs.collectives, expected)
     assert world_size == 1 or plain.collectives["allreduce_"] >= 1
+
+
+def check_all_reduces_are_hidden(rank: int, world_size: int) -> None:
+    """The count's goes on behind the next input distribution, the adapter's behind the forward."""
+    student, order = students()["dlrm"], list[str]()
+    terms = (DistillationTerm(adapted=True),)
+    trainee = rm.sharded(ExFMWrapper(student.factory(), tap=student.tap, terms=terms), world_size)
+    tapped = find_wrapper(trainee.model).student.get_submodule(student.tap)
+    tapped.register_forward_hook(lambda *_: order.append("forward"))
+    pipeline = rm.pipeline_of(trainee, adapter=StudentAdapter())
+    batches = iter(rm.random_batches(student, rank))
+    pipeline.progress(batches)
+    order.clear()
+    all_reduce, distribute = dist.all_reduce, pipeline.start_sparse_data_dist
+    with (
+        mock.patch.object(dist, "all_reduce", lambda *a, **k: _Told(all_reduce(*a, **k), order)),
+        mock.patch.object(
+            pipeline, "start_sparse_data_dist", lambda *a: order.append("input") or distribute(*a)
+        ),
+    ):
+        pipeline.progress(batches)
+    expected = ["start", "input", "wait", "start", "forward", "wait"]
+    assert order == (expected if world_size > 1 else ["input", "forward"]), order
+
+
+class _Told:
+    """A collective that goes on; its start and the wait for it are told."""
+
+    def __init__(self, work: dist.Work, order: list[str]) -> None:
+        self._work, self._order = work, order
+        order.append("start")
+
+    def wait(self) -> None:
+        self._order.append("wait")
+        self._work.wait()
 
 
 def _costs(pipeline: TrainPipelineSparseDist[Any, Any], rank: int, supervised: bool) -> Costs:
