@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -261,6 +262,25 @@ def check_all_reduces_are_hidden(rank: int, world_size: int) -> None:
         pipeline.progress(batches)
     expected = ["start", "input", "wait", "start", "forward", "wait"]
     assert order == (expected if world_size > 1 else ["input", "forward"]), order
+
+
+def check_adapter_whose_outputs_are_not_read(rank: int, world_size: int) -> None:
+    """It learns as well under a forward without distillation; nothing holds the pipeline then."""
+    student = students()["dlrm"]
+    terms = (DistillationTerm(adapted=True),)
+    trainee = rm.sharded(ExFMWrapper(student.factory(), tap=student.tap, terms=terms), world_size)
+    bare = find_wrapper(trainee.model).student
+    pipeline = rm.pipeline_of(
+        trainee, adapter=StudentAdapter(), custom_model_fwd=lambda batch: bare(batch.batch)
+    )
+    assert pipeline.adapter is not None
+    adapter, before = pipeline.adapter, _weights(pipeline.adapter)
+    rm.drained(pipeline, rm.random_batches(student, rank, steps=2))
+    assert any(not torch.equal(*pair) for pair in zip(_weights(adapter), before, strict=True))
+    pipeline.detach()
+    alive = weakref.ref(pipeline)
+    del pipeline
+    assert alive() is None
 
 
 class _Told:

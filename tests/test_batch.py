@@ -162,3 +162,28 @@ def test_to_cuda_from_pinned_memory(make: Any) -> None:
         if not isinstance(value, Tensor):
             part, before = part.values(), value.values()
         assert part.device == device and torch.equal(part.cpu(), before)
+
+
+def test_a_pending_adapter_step_is_ended_once_whatever_is_copied() -> None:
+    calls: list[int] = []
+
+    def finish() -> torch.Tensor:
+        calls.append(1)
+        return torch.ones(8, 1, 1)
+
+    for again in (copy.copy, copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))):
+        batch = ExFMBatch(make_batch(), make_teacher())
+        batch.adapted = finish
+        calls.clear()
+        copied = again(batch)
+        assert torch.equal(copied.adapted, batch.adapted) and calls == [1]
+
+
+def test_an_error_of_the_adapter_is_not_taken_for_a_missing_attribute() -> None:
+    def finish() -> torch.Tensor:
+        raise AttributeError("of the optimizer")
+
+    batch = ExFMBatch(make_batch(), make_teacher())
+    batch.adapted = finish
+    with pytest.raises(RuntimeError, match="adapter's step failed: of the optimizer"):
+        _ = batch.adapted

@@ -11,8 +11,15 @@ import pytest
 import torch
 from models import make_teacher
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from torchrec_exfm import AuxiliaryHead, DistillationTerm, Task, TeacherOutputs
+from torchrec_exfm import (
+    AuxiliaryHead,
+    DistillationHead,
+    DistillationTerm,
+    Task,
+    TeacherOutputs,
+)
 
 B, D = 16, 5
 NAN = float("nan")
@@ -221,6 +228,49 @@ def test_terms_of_several_widths_in_any_order_are_each_its_own() -> None:
         total += torch.autograd.grad(loss, shared)[0]
     torch.testing.assert_close(of_each, torch.cat(losses))
     torch.testing.assert_close(of_shared, total)
+
+
+def of_heads(head: AuxiliaryHead) -> tuple[Tensor, list[Tensor]]:
+    shared = make_shared()
+    loss, _ = head(shared, make_teacher(1, B))
+    return loss, gradients(head, shared, loss)
+
+
+def test_factors_survive_memory_without_values() -> None:
+    term = DistillationTerm(alpha=0.7, weight=0.3)
+    head, other = (
+        make_head(term),
+        make_head(term).to_empty(device="cpu").type(torch.float64).float(),
+    )
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(of_heads(other), of_heads(head), rtol=0, atol=0)
+
+
+def test_heads_under_activation_checkpointing() -> None:
+    head, shared, teacher = make_head(), make_shared(), make_teacher(1, B)
+    expected = gradients(head, shared, head(shared, teacher)[0])
+    loss, _ = checkpoint(head, shared, teacher, use_reentrant=False)
+    torch.testing.assert_close(gradients(head, shared, loss), expected)
+
+
+def test_heads_that_somebody_changed_are_run_as_they_are() -> None:
+    head, expected = make_head(DistillationTerm(beta=2.0)), []
+    expected.append(of_heads(head))
+    seen: list[int] = []
+    head.heads[0].mlp[0].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(of_heads(head), expected[0])
+    assert seen == [1]
+    head.heads[0].mlp[1] = torch.nn.Tanh()
+    shared = make_shared()
+    outputs = head.heads[0](shared)
+    first, _, last = head.heads[0].mlp
+    assert torch.equal(outputs, last(first(shared).tanh()))
+    assert not torch.allclose(of_heads(head)[0], expected[0][0])
+
+
+def test_a_head_on_the_meta_device() -> None:
+    head = DistillationHead(D, num_tasks=2).to("meta")
+    assert head(torch.zeros(3, D, device="meta")).shape == (3, 2)
 
 
 def test_the_state_is_the_heads_parameters() -> None:

@@ -145,10 +145,11 @@ def start_adapter_step(
     """:func:`adapter_step` in two halves: what it returns ends the step that it has begun.
 
     The gradients are there, and on their way to the other ranks, when this returns; what comes
-    between the two halves hides the way.
+    between the two halves hides the way. Autocast is off in both.
     """
     parameters = list(adapter.parameters())
-    with torch.enable_grad():
+    exact = torch.autocast(teacher.values.device.type, enabled=False)
+    with torch.enable_grad(), exact:
         loss = adapter.loss(adapter(teacher), teacher, labels, count)
         gradients = torch.autograd.grad(loss, parameters)
     average = (lambda: gradients) if group is None else _start_average(gradients, group)
@@ -158,7 +159,7 @@ def start_adapter_step(
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
+        with torch.no_grad(), exact:
             adapted: Tensor = adapter(teacher)
         return adapted
 

@@ -201,7 +201,10 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     def adapted(self) -> Tensor | None:
         """See the class."""
         if callable(self._adapted) and not isinstance(self._adapted, Tensor):
-            self._adapted = self._adapted()
+            try:
+                self._adapted = self._adapted()
+            except AttributeError as error:  # Python would look for the name in the user's batch
+                raise RuntimeError(f"the adapter's step failed: {error}") from error
         return self._adapted
 
     @adapted.setter
@@ -235,6 +238,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     def __getitem__(self, key: Any) -> Any:
         inner: Any = self.batch
         return inner[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_adapted": self.adapted}
 
     def __copy__(self) -> ExFMBatch[BatchT]:
         copied = ExFMBatch(copy.copy(self.batch), self.teacher)

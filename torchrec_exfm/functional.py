@@ -145,10 +145,10 @@ class _Perceptrons(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        heads = len(ctx.betas)
-        depth = len(ctx.saved_tensors) // (2 * heads + 1)
-        inputs, *values = ctx.saved_tensors[:depth]
-        (first, _), *others = _by_layer(ctx.saved_tensors[depth:], heads)
+        heads, saved = len(ctx.betas), ctx.saved_tensors
+        depth = len(saved) // (2 * heads + 1)
+        inputs, *values = saved[:depth]
+        (first, _), *others = _by_layer(saved[depth:], heads)
         gradients: list[Tensor] = []
         for hidden, (weights, _) in zip(reversed(values), reversed(others), strict=True):
             below, of_weights = torch.empty_like(hidden), []
@@ -213,8 +213,9 @@ def perceptrons(
         ([[2.0, 4.0]], [[5.0, 5.0]])
     """
     parameters = [tensor for of_layer in layers for tensors in of_layer for tensor in tensors]
-    if torch.is_autocast_enabled(inputs.device.type):
-        dtype = torch.get_autocast_dtype(inputs.device.type)
+    kind = inputs.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         inputs, parameters = inputs.to(dtype), [tensor.to(dtype) for tensor in parameters]
     apply: Callable[..., Tensor] = _Perceptrons.apply
     return apply(inputs, betas, *parameters)

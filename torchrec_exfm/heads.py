@@ -18,6 +18,7 @@ from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import (
     masked_mean,
     perceptrons,
+    scale_gradient,
     scale_label,
     soft_bce_with_logits,
     squared_error,
@@ -108,17 +109,16 @@ class TaskLoss(nn.Module):
             return losses
         return torch.where(self.regression, squared_error(outputs, targets), losses)
 
-    def soft_labels(self, values: Tensor, alphas: Tensor | None) -> Tensor:
-        """(..., T) logits or predictions -> (..., T) targets, after label scaling by (T,)."""
-        scaled = values if alphas is None else alphas * values
+    def soft_labels(self, values: Tensor, alphas: _Factors) -> Tensor:
+        """(..., T) logits or predictions -> (..., T) targets, after label scaling."""
         if self._all_regression:
-            return scaled
+            return alphas.times(values)
         probabilities = values.sigmoid()
-        if alphas is not None:
-            probabilities = scale_label(probabilities, alphas)
+        if not alphas.all_one:
+            probabilities = scale_label(probabilities, alphas.like(probabilities))
         if self.regression is None:
             return probabilities
-        return torch.where(self.regression, scaled, probabilities)
+        return torch.where(self.regression, alphas.times(values), probabilities)
 
 
 class DistillationHead(nn.Module):
@@ -150,7 +150,10 @@ class DistillationHead(nn.Module):
 
     def forward(self, shared: Tensor) -> Tensor:
         """(B, D) shared representation -> (B, T) logits or predictions."""
-        return heads_side_by_side([self], shared)
+        if _are_plain([self]):
+            return heads_side_by_side([self], shared)
+        outputs: Tensor = self.mlp(scale_gradient(shared, self.beta))
+        return outputs
 
     @property
     def layers(self) -> list[nn.Linear]:
@@ -173,6 +176,38 @@ def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Ten
         for of_heads in zip(*(head.layers for head in heads), strict=True)
     ]
     return perceptrons(shared, layers, [head.beta for head in heads])
+
+
+def _are_plain(heads: Sequence[DistillationHead]) -> bool:
+    """Whether nobody has changed the perceptrons, hooked into them or compiles them."""
+    for head in heads:
+        kinds = [type(module) for module in head.mlp]
+        plain = kinds == [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())
+        if hooked or not plain:
+            return False
+    return not torch.compiler.is_compiling()
+
+
+class _Factors:
+    """A number for each of some columns: as a tensor where it is needed, exact in the module."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = tuple(values)
+        self.all_one = all(value == 1 for value in values)
+        self._tensor: Tensor | None = None
+
+    def like(self, columns: Tensor) -> Tensor:
+        """(C,), of the dtype and on the device of (..., C)."""
+        kept = self._tensor
+        if kept is None or kept.device != columns.device or kept.dtype != columns.dtype:
+            kept = torch.tensor(self.values, dtype=columns.dtype, device=columns.device)
+            self._tensor = kept
+        return kept
+
+    def times(self, columns: Tensor) -> Tensor:
+        """(..., C) times (C,)."""
+        return columns if self.all_one else self.like(columns) * columns
 
 
 class AuxiliaryHead(nn.Module):
@@ -203,8 +238,6 @@ class AuxiliaryHead(nn.Module):
 
     value_columns: Tensor | None
     presence_columns: Tensor | None
-    alphas: Tensor | None
-    weights: Tensor | None
 
     def __init__(
         self,
@@ -225,11 +258,9 @@ class AuxiliaryHead(nn.Module):
         columns = [self._columns_of(term) for term in terms]
         self._sizes = [len(of_term) for of_term in columns]
         self._register_columns(list(itertools.chain(*columns)))
-        alphas = [
-            term.alpha for term, size in zip(terms, self._sizes, strict=True) for _ in range(size)
-        ]
-        self.register_buffer("alphas", _exact(alphas), persistent=False)
-        self.register_buffer("weights", _exact([term.weight for term in terms]), persistent=False)
+        sizes = zip(terms, self._sizes, strict=True)
+        self._alphas = _Factors([term.alpha for term, size in sizes for _ in range(size)])
+        self._weights = _Factors([term.weight for term in terms])
         self.loss = TaskLoss([tasks[column % len(tasks)] for column in itertools.chain(*columns)])
         self.heads = nn.ModuleList(
             DistillationHead(in_features, num_tasks=size, hidden=term.hidden, beta=term.beta)
@@ -300,13 +331,17 @@ class AuxiliaryHead(nn.Module):
         denominators = None if count is None else _picked(count.flatten(), self.presence_columns)
         means = masked_mean(self.loss(outputs, targets), present, denominators)
         losses = self._means_by_term(means)
-        weighted = losses if self.weights is None else losses * _floats(self.weights, losses)
-        return weighted.sum(), losses.detach()
+        return self._weights.times(losses).sum(), losses.detach()
 
     def _outputs(self, shared: Tensor) -> Tensor:
         """(B, C): what the heads say, those of the same widths side by side."""
         heads = cast(list[DistillationHead], list(self.heads))
-        parts = [heads_side_by_side(heads[alike], shared) for alike in self._alike]
+        parts = [
+            heads_side_by_side(heads[alike], shared)
+            if _are_plain(heads[alike])
+            else torch.cat([head(shared) for head in heads[alike]], dim=1)
+            for alike in self._alike
+        ]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
@@ -315,9 +350,7 @@ class AuxiliaryHead(nn.Module):
         values = teacher.values.flatten(1)
         if self._adapts:
             values = torch.cat([values, self._checked(adapted, teacher).flatten(1)], dim=1)
-        values = _picked(values, self.value_columns)
-        alphas = None if self.alphas is None else _floats(self.alphas, values)
-        return self.loss.soft_labels(values, alphas)
+        return self.loss.soft_labels(_picked(values, self.value_columns), self._alphas)
 
     def _checked(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
         if adapted is None:
@@ -342,17 +375,6 @@ class AuxiliaryHead(nn.Module):
 
 def _picked(values: Tensor, columns: Tensor | None) -> Tensor:
     return values if columns is None else values.index_select(-1, columns)
-
-
-def _exact(values: Sequence[float]) -> Tensor | None:
-    """Numbers for a buffer that ``module.to(dtype)`` leaves alone; None where all are 1."""
-    if all(value == 1 for value in values):
-        return None
-    return torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
-
-
-def _floats(exact: Tensor, like: Tensor) -> Tensor:
-    return exact.view(torch.float64).to(like.dtype)
 
 
 def constant(values: Sequence[float]) -> Tensor:

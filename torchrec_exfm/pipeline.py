@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import operator
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,14 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
     ) -> None:
         kwargs.setdefault("context_type", _Context)
         self._student_forward: Callable[[Any], Any] | None = kwargs.pop("custom_model_fwd", None)
-        super().__init__(model, optimizer, device, custom_model_fwd=self._forward, **kwargs)
+        forward = weakref.WeakMethod(self._forward)  # no cycle, so that the model is freed at once
+        super().__init__(
+            model,
+            optimizer,
+            device,
+            custom_model_fwd=lambda batch: cast(Any, forward())(batch),
+            **kwargs,
+        )
         _check_teacher(teacher, model, kwargs)
         _check_names(find_wrapper(model), teacher)
         _check_adapter(find_wrapper(model), adapter, adapter_optimizer)
@@ -198,7 +206,10 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                         count=batch.count,
                         group=self._group,
                     )
-        return (self._student_forward or self._model)(batch)
+        outputs = (self._student_forward or self._model)(batch)
+        if self._model.training:
+            batch.adapted = batch.adapted  # ends the step where the forward did not ask for it
+        return outputs
 
     def _fresh_labels(self, batch: Any) -> Tensor:
         try:
