@@ -268,6 +268,27 @@ def test_heads_that_somebody_changed_are_run_as_they_are() -> None:
     assert not torch.allclose(of_heads(head)[0], expected[0][0])
 
 
+def test_heads_of_widths_that_somebody_changed() -> None:
+    terms = [DistillationTerm(hidden=(4,)), DistillationTerm(hidden=(4,))]
+    head, shared = make_head(*terms), make_shared()
+    head.heads[1].mlp[0] = torch.nn.Linear(D, 7)
+    head.heads[1].mlp[2] = torch.nn.Linear(7, 1, bias=False)
+    teacher = make_teacher(1, B)
+    _, losses = head(shared, teacher)
+    for k, loss in enumerate(losses):
+        alone = make_head(terms[k])
+        alone.heads[0] = head.heads[k]
+        torch.testing.assert_close(alone(shared, teacher)[0].detach(), loss)
+
+
+def test_training_after_a_look_in_inference_mode() -> None:
+    head = make_head(DistillationTerm(alpha=0.7, weight=0.3))
+    with torch.inference_mode():
+        expected, _ = head(make_shared(), make_teacher(1, B))
+    loss, _ = of_heads(head)
+    assert loss.item() == expected.item()
+
+
 def test_a_head_on_the_meta_device() -> None:
     head = DistillationHead(D, num_tasks=2).to("meta")
     assert head(torch.zeros(3, D, device="meta")).shape == (3, 2)

@@ -179,14 +179,15 @@ def heads_side_by_side(heads: Sequence[DistillationHead], shared: Tensor) -> Ten
 
 
 def _are_plain(heads: Sequence[DistillationHead]) -> bool:
-    """Whether nobody has changed the perceptrons, hooked into them or compiles them."""
+    """Whether they are as they were made: unchanged, not hooked into, not being compiled."""
     for head in heads:
         kinds = [type(module) for module in head.mlp]
         plain = kinds == [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())
-        if hooked or not plain:
+        plain = plain and all(layer.bias is not None for layer in head.layers)
+        if not plain or any(m._forward_hooks or m._forward_pre_hooks for m in head.modules()):
             return False
-    return not torch.compiler.is_compiling()
+    shapes = {tuple(layer.weight.shape for layer in head.layers) for head in heads}
+    return len(shapes) == 1 and not torch.compiler.is_compiling()
 
 
 class _Factors:
@@ -201,7 +202,8 @@ class _Factors:
         """(C,), of the dtype and on the device of (..., C)."""
         kept = self._tensor
         if kept is None or kept.device != columns.device or kept.dtype != columns.dtype:
-            kept = torch.tensor(self.values, dtype=columns.dtype, device=columns.device)
+            with torch.inference_mode(False):  # whatever asks first, training may ask next
+                kept = torch.tensor(self.values, dtype=columns.dtype, device=columns.device)
             self._tensor = kept
         return kept
 
