@@ -246,14 +246,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"Batches of {details['batch']:,}; the plain step takes {plain_ms} ms on "
         f"{' and '.join(name.replace('_', ' ') for name in ranks)}.\n\n"
         f"{common.table([*header, 'aim'], table)}\n\n"
-        f"The multiplications of the heads are a part of {common.cell(matmuls)} of the plain step "
-        f"on one rank, so with them no ExFM can come under {common.cell(1 + matmuls)} of it: the "
-        "student's own layers are small. The rest is meant to be nothing: the heads are one "
-        "function forward and backward, which copies nothing between layers and scales gradients "
-        "by way of the weights; one loss over all terms; the all-reduces behind other work. What "
-        "is left of it, and whether its median is above or below 1.03, differs between launches by "
-        "more than it amounts to, and the student's own layers differ so too: where malloc puts "
-        "tensors, and which pages are fresh, weighs as much on a CPU."
+        f"The multiplications of the heads, timed apart, are a part of {common.cell(matmuls)} of "
+        f"the plain step on one rank, as the student's own layers are small: about "
+        f"{common.cell(1 + matmuls)} is what ExFM with these heads should take, whatever the rest. "
+        "The rest is meant to be nothing: the heads are one function forward and backward, which "
+        "copies nothing between layers and scales gradients by way of the weights; one loss over "
+        "all terms; the all-reduces behind other work. Launches differ by more than it amounts to, "
+        "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
+        "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
     )
 
 
