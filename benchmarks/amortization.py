@@ -29,7 +29,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -38,16 +37,14 @@ import common
 import numpy as np
 import torch
 import training
-from reference import TEACHER, Stream, dlrm, sharded
+from reference import SNAPSHOT, TEACHER, WINDOW, Stream, dlrm, sharded
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import LiveTeacher
-from torchrec_exfm.das import Examples, Snapshot, TeacherLogger, TeacherLookup, TeacherStore, score
+from torchrec_exfm.das import Examples, TeacherLogger, TeacherLookup, TeacherStore, score
 
 BATCH, STUDENTS = 8192, (1, 2, 4, 8)
 CLAIM = 0.4  # "40 % less training overhead", in a summary of the paper
-WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
-SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
 CLOCKS = ("by_the_clock", "of_all_threads")
 WAYS = ("plain", "logged", "codistillation", "teacher_for_each")
 SAVED = "saved_over_codistillation"
@@ -94,13 +91,13 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def run_in_rounds(device: torch.device, quick: bool) -> dict[str, Any]:
+def run_in_rounds(device: torch.device, folder: str, quick: bool) -> dict[str, Any]:
     """The times of the parts, each round in another order; a small round of its own warms up."""
     torch.set_num_threads(1)
     batches = {"cpu": (4, 2), "cuda": (128, 32)}[device.type][quick]
     rounds = 2 if quick else STUDENTS[-1]
-    take_rounds(Bench(device, BATCH), 1)
-    times = take_rounds(Bench(device, batches * BATCH), rounds)
+    take_rounds(Bench(device, f"{folder}/warm", BATCH), 1)
+    times = take_rounds(Bench(device, folder, batches * BATCH), rounds)
     sizes = {"rows": batches * BATCH, "batch": BATCH, "rounds": rounds}
     return {**sizes, "device": device.type, "times": times}
 
@@ -124,11 +121,11 @@ def finish(job: Job, device: torch.device) -> None:
 class Bench:
     """The parts: each makes its models, and returns the job to be timed."""
 
-    def __init__(self, device: torch.device, rows: int) -> None:
+    def __init__(self, device: torch.device, folder: str, rows: int) -> None:
         self.device = device
-        self.folder = tempfile.TemporaryDirectory(prefix="benchmark-amortization-")
+        self.folder = folder
         self.stores = itertools.count()
-        stream = Stream(rows, FIRST * WINDOW, WINDOW)
+        stream = Stream(rows)
         self.batches = [stream.batch(at) for at in torch.arange(rows).split(BATCH)]
         self.examples = Examples(
             stream.ids, stream.seconds, lambda at: self.batches[int(at[0]) // BATCH]
@@ -146,7 +143,7 @@ class Bench:
         }
 
     def new_store(self) -> TeacherStore:
-        url = f"{self.folder.name}/{next(self.stores)}"
+        url = f"{self.folder}/{next(self.stores)}"
         return TeacherStore.create(url, window_seconds=WINDOW)
 
     def student(self, teacher: TeacherLookup | LiveTeacher) -> Job:

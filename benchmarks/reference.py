@@ -18,12 +18,14 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_exfm.das import Examples, hash_ids
+from torchrec_exfm.das import Examples, Snapshot, hash_ids
 
 CPU = torch.device("cpu")
 KEYS = [f"f{i}" for i in range(26)]
 TABLE_ROWS, WIDTH, NUM_DENSE = 100_000, 16, 13
 TAP = "model.over_arch"
+WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
+SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)  # trained through what comes before
 COLUMNS = ("dense_features", "sparse_features", "labels", "logits")  # of a batch, on the device
 
 
@@ -89,16 +91,14 @@ class Batch(TorchRecBatch):
 
 
 class Stream:
-    """Random examples in order of time, the same on all ranks.
+    """Random examples of the first window, in order of time, the same on all ranks.
 
     Args:
         rows: how many.
-        first: epoch seconds of the first.
-        seconds: from the first to the last.
         keys: the sparse features.
     """
 
-    def __init__(self, rows: int, first: int, seconds: int, keys: list[str] = KEYS) -> None:
+    def __init__(self, rows: int, keys: list[str] = KEYS) -> None:
         generator = torch.Generator().manual_seed(1)
         self.keys = keys
         self.dense = torch.randn(rows, NUM_DENSE, generator=generator)
@@ -106,7 +106,7 @@ class Stream:
         self.sparse = torch.randint(TABLE_ROWS, (rows, len(keys)), generator=generator)
         self.logits = torch.randn(rows, generator=generator)
         self.ids = hash_ids(torch.arange(rows))
-        self.seconds = first + torch.arange(rows) * seconds // rows
+        self.seconds = FIRST * WINDOW + torch.arange(rows) * WINDOW // rows
 
     def batch(self, at: Tensor) -> Batch:
         values = self.sparse[at].t().reshape(-1)

@@ -39,7 +39,7 @@ import common
 import numpy as np
 import store
 import torch
-from reference import STUDENT, Batch, Sizes, Stream
+from reference import FIRST, STUDENT, Batch, Sizes, Stream
 from training import AH_SA, Arm, exfm, on_ranks, over, plain, take_turns
 
 from torchrec_exfm import DistillationTerm, Task, TrainPipelineExFM
@@ -145,7 +145,7 @@ def looking_up(lookup: TeacherLookup) -> SimpleNamespace:
 
 
 def bytes_per_row(url: str) -> float:
-    rows, _ = TeacherStore(url).read("fm", store.FIRST)
+    rows, _ = TeacherStore(url).read("fm", FIRST)
     index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
     return common.rounded(index.nbytes / len(index))
 
@@ -155,7 +155,7 @@ def one_each(teachers: int) -> list[DistillationTerm]:
     return [DistillationTerm(teacher=name, beta=3.0, adapted=True) for name in names]
 
 
-def costs(device: torch.device, cases: dict[int, Case], rounds: int) -> dict[int, Any]:
+def costs(device: torch.device, folder: str, cases: dict[int, Case], rounds: int) -> dict[int, Any]:
     """A row of the student's without ExFM and with it, in each case, all of them in turns."""
     arms: dict[str, Callable[[int], None]] = {}
     for number, case in cases.items():
@@ -198,7 +198,7 @@ def pool(case: Case) -> list[Batch]:
             labels=torch.rand(case.size, case.tasks, generator=generator).round().squeeze(-1),
             logits=torch.randn(outputs, generator=generator),
         )
-        for batch in Stream(POOL, 0, 1).pool(POOL // case.size, case.size)
+        for batch in Stream(POOL).pool(POOL // case.size, case.size)
     ]
 
 
@@ -212,9 +212,11 @@ def memory(size: int, pairs: int) -> dict[str, Any]:
     }
 
 
-def peak(device: torch.device, train: Callable[..., Any], size: int) -> dict[str, float]:
+def peak(
+    device: torch.device, folder: str, train: Callable[..., Any], size: int
+) -> dict[str, float]:
     """MiB at the peak of ten steps, once the first is done."""
-    arm = Arm(train(device), Stream(POOL, 0, 1).pool(POOL // size, size))
+    arm = Arm(train(device), Stream(POOL).pool(POOL // size, size))
     arm(1)
     common.memory("VmRSS", new_peak=True)
     arm(10)

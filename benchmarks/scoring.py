@@ -20,29 +20,24 @@ and, on the other thread, in writing it.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import common
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from reference import CPU, SCORER, Stream, dlrm, sharded
+from reference import SCORER, SNAPSHOT, WINDOW, Stream, dlrm, sharded
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
+from training import on_ranks
 
-from torchrec_exfm.das import Examples, Snapshot, TeacherLogger, TeacherStore, score
+from torchrec_exfm.das import Examples, TeacherLogger, TeacherStore, score
 
 BATCH = 4096
-WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
 COMMIT = 2**15  # rows
-SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
 AIMS = {
     "scoring_over_bare_eval": ">= 0.9",
     "logging_over_plain_training": ">= 0.97",
@@ -60,10 +55,10 @@ def main() -> None:
 def measure(quick: bool) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = 2**17 if quick else 2**18
-    one = on_ranks(1, rows, pairs=5)
+    one = on_ranks(1, run, rows, 5)
     details: dict[str, Any] = {"rows": rows, "batch": BATCH, "commit": COMMIT, "one_rank": one}
-    if not quick:
-        details["two_ranks"] = on_ranks(2, rows, pairs=3)
+    if not quick and torch.cuda.device_count() != 1:
+        details["two_ranks"] = on_ranks(2, run, rows, 3)
     return {
         "scoring_over_bare_eval": one["scoring"]["over"]["median"],
         "logging_over_plain_training": one["logging"]["over"]["median"],
@@ -103,35 +98,24 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def on_ranks(ranks: int, rows: int, pairs: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="benchmark-scoring-") as folder:
-        mp.spawn(run, (ranks, folder, rows, pairs), nprocs=ranks)
-        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
-    return result
-
-
-def run(rank: int, ranks: int, folder: str, rows: int, pairs: int) -> None:
+def run(device: torch.device, folder: str, rows: int, pairs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/x", rank=rank, world_size=ranks)
-    bench, few = Bench(folder, rows), rows // 2  # as training is slower
-    result = {
+    bench, few = Bench(device, folder, rows), rows // 2  # as training is slower
+    return {
         "scoring": bench.compare(pairs, rows, bench.bare_eval, bench.score),
         "logging": bench.compare(pairs, few, bench.train, bench.train_and_log),
         **bench.students(rows),
     }
-    if rank == 0:
-        Path(folder, "result.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 class Bench:
     """The runs; all ranks take each together."""
 
-    def __init__(self, folder: str, rows: int) -> None:
-        self.folder, self.stores = folder, itertools.count()
+    def __init__(self, device: torch.device, folder: str, rows: int) -> None:
+        self.device, self.folder, self.stores = device, folder, itertools.count()
         torch.manual_seed(0)
-        self.model, self.optimizer = sharded(dlrm(SCORER))
-        self.stream = Stream(rows, FIRST * WINDOW, WINDOW)
+        self.model, self.optimizer = sharded(dlrm(SCORER), device)
+        self.stream = Stream(rows)
         self.spent: Counter[str] = Counter()
         self.watch("pipeline", EvalPipelineSparseDist, "progress")
         self.watch("pipeline", TrainPipelineSparseDist, "progress")
@@ -152,16 +136,16 @@ class Bench:
         setattr(owner, name, watched)
 
     def score(self, store: TeacherStore, rows: int, *students: Examples) -> None:
-        options: Any = {"device": CPU, "batch_size": BATCH, "shard_rows": COMMIT}
+        options: Any = {"device": self.device, "batch_size": BATCH, "shard_rows": COMMIT}
         examples = students or [self.stream.examples(0, rows)]
         score(self.model, store, examples, SNAPSHOT, progress=False, **options)
 
     def bare_eval(self, store: TeacherStore, rows: int) -> None:
         with torch.no_grad():
-            self.drain(EvalPipelineSparseDist(self.model.eval(), self.optimizer, CPU), rows)
+            self.drain(EvalPipelineSparseDist(self.model.eval(), self.optimizer, self.device), rows)
 
     def train(self, store: TeacherStore, rows: int) -> None:
-        self.drain(TrainPipelineSparseDist(self.model.train(), self.optimizer, CPU), rows)
+        self.drain(TrainPipelineSparseDist(self.model.train(), self.optimizer, self.device), rows)
 
     def train_and_log(self, store: TeacherStore, rows: int) -> None:
         with TeacherLogger(store, "fm", shard_rows=COMMIT // dist.get_world_size()) as logger:
@@ -209,7 +193,7 @@ class Bench:
 
     def students(self, rows: int) -> dict[str, float]:
         """Three that overlap are scored, and scored again by a job that finds all done."""
-        seen = torch.zeros(1)
+        seen = torch.zeros(1, device=self.device)
 
         def count(model: Any, arguments: Any, output: Any) -> None:
             seen.add_(len(arguments[0].labels))

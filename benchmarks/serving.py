@@ -112,7 +112,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def serve(keys: list[str], rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    stream = Stream(4096, first=0, seconds=86_400, keys=keys)
+    stream = Stream(4096, keys)
     wrapper = trained(keys, stream.pool(16, 512))
     exported, bare = export_student(wrapper), dlrm(STUDENT, tables="cpu", keys=keys)
     bare.load_state_dict(student_state_dict(wrapper))

@@ -20,7 +20,6 @@ backward; exfm_less_matmuls is what is left of exfm without them, over plain.
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -28,7 +27,18 @@ import common
 import numpy as np
 import torch
 import torch.distributed as dist
-from reference import KEYS, STUDENT, TEACHER, WIDTH, Batch, Stream, dlrm, sharded
+from reference import (
+    KEYS,
+    SNAPSHOT,
+    STUDENT,
+    TEACHER,
+    WIDTH,
+    WINDOW,
+    Batch,
+    Stream,
+    dlrm,
+    sharded,
+)
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -36,10 +46,10 @@ from torchrec.models.dlrm import DLRMTrain
 from training import AH, AH_SA, Arm, exfm, on_ranks, over, plain, take_turns
 
 from torchrec_exfm import DistillationTerm, ExFMMetrics, LiveTeacher
-from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore
+from torchrec_exfm.das import TeacherLookup, TeacherStore
 from torchrec_exfm.wrapper import find_wrapper
 
-WINDOW, FIRST, ROWS = 86_400, 20_000, 2**18  # seconds of a window, the first one, rows in it
+ROWS = 2**18  # in the store
 SHARED = (len(KEYS) + 1) * len(KEYS) // 2 + WIDTH  # the width of what the heads read
 WIDE = STUDENT.over[:-1]
 AIMS = {
@@ -77,11 +87,9 @@ def measure(quick: bool) -> dict[str, Any]:
     return {**result, "details": {"batch": batch, **details}}
 
 
-def on_rank(device: torch.device, batch: int, rounds: int, launch: int) -> Times:
-    stream = Stream(ROWS, FIRST * WINDOW, WINDOW)
-    folder = [tempfile.mkdtemp(prefix="benchmark-") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
-    lookup = TeacherLookup(stored(f"{folder[0]}/outputs", stream), "fm")
+def on_rank(device: torch.device, folder: str, batch: int, rounds: int, launch: int) -> Times:
+    stream = Stream(ROWS)
+    lookup = TeacherLookup(stored(f"{folder}/outputs", stream), "fm")
     makers = arms(device, stream.pool(8, batch), lookup)
     names = list(makers)[:: -1 if launch % 2 else 1]
     made = {name: makers[name]() for name in names}
@@ -117,8 +125,7 @@ def stored(url: str, stream: Stream) -> TeacherStore:
     """A store of the stream's logits, written by rank 0."""
     if dist.get_rank() == 0:
         store = TeacherStore.create(url, window_seconds=WINDOW)
-        snapshot = Snapshot("fm", 1, FIRST * WINDOW - 1)
-        store.write(snapshot, stream.ids, stream.logits, stream.seconds)
+        store.write(SNAPSHOT, stream.ids, stream.logits, stream.seconds)
     dist.barrier()
     return TeacherStore(url)
 

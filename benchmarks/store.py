@@ -26,13 +26,12 @@ from typing import Any
 import common
 import numpy as np
 import torch
+from reference import FIRST, SNAPSHOT, WINDOW
 
-from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore, hash_ids
+from torchrec_exfm.das import TeacherLookup, TeacherStore, hash_ids
 from torchrec_exfm.das.index import WindowIndex
 
 BATCH, BATCHES, COMMIT = 8192, 400, 2**18
-WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
-SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)
 AIMS = {
     "lookup_rows_per_s": ">= 5 M",
     "bytes_per_row_in_memory": "<= 24",

@@ -32,7 +32,10 @@ AH_SA = (*AH, DistillationTerm(beta=3.0, adapted=True))
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What ``function(device, *args)`` gives on rank 0 of as many processes, as JSON takes it."""
+    """What ``function(device, folder, *args)`` gives on rank 0 of as many processes, as JSON.
+
+    The folder is empty, the same for all ranks, and gone afterwards.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         mp.spawn(_rank, (ranks, folder, function, args), nprocs=ranks)
         return json.loads(Path(folder, "result.json").read_text())
@@ -52,7 +55,7 @@ def _rank(
         rank=rank,
         world_size=ranks,
     )
-    result = function(device, *args)
+    result = function(device, folder, *args)
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
     dist.barrier()
