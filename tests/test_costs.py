@@ -16,9 +16,18 @@ B, D, H = 512, 24, 128
 
 
 def head_costs(
-    *, terms: int = 1, tasks: int = 1, teachers: int = 1, adapted: int = 0, hidden: int = H
+    *,
+    terms: int = 1,
+    tasks: int = 1,
+    teachers: int = 1,
+    adapted: int = 0,
+    hidden: int = H,
+    rates: tuple[float, float] = (1.0, 1.0),
 ) -> Costs:
-    """Of one forward and backward of an auxiliary head; the last terms are adapted."""
+    """Of one forward and backward of an auxiliary head; the last terms are adapted.
+
+    The negative sampling rates are those of the student's data and of the teachers'.
+    """
     names = [f"teacher{m}" for m in range(teachers)]
     head = AuxiliaryHead(
         D,
@@ -29,11 +38,12 @@ def head_costs(
                 beta=3.0,
                 weight=0.5,
                 hidden=(hidden,),
+                negative_sampling_rate=1.0 if k >= terms - adapted else rates[1],
             )
             for k in range(terms)
         ],
         teachers=names,
-        tasks=[Task(name=f"task{t}") for t in range(tasks)],
+        tasks=[Task(name=f"task{t}", negative_sampling_rate=rates[0]) for t in range(tasks)],
     )
     teacher = make_teacher(0, B, teachers=teachers, tasks=tasks)
     shared = torch.randn(B, D, requires_grad=True)
@@ -75,6 +85,18 @@ def test_a_further_head_adds_its_last_layer_alone() -> None:
     two, three, eight = (head_costs(terms=terms).kernels for terms in (2, 3, 8))
     assert three - two == 4
     assert eight - two == 6 * (three - two)
+
+
+@pytest.mark.parametrize("adapted", [0, 1])
+def test_sampling_rates_cost_an_addition_where_they_differ(adapted: int) -> None:
+    sizes = {"terms": 3, "tasks": 4, "teachers": 2, "adapted": adapted}
+    plain, equal, other = (
+        head_costs(**sizes, rates=rates) for rates in ((1.0, 1.0), (0.1, 0.1), (0.1, 0.5))
+    )
+    assert equal.operations == plain.operations
+    assert other.operations - plain.operations == {"add": 1}
+    assert plain.operations - other.operations == {}
+    assert other.syncs == {}
 
 
 def test_operations_of_a_step() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchrec_exfm.functional import (
+    correct_sampling,
     masked_mean,
     perceptrons,
     scale_gradient,
@@ -120,6 +121,77 @@ def test_scale_label_multiplies_and_clips_at_one() -> None:
     assert scale_label(probabilities, 1e30)[1:].tolist() == [1.0] * 6
     assert torch.equal(scale_label(probabilities, 1.0), probabilities)
     np.testing.assert_allclose(float64(scale_label(probabilities, 0.1))[-1], 0.1, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 1e-3, 1e-38])
+def test_correct_sampling_is_the_formula_for_probabilities(rate: float) -> None:
+    """By odds in float64, where they can be told from 0 and 1; by the logit beyond."""
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    corrected = correct_sampling(logits, rate)
+    z = float64(logits)
+    assert corrected.dtype == torch.float32 and torch.isfinite(corrected).all()
+    np.testing.assert_allclose(
+        float64(corrected), z + np.log(rate), rtol=EPS, atol=EPS * abs(math.log(rate))
+    )
+    middle = np.abs(z) <= 20
+    p = 1 / (1 + np.exp(-z[middle]))
+    q = p / (p + (1 - p) / rate)
+    np.testing.assert_allclose(float64(corrected.double().sigmoid())[middle], q, rtol=2e-5)
+    upstream = torch.linspace(-2, 3, len(LOGITS))
+    corrected.backward(upstream)
+    assert torch.equal(logits.grad, upstream)
+
+
+def test_correct_sampling_at_rate_one_is_the_identity() -> None:
+    logits = torch.tensor(LOGITS)
+    for rate in (1, 1.0, torch.ones(()), torch.ones(len(LOGITS), dtype=torch.float64)):
+        assert torch.equal(correct_sampling(logits, rate), logits)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 1), (3, 2)])
+def test_correct_sampling_with_a_rate_for_each(shape: tuple[int, ...]) -> None:
+    logits = torch.arange(6.0).view(3, 2).requires_grad_()
+    rates = torch.linspace(0.1, 1.0, math.prod(shape), dtype=torch.float64).view(shape)
+    rates.requires_grad_()
+    corrected = correct_sampling(logits, rates)
+    corrected.sum().backward()
+    expected = float64(logits) + np.log(np.broadcast_to(float64(rates), (3, 2)))
+    assert corrected.dtype == torch.float32
+    np.testing.assert_allclose(float64(corrected), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits.grad, torch.ones(3, 2)) and rates.grad is None
+
+
+def test_correct_sampling_passes_gradcheck() -> None:
+    logits = torch.tensor([[0.5, -1.5]], dtype=torch.float64, requires_grad=True)
+    rates = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    for rate in (0.3, rates):
+        assert gradcheck(lambda z, r: correct_sampling(z, r).sigmoid(), (logits, rate))
+        assert gradgradcheck(lambda z, r: correct_sampling(z, r).sigmoid(), (logits, rate))
+
+
+@settings(deadline=None)
+@given(positives=st.integers(1, 10**9), kept=st.integers(1, 10**6), every=st.integers(1, 10**6))
+def test_correct_sampling_gives_back_the_rate_of_the_population(
+    positives: int, kept: int, every: int
+) -> None:
+    """Of ``kept * every`` negatives one in ``every`` is kept."""
+    learnt = torch.tensor(math.log(positives / kept), dtype=torch.float64)
+    q = correct_sampling(learnt, 1 / every).sigmoid().item()
+    assert q == pytest.approx(positives / (positives + kept * every), rel=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.5, 1.0001, NAN, INF])
+def test_correct_sampling_refuses_rates_that_are_none(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"rate should be .* \(0, 1\]; received {rate}"):
+        correct_sampling(torch.zeros(2), rate)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 1)])
+def test_correct_sampling_refuses_rates_that_would_widen_the_logits(
+    shape: tuple[int, ...],
+) -> None:
+    with pytest.raises(ValueError, match=r"the logits' shape \(3, 1\); received \("):
+        correct_sampling(torch.zeros(3, 1), torch.ones(shape))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 3.7, 1e4])

@@ -40,6 +40,19 @@ TERMS = (
     DistillationTerm(teacher="peer", tasks=("minutes",), alpha=1.3, beta=0.0, hidden=(4, 3)),
 )
 
+SAMPLED_TASKS = (
+    Task(name="click", negative_sampling_rate=0.1),
+    Task(name="buy", negative_sampling_rate=0.5),
+    TASKS[2],
+)
+SAMPLED_TERMS = (
+    *TERMS[:2],
+    dataclasses.replace(TERMS[2], negative_sampling_rate=0.02),
+    DistillationTerm(
+        teacher="fm", tasks=("buy", "click"), weight=0.7, negative_sampling_rate=0.25, hidden=(3,)
+    ),
+)
+
 
 def make_head(*terms: DistillationTerm, seed: int = 0, **options: Any) -> AuxiliaryHead:
     torch.manual_seed(seed)
@@ -57,7 +70,11 @@ def gradients(head: AuxiliaryHead, shared: Tensor, loss: Tensor) -> list[Tensor]
 
 
 def reference_term(
-    term: DistillationTerm, layers: list[np.ndarray], x: np.ndarray, column: dict[str, Any]
+    term: DistillationTerm,
+    layers: list[np.ndarray],
+    x: np.ndarray,
+    column: dict[str, Any],
+    rates: dict[str, float],
 ) -> tuple[float, list[np.ndarray]]:
     """A term's loss, and its gradients: of x times β, then of each weight and bias."""
     activations = [x]
@@ -67,14 +84,20 @@ def reference_term(
     z, loss = activations[-1], 0.0
     upstream = np.zeros_like(z)
     names = term.tasks or tuple(task.name for task in TASKS)
+    r_teacher = term.negative_sampling_rate
     for i, name in enumerate(names):
+        r_student = rates[name]
         values, mask, count = column[name]
         for b in np.flatnonzero(mask):
             if name == "minutes":
                 error = z[b, i] - term.alpha * values[b]
                 each, slope = error**2, 2 * error
             else:
-                y = min(term.alpha / (1 + math.exp(-values[b])), 1.0)
+                p = 1 / (1 + math.exp(-values[b]))
+                if not term.adapted:
+                    p = p / (p + (1 - p) / r_teacher)  # of all examples
+                    p = p / (p + (1 - p) * r_student)  # of those the student sees
+                y = min(term.alpha * p, 1.0)
                 each = y * np.logaddexp(0, -z[b, i]) + (1 - y) * np.logaddexp(0, z[b, i])
                 slope = 1 / (1 + math.exp(-z[b, i])) - y
             loss += each / count / len(names)
@@ -89,8 +112,13 @@ def reference_term(
 
 
 @pytest.mark.parametrize("with_count", [False, True])
-def test_against_a_reference_of_several_terms(with_count: bool) -> None:
-    head = make_head(*TERMS, teachers=TEACHERS, tasks=TASKS)
+@pytest.mark.parametrize(
+    ("terms", "tasks"), [(TERMS, TASKS), (SAMPLED_TERMS, SAMPLED_TASKS)], ids=["all", "sampled"]
+)
+def test_against_a_reference_of_several_terms(
+    terms: tuple[DistillationTerm, ...], tasks: tuple[Task, ...], with_count: bool
+) -> None:
+    head = make_head(*terms, teachers=TEACHERS, tasks=tasks)
     shared = make_shared()
     teacher = make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
     adapted = teacher.values * 1.5 - 0.2
@@ -100,15 +128,17 @@ def test_against_a_reference_of_several_terms(with_count: bool) -> None:
 
     expected_loss, expected_x, expected, losses = 0.0, 0.0, [], []
     counts = (teacher.presence.sum(0) if count is None else count).double().numpy()
-    for term, module in zip(TERMS, head.heads, strict=True):
+    rates = {task.name: task.negative_sampling_rate for task in tasks}
+    for term, module in zip(terms, head.heads, strict=True):
         m = TEACHERS.index(term.teacher)
         source = (adapted if term.adapted else teacher.values)[:, m].double().numpy()
         mask = teacher.presence[:, m].numpy()
         column = {
-            task.name: (source[:, t], mask[:, t], counts[m, t]) for t, task in enumerate(TASKS)
+            task.name: (source[:, t], mask[:, t], counts[m, t]) for t, task in enumerate(tasks)
         }
         layers = [p.detach().double().numpy() for p in module.parameters()]
-        term_loss, grads = reference_term(term, layers, shared.detach().double().numpy(), column)
+        x = shared.detach().double().numpy()
+        term_loss, grads = reference_term(term, layers, x, column, rates)
         losses.append(term_loss)
         expected_loss += term.weight * term_loss
         expected_x = expected_x + grads[0]
@@ -148,6 +178,67 @@ def test_weight_scales_the_loss_and_every_gradient(weight: float) -> None:
         expected = weight * unscaled
         scale = tolerance * expected.abs().max().item()
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=scale)
+
+
+def with_rates(student: float, teacher: float, adapted: float = 1.0) -> list[Tensor]:
+    """Losses and gradients of a plain and an adapted term, each over a binary task and both."""
+    tasks = (Task(name="click", negative_sampling_rate=student), TASKS[2])
+    terms = [
+        DistillationTerm(tasks=("click",), alpha=0.7, negative_sampling_rate=teacher),
+        DistillationTerm(tasks=("minutes",), alpha=0.7),
+        DistillationTerm(adapted=True, negative_sampling_rate=adapted),
+    ]
+    head, shared = make_head(*terms, tasks=tasks), make_shared()
+    outputs = make_teacher(1, B, tasks=2, missing=0.3)
+    loss, of_each = head(shared, outputs, 0.5 * outputs.values)
+    return [of_each, loss, *gradients(head, shared, loss)]
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 1 / 3, 1e-300])
+def test_equal_rates_are_none_to_the_bit(rate: float) -> None:
+    assert all(map(torch.equal, with_rates(rate, rate), with_rates(1.0, 1.0)))
+
+
+def test_rates_move_the_binary_labels_of_the_teacher_alone() -> None:
+    moved, *_ = with_rates(0.1, 1.0)
+    back, *_ = with_rates(1.0, 0.1)
+    plain, *_ = with_rates(1.0, 1.0)
+    for losses in (moved, back):
+        assert losses[0] != plain[0] and torch.equal(losses[1:], plain[1:])
+    assert moved[0] != back[0]
+
+
+def test_a_teacher_of_sampled_data_teaches_the_optimum_of_the_students_data() -> None:
+    """Four kinds of examples, counted: the head that knows the student's data is at rest."""
+    positives = np.array([3.0, 10.0, 40.0, 700.0])
+    negatives = np.array([64e4, 32e3, 12800.0, 640.0])
+    of_student, *of_teachers = 1 / 8, 1.0, 1 / 64, 1 / 8
+
+    def learnt(rate: float) -> Tensor:
+        rates = positives / (positives + rate * negatives)
+        return torch.from_numpy(np.log(rates) - np.log1p(-rates)).float()
+
+    outputs = TeacherOutputs(torch.stack([learnt(rate) for rate in of_teachers], 1)[..., None])
+    for corrected in (True, False):
+        terms = [
+            DistillationTerm(teacher=name, hidden=(), negative_sampling_rate=rate)
+            for name, rate in zip(("all", "few", "like"), of_teachers, strict=True)
+        ]
+        if not corrected:
+            terms = [dataclasses.replace(term, negative_sampling_rate=1.0) for term in terms]
+        head = AuxiliaryHead(
+            4,
+            terms=terms,
+            teachers=("all", "few", "like"),
+            tasks=(Task(negative_sampling_rate=of_student if corrected else 1.0),),
+        )
+        for perceptron in head.heads:
+            perceptron.mlp[0].weight.data = learnt(of_student)[None]
+            torch.nn.init.zeros_(perceptron.mlp[0].bias)
+        head(torch.eye(4), outputs)[0].backward()
+        largest = [of_term.mlp[0].weight.grad.abs().max().item() for of_term in head.heads]
+        assert largest[2] < 1e-6
+        assert (max(largest[:2]) < 1e-6) == corrected and (min(largest[:2]) > 1e-2) != corrected
 
 
 @pytest.mark.parametrize("case", ["weight 0", "teacher missing", "no examples"])
@@ -326,6 +417,26 @@ def test_wrong_terms_and_names_are_refused(options: dict[str, Any], message: str
 def test_wrong_factors_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} should be a finite number.*received {value}"):
         DistillationTerm(**{name: value})
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, NAN, float("inf")])
+@pytest.mark.parametrize("kind", [Task, DistillationTerm])
+def test_wrong_rates_are_refused(kind: Any, rate: float) -> None:
+    message = rf"negative_sampling_rate should be a number in \(0, 1\]; received {rate}"
+    with pytest.raises(ValueError, match=message):
+        kind(negative_sampling_rate=rate)
+
+
+def test_rates_where_there_is_nothing_to_correct_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"regression.* should be 1; received 0\.5"):
+        Task(regression=True, negative_sampling_rate=0.5)
+    with pytest.raises(ValueError, match=r"adapted term should be 1.* own labels.*received 0\.5"):
+        DistillationTerm(adapted=True, negative_sampling_rate=0.5)
+    term = DistillationTerm(teacher="fm", negative_sampling_rate=0.5)
+    with pytest.raises(
+        ValueError, match=r"'fm' over the regression 'minutes' .*received 0\.5.*own"
+    ):
+        make_head(term, teachers=TEACHERS, tasks=TASKS)
 
 
 def test_a_term_is_frozen_and_alpha_is_not_zero() -> None:

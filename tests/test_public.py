@@ -118,6 +118,7 @@ def test_the_public_names_are_frozen() -> None:
         "score",
     ]
     assert torchrec_exfm.functional.__all__ == [
+        "correct_sampling",
         "masked_mean",
         "scale_gradient",
         "scale_label",

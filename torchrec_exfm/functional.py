@@ -6,6 +6,7 @@ regression has predictions in its own units instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "correct_sampling",
     "masked_mean",
     "scale_gradient",
     "scale_label",
@@ -85,6 +87,50 @@ def scale_label(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     return (alpha * probabilities).clamp(max=1.0)
+
+
+def correct_sampling(logits: Tensor, rate: float | Tensor) -> Tensor:
+    """Undo negative sampling: logits learnt on sampled negatives, as if none had been left out.
+
+    .. math:: z + \\log r, \\quad \\text{that is} \\quad q = \\frac{p}{p + (1 - p) / r}
+        \\quad \\text{for} \\quad p = σ(z), \\; q = σ(z + \\log r)
+
+    From He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014. Only
+    ``logits`` receive gradient, as it is.
+
+    Args:
+        logits: log-odds where each negative was kept with probability r, any shape.
+        rate: r, the negative sampling rate, in (0, 1]; 1 leaves the logits as they are. A tensor
+            gives each example or task its own and broadcasts to the logits' shape; its contents
+            are not looked at, as that would stop the step on an accelerator.
+
+    Returns:
+        Log-odds at the unsampled rate, of the logits' shape and dtype.
+
+    Raises:
+        ValueError: for a number outside (0, 1], or a tensor that would widen the logits.
+
+    Example:
+        >>> import torch
+        >>> correct_sampling(torch.tensor([0.0]), rate=0.25).sigmoid()
+        tensor([0.2000])
+    """
+    if not isinstance(rate, Tensor):
+        check_sampling_rate("rate", rate)
+        return logits + math.log(rate)
+    corrected = logits + rate.detach().log().to(logits.dtype)
+    if corrected.shape != logits.shape:
+        raise ValueError(
+            f"rate should broadcast to the logits' shape {tuple(logits.shape)}; received "
+            f"{tuple(rate.shape)}"
+        )
+    return corrected
+
+
+def check_sampling_rate(name: str, rate: float) -> None:
+    """A ValueError unless it is in (0, 1]."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"{name} should be a number in (0, 1]; received {rate}")
 
 
 class _ScaleGradient(torch.autograd.Function):

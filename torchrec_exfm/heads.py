@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import (
+    check_sampling_rate,
     masked_mean,
     perceptrons,
     scale_gradient,
@@ -35,10 +36,25 @@ class Task:
         name: what errors and metrics call it.
         regression: False: labels in {0, 1}, outputs are logits, loss of cross entropy.
             True: labels and outputs in the task's units, loss of squared error.
+        negative_sampling_rate: r_S, the share of the negatives that the student's own training
+            data keeps, in (0, 1]. Teachers' logits are moved by log r_F - log r_S, from the rate
+            of their data to this one: see :class:`DistillationTerm`.
+
+    Raises:
+        ValueError: if the rate is outside (0, 1], or is not 1 and the task is a regression.
     """
 
     name: str = "label"
     regression: bool = False
+    negative_sampling_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
+        if self.regression and self.negative_sampling_rate != 1:
+            raise ValueError(
+                "negative_sampling_rate of a regression, which has no negatives, should be 1; "
+                f"received {self.negative_sampling_rate}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +72,15 @@ class DistillationTerm:
         beta: β, gradient scaling: multiplies this head's gradient into the backbone.
         weight: w, multiplies the term in the loss, and so every gradient of it.
         hidden: widths of the head's hidden layers; () for a linear head.
+        negative_sampling_rate: r_F, the share of the negatives that the teacher's training data
+            kept, in (0, 1]. The soft label of a binary task is σ(z + log r_F - log r_S), r_S being
+            the task's: the teacher's logit z as if it had learnt from the student's data. Where
+            both are sampled alike, give both or neither. An adapted term needs none: the adapter
+            learns from the student's own labels. Neither does a regression.
 
     Raises:
-        ValueError: if α is not positive, if β or w is negative, or one is not finite.
+        ValueError: if α is not positive, if β or w is negative, or one is not finite; if the rate
+            is outside (0, 1], or is not 1 and the term is adapted.
         TypeError: if ``hidden`` or ``tasks`` is no tuple.
     """
 
@@ -69,6 +91,7 @@ class DistillationTerm:
     beta: float = 1.0
     weight: float = 1.0
     hidden: tuple[int, ...] = (128,)
+    negative_sampling_rate: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("beta", self.beta), ("weight", self.weight)):
@@ -76,6 +99,13 @@ class DistillationTerm:
                 raise ValueError(f"{name} should be a finite number >= 0; received {value}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+        check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
+        if self.adapted and self.negative_sampling_rate != 1:
+            raise ValueError(
+                "negative_sampling_rate of an adapted term should be 1, as the adapter learns from "
+                "the student's own labels and needs no correction; received "
+                f"{self.negative_sampling_rate}"
+            )
         for name, names in (("hidden", self.hidden), ("tasks", self.tasks)):
             if names is not None and not isinstance(names, (tuple, list)):
                 raise TypeError(f"{name} should be a tuple; received {names!r}")
@@ -196,6 +226,7 @@ class _Factors:
     def __init__(self, values: Sequence[float]) -> None:
         self.values = tuple(values)
         self.all_one = all(value == 1 for value in values)
+        self.all_zero = not any(values)
         self._tensor: Tensor | None = None
 
     def like(self, columns: Tensor) -> Tensor:
@@ -211,12 +242,21 @@ class _Factors:
         """(..., C) times (C,)."""
         return columns if self.all_one else self.like(columns) * columns
 
+    def plus(self, columns: Tensor) -> Tensor:
+        """(..., C) plus (C,)."""
+        return columns if self.all_zero else self.like(columns) + columns
+
 
 class AuxiliaryHead(nn.Module):
     """The auxiliary head (AH): all that meets the teachers' labels (arXiv 2502.17494, eq. 3-5).
 
     .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
-        \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t, \\min(α_k σ(y_{F,b,t}), 1))
+        \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t,
+        \\min(α_k σ(y_{F,b,t} + \\log r_{F,k} - \\log r_{S,t}), 1))
+
+    r_F and r_S are the negative sampling rates of the teacher's data and of the student's, 1 unless
+    given: :class:`DistillationTerm` and :class:`Task`. Logits of adapted terms are not moved, nor
+    are predictions of a regression.
 
     One :class:`DistillationHead` D_k for each term, side by side where they have the same widths;
     one loss over all outputs of all terms. The shared representation x receives the
@@ -230,7 +270,8 @@ class AuxiliaryHead(nn.Module):
         tasks: the T tasks, in the order of the outputs.
 
     Raises:
-        ValueError: for no terms, or a term with an unknown teacher or task.
+        ValueError: for no terms, a term with an unknown teacher or task, or a term over a
+            regression with a ``negative_sampling_rate`` other than 1.
         TypeError: for terms or tasks of another kind.
 
     Example:
@@ -260,10 +301,15 @@ class AuxiliaryHead(nn.Module):
         columns = [self._columns_of(term) for term in terms]
         self._sizes = [len(of_term) for of_term in columns]
         self._register_columns(list(itertools.chain(*columns)))
-        sizes = zip(terms, self._sizes, strict=True)
-        self._alphas = _Factors([term.alpha for term, size in sizes for _ in range(size)])
+        of_columns = [
+            (term, tasks[column % len(tasks)])
+            for term, of_term in zip(terms, columns, strict=True)
+            for column in of_term
+        ]
+        self._alphas = _Factors([term.alpha for term, _ in of_columns])
+        self._shifts = _Factors([_shift(term, task) for term, task in of_columns])
         self._weights = _Factors([term.weight for term in terms])
-        self.loss = TaskLoss([tasks[column % len(tasks)] for column in itertools.chain(*columns)])
+        self.loss = TaskLoss([task for _, task in of_columns])
         self.heads = nn.ModuleList(
             DistillationHead(in_features, num_tasks=size, hidden=term.hidden, beta=term.beta)
             for term, size in zip(terms, self._sizes, strict=True)
@@ -352,7 +398,8 @@ class AuxiliaryHead(nn.Module):
         values = teacher.values.flatten(1)
         if self._adapts:
             values = torch.cat([values, self._checked(adapted, teacher).flatten(1)], dim=1)
-        return self.loss.soft_labels(_picked(values, self.value_columns), self._alphas)
+        values = self._shifts.plus(_picked(values, self.value_columns))
+        return self.loss.soft_labels(values, self._alphas)
 
     def _checked(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
         if adapted is None:
@@ -373,6 +420,19 @@ class AuxiliaryHead(nn.Module):
         if len(set(self._sizes)) == 1:
             return means.view(-1, self._sizes[0]).mean(1)
         return torch.stack([of_term.mean() for of_term in means.split(self._sizes)])
+
+
+def _shift(term: DistillationTerm, task: Task) -> float:
+    """From the rate of the teacher's data to that of the student's: log r_F - log r_S."""
+    if term.adapted:
+        return 0.0
+    if task.regression and term.negative_sampling_rate != 1:
+        raise ValueError(
+            f"negative_sampling_rate of the term {term.name!r} over the regression {task.name!r} "
+            f"should be 1; received {term.negative_sampling_rate}: give the binary tasks a term of "
+            "their own"
+        )
+    return math.log(term.negative_sampling_rate) - math.log(task.negative_sampling_rate)
 
 
 def _picked(values: Tensor, columns: Tensor | None) -> Tensor:
