@@ -274,6 +274,23 @@ def test_simultaneous_baskets_do_not_see_each_other() -> None:
     np.testing.assert_allclose(days, [data.NEVER_DAYS] * 3 + [3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("key", data.SEEN_KEYS, ids="_".join)
+def test_labels_of_earlier_examples_are_counted(stream: data.Stream, key: tuple[str, ...]) -> None:
+    ids = list(zip(*(stream.sparse[name].tolist() for name in key), strict=True))
+    times, labels = stream.time.tolist(), stream.label.tolist()
+    earlier = [
+        [labels[j] for j in range(len(ids)) if ids[j] == ids[i] and times[j] < times[i]]
+        for i in range(len(ids))
+    ]
+    seen = np.array([len(found) for found in earlier])
+    odds = [(sum(f) + 10 / 11) / (len(f) - sum(f) + 100 / 11) for f in earlier]
+    assert 0 < (seen == 0).sum() < len(stream)
+    name = "_".join(key)
+    np.testing.assert_allclose(stream.dense[f"{name}_log_seen"], np.log1p(seen), rtol=1e-6)
+    found = stream.dense[f"{name}_log_odds"]
+    np.testing.assert_allclose(found, np.log(10 * np.array(odds)), rtol=1e-5, atol=1e-6)
+
+
 def test_sparse_ids_are_ranks_of_the_raw_values(raw: data.Tables, stream: data.Stream) -> None:
     products = {row["product_id"]: row for row in raw.products.to_dicts()}
     people = {row["household_id"]: row for row in raw.demographics.to_dicts()}
@@ -307,7 +324,7 @@ def test_sparse_ids_are_ranks_of_the_raw_values(raw: data.Tables, stream: data.S
 
 def test_features_are_complete_typed_and_in_range(stream: data.Stream) -> None:
     assert set(stream.sparse) == set(data.RICH_SPARSE) == set(stream.cardinalities)
-    assert set(stream.dense) == set(data.RICH_DENSE)
+    assert set(stream.dense) == set(data.RICH_DENSE) | set(data.STRONG_DENSE)
     assert set(data.LEAN_SPARSE) < set(data.RICH_SPARSE)
     assert set(data.LEAN_DENSE) < set(data.RICH_DENSE)
     for name, ids in stream.sparse.items():

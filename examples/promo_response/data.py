@@ -66,14 +66,29 @@ RICH_DENSE = (
     *(f"{key}_log_{what}" for key in HISTORY_KEYS for what in ("count", "days")),
 )
 
+SEEN_KEYS = (
+    ("product",),
+    ("household", "product"),
+    ("household", "category"),
+    ("household", "manufacturer"),
+)
+STRONG_DENSE = (
+    *LEAN_DENSE,
+    *(f"{'_'.join(key)}_{what}" for key in SEEN_KEYS for what in ("log_seen", "log_odds")),
+)
+
 NEVER_DAYS = 366.0
 """Days since the last purchase that stand for 'no purchase yet': longer than the data last."""
 
-FORMAT_VERSION = 1
+PRIOR_EXAMPLES = 10.0
+"""How many examples of the mean rate an empty history of labels counts for."""
+
+FORMAT_VERSION = 2
+_NEGATIVES = 10
 _PRODUCT_BITS = 25
 _WEEKS = 54
 _TIME_ZONE = "America/New_York"
-_STAGES = 7
+_STAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +302,7 @@ def build_stream(
     tables: Tables,
     *,
     seed: int = 0,
-    negatives_per_positive: int = 10,
+    negatives_per_positive: int = _NEGATIVES,
     report: Callable[[str], None] = lambda stage: None,
 ) -> Stream:
     """The stream of the given tables; a function of the rows' values and the seed alone.
@@ -309,6 +324,8 @@ def build_stream(
     report("history")
     products = _code_attributes(tables.products, "product", words)
     dense = _clock(sparse) | _history(purchases, products, sparse, trip_of["time"])
+    report("earlier labels")
+    dense |= _seen(sparse, trip_of["time"], sample.label)
     product_id = words["product"].to_numpy()[sparse["product"]]
     return Stream(
         time=trip_of["time"],
@@ -616,6 +633,49 @@ def earlier_purchases(
     last_time = np.take(keys, end - 1, mode="clip") - low + start
     days = np.where(end > first, (asked_time - last_time) / 86_400, NEVER_DAYS)
     return end - first, days
+
+
+def _seen(sparse: Mapping[str, Array], time: Array, label: Array) -> dict[str, Array]:
+    """log1p of the count of earlier examples with the same ids, and how often they were positive.
+
+    One pair for each of `SEEN_KEYS`, float32 (B,); the second as the log-odds over those of the
+    sampled rate, which stands for `PRIOR_EXAMPLES` more examples: 0 where there is none yet.
+    """
+    rate = 1 / (1 + _NEGATIVES)
+    dense = {}
+    for key in SEEN_KEYS:
+        shape = [1 + int(sparse[name].max()) for name in key]
+        group = np.ravel_multi_index([sparse[name] for name in key], shape)
+        seen, positives = earlier_labels(group, time, label)
+        odds = (positives + PRIOR_EXAMPLES * rate) / (
+            seen - positives + PRIOR_EXAMPLES * (1 - rate)
+        )
+        name = "_".join(key)
+        dense[f"{name}_log_seen"] = np.log1p(seen).astype(np.float32)
+        dense[f"{name}_log_odds"] = np.log(odds * (1 - rate) / rate).astype(np.float32)
+    return dense
+
+
+def earlier_labels(group: Array, time: Array, label: Array) -> tuple[Array, Array]:
+    """Number of examples of the same group strictly before each example, and of positives there.
+
+    Args:
+        group: group of each example, int64 (B,).
+        time: epoch seconds, int64 (B,).
+        label: 0 or 1, (B,).
+
+    Returns:
+        count and positives, int64 (B,).
+    """
+    start = time.min()
+    span = 1 + time.max() - start
+    keys = group * span + (time - start)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    first = np.searchsorted(ordered, group * span)
+    end = np.searchsorted(ordered, keys)
+    positives = np.concatenate([[0], np.cumsum(label[order], dtype=np.int64)])
+    return end - first, positives[end] - positives[first]
 
 
 def save(stream: Stream, folder: Path) -> None:
