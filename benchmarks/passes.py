@@ -1,0 +1,250 @@
+"""One pass of a teacher and of a student over a real stream, each example scored before it trains.
+
+The teacher is refreshed at the end of every week; what each of its snapshots says of later weeks is
+what a student gets from a teacher that is so old.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401  silences warnings before TorchRec is imported
+import movielens  # puts the example's folder on the path
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
+
+import data
+import main as demo
+import models
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMBatch,
+    ExFMWrapper,
+    StudentAdapter,
+    Task,
+    TeacherOutputs,
+    TrainPipelineExFM,
+)
+
+Array = npt.NDArray[Any]
+CPU = torch.device("cpu")
+FIRST_WEEK = 27  # of the evaluation: half of the rows of either stream are before it
+TEACHER_BATCH = 2048
+WIDTH = demo.TEACHER["width"]  # of the teacher's tables, if not told otherwise
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream, and who sees what of it.
+
+    Attributes:
+        load: the stream.
+        lean, strong: sparse and dense features of the two students.
+        rich: those of the teacher.
+        rates: batch size, learning rate, and that of the tables, of the two students: the best for
+            them without a teacher, see `quality.py --tune`.
+    """
+
+    load: Callable[[], data.Stream]
+    lean: tuple[Sequence[str], Sequence[str]]
+    strong: tuple[Sequence[str], Sequence[str]]
+    rich: tuple[Sequence[str], Sequence[str]]
+    rates: dict[str, tuple[int, float, float]]
+
+
+SOURCES = {
+    "promotions": Source(
+        load=lambda: data.load_stream(progress=False),
+        lean=(data.LEAN_SPARSE, data.LEAN_DENSE),
+        strong=(data.LEAN_SPARSE, data.STRONG_DENSE),
+        rich=(data.RICH_SPARSE, tuple(dict.fromkeys((*data.RICH_DENSE, *data.STRONG_DENSE)))),
+        rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+    ),
+    "movielens": Source(
+        load=movielens.load_stream,
+        lean=(movielens.LEAN_SPARSE, movielens.LEAN_DENSE),
+        strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
+        rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
+        rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+    ),
+}
+
+
+def start() -> None:
+    """Make this process the only rank, on one thread."""
+    meeting = Path(tempfile.mkdtemp(), "rank")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    torch.set_num_threads(1)
+
+
+@lru_cache(1)
+def stream_of(source: str) -> data.Stream:
+    return SOURCES[source].load()
+
+
+@lru_cache(2)
+def vertical_of(source: str, vertical: str) -> tuple[Array, data.Stream]:
+    """The rows of a vertical in the stream, and its examples."""
+    stream = stream_of(source)
+    rows = np.flatnonzero(demo.rows_of(stream, vertical))
+    return rows, stream.select(rows)
+
+
+def teacher_logits(
+    stream: data.Stream,
+    features: tuple[Sequence[str], Sequence[str]],
+    *,
+    seed: int,
+    width: int,
+    delays: Sequence[int] = (),
+    frozen_after: int | None = None,
+    scored: Array | None = None,
+) -> dict[str, Array]:
+    """What a teacher says of each example, by how old it is: logits (B,), NaN where there are none.
+
+    Args:
+        stream: in time order.
+        features: sparse and dense.
+        seed: of its parameters.
+        width: of its tables.
+        delays: for each, week t is scored by the snapshot of the end of week t - 1 - delay.
+        frozen_after: the week whose snapshot scores all later ones.
+        scored: rows (a mask) that snapshots score; None: all.
+
+    Returns:
+        "fresh": logged in its own training forward, before the update; "delay-D" and "frozen".
+    """
+    torch.manual_seed(seed)
+    sizes = {**demo.TEACHER, "width": width}
+    module = models.ranker(*features, stream.cardinalities, **sizes)
+    model, optimizer = models.distribute(module, CPU, **demo.TEACHER_RATES)
+    feeds = ["fresh", *(f"delay-{delay}" for delay in delays)]
+    feeds += [] if frozen_after is None else ["frozen"]
+    logits = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
+    snapshots: dict[int, list[Tensor]] = {}
+    weeks = np.asarray(stream.week)
+    begin = 0
+    for week in range(1, int(weeks[-1]) + 1):
+        first, last = np.searchsorted(weeks, [week, week + 1])
+        rows = (
+            np.arange(first, last) if scored is None else first + np.flatnonzero(scored[first:last])
+        )
+        age = {f"delay-{delay}": week - 1 - delay for delay in delays}
+        if frozen_after is not None and week > frozen_after:
+            age["frozen"] = frozen_after
+        for feed, trained_through in age.items():
+            if trained_through in snapshots:
+                values = snapshots[trained_through]
+                logits[feed][rows] = score(model, values, stream.select(rows), features)
+        end = last // TEACHER_BATCH * TEACHER_BATCH  # never a row of the next week
+        part, fresh = stream.select(slice(begin, end)), logits["fresh"][begin:end]
+        train(model, optimizer, data.batches(part, *features, TEACHER_BATCH), fresh)
+        begin = end
+        if delays or frozen_after is not None:
+            oldest = week - max(delays, default=0)
+            kept = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
+            snapshots = {**kept, week: [value.clone() for value in parameters(model)]}
+    return logits
+
+
+def parameters(model: torch.nn.Module) -> list[Tensor]:
+    """All values of a model of one rank, the tables' included, as they are in memory."""
+    return [
+        value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for value in model.state_dict().values()
+    ]
+
+
+def score(
+    model: torch.nn.Module,
+    snapshot: list[Tensor],
+    stream: data.Stream,
+    features: tuple[Sequence[str], Sequence[str]],
+) -> Array:
+    """The logits of a model with a snapshot's values (B,); its own come back afterwards."""
+    live = parameters(model)
+    own = [value.clone() for value in live]
+    for value, old in zip(live, snapshot, strict=True):
+        value.copy_(old)
+    model.eval()
+    parts = [np.empty(0, np.float32)]
+    with torch.no_grad():
+        for first in range(0, len(stream), 8192):
+            part = stream.select(slice(first, first + 8192))
+            _, batch = next(data.batches(part, *features, len(part)))
+            parts.append(model(batch)[1][1].numpy())
+    for value, mine in zip(live, own, strict=True):
+        value.copy_(mine)
+    model.train()
+    return np.concatenate(parts)
+
+
+def train(model: Any, optimizer: Any, feed: Iterator[Any], logits: Array) -> None:
+    """One pass without a teacher; the logits before each update are put into the last argument."""
+    pipeline: Any = TrainPipelineSparseDist(model, optimizer, CPU)
+    for rows, (_, outputs, _) in demo.progress(pipeline, feed):
+        logits[rows] = outputs.numpy()
+    pipeline.detach()
+
+
+def student_logits(
+    stream: data.Stream,
+    features: tuple[Sequence[str], Sequence[str]],
+    rates: tuple[int, float, float],
+    *,
+    seed: int,
+    terms: Sequence[DistillationTerm] = (),
+    teacher: Array | None = None,
+    task: Task | None = None,
+) -> Array:
+    """What a student says of each example before it trains on it: logits (B,), NaN at the end.
+
+    Args:
+        stream: the vertical's examples, in time order.
+        features: sparse and dense.
+        rates: batch size, learning rate, and that of the tables.
+        seed: of its parameters.
+        terms: how it learns from the teacher; none: TorchRec's own pipeline.
+        teacher: logits (B,), NaN where there is none.
+        task: with the rate at which negatives of the stream were sampled.
+    """
+    torch.manual_seed(seed)
+    module: Any = models.ranker(*features, stream.cardinalities, **demo.STUDENT)
+    if terms:
+        module = ExFMWrapper(module, tap=demo.TAP, terms=terms, tasks=[task or Task()])
+    batch_size, learning_rate, table_learning_rate = rates
+    model, optimizer = models.distribute(
+        module, CPU, learning_rate=learning_rate, table_learning_rate=table_learning_rate
+    )
+    logits = np.full(len(stream), np.nan, np.float32)
+    feed = data.batches(stream, *features, batch_size)
+    if not terms:
+        train(model, optimizer, feed, logits)
+        return logits
+    assert teacher is not None
+    torch.manual_seed(seed)
+    adapter = StudentAdapter() if any(term.adapted for term in terms) else None
+    pipeline = TrainPipelineExFM(model, optimizer, CPU, adapter=adapter)
+    for rows, (_, outputs, _) in demo.progress(pipeline, _with_teacher(feed, teacher)):
+        logits[rows] = outputs.numpy()
+    return logits
+
+
+def _with_teacher(feed: Iterator[Any], logits: Array) -> Iterator[Any]:
+    for rows, batch in feed:
+        values = torch.from_numpy(np.array(logits[rows]))
+        there = ~values.isnan()
+        yield rows, ExFMBatch(batch, TeacherOutputs(values.nan_to_num(), there))

@@ -1,0 +1,393 @@
+"""When does external distillation pay, and how much: the paper's experiments on real streams.
+
+    python benchmarks/quality.py [--quick] [--tune] [--workers N] [--out FOLDER] [--no-run]
+
+One pass in time order, each example scored before it is trained on, figures over weeks 27 and
+later, several seeds (a teacher and its students share one). Each run of a student is kept in a file
+of its own, so that a stopped job goes on where it was. At the end benchmarks/QUALITY.md, its
+pictures and measured/quality.json are written from what was measured (with --quick the tables are
+printed, and nothing is kept in the repository).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import passes
+import quality_report
+from passes import SOURCES, WIDTH, Array
+from tqdm import tqdm
+
+from torchrec_exfm import DistillationTerm as Term
+from torchrec_exfm import Task
+
+HERE = Path(__file__).parent
+KEPT_FILE = HERE / "measured" / "quality.json"
+VERTICALS = {
+    "promotions": (
+        "DRUG GM",
+        "MEAT-PCKGD",
+        "MEAT",
+        "PRODUCE",
+        "NUTRITION",
+        "DELI",
+        "COSMETICS",
+        "SEAFOOD-PCKGD",
+    ),
+    "movielens": ("Comedy", "Action", "Drama", "Horror", "Adventure"),
+}
+SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps over the teacher
+SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
+DELAYS = (0, 1, 2, 4, 8, 16)
+FROZEN_AFTER = 16
+SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+WIDTHS = (4, 8, 16, 32, 64)
+SMALL_BATCH = 128
+TUNING_WEEK, TUNING_SEED = 14, 100  # settings are chosen on the weeks from there to the evaluation
+GRID = tuple(itertools.product((256, 512, 1024), (5e-4, 1e-3, 2e-3, 4e-3), (0.1, 0.3, 0.5, 1.0)))
+KEPT = 0.2  # of the negatives, by the student that samples once more
+
+ARMS: dict[str, tuple[Term, ...]] = {
+    "none": (),
+    "serving head": (Term(serving=True),),
+    "AH": (Term(),),
+    "AH + GS": (Term(beta=3.0),),
+    "AH + LS": (Term(alpha=1.5),),
+    "AH + LW": (Term(weight=2.0),),
+    "AH + SA": (Term(), Term(adapted=True)),
+    "AH + SA on serving": (Term(), Term(adapted=True, serving=True, weight=0.5)),
+    "SA on serving": (Term(adapted=True, serving=True),),
+}
+RECIPE = "AH + SA on serving"  # what the library advises
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one student.
+
+    Attributes:
+        source, vertical: where the examples come from.
+        student: "lean" or "strong".
+        arm: of `ARMS`, or "teacher": no student, what the teacher itself says.
+        seed: of teacher and student.
+        feed: how old the teacher is, see `passes.teacher_logits`.
+        width: of the teacher's tables.
+        shift: added to its logits.
+        kept: the share of the stream's negatives that the student trains on.
+        corrected: the library is told so.
+        rates: in the place of the source's own: batch size, learning rate, that of the tables.
+    """
+
+    source: str
+    vertical: str
+    student: str
+    arm: str
+    seed: int
+    feed: str = "fresh"
+    width: int = WIDTH
+    shift: float = 0.0
+    kept: float = 1.0
+    corrected: bool = False
+    rates: tuple[int, float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file: another one for every other cell, and for every change of its arm."""
+        terms = [asdict(term) for term in ARMS.get(self.arm, ())]
+        told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
+        text = json.dumps([told, terms], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def cells(quick: bool) -> list[Cell]:
+    """All that the tables need, each once; the first seeds first."""
+    wanted = [*ablation(quick), *bias(quick), *freshness(quick)]
+    wanted += [*scale(quick), *sampling(quick), *batches(quick)]
+    return sorted(dict.fromkeys(wanted), key=lambda cell: cell.seed)
+
+
+def ablation(quick: bool) -> Iterator[Cell]:
+    for source, verticals in VERTICALS.items():
+        if quick and source != "promotions":
+            continue
+        arms = ["teacher", *ARMS]
+        if quick:
+            arms = ["teacher", "none", "serving head", "AH", RECIPE]
+        elif source == "movielens":
+            arms = ["teacher", "none", "serving head", "AH", "AH + SA", RECIPE]
+        some = SWEPT[:2] if quick else verticals
+        seeds = SEEDS[:2] if quick else SEEDS
+        for seed, student, vertical, arm in itertools.product(
+            seeds, ("lean", "strong"), some, arms
+        ):
+            yield Cell(source, vertical, student, arm, seed)
+
+
+def sweep(quick: bool, arms: Sequence[str]) -> Iterator[Cell]:
+    """Cells of the lean student that a sweep changes one thing of."""
+    verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (SWEPT, SWEEP_SEEDS)
+    for seed, vertical, arm in itertools.product(seeds, verticals, arms):
+        yield Cell("promotions", vertical, "lean", arm, seed)
+
+
+def bias(quick: bool) -> Iterator[Cell]:
+    yield from sweep(quick, ["none"])
+    shifts = (0.0, 1.0) if quick else SHIFTS
+    for cell in sweep(quick, ["serving head", "AH", "AH + SA", RECIPE]):
+        yield from (replace(cell, shift=shift) for shift in shifts)
+
+
+def freshness(quick: bool) -> Iterator[Cell]:
+    yield from sweep(quick, ["none"])
+    feeds = ("delay-0", "delay-8") if quick else (*(f"delay-{d}" for d in DELAYS), "frozen")
+    for cell in sweep(quick, ["teacher", "serving head", "AH", "AH + SA", RECIPE, "SA on serving"]):
+        yield from (replace(cell, feed=feed) for feed in feeds)
+
+
+def scale(quick: bool) -> Iterator[Cell]:
+    if not quick:
+        for cell in sweep(quick, ["teacher", "AH", RECIPE]):
+            yield from (replace(cell, width=width) for width in WIDTHS)
+
+
+def sampling(quick: bool) -> Iterator[Cell]:
+    for cell in sweep(quick, ["none", "serving head", "AH"]):
+        fewer = replace(cell, kept=KEPT)
+        yield from (fewer, replace(fewer, corrected=True)) if cell.arm != "none" else (fewer,)
+
+
+def batches(quick: bool) -> Iterator[Cell]:
+    """The recipe with the smaller batch that serves the student better and takes twice the time."""
+    if not quick:
+        for cell in sweep(quick, ["none", RECIPE]):
+            for student in ("lean", "strong"):
+                _, *rates = SOURCES[cell.source].rates[student]
+                yield replace(cell, student=student, rates=(SMALL_BATCH, *rates))
+
+
+def tuning() -> Iterator[Cell]:
+    """The students without a teacher, with other rates; seeds of their own."""
+    for source, verticals in VERTICALS.items():
+        for student, vertical, rates in itertools.product(("lean", "strong"), verticals, GRID):
+            yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
+
+
+def teach(source: str, width: int, seed: int, delays: tuple[int, ...], folder: Path) -> None:
+    """Run a teacher, and keep what it says: one file for each age of it."""
+    stream = passes.stream_of(source)
+    used = np.logical_or.reduce(
+        [passes.demo.rows_of(stream, vertical) for vertical in VERTICALS[source]]
+    )
+    logits = passes.teacher_logits(
+        stream,
+        SOURCES[source].rich,
+        seed=seed,
+        width=width,
+        delays=delays,
+        frozen_after=FROZEN_AFTER if delays else None,
+        scored=used,
+    )
+    for feed, values in logits.items():
+        write(
+            teacher_file(folder, source, width, seed, feed), lambda file, v=values: np.save(file, v)
+        )
+
+
+def teacher_file(folder: Path, source: str, width: int, seed: int, feed: str) -> Path:
+    return folder / "teachers" / f"{source}.{width}.{seed}.{feed}.npy"
+
+
+def run(cell: Cell, folder: Path) -> None:
+    """Train a cell's student, and keep its figures."""
+    started = time.perf_counter()
+    rows, stream = passes.vertical_of(cell.source, cell.vertical)
+    teacher = np.full(len(rows), np.nan, np.float32)
+    if cell.arm != "none":
+        file = teacher_file(folder, cell.source, cell.width, cell.seed, cell.feed)
+        teacher = np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift)
+    weight = np.where(stream.label == 1, 1, stream.weight).astype(np.float64)
+    if cell.kept < 1:
+        drawn = np.random.default_rng(cell.seed).random(len(stream)) < cell.kept
+        chosen = (stream.label == 1) | drawn
+        stream, teacher = stream.select(chosen), teacher[chosen]
+        weight = np.where(stream.label == 1, 1, weight[chosen] / cell.kept)
+    logits = teacher if cell.arm == "teacher" else _student(cell, stream, teacher)
+    there = ~np.isnan(logits)
+    counted = there & (stream.week >= passes.FIRST_WEEK)
+    early = there & (stream.week < passes.FIRST_WEEK) & (stream.week >= TUNING_WEEK)
+    result = {
+        **asdict(cell),
+        **figures(logits[counted], stream.label[counted]),
+        "early_ne": normalized_entropy(logits[early], stream.label[early]),
+        "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
+        "bins": reliability(logits[counted], stream.label[counted]),
+        "unsampled": unsampled(logits, stream, weight, counted, cell.kept),
+        "seconds": time.perf_counter() - started,
+    }
+    write(folder / "cells" / f"{cell.name}.json", lambda to: to.write(json.dumps(result).encode()))
+
+
+def _student(cell: Cell, stream: Any, teacher: Array) -> Array:
+    source = SOURCES[cell.source]
+    return passes.student_logits(
+        stream,
+        getattr(source, cell.student),
+        cell.rates or source.rates[cell.student],
+        seed=cell.seed,
+        terms=ARMS[cell.arm],
+        teacher=teacher,
+        task=Task(negative_sampling_rate=cell.kept if cell.corrected else 1.0),
+    )
+
+
+def figures(logits: Array, labels: Array) -> dict[str, float]:
+    """NE, AUC and calibration."""
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    return {
+        "rows": len(y),
+        "ne": normalized_entropy(z, y),
+        "auc": quality_report.auc(z, y),
+        "calibration": float(sigmoid(z).mean() / y.mean()),
+    }
+
+
+def normalized_entropy(logits: Array, labels: Array) -> float:
+    """Mean log-loss over the entropy of the mean label."""
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    rate = y.mean()
+    entropy = -rate * np.log(rate) - (1 - rate) * np.log1p(-rate)
+    return float(losses(z, y).mean() / entropy)
+
+
+def losses(z: Array, y: Array) -> Array:
+    return np.logaddexp(0, z) - y * z
+
+
+def sigmoid(z: Array) -> Array:
+    return 1 / (1 + np.exp(-z))
+
+
+def by_week(logits: Array, labels: Array, weeks: Array) -> list[tuple[int, int, float, float]]:
+    """For each week: examples, mean loss and mean label."""
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    parts = ((week, weeks == week) for week in np.unique(weeks))
+    return [(int(w), int(at.sum()), losses(z[at], y[at]).mean(), y[at].mean()) for w, at in parts]
+
+
+def reliability(logits: Array, labels: Array) -> list[tuple[float, float, int]]:
+    """Mean prediction, mean label and examples of ten equal parts, by prediction."""
+    order = np.argsort(logits, kind="stable")
+    parts = np.array_split(order, 10)
+    p = sigmoid(logits.astype(np.float64))
+    return [(p[part].mean(), float(labels[part].mean()), len(part)) for part in parts]
+
+
+def unsampled(
+    logits: Array, stream: Any, weight: Array, counted: Array, kept: float
+) -> dict[str, float]:
+    """Calibration at the rate of all promoted pairs, and at that of the stream, corrected for it.
+
+    Each by one shift of the logits: log of the share of the negatives that were kept, which is
+    known before the evaluation begins.
+    """
+    before = (stream.label == 0) & (stream.week < passes.FIRST_WEEK)
+    of_stream = np.where(stream.label == 1, 1, 1 / kept)
+    result = {}
+    for name, pairs in (("stream", of_stream), ("pairs", weight)):
+        shift = -np.log(pairs[before].mean())
+        predicted = pairs * sigmoid(logits.astype(np.float64) + shift)
+        bought = stream.label[counted].sum()
+        result[name] = float(predicted[counted].sum() / bought)
+        raw = pairs * sigmoid(logits.astype(np.float64))
+        result[f"{name}_uncorrected"] = float(raw[counted].sum() / bought)
+    return result
+
+
+def write(path: Path, how: Any) -> None:
+    """A file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        how(file)
+    draft.replace(path)
+
+
+def measure(wanted: Sequence[Cell], folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Run what is missing; the figures of all."""
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=passes.start
+    ) as pool:
+        feeds: dict[tuple[str, int, int], set[str]] = {}
+        for cell in wanted:
+            if cell.arm != "none":
+                feeds.setdefault((cell.source, cell.width, cell.seed), set()).add(cell.feed)
+        teachers = [
+            pool.submit(teach, *teacher, DELAYS if ages != {"fresh"} else (), folder)
+            for teacher, ages in feeds.items()
+            if not all(teacher_file(folder, *teacher, feed).exists() for feed in ages)
+        ]
+        _wait(teachers, "teachers")
+        missing = [c for c in wanted if not (folder / "cells" / f"{c.name}.json").exists()]
+        _wait([pool.submit(run, cell, folder) for cell in missing], "students")
+    return [json.loads((folder / "cells" / f"{c.name}.json").read_text()) for c in wanted]
+
+
+def _wait(futures: Sequence[Future[None]], name: str) -> None:
+    for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit="run"):
+        future.result()
+
+
+def tune(folder: Path, workers: int) -> None:
+    """Print the grid for the students without a teacher, the best first."""
+    results = measure(list(tuning()), folder, workers)
+    for source, student in itertools.product(VERTICALS, ("lean", "strong")):
+        print(f"\n{source}, {student}: batch, rate, rate of the tables: mean NE of weeks 14 to 26")
+        means = {
+            rates: np.mean(
+                [
+                    r["early_ne"]
+                    for r in results
+                    if r["source"] == source
+                    and r["student"] == student
+                    and tuple(r["rates"]) == rates
+                ]
+            )
+            for rates in GRID
+        }
+        for rates in sorted(means, key=means.__getitem__):
+            print(f"{rates}: {means[rates]:.4f}")
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
+    parser.add_argument("--no-run", action="store_true", help="the page from what is kept")
+    parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
+    parser.add_argument("--out", type=Path, default=Path("results/quality"))
+    options = parser.parse_args()
+    if options.tune:
+        tune(options.out, options.workers)
+    elif options.no_run:
+        quality_report.write_page(json.loads(KEPT_FILE.read_text()), HERE)
+    else:
+        results = measure(cells(options.quick), options.out, options.workers)
+        kept = {"environment": common.environment(), "results": results}
+        if not options.quick:
+            KEPT_FILE.write_text(quality_report.as_text(kept))
+        quality_report.write_page(kept, options.out if options.quick else HERE)
+
+
+if __name__ == "__main__":
+    main()

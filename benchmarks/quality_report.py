@@ -1,0 +1,418 @@
+"""Tables, tests and the picture of `quality.py`, from its figures and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import report
+import torch
+from scipy import stats
+from torchmetrics.functional.classification import binary_auroc
+
+Array = npt.NDArray[Any]
+Result = Mapping[str, Any]
+FIGURES = ("ne", "auc", "calibration")
+PARAMETERS = "teacher's tables, width"
+
+HEAD = """# Quality: when external distillation pays, by how much, and why
+
+`make quality` runs all of this and writes this page from what it measured (`make quality QUICK=1`:
+a small form of it). One pass in time order, each example scored before it is trained on; figures
+over weeks 27 and later, which is half of the rows. A seed is that of the teacher and of its
+students; every arm is compared with the student without a teacher of the same vertical and seed.
+"± s" is the standard deviation over seeds of the mean over verticals, and p that of a paired,
+two-sided t-test over seeds (it tells of the seeds' noise, not of other data). NE: normalized
+entropy, lower is better. Settings of the student without a teacher (batch, rates) were tuned on
+weeks 14 to 26 and hold for all arms; so were the arms chosen.
+
+Two students: **lean**, and **strong**, which also has the mean of earlier labels and the count of
+earlier examples of the product and of the household with the product, category and manufacturer
+(of the user, the movie, and the user with the genre).
+"""
+
+
+class Changes(NamedTuple):
+    """Of an arm against none, in per cent.
+
+    Attributes:
+        ne, auc: (seeds, verticals).
+        verticals: in the order of the columns.
+        calibration: mean over seeds, by vertical.
+    """
+
+    ne: Array
+    auc: Array
+    verticals: list[str]
+    calibration: Array
+    absolute: Array
+
+
+def auc(logits: Array, labels: Array) -> float:
+    target = torch.from_numpy(labels.astype(np.int64))
+    # ranks, as torchmetrics would take logits beyond 0 to 1 through a sigmoid, and lose some
+    ranks = torch.from_numpy(stats.rankdata(logits) / (len(logits) + 1))
+    return float(binary_auroc(ranks, target))
+
+
+def pick(results: Sequence[Result], **wanted: Any) -> list[Result]:
+    """Those with the given values; fields not given have those of a plain cell."""
+    plain = {"feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0, "corrected": False}
+    wanted = {**plain, "rates": None, **wanted}
+    return [r for r in results if all(r[name] == value for name, value in wanted.items())]
+
+
+def changes(
+    results: Sequence[Result], verticals: Sequence[str] | None = None, **wanted: Any
+) -> Changes | None:
+    """An arm against none with the same source, student, batch and sampling; None if not run."""
+    arm = pick(results, **wanted)
+    same = {k: v for k, v in wanted.items() if k in ("source", "student", "kept", "rates")}
+    none = {(r["vertical"], r["seed"]): r for r in pick(results, arm="none", **same)}
+    if not arm:
+        return None
+    names = [
+        n for n in dict.fromkeys(r["vertical"] for r in arm) if verticals is None or n in verticals
+    ]
+    seeds = sorted({r["seed"] for r in arm})
+    by = {(r["vertical"], r["seed"]): r for r in arm}
+    whole = [s for s in seeds if all((n, s) in by and (n, s) in none for n in names)]
+    if not whole:
+        return None
+
+    def table(name: str, of: Mapping[Any, Result]) -> Array:
+        return np.array([[of[n, s][name] for n in names] for s in whole])
+
+    return Changes(
+        100 * (table("ne", by) / table("ne", none) - 1),
+        100 * (table("auc", by) / table("auc", none) - 1),
+        names,
+        table("calibration", by),
+        table("ne", by),
+    )
+
+
+def p_value(values: Array) -> float:
+    """Of a two-sided t-test that the mean is 0, over the seeds."""
+    return float(stats.ttest_1samp(values, 0).pvalue) if len(values) > 1 else float("nan")
+
+
+def mean_cell(values: Array, digits: int = 2) -> str:
+    """(seeds, verticals) -> mean ± s (p)."""
+    of_seeds = values.mean(1)
+    if len(of_seeds) < 2:
+        return f"{of_seeds.mean():+.{digits}f} %"
+    s, p = of_seeds.std(ddof=1), p_value(of_seeds)
+    return f"{of_seeds.mean():+.{digits}f} ± {s:.{digits}f} % (p {_p(p)})"
+
+
+def _p(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def worse(change: Changes) -> list[str]:
+    """The verticals where an arm is significantly worse: p < 0.05, over seeds, uncorrected."""
+    columns = zip(change.verticals, change.ne.T, strict=True)
+    return [n for n, values in columns if values.mean() > 0 and p_value(values) < 0.05]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def arms_of(results: Sequence[Result]) -> list[str]:
+    return [a for a in dict.fromkeys(r["arm"] for r in results) if a not in ("none", "teacher")]
+
+
+def ablation(results: Sequence[Result]) -> Iterator[str]:
+    yield "\n## 1. Ablation\n"
+    for source in dict.fromkeys(r["source"] for r in results):
+        for student in ("lean", "strong"):
+            yield from _ablation(results, source, student)
+
+
+def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[str]:
+    teacher = changes(results, source=source, student=student, arm="teacher")
+    if teacher is None:
+        return
+    none = pick(results, source=source, student=student, arm="none")
+    base = [np.mean([r[f] for r in none if r["vertical"] in teacher.verticals]) for f in FIGURES]
+    yield (
+        f"\n### {source}, {student} student\n\nWithout a teacher: NE {base[0]:.4f}, AUC "
+        f"{base[1]:.4f}, calibration {base[2]:.3f}; means over {len(teacher.verticals)} verticals "
+        f"and {len(teacher.ne)} seeds. The teacher itself: NE {teacher.ne.mean():+.1f} %, AUC "
+        f"{teacher.auc.mean():+.1f} %.\n\n"
+    )
+    rows, parts = [], []
+    for arm in arms_of(results):
+        change = changes(results, source=source, student=student, arm=arm)
+        if change is None:
+            continue
+        transfer = change.ne.mean() / teacher.ne.mean()
+        losers = ", ".join(worse(change)) or "none"
+        calibration = f"{change.calibration.mean():.3f}"
+        rows.append(
+            [
+                arm,
+                mean_cell(change.ne),
+                mean_cell(change.auc),
+                calibration,
+                f"{transfer:.2f}",
+                losers,
+            ]
+        )
+        columns = [f"{c.mean():+.2f}{_stars(c)}" for c in change.ne.T]
+        parts.append([arm, *columns])
+    head = ["arm", "NE", "AUC", "calibration", "transfer ratio", "significantly worse in"]
+    yield markdown(head, rows)
+    yield "\nNE by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
+    teachers = ["teacher itself", *(f"{c.mean():+.1f}" for c in teacher.ne.T)]
+    yield markdown(["arm", *teacher.verticals], [*parts, teachers])
+
+
+def _stars(values: Array) -> str:
+    p = p_value(values)
+    return " **" if p < 0.01 else " *" if p < 0.05 else ""
+
+
+def bias(results: Sequence[Result]) -> Iterator[str]:
+    shifts = sorted({r["shift"] for r in results})
+    yield (
+        "\n## 2. Bias: the teacher's logits shifted\n\nThe lean student; serving calibration over "
+        "that of the student without a teacher, and the change of NE.\n\n"
+    )
+    rows = []
+    none = {(r["vertical"], r["seed"]): r["calibration"] for r in _lean(results, arm="none")}
+    for arm in arms_of(results):
+        cells = []
+        for shift in shifts:
+            picked = _lean(results, arm=arm, shift=shift)
+            change = _lean_changes(results, arm=arm, shift=shift)
+            if change is None or (shift == 0 and not _lean(results, arm=arm, shift=shifts[-1])):
+                break
+            ratios = [
+                r["calibration"] / none[r["vertical"], r["seed"]]
+                for r in picked
+                if (r["vertical"], r["seed"]) in none and r["vertical"] in change.verticals
+            ]
+            cells.append(f"{np.mean(ratios):.3f}, {change.ne.mean():+.2f} %")
+        if len(cells) == len(shifts):
+            rows.append([arm, *cells])
+    yield markdown(["arm", *(f"{shift:+g}" for shift in shifts)], rows)
+
+
+def _swept(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(r["vertical"] for r in results if r["feed"] != "fresh"))
+
+
+def _lean(results: Sequence[Result], **wanted: Any) -> list[Result]:
+    swept = _swept(results)
+    picked = pick(results, source="promotions", student="lean", **wanted)
+    return [r for r in picked if r["vertical"] in swept]
+
+
+def _lean_changes(results: Sequence[Result], **wanted: Any) -> Changes | None:
+    kind = {"source": "promotions", "student": "lean"}
+    change = changes(results, _swept(results), **kind, **wanted)
+    return change
+
+
+def freshness(results: Sequence[Result]) -> Iterator[str]:
+    feeds = feeds_of(results)
+    yield (
+        "\n## 3. Freshness: the teacher is refreshed every week, and used some weeks later\n\n"
+        "The lean student, change of NE and AUC; the last rows are the difference of an arm with "
+        "the adapter to AH alone, with the paired test.\n\n"
+    )
+    rows, by_arm = [], {}
+    for arm in ["teacher", *arms_of(results)]:
+        found = [_lean_changes(results, arm=arm, feed=feed) for feed in feeds]
+        if any(change is None for change in found):
+            continue
+        by_arm[arm] = found
+        rows.append([arm, *(f"{c.ne.mean():+.2f} %, {c.auc.mean():+.2f} %" for c in found)])
+    for arm, found in by_arm.items():
+        if "SA" in arm and "AH" in by_arm:
+            pairs = list(zip(found, by_arm["AH"], strict=True))
+            for what in ("ne", "auc"):
+                cells = [_difference(getattr(c, what), getattr(a, what)) for c, a in pairs]
+                rows.append([f"{arm} less AH, {what.upper()}", *cells])
+    yield markdown(["arm", *feeds], rows)
+
+
+def _difference(values: Array, others: Array) -> str:
+    n = min(len(values), len(others))
+    return mean_cell(values[:n] - others[:n])
+
+
+def feeds_of(results: Sequence[Result]) -> list[str]:
+    feeds = {r["feed"] for r in results} - {"fresh", "frozen"}
+    order = sorted(feeds, key=lambda feed: int(feed.removeprefix("delay-")))
+    return [*order, *(["frozen"] if any(r["feed"] == "frozen" for r in results) else [])]
+
+
+def scale(results: Sequence[Result]) -> Iterator[str]:
+    widths = sorted({r["width"] for r in results})
+    if len(widths) < 2:
+        return
+    yield "\n## 4. Scale of the teacher\n\nThe lean student; change of NE.\n\n"
+    rows = []
+    for arm in ("teacher", *arms_of(results)):
+        found = [_lean_changes(results, arm=arm, width=width) for width in widths]
+        if all(found):
+            rows.append([arm, *(mean_cell(c.ne) for c in found)])
+    yield markdown([PARAMETERS, *map(str, widths)], rows)
+
+
+def sampling(results: Sequence[Result]) -> Iterator[str]:
+    kept = sorted({r["kept"] for r in results} - {1.0})
+    if not kept:
+        return
+    yield (
+        f"\n## 6. Sampling\n\nThe stream keeps about one in a hundred negatives, the student here "
+        f"trains on {kept[0]:.0%} of those. Its logits go through the correction log r; "
+        "calibration to the stream's rate and to that of all promoted pairs, before and after. "
+        "Corrected: the library is told the student's rate, so that the teacher's logit goes "
+        "through it too.\n\n"
+    )
+    rows = []
+    for arm, corrected in itertools.product(["none", *arms_of(results)], (False, True)):
+        picked = _lean(results, arm=arm, kept=kept[0], corrected=corrected)
+        if not picked:
+            continue
+        change = _lean_changes(results, arm=arm, kept=kept[0], corrected=corrected)
+        names = ("stream_uncorrected", "stream", "pairs_uncorrected", "pairs")
+        calibrations = [f"{np.mean([r['unsampled'][n] for r in picked]):.3g}" for n in names]
+        name = f"{arm}, teacher {'corrected' if corrected else 'raw'}" if arm != "none" else arm
+        rows.append([name, mean_cell(change.ne) if change else "", *calibrations])
+    head = ["arm", "NE", "to the stream, raw", "corrected", "to all pairs, raw", "corrected"]
+    yield markdown(head, rows)
+
+
+def batches(results: Sequence[Result]) -> Iterator[str]:
+    others = {json.dumps(r["rates"]): r["rates"] for r in results if r["rates"]}
+    for rates, arm in itertools.product(others.values(), arms_of(results)):
+        for student in ("lean", "strong"):
+            kind = {"source": "promotions", "student": student, "rates": rates, "arm": arm}
+            change = changes(results, **kind)
+            if change is not None:
+                yield (
+                    f"\nWith batches of {rates[0]}, {student} student, {arm}: NE "
+                    f"{mean_cell(change.ne)}, AUC {mean_cell(change.auc)}.\n"
+                )
+
+
+def page(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
+    parts = (ablation, bias, freshness, scale, sampling, batches)
+    text = "".join([HEAD, *itertools.chain.from_iterable(part(results) for part in parts)])
+    return f"{text}\n{report.machine(environment)}\n"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Freshness, bias, reliability and NE over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    _draw_freshness(axes[0, 0], results)
+    _draw_bias(axes[0, 1], results)
+    _draw_reliability(axes[1, 0], results)
+    _draw_weeks(axes[1, 1], results)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _draw_freshness(axes: Any, results: Sequence[Result]) -> None:
+    feeds = feeds_of(results)
+    for arm in arms_of(results):
+        found = [_lean_changes(results, arm=arm, feed=feed) for feed in feeds]
+        if all(found):
+            means = [c.ne.mean(1) for c in found]
+            spread = [m.std(ddof=1) if len(m) > 1 else 0 for m in means]
+            names = [feed.removeprefix("delay-") for feed in feeds]
+            axes.errorbar(
+                names, [m.mean() for m in means], spread, label=arm, capsize=3, marker="o"
+            )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
+    axes.legend(fontsize=8)
+
+
+def _draw_bias(axes: Any, results: Sequence[Result]) -> None:
+    shifts = sorted({r["shift"] for r in results})
+    for arm in arms_of(results):
+        means = [
+            [r["calibration"] for r in _lean(results, arm=arm, shift=shift)] for shift in shifts
+        ]
+        if all(means):
+            axes.plot(shifts, [np.mean(m) for m in means], label=arm, marker="o")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
+    axes.legend(fontsize=8)
+
+
+def _draw_reliability(axes: Any, results: Sequence[Result]) -> None:
+    for arm, shift in (("none", 0.0), ("serving head", 1.0), ("AH", 1.0), ("AH + SA", 1.0)):
+        picked = [r for r in _lean(results, arm=arm, shift=shift) if r["seed"] == 0]
+        bins = np.array([r["bins"] for r in picked])
+        if len(bins):
+            predicted, label = bins[:, :, 0].mean(0), bins[:, :, 1].mean(0)
+            axes.loglog(
+                predicted, label, marker="o", label=arm + (" (teacher +1)" if shift else "")
+            )
+    axes.axline((1e-3, 1e-3), (1, 1), color="black", linewidth=0.8)
+    axes.set(title="Reliability", xlabel="mean prediction of a tenth", ylabel="mean label")
+    axes.legend(fontsize=8)
+
+
+def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
+    none = {(r["vertical"], r["seed"]): r for r in _lean(results, arm="none")}
+    for arm in arms_of(results):
+        weeks: dict[int, list[float]] = {}
+        for r in _lean(results, arm=arm, seed=0):
+            base = none.get((r["vertical"], r["seed"]))
+            for mine, its in zip(r["weeks"], base["weeks"] if base else [], strict=bool(base)):
+                weeks.setdefault(mine[0], []).append(100 * (mine[2] / its[2] - 1))
+        if weeks and arm in ("serving head", "AH", "AH + SA", "AH + SA on serving"):
+            axes.plot(list(weeks), [np.mean(v) for v in weeks.values()], label=arm)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(title="Over time", xlabel="week", ylabel="log-loss against none, %")
+    axes.legend(fontsize=8)
+
+
+def as_text(kept: Mapping[str, Any]) -> str:
+    """JSON, a line for each result, numbers to six digits; by week and by bin only where drawn."""
+    lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
+    return f'{{"environment": {json.dumps(kept["environment"])},\n"results": [\n{lines}\n]}}\n'
+
+
+def _short(result: Result) -> dict[str, Any]:
+    drawn = result["source"] == "promotions" and result["student"] == "lean"
+    drawn = drawn and result["seed"] == 0 and result["feed"] == "fresh"
+    dropped = set() if drawn else {"weeks", "bins"}
+    return {name: _rounded(value) for name, value in result.items() if name not in dropped}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def write_page(kept: Mapping[str, Any], folder: Path) -> None:
+    """QUALITY.md and quality.png; the first is printed as well."""
+    results = [{"weeks": [], "bins": [], **result} for result in kept["results"]]
+    text = page(results, kept["environment"])
+    draw(results, folder / "quality.png")
+    (folder / "QUALITY.md").write_text(text)
+    print(text)
