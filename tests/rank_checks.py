@@ -37,6 +37,12 @@ from torchrec_exfm import (
 from torchrec_exfm.wrapper import find_wrapper
 
 BOTH = (*rm.HEADS, *rm.ADAPTED)
+TERMS = {
+    "heads": rm.HEADS,
+    "adapted": BOTH,
+    "serving": (rm.SERVING[0], *BOTH, rm.SERVING[1]),
+    "serving_alone": rm.SERVING[:1],
+}
 
 
 def check_weight_zero_is_plain(rank: int, world_size: int, name: str, adapted: bool) -> None:
@@ -69,9 +75,9 @@ def _fresh(module: nn.Module, world_size: int) -> dict[str, list[Tensor]]:
     return rm.snapshot(rm.sharded(module, world_size).model.state_dict())
 
 
-def check_pipelined_equals_plain(rank: int, world_size: int, adapted: bool, sharding: str) -> None:
+def check_pipelined_equals_plain(rank: int, world_size: int, kind: str, sharding: str) -> None:
     """The same outputs and weights from the pipeline and from a loop written by hand."""
-    terms = BOTH if adapted else rm.HEADS
+    terms = TERMS[kind]
     runs = [
         _pipelined(rank, world_size, terms, sharding, trace=True),
         _pipelined(rank, world_size, terms, sharding, trace=False),
@@ -113,7 +119,7 @@ def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], shard
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     adapter = _adapter_of(terms)
     adapter = None if adapter is None else adapter.to(device())
-    adam = torch.optim.Adam(adapter.parameters(), lr=1e-3, fused=True) if adapter else None
+    adam = torch.optim.Adam(adapter.parameters(), lr=1e-2, fused=True) if adapter else None
     outputs = []
     for data in rm.global_data():
         part = rm.part_of(data, rank, world_size)
@@ -135,19 +141,19 @@ def _group(world_size: int) -> dist.ProcessGroup | None:
 
 
 def check_ranks_agree_with_one(
-    rank: int, world_size: int, sharding: str, optimizer: str, adapted: bool
+    rank: int, world_size: int, sharding: str, optimizer: str, kind: str
 ) -> None:
     """Ranks with very different presence train as one process on all the data would."""
-    kind = getattr(torch.optim, optimizer)
+    rule = getattr(torch.optim, optimizer)
     options = {"lr": 0.2} if optimizer == "SGD" else {"lr": 0.05, "eps": 1e-3}
-    terms = BOTH if adapted else rm.HEADS
+    terms = TERMS[kind]
     adapter = _adapter_of(terms)
-    reference = ByHand(rm.wrapped(terms=terms), adapter, kind, adapter_lr=0.1, **options)
+    reference = ByHand(rm.wrapped(terms=terms), adapter, rule, adapter_lr=0.1, **options)
     for data in rm.global_data():
         reference.step(data)
 
     trainee = rm.sharded(
-        rm.wrapped(terms=terms), world_size, sharding=sharding, fused=kind, dense=kind, **options
+        rm.wrapped(terms=terms), world_size, sharding=sharding, fused=rule, dense=rule, **options
     )
     pipeline = rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter, **_sgd(adapter))
     rm.drained(pipeline, rm.parts(rank, world_size))

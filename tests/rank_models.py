@@ -57,6 +57,10 @@ HEADS = (
     DistillationTerm(teacher="b", tasks=("click",), hidden=()),
 )
 ADAPTED = (DistillationTerm(teacher="a", adapted=True, beta=0.5, hidden=(4,)),)
+SERVING = (
+    DistillationTerm(teacher="a", adapted=True, serving=True, weight=0.6),
+    DistillationTerm(teacher="b", tasks=("click",), serving=True, alpha=1.2),
+)
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel", "mixed")
 
 

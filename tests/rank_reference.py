@@ -35,7 +35,8 @@ class ByHand:
     ) -> None:
         self.terms = wrapper.auxiliary_head.terms
         self.student = copy.deepcopy(wrapper.student).double()
-        mlps = [head.mlp for head in wrapper.auxiliary_head.heads]
+        heads = zip(self.terms, wrapper.auxiliary_head.heads, strict=True)
+        mlps = [nn.Identity() if term.serving else head.mlp for term, head in heads]
         self.heads = copy.deepcopy(nn.ModuleList(mlps)).double()
         self.adapters = copy.deepcopy(adapter.mlps).double() if adapter else nn.ModuleList()
         self.optimizer = optimizer(
@@ -44,10 +45,11 @@ class ByHand:
         self.adapter_lr = adapter_lr
         tapped = self.student.get_submodule(TAP)
         tapped._forward_pre_hooks.clear()
-        tapped.register_forward_pre_hook(self._keep)
+        tapped._forward_hooks.clear()
+        tapped.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.shared = args[0]
+    def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.shared, self.serving = args[0], output
 
     def step(self, batch: Columns) -> None:
         """The adapter's step, then the student's."""
@@ -79,6 +81,8 @@ class ByHand:
         losses = []
         for column, name in enumerate(term.tasks or names):
             t = names.index(name)
+            if term.serving:
+                outputs, column = self.serving, t
             here = batch.presence[:, m, t]
             target = source[here, m, t]
             if not TASKS[t].regression:

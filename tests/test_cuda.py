@@ -21,9 +21,9 @@ pytestmark = [
 
 CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", True),
-    (checks.check_pipelined_equals_plain, False, "table_wise"),
-    (checks.check_pipelined_equals_plain, True, "table_wise"),
-    (checks.check_ranks_agree_with_one, "row_wise", "SGD", True),
+    (checks.check_pipelined_equals_plain, "heads", "table_wise"),
+    (checks.check_pipelined_equals_plain, "serving", "table_wise"),
+    (checks.check_ranks_agree_with_one, "row_wise", "SGD", "serving"),
     (checks.check_pinned_batches,),
     (checks.check_absent_teacher,),
     (checks.check_adapter_is_shared,),

@@ -7,7 +7,13 @@ import torch
 from models import HandBatch, Student, make_hand_batch, make_teacher, students
 from torch import Tensor, nn
 
-from torchrec_exfm import ExFMBatch, ExFMWrapper, export_student, student_state_dict
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMBatch,
+    ExFMWrapper,
+    export_student,
+    student_state_dict,
+)
 
 STUDENTS = students()
 every_student = pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS.keys())
@@ -71,6 +77,21 @@ def test_the_exported_student_is_the_users_own(student: Student) -> None:
     assert torch.equal(logits(exported, student), logits(wrapper, student))
     bare.load_state_dict(exported.state_dict(), strict=True)
     assert torch.equal(logits(bare, student), logits(exported, student))
+
+
+def test_a_student_that_was_taught_itself_is_exported_without_hooks() -> None:
+    student = STUDENTS["hand_written"]
+    wrapper = ExFMWrapper(
+        student.factory(0), tap=student.tap, terms=[DistillationTerm(serving=True)]
+    )
+    train(wrapper, student, 2)
+    exported = export_student(wrapper)
+    for module in exported.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    keys = list(student.factory(0).state_dict())
+    assert list(exported.state_dict()) == list(student_state_dict(wrapper)) == keys
+    assert list(wrapper.state_dict()) == [f"student.{key}" for key in keys]
+    assert torch.equal(logits(exported, student), logits(wrapper, student))
 
 
 @every_student

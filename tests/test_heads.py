@@ -54,6 +54,15 @@ SAMPLED_TERMS = (
 )
 
 
+SERVING_TERMS = (
+    DistillationTerm(teacher="peer", serving=True, alpha=0.7, weight=1.5),
+    TERMS[0],
+    dataclasses.replace(TERMS[1], serving=True, beta=1.0, hidden=(128,)),
+    DistillationTerm(teacher="fm", tasks=("buy",), serving=True, negative_sampling_rate=0.25),
+    *TERMS[1:3],
+)
+
+
 def make_head(*terms: DistillationTerm, seed: int = 0, **options: Any) -> AuxiliaryHead:
     torch.manual_seed(seed)
     return AuxiliaryHead(D, terms=terms or (DistillationTerm(hidden=(4,)),), **options)
@@ -113,7 +122,9 @@ def reference_term(
 
 @pytest.mark.parametrize("with_count", [False, True])
 @pytest.mark.parametrize(
-    ("terms", "tasks"), [(TERMS, TASKS), (SAMPLED_TERMS, SAMPLED_TASKS)], ids=["all", "sampled"]
+    ("terms", "tasks"),
+    [(TERMS, TASKS), (SAMPLED_TERMS, SAMPLED_TASKS), (SERVING_TERMS, SAMPLED_TASKS)],
+    ids=["all", "sampled", "serving"],
 )
 def test_against_a_reference_of_several_terms(
     terms: tuple[DistillationTerm, ...], tasks: tuple[Task, ...], with_count: bool
@@ -123,10 +134,13 @@ def test_against_a_reference_of_several_terms(
     teacher = make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
     adapted = teacher.values * 1.5 - 0.2
     count = teacher.presence.sum(0) * 0.75 if with_count else None
-    loss, of_each = head(shared, teacher, adapted, count)
-    actual = gradients(head, shared, loss)
+    serving = torch.randn(B, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    loss, of_each = head(shared, teacher, adapted, count, serving)
+    (of_serving,) = torch.autograd.grad(loss, serving, retain_graph=True, materialize_grads=True)
+    actual = [of_serving, *gradients(head, shared, loss)]
 
     expected_loss, expected_x, expected, losses = 0.0, 0.0, [], []
+    expected_serving = np.zeros((B, 3))
     counts = (teacher.presence.sum(0) if count is None else count).double().numpy()
     rates = {task.name: task.negative_sampling_rate for task in tasks}
     for term, module in zip(terms, head.heads, strict=True):
@@ -138,16 +152,23 @@ def test_against_a_reference_of_several_terms(
         }
         layers = [p.detach().double().numpy() for p in module.parameters()]
         x = shared.detach().double().numpy()
+        columns = [t for name in term.tasks or column for t, k in enumerate(column) if k == name]
+        if term.serving:
+            x = serving.detach().double().numpy()[:, columns]
         term_loss, grads = reference_term(term, layers, x, column, rates)
         losses.append(term_loss)
         expected_loss += term.weight * term_loss
+        if term.serving:
+            expected_serving[:, columns] += grads[0]
+            continue
         expected_x = expected_x + grads[0]
         expected += grads[1:]
     assert not of_each.requires_grad
     np.testing.assert_allclose(of_each.double(), losses, rtol=1e-6)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
-    for value, reference in zip(actual, [expected_x, *expected], strict=True):
+    for value, reference in zip(actual, [expected_serving, expected_x, *expected], strict=True):
         scale = np.abs(reference).max()
+        assert scale > 0 or value is of_serving
         np.testing.assert_allclose(value.double(), reference, rtol=1e-6, atol=1e-6 * scale)
 
 
@@ -464,3 +485,57 @@ def test_adapted_outputs_absent_or_of_another_shape_are_refused(regression: bool
     for shape in ((B,), (B, 1), (B - 1, 1, 1), (B, 1, 2)):
         with pytest.raises(ValueError, match=r"adapted .*\(16, 1, 1\).*received"):
             head(make_shared(), make_teacher(0, B), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("serving", "received"),
+    [
+        (None, "NoneType"),
+        ((torch.zeros(B, 2),), "tuple"),
+        (torch.zeros(B), r"\(16,\)"),
+        (torch.zeros(B, 5), r"\(16, 5\)"),
+        (torch.zeros(2, B), r"\(2, 16\)"),
+        (torch.zeros(B - 1, 2), r"\(15, 2\)"),
+        (torch.zeros(B, 1, 2), r"\(16, 1, 2\)"),
+    ],
+)
+def test_outputs_that_are_no_serving_heads_are_refused(serving: Any, received: str) -> None:
+    head = make_head(DistillationTerm(serving=True), tasks=TASKS[:2])
+    message = (
+        r"'teacher/serving'\].* of shape \(16, 2\) \(examples, tasks \['click', 'buy'\]\); "
+        rf"received {received}: let ExFMWrapper tap"
+    )
+    with pytest.raises(ValueError, match=message):
+        head(make_shared(), make_teacher(0, B, tasks=2), serving=serving)
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, 1)])
+def test_a_serving_head_of_one_task(shape: tuple[int, ...]) -> None:
+    head, teacher = make_head(DistillationTerm(serving=True)), make_teacher(1, B)
+    assert not list(head.parameters()) and not head.state_dict()
+    logits = torch.randn(B, generator=torch.Generator().manual_seed(3))
+    loss, _ = head(make_shared(), teacher, serving=logits.reshape(shape))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, teacher.values.flatten().sigmoid()
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_serving_head_of_another_dtype_than_the_heads() -> None:
+    head = make_head(DistillationTerm(serving=True), DistillationTerm(hidden=(4,)))
+    shared, teacher = make_shared(), make_teacher(1, B)
+    logits = torch.randn(B, 1).bfloat16()
+    losses = [
+        head(shared, teacher, serving=logits.to(dtype)) for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert losses[0][0].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    loss, _ = head(shared, teacher, serving=logits.double())
+    assert loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", [{"beta": 3.0}, {"hidden": (64,)}, {"hidden": ()}])
+def test_a_serving_term_has_nothing_of_a_head(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no head of its own.*leave hidden and beta as they are"):
+        DistillationTerm(serving=True, **options)
+    assert DistillationTerm(serving=True, adapted=True).name == "teacher/adapted/serving"

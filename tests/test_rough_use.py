@@ -58,9 +58,10 @@ class GatedTrain(nn.Module):
         return scores
 
 
-def trunk_gradient(student: GatedTrain, weight: float) -> Tensor:
+def trunk_gradient(student: GatedTrain, weight: float, *, serving: bool = False) -> Tensor:
     torch.manual_seed(0)
-    wrapper = ExFMWrapper(student, tap="head", terms=[DistillationTerm(weight=weight)])
+    term = DistillationTerm(weight=weight, serving=serving)
+    wrapper = ExFMWrapper(student, tap="head", terms=[term])
     wrapper.zero_grad()
     wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 8)))[0].backward()
     gradient = student.trunk.weight.grad
@@ -73,14 +74,15 @@ def test_the_first_argument_is_that_of_the_signature() -> None:
     assert not torch.equal(trunk_gradient(student, 1.0), trunk_gradient(student, 0.0))
 
 
-def test_checkpointing_around_the_tap() -> None:
+@pytest.mark.parametrize("serving", [False, True])
+def test_checkpointing_around_the_tap(serving: bool) -> None:
     student = GatedTrain()
-    expected = trunk_gradient(student, 1.0)
+    expected = trunk_gradient(student, 1.0, serving=serving)
     student.reentrant = False
-    torch.testing.assert_close(trunk_gradient(student, 1.0), expected)
+    torch.testing.assert_close(trunk_gradient(student, 1.0, serving=serving), expected)
     student.reentrant = True
     with pytest.warns(RuntimeWarning, match="carries no gradient"):
-        trunk_gradient(student, 1.0)
+        trunk_gradient(student, 1.0, serving=serving)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Student, make_batch, make_teacher, students
+from models import HandTrain, Student, make_batch, make_teacher, students
 from torch import Tensor, nn
 
 from torchrec_exfm import DistillationTerm, ExFMBatch, ExFMWrapper, TeacherOutputs
@@ -19,7 +19,12 @@ TERMS = (
     DistillationTerm(alpha=2.0, beta=0.5, weight=1.5, hidden=(6,)),
     DistillationTerm(adapted=True, beta=3.0, weight=0.25, hidden=()),
 )
+SERVING = DistillationTerm(serving=True, weight=0.7)
 every_student = pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS.keys())
+GIVES_LOGITS = {name: student for name, student in STUDENTS.items() if name != "deepfm"}
+students_of_logits = pytest.mark.parametrize(
+    "student", GIVES_LOGITS.values(), ids=GIVES_LOGITS.keys()
+)
 
 
 def wrapped(student: Student, *terms: DistillationTerm, seed: int = 0) -> ExFMWrapper:
@@ -210,9 +215,10 @@ def test_a_student_that_runs_by_itself_leaves_no_graph_behind() -> None:
     assert torch.equal(copy.deepcopy(wrapper)(batch)[0], wrapper(batch)[0])
 
 
-def test_mixed_precision_changes_little() -> None:
+@pytest.mark.parametrize("terms", [(), (SERVING,), (SERVING, TERMS[0])], ids=len)
+def test_mixed_precision_changes_little(terms: tuple[DistillationTerm, ...]) -> None:
     student = STUDENTS["dlrm"]
-    wrapper, batch = wrapped(student), supervised(student)
+    wrapper, batch = wrapped(student, *terms), supervised(student)
     loss, _ = wrapper(batch)
     exact = torch.autograd.grad(loss, list(wrapper.parameters()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -222,3 +228,131 @@ def test_mixed_precision_changes_little() -> None:
         torch.autograd.grad(loss, list(wrapper.parameters())), exact, strict=True
     ):
         assert (grad - reference).norm() < 0.05 * reference.norm()
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        scale = 1e-5 * grad.abs().max().item()
+        torch.testing.assert_close(actual[name], grad, rtol=1e-5, atol=scale)
+
+
+def with_labels(batch: Any, labels: Tensor) -> Any:
+    """The batch with other labels."""
+    other = copy.copy(batch)
+    setattr(other, "clicked" if hasattr(batch, "clicked") else "labels", labels)
+    return other
+
+
+@students_of_logits
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_serving_term_is_training_on_mixed_labels(student: Student, adapted: bool) -> None:
+    """h(z, y) + w h(z, y') = (1 + w) h(z, (y + w y') / (1 + w))."""
+    w = 0.7
+    batch = ExFMBatch(student.make_batch(0, 8), make_teacher(0, 8))
+    batch.adapted = 2 * batch.teacher.values - 1
+    wrapper = wrapped(student, DistillationTerm(serving=True, adapted=adapted, weight=w))
+    loss, (_, _, labels) = wrapper(batch)
+    loss.backward()
+
+    soft = (batch.adapted if adapted else batch.teacher.values).flatten().double().sigmoid()
+    mixed = with_labels(batch.batch, ((labels + w * soft) / (1 + w)).float())
+    bare_loss, _ = student.factory(0)(mixed)
+    assert loss.item() == pytest.approx((1 + w) * bare_loss.item(), rel=1e-6)
+    expected = {name: (1 + w) * grad for name, grad in bare_gradients(student, mixed).items()}
+    assert_near(gradients(wrapper.student), expected)
+
+
+@students_of_logits
+@pytest.mark.parametrize("order", [1, -1])
+def test_heads_beside_a_serving_term(student: Student, order: int) -> None:
+    """Their gradients add up, whatever the order; the serving head's is of its own term alone."""
+    batch, terms = supervised(student), [SERVING, TERMS[0]]
+    batch.adapted = batch.teacher.values
+    both = wrapped(student, *terms[::order])
+    both(batch)[0].backward()
+    alone = [wrapped(student, term) for term in terms]
+    alone[1].auxiliary_head.heads[0] = copy.deepcopy(both.auxiliary_head.heads[order == 1])
+    for wrapper in alone:
+        wrapper.zero_grad()
+        wrapper(batch)[0].backward()
+    bare = bare_gradients(student, batch.batch)
+    of_serving, of_heads = (gradients(wrapper.student) for wrapper in alone)
+    expected = {name: of_serving[name] + of_heads[name] - bare[name] for name in bare}
+    assert_near(gradients(both.student), expected)
+    head = [name for name in bare if name.startswith(student.head)]
+    assert all(torch.equal(both.student.get_parameter(k).grad, of_serving[k]) for k in head)
+    assert not any(torch.equal(of_serving[name], bare[name]) for name in bare)
+
+
+@students_of_logits
+def test_a_serving_term_learns_from_what_is_there(student: Student) -> None:
+    wrapper, batch = wrapped(student, SERVING), supervised(student)
+    loss, _ = wrapper(batch)
+    loss.backward()
+    bare, kept = student.factory(0), list[Tensor]()
+    bare.get_submodule(student.tap).register_forward_hook(lambda *given: kept.append(given[-1]))
+    expected, _ = bare(batch.batch)
+    here = batch.teacher.presence.flatten()
+    assert 0 < here.sum() < len(here)
+    soft = batch.teacher.values.flatten().sigmoid()[here]
+    term = nn.functional.binary_cross_entropy_with_logits(kept[0].flatten()[here], soft)
+    (expected + SERVING.weight * term).backward()
+    assert wrapper.last_losses.tolist() == pytest.approx([term.item()], rel=1e-6)
+    assert_near(gradients(wrapper.student), gradients(bare))
+
+
+@students_of_logits
+@pytest.mark.parametrize("case", ["weight 0", "no teacher"])
+def test_a_serving_term_that_teaches_nothing(student: Student, case: str) -> None:
+    weight = 0.0 if case == "weight 0" else 1.0
+    wrapper = wrapped(student, DistillationTerm(serving=True, weight=weight))
+    teacher = make_teacher(0, 8) if case == "weight 0" else TeacherOutputs.missing(8)
+    batch = ExFMBatch(student.make_batch(0, 8), teacher)
+    wrapper(batch)[0].backward()
+    expected = bare_gradients(student, batch.batch)
+    actual = gradients(wrapper.student)
+    assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
+
+
+def test_logits_that_the_student_changes_in_place_are_taken_as_they_were() -> None:
+    class Probabilities(HandTrain):
+        in_place = False
+
+        def forward(self, batch: Any) -> Any:
+            inputs = torch.cat([self.lookup(batch.ids).values(), batch.numbers], dim=1)
+            scores = self.score(self.norm(self.trunk(inputs).tanh()))
+            scores = scores.squeeze_(1).sigmoid_() if self.in_place else scores[:, 0].sigmoid()
+            loss = nn.functional.binary_cross_entropy(scores, batch.clicked)
+            return loss, (loss.detach(), scores.detach(), batch.clicked)
+
+    results = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        wrapper = ExFMWrapper(Probabilities(), tap="score", terms=[SERVING])
+        wrapper.student.in_place = in_place
+        wrapper(supervised(STUDENTS["hand_written"]))[0].backward()
+        results.append((wrapper.last_losses, gradients(wrapper)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@students_of_logits
+def test_the_taps_of_a_serving_term_leave_nothing_behind(student: Student) -> None:
+    module, batch = student.factory(0), supervised(student)
+    users = module.get_submodule(student.tap).register_forward_hook(lambda *_: None)
+    wrapper = ExFMWrapper(module, tap=student.tap, terms=[SERVING])
+    expected = module.eval()(batch.batch)
+    assert all(map(torch.equal, flat(wrapper.eval()(batch)), flat(expected)))
+    for mode in (False, True):
+        wrapper.train(mode)(batch)
+        wrapper.student(batch.batch)
+        assert not any(isinstance(value, Tensor) for value in vars(wrapper.exfm.tap).values())
+    copied = copy.deepcopy(wrapper)
+    loss, _ = copied(batch)
+    loss.backward()
+    assert torch.equal(loss, wrapper(batch)[0])
+    assert all(parameter.grad is None for parameter in wrapper.parameters())
+    again = ExFMWrapper(module, tap=student.tap)
+    hooks = [key for part in module.modules() for key in part._forward_hooks]
+    assert hooks == [users.id]
+    again(batch)[0].backward()

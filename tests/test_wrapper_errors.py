@@ -139,3 +139,36 @@ def test_wrong_terms_are_refused_and_the_student_left_as_it_was() -> None:
         ExFMWrapper(student, tap="norm")
     assert isinstance(student, HandTrain)
     assert not any(module._forward_pre_hooks for module in student.modules())
+
+
+@pytest.mark.parametrize("tap", ["trunk", "trunk.0"])
+def test_a_serving_term_wants_the_serving_head_tapped(tap: str) -> None:
+    wrapper = ExFMWrapper(hand_train(), tap=tap, terms=[DistillationTerm(serving=True)])
+    message = (
+        r"'teacher/serving'\] teach the serving head, .* of shape \(8, 1\) .*received \(8, 7\): "
+        "let ExFMWrapper tap"
+    )
+    with pytest.raises(ValueError, match=message):
+        wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 8)))
+    with pytest.raises(ValueError, match=r"teacher outputs .*\(8, 1, 1\).*received \(7, 1, 1\)"):
+        wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 7)))
+    assert not any(isinstance(value, Tensor) for value in vars(wrapper.exfm.tap).values())
+
+
+def test_a_serving_head_without_gradient_is_told() -> None:
+    class Frozen(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(hidden)
+
+    student = Tower(torch.ones(8, 4, requires_grad=True))
+    student.head = Frozen(4, 1)
+    with pytest.warns(RuntimeWarning, match="the output of the tapped module 'head' carries no"):
+        train(student, terms=[DistillationTerm(serving=True)])
+
+
+def test_a_serving_head_that_does_not_run_once_is_refused() -> None:
+    for times in (0, 2):
+        student = Tower(*[torch.ones(8, 4, requires_grad=True)] * times)
+        with pytest.raises(RuntimeError, match=f"should run exactly once .* ran {times} times"):
+            train(student, terms=[DistillationTerm(serving=True)])

@@ -65,6 +65,10 @@ class DistillationTerm:
         teacher: the teacher's name.
         adapted: learn from the student adapter's re-calibrated outputs in the place of the
             teacher's own.
+        serving: teach the serving head itself, without a head of its own: the tapped module's
+            output, (B, T) or (B,), is taken as its logits (not probabilities; or predictions).
+            Meant for ``adapted``: the adapter has learnt the teacher's bias away on fresh labels.
+            Without, the teacher's bias goes right into what is served.
         tasks: the names of the tasks it covers; None: all. Terms over different tasks give each
             task its own α, β and w.
         alpha: α, label scaling: multiplies the soft label, which is then clipped at 1 (or the
@@ -80,12 +84,14 @@ class DistillationTerm:
 
     Raises:
         ValueError: if α is not positive, if β or w is negative, or one is not finite; if the rate
-            is outside (0, 1], or is not 1 and the term is adapted.
+            is outside (0, 1], or is not 1 and the term is adapted; for a β or hidden layers of a
+            term of the serving head.
         TypeError: if ``hidden`` or ``tasks`` is no tuple.
     """
 
     teacher: str = "teacher"
     adapted: bool = False
+    serving: bool = False
     tasks: tuple[str, ...] | None = None
     alpha: float = 1.0
     beta: float = 1.0
@@ -99,6 +105,11 @@ class DistillationTerm:
                 raise ValueError(f"{name} should be a finite number >= 0; received {value}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+        if self.serving and (self.beta != 1 or self.hidden != type(self).hidden):
+            raise ValueError(
+                "a term of the serving head has no head of its own and no gradient to scale: leave "
+                f"hidden and beta as they are; received hidden={self.hidden}, beta={self.beta}"
+            )
         check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
         if self.adapted and self.negative_sampling_rate != 1:
             raise ValueError(
@@ -115,7 +126,8 @@ class DistillationTerm:
     @property
     def name(self) -> str:
         """The teacher's name, what it is learnt through, and the tasks if not all."""
-        return "/".join([self.teacher, *(["adapted"] if self.adapted else []), *(self.tasks or ())])
+        through = [name for name in ("adapted", "serving") if getattr(self, name)]
+        return "/".join([self.teacher, *through, *(self.tasks or ())])
 
 
 class TaskLoss(nn.Module):
@@ -220,6 +232,28 @@ def _are_plain(heads: Sequence[DistillationHead]) -> bool:
     return len(shapes) == 1 and not torch.compiler.is_compiling()
 
 
+def _outputs_of(heads: list[DistillationHead], shared: Tensor) -> Tensor:
+    if _are_plain(heads):
+        return heads_side_by_side(heads, shared)
+    return torch.cat([head(shared) for head in heads], dim=1)
+
+
+class _ServingHead(nn.Module):
+    """In the place of a head: what the serving head says of a term's tasks."""
+
+    columns: Tensor | None
+
+    def __init__(self, columns: Sequence[int], num_tasks: int) -> None:
+        super().__init__()
+        all_in_order = list(columns) == list(range(num_tasks))
+        picked = None if all_in_order else constant(columns)
+        self.register_buffer("columns", picked, persistent=False)
+
+    def forward(self, serving: Tensor) -> Tensor:
+        """(B, T) -> (B, tasks of the term)."""
+        return _picked(serving, self.columns)
+
+
 class _Factors:
     """A number for each of some columns: as a tensor where it is needed, exact in the module."""
 
@@ -260,8 +294,9 @@ class AuxiliaryHead(nn.Module):
 
     One :class:`DistillationHead` D_k for each term, side by side where they have the same widths;
     one loss over all outputs of all terms. The shared representation x receives the
-    gradient of L_D (times β_k); the serving head, which is no part of this, receives none. Every
-    head is in the graph on every step: missing outputs are masked.
+    gradient of L_D (times β_k); the serving head, which is no part of this, receives none, but
+    for terms with ``serving=True``, whose D_k is the serving head. Every head is in the graph on
+    every step: missing outputs are masked.
 
     Args:
         in_features: D, the width of the shared representation.
@@ -298,6 +333,7 @@ class AuxiliaryHead(nn.Module):
         self.teachers = check_names("teachers", teachers)
         self.terms = tuple(terms)
         self._adapts = any(term.adapted for term in terms)
+        self._serves = any(term.serving for term in terms)
         columns = [self._columns_of(term) for term in terms]
         self._sizes = [len(of_term) for of_term in columns]
         self._register_columns(list(itertools.chain(*columns)))
@@ -311,10 +347,15 @@ class AuxiliaryHead(nn.Module):
         self._weights = _Factors([term.weight for term in terms])
         self.loss = TaskLoss([task for _, task in of_columns])
         self.heads = nn.ModuleList(
-            DistillationHead(in_features, num_tasks=size, hidden=term.hidden, beta=term.beta)
-            for term, size in zip(terms, self._sizes, strict=True)
+            _ServingHead([column % len(tasks) for column in of_term], len(tasks))
+            if term.serving
+            else DistillationHead(
+                in_features, num_tasks=len(of_term), hidden=term.hidden, beta=term.beta
+            )
+            for term, of_term in zip(terms, columns, strict=True)
         )
-        widths = [(*term.hidden, size) for term, size in zip(terms, self._sizes, strict=True)]
+        kinds = zip(terms, self._sizes, strict=True)
+        widths = [(term.serving, *term.hidden, size) for term, size in kinds]
         ends = [k for k in range(1, len(terms)) if widths[k] != widths[k - 1]]
         self._alike = [slice(*pair) for pair in itertools.pairwise([0, *ends, len(terms)])]
 
@@ -349,6 +390,7 @@ class AuxiliaryHead(nn.Module):
         teacher: TeacherOutputs,
         adapted: Tensor | None = None,
         count: Tensor | None = None,
+        serving: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms.
 
@@ -358,13 +400,15 @@ class AuxiliaryHead(nn.Module):
             adapted: (B, M, T), the student adapter's outputs, without gradient; needed by terms
                 with ``adapted=True``.
             count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
+            serving: (B, T), or (B,) for one task, the serving head's outputs, with gradient;
+                needed by terms with ``serving=True``.
 
         Returns:
             L_D as a scalar, and the K unweighted losses, detached.
 
         Raises:
-            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted`` is needed
-                and not there.
+            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted`` or
+                ``serving`` is needed and not there.
         """
         expected = (shared.shape[0], len(self.teachers), len(self.tasks))
         if teacher.values.shape != expected:
@@ -373,7 +417,7 @@ class AuxiliaryHead(nn.Module):
                 f"{list(self.teachers)}, tasks {list(self.tasks)}); received "
                 f"{tuple(teacher.values.shape)}"
             )
-        outputs = self._outputs(shared)
+        outputs = self._outputs(shared, serving)
         targets = self._targets(teacher, adapted).to(outputs.dtype)
         present = _picked(teacher.presence.flatten(1), self.presence_columns)
         denominators = None if count is None else _picked(count.flatten(), self.presence_columns)
@@ -381,17 +425,33 @@ class AuxiliaryHead(nn.Module):
         losses = self._means_by_term(means)
         return self._weights.times(losses).sum(), losses.detach()
 
-    def _outputs(self, shared: Tensor) -> Tensor:
+    def _outputs(self, shared: Tensor, serving: Tensor | None) -> Tensor:
         """(B, C): what the heads say, those of the same widths side by side."""
-        heads = cast(list[DistillationHead], list(self.heads))
+        heads = list(self.heads)
+        if self._serves:
+            serving = self._checked_serving(serving, len(shared))
         parts = [
-            heads_side_by_side(heads[alike], shared)
-            if _are_plain(heads[alike])
-            else torch.cat([head(shared) for head in heads[alike]], dim=1)
+            torch.cat([head(serving) for head in heads[alike]], dim=1)
+            if self.terms[alike.start].serving
+            else _outputs_of(cast(list[DistillationHead], heads[alike]), shared)
             for alike in self._alike
         ]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def _checked_serving(self, serving: Tensor | None, batch_size: int) -> Tensor:
+        """(B, T)."""
+        shape = tuple(serving.shape) if isinstance(serving, Tensor) else type(serving).__name__
+        expected = (batch_size, len(self.tasks))
+        fits = shape == expected or (shape == expected[:1] and expected[1] == 1)
+        if not isinstance(serving, Tensor) or not fits:
+            names = [term.name for term in self.terms if term.serving]
+            raise ValueError(
+                f"the terms {names} teach the serving head, whose outputs should be of shape "
+                f"{expected} (examples, tasks {list(self.tasks)}); received {shape}: let "
+                "ExFMWrapper tap the module that gives the logits"
+            )
+        return serving.reshape(expected)
 
     def _targets(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
         """(B, C): the soft labels, in the order of the heads' outputs."""

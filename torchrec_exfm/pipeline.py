@@ -96,7 +96,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             ``torchrec_exfm.das.TeacherLookup``: begun as the batch is loaded, joined before its
             step. A :class:`LiveTeacher`.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
-        adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-3.
+        adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-2.
         labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
@@ -147,7 +147,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         self.adapter_optimizer = adapter_optimizer
         if self.adapter is not None and adapter_optimizer is None:
             self.adapter_optimizer = torch.optim.Adam(
-                self.adapter.parameters(), lr=1e-3, fused=True
+                self.adapter.parameters(), lr=1e-2, fused=True
             )
 
     def _on_device(self, adapter: StudentAdapter) -> StudentAdapter:

@@ -42,7 +42,7 @@ class ExFMWrapper(nn.Module):
         student: ``forward(batch) -> (loss, (loss, logits, labels))``, as ``DLRMTrain``.
         tap: the name, below ``student``, of the submodule whose first argument is the shared
             representation, (B, D): usually the one after the interaction, ``"model.over_arch"``
-            in a ``DLRMTrain``.
+            in a ``DLRMTrain``. For terms with ``serving=True`` its output is the logits, (B, T).
         terms: what is distilled, see :class:`DistillationTerm`.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs and of the labels.
@@ -81,6 +81,8 @@ class ExFMWrapper(nn.Module):
         self.student = student
         self.exfm = _Supervision(heads, _Tap(tap, tapped, width, _candidates(student)))
         tapped.register_forward_pre_hook(self.exfm.tap, with_kwargs=True)
+        if any(term.serving for term in terms):
+            tapped.register_forward_hook(self.exfm.tap.keep_output)
 
     def forward(self, batch: Any) -> Any:
         """See the class."""
@@ -123,7 +125,10 @@ def find_wrapper(model: nn.Module) -> ExFMWrapper:
 
 
 class _Tap:
-    """A forward pre-hook that keeps the first argument of the tapped module."""
+    """A forward pre-hook that keeps the first argument of the tapped module.
+
+    For terms of the serving head also a hook that keeps its output.
+    """
 
     def __init__(self, name: str, tapped: nn.Module, width: int, candidates: list[str]) -> None:
         self.name = name
@@ -131,6 +136,7 @@ class _Tap:
         self.width = width
         self.candidates = candidates
         self._value: Any = None
+        self._output: Any = None
         self._calls = 0
         self._open = False
 
@@ -141,6 +147,11 @@ class _Tap:
         self._value = args[0] if args else kwargs.get(self.argument, only)
         self._calls += 1
 
+    def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook: keeps what the tapped module returns, as it is now."""
+        if self._open:
+            self._output = output.clone() if isinstance(output, Tensor) else output
+
     def open(self) -> None:
         """Keep what comes, from now until the tap is cleared."""
         self.clear()
@@ -148,11 +159,11 @@ class _Tap:
 
     def clear(self) -> None:
         """Forget, and close."""
-        self._value, self._calls, self._open = None, 0, False
+        self._value, self._output, self._calls, self._open = None, None, 0, False
 
-    def take(self) -> Tensor:
-        """The representation of this forward; clears the tap."""
-        value, calls = self._value, self._calls
+    def take(self) -> tuple[Tensor, Any]:
+        """The representation of this forward, and the output if it was kept; clears the tap."""
+        value, output, calls = self._value, self._output, self._calls
         self.clear()
         if calls != 1:
             raise RuntimeError(
@@ -166,15 +177,16 @@ class _Tap:
                 f"shape (B, {self.width}); received {shape}: pass in_features, or tap another "
                 f"module, such as {self.candidates}"
             )
-        if torch.is_grad_enabled() and not value.requires_grad:
-            warnings.warn(
-                f"the input of the tapped module {self.name!r} carries no gradient, so nothing of "
-                "the teacher reaches the network below it; with activation checkpointing around "
-                "the tap use use_reentrant=False",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return value
+        for what, tensor in (("input", value), ("output", output)):
+            if torch.is_grad_enabled() and isinstance(tensor, Tensor) and not tensor.requires_grad:
+                warnings.warn(
+                    f"the {what} of the tapped module {self.name!r} carries no gradient, so "
+                    "nothing of the teacher reaches the network below it; with activation "
+                    "checkpointing around the tap use use_reentrant=False",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return value, output
 
 
 class _Supervision(nn.Module):
@@ -194,8 +206,9 @@ class _Supervision(nn.Module):
                 "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
             )
         loss, rest = _checked_contract(outputs)
+        shared, serving = self.tap.take()
         added, self.last_losses = self.auxiliary_head(
-            self.tap.take(), batch.teacher, batch.adapted, batch.count
+            shared, batch.teacher, batch.adapted, batch.count, serving
         )
         self.last_teacher = batch.teacher
         return loss + added, rest
@@ -274,3 +287,6 @@ def _remove_taps(student: nn.Module) -> None:
             if isinstance(hook, _Tap):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _Tap):
+                del module._forward_hooks[key]

@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 from torchrec_exfm import (
     DistillationTerm,
-    ExFMBatch,
     ExFMMetrics,
     ExFMWrapper,
     StudentAdapter,
@@ -58,9 +57,13 @@ TEACHER_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.3}
 
 TAP = "model.over_arch.model.1"  # the last layer: the heads share all of the network below it
 TERM = DistillationTerm(weight=1.0, beta=3.0)
-TERMS = {"AH": [TERM], "AH + SA": [TERM, replace(TERM, adapted=True)]}
-SERVING_HEAD_WEIGHT = TERM.weight * TERM.beta  # the same pull on the network below the heads
-ARMS = ("none", "serving head", *TERMS)
+SERVING_TERM = DistillationTerm(serving=True, weight=TERM.weight * TERM.beta)  # the same pull below
+TERMS = {
+    "serving head": [SERVING_TERM],
+    "AH": [TERM],
+    "AH + SA": [TERM, replace(TERM, adapted=True)],
+}
+ARMS = ("none", *TERMS)
 
 Pipeline = TrainPipelineSparseDist[Any, Any]
 Feed = Iterator[tuple[slice, Any]]  # rows of the stream, and their batch or outputs
@@ -135,10 +138,8 @@ def train_student(
     torch.manual_seed(options.seed)
     features = data.LEAN_SPARSE, data.LEAN_DENSE
     module: Any = models.ranker(*features, vertical.cardinalities, **STUDENT)
-    if arm == "serving head":
-        module = models.ServingHeadDistillation(module, options.serving_head_weight)
-    elif arm in TERMS:
-        module = ExFMWrapper(module, tap=TAP, terms=TERMS[arm])
+    if arm in TERMS:
+        module = ExFMWrapper(module, tap=TAP, terms=terms_of(arm, options))
     model, optimizer = models.distribute(
         module,
         device,
@@ -147,13 +148,17 @@ def train_student(
     )
     feed: Feed = data.batches(vertical, *features, options.batch_size, **ranks())
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, device)
-    lookup = TeacherLookup(store, teacher)
     if arm in TERMS:
+        lookup = TeacherLookup(store, teacher)
         adapter = StudentAdapter() if arm == "AH + SA" else None
         pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
-    elif arm == "serving head":  # written by hand: the outputs come in the batch
-        feed = ((rows, ExFMBatch(batch, lookup(batch))) for rows, batch in feed)
     return run(arm, pipeline, feed, len(vertical))
+
+
+def terms_of(arm: str, options: argparse.Namespace) -> list[DistillationTerm]:
+    """What an arm distils, with the weight of the serving head's term out of the options."""
+    weight = options.serving_head_weight
+    return [replace(term, weight=weight) if term.serving else term for term in TERMS[arm]]
 
 
 def new_store(folder: Path) -> TeacherStore:
@@ -264,7 +269,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=BATCH, help="of a student, all ranks")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="of a student")
     parser.add_argument("--table-learning-rate", type=float, default=0.5, help="of a student")
-    parser.add_argument("--serving-head-weight", type=float, default=SERVING_HEAD_WEIGHT)
+    parser.add_argument("--serving-head-weight", type=float, default=SERVING_TERM.weight)
     parser.add_argument("--cache", type=Path, help="folder of the built stream")
     parser.add_argument("--out", type=Path, default=Path("results/promo_response"))
     return parser.parse_args()

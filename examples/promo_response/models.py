@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -17,9 +17,6 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-
-from torchrec_exfm import ExFMBatch
-from torchrec_exfm.functional import soft_bce_with_logits
 
 
 def tables(
@@ -89,37 +86,3 @@ def distribute(
         dense, lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
     )
     return model, optimizer
-
-
-class ServingHeadDistillation(nn.Module):
-    """What one would write by hand: the teacher's soft label on the serving head itself.
-
-    The arm that the auxiliary head is compared with: h(y_S, y) + w h(y_S, y_F).
-    """
-
-    def __init__(self, ranker: DLRMTrain, weight: float) -> None:
-        super().__init__()
-        self.ranker = ranker.model
-        self.loss = _LabelAndTeacherLoss(weight)
-
-    def forward(self, batch: ExFMBatch[Any]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """TorchRec's training contract."""
-        logits = self.ranker(batch.dense_features, batch.sparse_features)
-        result: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] = self.loss(
-            logits.squeeze(-1), batch.labels, batch.teacher
-        )
-        return result
-
-
-class _LabelAndTeacherLoss(nn.Module):
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(
-        self, logits: Tensor, labels: Tensor, teacher: Any
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        loss = soft_bce_with_logits(logits, labels).mean()
-        soft_labels = teacher.values[:, 0, 0].sigmoid()
-        total = loss + self.weight * soft_bce_with_logits(logits, soft_labels).mean()
-        return total, (loss.detach(), logits.detach(), labels)
