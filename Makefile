@@ -1,4 +1,4 @@
-# make test | lint | demo | faults | bench | clean
+# make test | lint | demo | faults | bench | quality | clean
 #
 # Each but the last sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo faults bench clean venv install
+.PHONY: test lint demo faults bench quality clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -48,6 +48,11 @@ faults: venv
 # BENCH=step picks one, BENCH=--quick prints small runs and keeps nothing.
 bench: venv
 	$(PY) benchmarks/report.py $(BENCH)
+
+# What a teacher brings, on two real streams, and benchmarks/QUALITY.md from it: some three hours on 2
+# quiet cores, and goes on where it was stopped. QUICK=1: some minutes, and nothing is kept.
+quality: venv
+	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) $(QUALITY)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  silences warnings before TorchRec is imported
 import movielens  # puts the example's folder on the path
 import numpy as np
 import numpy.typing as npt

@@ -1,0 +1,212 @@
+"""Checks of the quality benchmark, in a process of its own, as its modules share names with tests'.
+
+    python tests/quality_checks.py
+
+A tiny stream of five weeks stands for the real ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import numpy as np
+import passes
+import quality
+import quality_report
+import torch
+from passes import data
+from scipy import stats
+
+from torchrec_exfm import DistillationTerm, ExFMMetrics
+
+WEEKS, WEEKLY, BATCH = 5, 90, 32
+FEATURES = (("household", "product"), ("hour_sin", "hour_cos"))
+RATES = (BATCH, 1e-2, 0.3)
+
+
+def tiny_stream() -> data.Stream:
+    rng = np.random.default_rng(0)
+    rows = WEEKS * WEEKLY
+    ids = {name: rng.integers(0, 20, rows).astype(np.int32) for name in FEATURES[0]}
+    return data.Stream(
+        time=np.arange(rows, dtype=np.int64) * 3600,
+        week=np.repeat(np.arange(1, WEEKS + 1, dtype=np.int32), WEEKLY),
+        label=((ids["product"] % 3 == 0) & (rng.random(rows) < 0.8)).astype(np.float32),
+        vertical=np.zeros(rows, np.int32),
+        weight=np.full(rows, 7, np.float32),
+        example_id=np.arange(rows, dtype=np.int64),
+        sparse=ids,
+        dense={name: rng.random(rows).astype(np.float32) for name in FEATURES[1]},
+        verticals=("all",),
+        cardinalities=dict.fromkeys(FEATURES[0], 20),
+    )
+
+
+def teach(stream: data.Stream, **options: Any) -> dict[str, np.ndarray]:
+    settings = {"seed": 1, "width": 4, "delays": (0, 2), "frozen_after": 2, **options}
+    return passes.teacher_logits(stream, FEATURES, **settings)
+
+
+def flipped_from(stream: data.Stream, week: int) -> data.Stream:
+    label = np.where(stream.week >= week, 1 - stream.label, stream.label)
+    return replace(stream, label=label.astype(np.float32))
+
+
+def same(mine: np.ndarray, other: np.ndarray, week: int) -> bool:
+    rows = slice((week - 1) * WEEKLY, week * WEEKLY)
+    return np.array_equal(mine[rows], other[rows], equal_nan=True)
+
+
+def check_a_teachers_age() -> None:
+    """A snapshot of a week's end knows all labels through that week, and none of a later one."""
+    stream = tiny_stream()
+    said = teach(stream)
+    assert set(said) == {"fresh", "delay-0", "delay-2", "frozen"}
+    first_scored = {"delay-0": 2, "delay-2": 4, "frozen": 3}
+    for feed, first in first_scored.items():
+        scored = ~np.isnan(said[feed])
+        assert np.array_equal(scored, stream.week >= first), feed
+    for week in range(2, WEEKS + 1):
+        other = teach(flipped_from(stream, week))
+        assert same(said["delay-0"], other["delay-0"], week)
+        assert week == WEEKS or not same(said["delay-0"], other["delay-0"], week + 1)
+        if 4 <= week + 2 <= WEEKS:
+            assert same(said["delay-2"], other["delay-2"], week + 2)
+        assert (week > 2) == same(said["frozen"], other["frozen"], WEEKS)
+    no_snapshots = teach(stream, delays=(), frozen_after=None)
+    assert np.array_equal(no_snapshots["fresh"], said["fresh"], equal_nan=True)
+    part = teach(stream, scored=stream.label == 1)["delay-0"]
+    expected = np.where(stream.label == 1, said["delay-0"], np.nan)
+    np.testing.assert_allclose(part, expected, rtol=1e-5)
+
+
+def check_a_student_scores_before_it_trains() -> None:
+    stream, terms = tiny_stream(), (DistillationTerm(),)
+    teacher = np.full(len(stream), 0.5, np.float32)
+
+    def student(stream: data.Stream, *terms: DistillationTerm) -> np.ndarray:
+        return passes.student_logits(stream, FEATURES, RATES, seed=3, terms=terms, teacher=teacher)
+
+    plain, taught = student(stream), student(stream, *terms)
+    last = len(stream) // BATCH * BATCH
+    assert np.isnan(plain[last:]).all() and not np.isnan(plain[:last]).any()
+    changed = flipped_from(stream, 3)
+    first = 2 * WEEKLY // BATCH * BATCH  # of the first batch with another label
+    for terms_ in ((), terms):
+        mine, other = student(stream, *terms_), student(changed, *terms_)
+        assert np.array_equal(mine[: first + BATCH], other[: first + BATCH])
+        assert not np.array_equal(mine[first + BATCH : last], other[first + BATCH : last])
+    assert np.array_equal(plain, student(stream, DistillationTerm(weight=0.0)), equal_nan=True)
+    assert not np.array_equal(plain, taught, equal_nan=True)
+
+
+def check_figures_are_torchrecs() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(-2, 1, 4000).astype(np.float32)
+    labels = (rng.random(4000) < passes_sigmoid(logits)).astype(np.float32)
+    metrics = ExFMMetrics(batch_size=4000, device=torch.device("cpu"), window_size=4000)
+    metrics.update((torch.tensor(0.0), torch.from_numpy(logits), torch.from_numpy(labels)))
+    expected, found = metrics.compute(), quality.figures(logits, labels)
+    for name in ("ne", "auc", "calibration"):
+        np.testing.assert_allclose(found[name], expected[f"{name}/label"], rtol=1e-5)
+    weeks = quality.by_week(logits, labels, np.repeat([1, 2], 2000))
+    rate = labels.mean()
+    entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
+    np.testing.assert_allclose(
+        np.mean([week[2] for week in weeks]) / entropy, found["ne"], rtol=1e-6
+    )
+
+
+def check_ties_count_half() -> None:
+    labels = np.array([0, 1, 0, 1])
+    assert quality_report.auc(np.array([1.0, 1.0, 1.0, 1.0]), labels) == 0.5
+    assert quality_report.auc(np.array([30.0, 31.0, 29.0, 40.0]), labels) == 1.0
+
+
+def passes_sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z.astype(np.float64)))
+
+
+def check_a_correction_meets_the_unsampled_rate() -> None:
+    """A model that is right about the sampled data is right about all pairs, once corrected."""
+    stream = tiny_stream()
+    rng = np.random.default_rng(2)
+    stream = replace(stream, week=np.where(np.arange(len(stream)) < 200, 1, 30).astype(np.int32))
+    stream = replace(stream, label=(rng.random(len(stream)) < 0.3).astype(np.float32))
+    counted = stream.week == 30
+    rate = stream.label[counted].mean()
+    logits = np.full(len(stream), np.log(rate / (1 - rate)), np.float32)
+    weight = np.where(stream.label == 1, 1, 7 / 0.5)
+    found = quality.unsampled(logits, stream, weight, counted, kept=0.5)
+    np.testing.assert_allclose([found["stream"], found["pairs"]], 1, rtol=1e-5)
+    assert found["stream_uncorrected"] > 1.2 and found["pairs_uncorrected"] > 2
+
+
+def check_cells_have_names_of_their_own() -> None:
+    cells = [cell for part in quality.groups(quick=False) for cell in part]
+    assert len({cell.name for cell in cells}) == len(set(cells))
+    quick = {cell for part in quality.groups(quick=True) for cell in part}
+    assert quick <= set(cells)
+
+
+def check_tables() -> None:
+    """Changes against none of the same vertical and seed, with the test over seeds."""
+    results = []
+    rng = np.random.default_rng(3)
+    effect = {"none": 0.0, "AH": -0.02, "serving head": 0.03, "teacher": -0.2}
+    for seed in range(5):
+        for vertical, level in (("a", 0.5), ("b", 0.8)):
+            for arm, change in effect.items():
+                noise = 0 if arm == "none" else rng.normal(0, 1e-3)
+                results.append(
+                    {
+                        **{"source": "s", "vertical": vertical, "student": "lean", "arm": arm},
+                        **{"seed": seed, "feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0},
+                        **{"corrected": False, "rates": None, "ne": level * (1 + change + noise)},
+                        **{"auc": 0.8, "calibration": 1.0},
+                    }
+                )
+    rng.shuffle(results)
+    change = quality_report.changes(results, source="s", student="lean", arm="AH")
+    assert change is not None and change.ne.shape == (5, 2)
+    assert abs(change.ne.mean() + 2) < 0.2 and quality_report.worse(change) == []
+    expected = stats.ttest_rel([0.1, 0.2, 0.4], [0.0, 0.1, 0.1]).pvalue
+    assert np.isclose(quality_report.p_value(np.array([0.1, 0.1, 0.3])), expected)
+    serving = quality_report.changes(results, source="s", student="lean", arm="serving head")
+    assert serving is not None and sorted(quality_report.worse(serving)) == ["a", "b"]
+    text = "".join(quality_report.ablation(results))
+    assert "| AH | -2.0" in text or "| AH | -1.9" in text
+    assert ("a, b" in text or "b, a" in text) and "0.10" in text  # the transfer ratio, 2 of 20
+
+
+def check_a_cell_is_kept_whole() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells" / "x.json"
+        try:
+            quality.write(path, lambda file: 1 / 0)
+        except ZeroDivisionError:
+            assert not path.exists()
+        quality.write(path, lambda file: file.write(b"{}"))
+        assert [entry.name for entry in path.parent.iterdir() if entry.suffix == ".json"] == [
+            "x.json"
+        ]
+
+
+def main() -> None:
+    passes.start()
+    passes.TEACHER_BATCH = BATCH
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(name)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
