@@ -70,6 +70,7 @@ ARMS: dict[str, tuple[Term, ...]] = {
     "SA on serving": (Term(adapted=True, serving=True),),
 }
 RECIPE = "AH + SA on serving"  # what the library advises
+MAIN = ("none", "serving head", "AH", "AH + SA", RECIPE)
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,20 @@ class Cell:
 def groups(quick: bool) -> list[list[Cell]]:
     """All that the tables need, in the order to run them: the first seeds of a group first."""
     together = (
-        ablation(quick, "promotions"),
+        ablation(quick, "promotions", MAIN),
         itertools.chain(freshness(quick), bias(quick)),
-        () if quick else ablation(quick, "movielens"),
+        () if quick else ablation(quick, "promotions", tuple(ARMS)),
+        () if quick else ablation(quick, "movielens", MAIN),
         itertools.chain(sampling(quick), scale(quick)),
         batches(quick),
     )
     return [sorted(dict.fromkeys(cells), key=lambda cell: cell.seed) for cells in together]
 
 
-def ablation(quick: bool, source: str) -> Iterator[Cell]:
-    arms = ["teacher", *ARMS]
-    if quick or source == "movielens":
-        arms = ["teacher", "none", "serving head", "AH", *([] if quick else ["AH + SA"]), RECIPE]
+def ablation(quick: bool, source: str, arms: Sequence[str]) -> Iterator[Cell]:
     verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (VERTICALS[source], SEEDS)
     for seed, student, vertical, arm in itertools.product(
-        seeds, ("lean", "strong"), verticals, arms
+        seeds, ("lean", "strong"), verticals, ("teacher", *arms)
     ):
         yield Cell(source, vertical, student, arm, seed)
 
@@ -322,8 +321,8 @@ def write(path: Path, how: Any) -> None:
     draft.replace(path)
 
 
-def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Run what is missing, one part after the other; the figures of all."""
+def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None:
+    """Run what is missing, one part after the other."""
     feeds: dict[tuple[str, int, int], set[str]] = {}
     for cell in itertools.chain(*parts):
         if cell.arm != "none":
@@ -341,7 +340,6 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> list
             _wait(missing, "teachers")
             cells = [cell for cell in part if not cell_file(folder, cell).exists()]
             _wait([pool.submit(run, cell, folder) for cell in cells], "students")
-    return finished(parts, folder)
 
 
 def finished(parts: Sequence[Sequence[Cell]], folder: Path) -> list[dict[str, Any]]:
@@ -361,7 +359,9 @@ def _wait(futures: Sequence[Future[None]], name: str) -> None:
 
 def tune(folder: Path, workers: int) -> None:
     """Print the grid for the students without a teacher, the best first."""
-    results = measure([list(tuning())], folder, workers)
+    parts = [list(tuning())]
+    measure(parts, folder, workers)
+    results = finished(parts, folder)
     for source, student in itertools.product(VERTICALS, ("lean", "strong")):
         print(f"\n{source}, {student}: batch, rate, rate of the tables: mean NE of weeks 14 to 26")
         means = {
@@ -383,20 +383,25 @@ def tune(folder: Path, workers: int) -> None:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
-    parser.add_argument("--no-run", action="store_true", help="the page from what is kept")
+    parser.add_argument("--no-run", action="store_true", help="the page from what is there")
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     options = parser.parse_args()
     if options.tune:
-        tune(options.out, options.workers)
-    elif options.no_run:
-        quality_report.write_page(json.loads(KEPT_FILE.read_text()), HERE)
-    else:
-        results = measure(groups(options.quick), options.out, options.workers)
-        kept = {"environment": common.environment(), "results": results}
-        if not options.quick:
-            KEPT_FILE.write_text(quality_report.as_text(kept))
-        quality_report.write_page(kept, options.out if options.quick else HERE)
+        return tune(options.out, options.workers)
+    parts = groups(options.quick)
+    if not options.no_run:
+        measure(parts, options.out, options.workers)
+    kept = {
+        "recipe": RECIPE,
+        "environment": common.environment(),
+        "results": finished(parts, options.out),
+    }
+    if options.no_run and not kept["results"]:
+        kept = json.loads(KEPT_FILE.read_text())
+    elif not options.quick:
+        KEPT_FILE.write_text(quality_report.as_text(kept))
+    quality_report.write_page(kept, options.out if options.quick else HERE)
 
 
 if __name__ == "__main__":

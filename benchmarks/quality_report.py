@@ -37,20 +37,25 @@ earlier examples of the product and of the household with the product, category 
 """
 
 
+PICTURE = """
+![The change of NE as the teacher grows old, calibration as it is biased, reliability, NE over \
+time](quality.png)
+"""
+
+
 class Changes(NamedTuple):
     """Of an arm against none, in per cent.
 
     Attributes:
         ne, auc: (seeds, verticals).
         verticals: in the order of the columns.
-        calibration: mean over seeds, by vertical.
+        calibration: (seeds, verticals), as it is.
     """
 
     ne: Array
     auc: Array
     verticals: list[str]
     calibration: Array
-    absolute: Array
 
 
 def auc(logits: Array, labels: Array) -> float:
@@ -93,7 +98,6 @@ def changes(
         100 * (table("auc", by) / table("auc", none) - 1),
         names,
         table("calibration", by),
-        table("ne", by),
     )
 
 
@@ -128,6 +132,57 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def arms_of(results: Sequence[Result]) -> list[str]:
     return [a for a in dict.fromkeys(r["arm"] for r in results) if a not in ("none", "teacher")]
+
+
+def aims(results: Sequence[Result], recipe: str) -> Iterator[str]:
+    """What was aimed at, and whether it was met."""
+    yield f"\n## What was aimed at\n\nThe recipe: {recipe}.\n\n"
+    yield markdown(
+        ["aim", "measured", "met"], [*_gain_aims(results, recipe), *_teacher_aims(results, recipe)]
+    )
+
+
+def _gain_aims(results: Sequence[Result], recipe: str) -> Iterator[list[str]]:
+    for student in ("lean", "strong"):
+        change = changes(results, source="promotions", student=student, arm=recipe)
+        if change is None:
+            continue
+        p, losers = p_value(change.ne.mean(1)), worse(change)
+        if student == "lean":
+            met = change.ne.mean() <= -1 and change.auc.mean() >= 1.1
+            met = met and max(p, p_value(change.auc.mean(1))) < 0.01
+            what = "NE at least 1.0 % lower, AUC at least 1.1 % higher, p < 0.01"
+        else:
+            met, what = change.ne.mean() < 0 and p < 0.05, "NE lower, p < 0.05"
+        figures = f"NE {mean_cell(change.ne)}, AUC {mean_cell(change.auc)}"
+        yield [f"{student} student: {what}", figures, _yes(met)]
+        yield [
+            f"{student} student: no vertical worse, p < 0.05",
+            ", ".join(losers) or "none",
+            _yes(not losers),
+        ]
+
+
+def _teacher_aims(results: Sequence[Result], recipe: str) -> Iterator[list[str]]:
+    for arm in ("AH", recipe):
+        ratios = [_calibrations(results, arm, shift) for shift in shifts_of(results)]
+        if len(ratios) > 1 and all(map(len, ratios)):
+            means = [float(ratio.mean()) for ratio in ratios]
+            met = all(abs(mean - 1) <= 0.02 for mean in means)
+            what = f"{arm}: serving calibration within 2 % of none's for every shift"
+            yield [what, f"{min(means):.3f} to {max(means):.3f}", _yes(met)]
+    for feed in feeds_of(results):
+        late = feed == "frozen" or int(feed.removeprefix("delay-")) >= 8
+        arms = [_lean_changes(results, arm=arm, feed=feed) for arm in (recipe, "AH")]
+        if late and all(arms):
+            ne, auc = (_less(*(getattr(arm, name) for arm in arms)) for name in ("ne", "auc"))
+            met = ne.mean() <= 0 and auc.mean() >= 0
+            what = f"teacher {feed}: the recipe at least as good as AH alone"
+            yield [what, f"NE {mean_cell(ne)}, AUC {mean_cell(auc)}", _yes(met)]
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "**no**"
 
 
 def ablation(results: Sequence[Result]) -> Iterator[str]:
@@ -182,29 +237,32 @@ def _stars(values: Array) -> str:
 
 
 def bias(results: Sequence[Result]) -> Iterator[str]:
-    shifts = sorted({r["shift"] for r in results})
+    shifts = shifts_of(results)
     yield (
         "\n## 2. Bias: the teacher's logits shifted\n\nThe lean student; serving calibration over "
         "that of the student without a teacher, and the change of NE.\n\n"
     )
     rows = []
-    none = {(r["vertical"], r["seed"]): r["calibration"] for r in _lean(results, arm="none")}
     for arm in arms_of(results):
-        cells = []
-        for shift in shifts:
-            picked = _lean(results, arm=arm, shift=shift)
-            change = _lean_changes(results, arm=arm, shift=shift)
-            if change is None or (shift == 0 and not _lean(results, arm=arm, shift=shifts[-1])):
-                break
-            ratios = [
-                r["calibration"] / none[r["vertical"], r["seed"]]
-                for r in picked
-                if (r["vertical"], r["seed"]) in none and r["vertical"] in change.verticals
-            ]
-            cells.append(f"{np.mean(ratios):.3f}, {change.ne.mean():+.2f} %")
-        if len(cells) == len(shifts):
-            rows.append([arm, *cells])
+        found = [_lean_changes(results, arm=arm, shift=shift) for shift in shifts]
+        if all(found):
+            ratios = [_calibrations(results, arm, shift).mean() for shift in shifts]
+            cells = zip(ratios, found, strict=True)
+            rows.append([arm, *(f"{r:.3f}, {change.ne.mean():+.2f} %" for r, change in cells)])
     yield markdown(["arm", *(f"{shift:+g}" for shift in shifts)], rows)
+
+
+def shifts_of(results: Sequence[Result]) -> list[float]:
+    return sorted({r["shift"] for r in results})
+
+
+def _calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
+    """An arm's calibration over none's, of each vertical and seed."""
+    none = {(r["vertical"], r["seed"]): r["calibration"] for r in _lean(results, arm="none")}
+    picked = [
+        (r["vertical"], r["seed"], r["calibration"]) for r in _lean(results, arm=arm, shift=shift)
+    ]
+    return np.array([c / none[v, s] for v, s, c in picked if (v, s) in none])
 
 
 def _swept(results: Sequence[Result]) -> list[str]:
@@ -241,14 +299,15 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
         if "SA" in arm and "AH" in by_arm:
             pairs = list(zip(found, by_arm["AH"], strict=True))
             for what in ("ne", "auc"):
-                cells = [_difference(getattr(c, what), getattr(a, what)) for c, a in pairs]
+                cells = [mean_cell(_less(getattr(c, what), getattr(a, what))) for c, a in pairs]
                 rows.append([f"{arm} less AH, {what.upper()}", *cells])
     yield markdown(["arm", *feeds], rows)
 
 
-def _difference(values: Array, others: Array) -> str:
+def _less(values: Array, others: Array) -> Array:
+    """The difference seed by seed, of the seeds that both have."""
     n = min(len(values), len(others))
-    return mean_cell(values[:n] - others[:n])
+    return values[:n] - others[:n]
 
 
 def feeds_of(results: Sequence[Result]) -> list[str]:
@@ -308,10 +367,11 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
                 )
 
 
-def page(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
-    parts = (ablation, bias, freshness, scale, sampling, batches)
-    text = "".join([HEAD, *itertools.chain.from_iterable(part(results) for part in parts)])
-    return f"{text}\n{report.machine(environment)}\n"
+def page(kept: Mapping[str, Any]) -> str:
+    results, parts = kept["results"], (ablation, bias, freshness, scale, sampling, batches)
+    tables = itertools.chain.from_iterable(part(results) for part in parts)
+    text = "".join([HEAD, PICTURE, *aims(results, kept["recipe"]), *tables])
+    return f"{text}\n{report.machine(kept['environment'])}\n"
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -347,7 +407,7 @@ def _draw_freshness(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_bias(axes: Any, results: Sequence[Result]) -> None:
-    shifts = sorted({r["shift"] for r in results})
+    shifts = shifts_of(results)
     for arm in arms_of(results):
         means = [
             [r["calibration"] for r in _lean(results, arm=arm, shift=shift)] for shift in shifts
@@ -391,7 +451,8 @@ def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
 def as_text(kept: Mapping[str, Any]) -> str:
     """JSON, a line for each result, numbers to six digits; by week and by bin only where drawn."""
     lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
-    return f'{{"environment": {json.dumps(kept["environment"])},\n"results": [\n{lines}\n]}}\n'
+    head = json.dumps({name: kept[name] for name in ("recipe", "environment")})
+    return f'{head[:-1]},\n"results": [\n{lines}\n]}}\n'
 
 
 def _short(result: Result) -> dict[str, Any]:
@@ -412,7 +473,7 @@ def _rounded(value: Any) -> Any:
 def write_page(kept: Mapping[str, Any], folder: Path) -> None:
     """QUALITY.md and quality.png; the first is printed as well."""
     results = [{"weeks": [], "bins": [], **result} for result in kept["results"]]
-    text = page(results, kept["environment"])
+    text = page({**kept, "results": results})
     draw(results, folder / "quality.png")
     (folder / "QUALITY.md").write_text(text)
     print(text)
