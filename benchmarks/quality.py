@@ -181,7 +181,7 @@ def tuning() -> Iterator[Cell]:
             yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
 
 
-def teach(source: str, width: int, seed: int, delays: tuple[int, ...], folder: Path) -> None:
+def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> None:
     """Run a teacher, and keep what it says: one file for each age of it."""
     stream = passes.stream_of(source)
     used = np.logical_or.reduce(
@@ -192,8 +192,8 @@ def teach(source: str, width: int, seed: int, delays: tuple[int, ...], folder: P
         SOURCES[source].rich,
         seed=seed,
         width=width,
-        delays=delays,
-        frozen_after=FROZEN_AFTER if delays else None,
+        delays=[int(feed.removeprefix("delay-")) for feed in feeds if "-" in feed],
+        frozen_after=FROZEN_AFTER if "frozen" in feeds else None,
         scored=used,
     )
     for feed, values in logits.items():
@@ -333,7 +333,7 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None
         for part in parts:
             teachers = dict.fromkeys((c.source, c.width, c.seed) for c in part if c.arm != "none")
             missing = [
-                pool.submit(teach, *teacher, DELAYS if feeds[teacher] != {"fresh"} else (), folder)
+                pool.submit(teach, *teacher, feeds[teacher], folder)
                 for teacher in teachers
                 if not all(teacher_file(folder, *teacher, f).exists() for f in feeds[teacher])
             ]
