@@ -236,8 +236,8 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
     ]
     yield markdown(head, rows)
     yield (
-        "\nThe mean of AUC hangs on the vertical where it is low, so that NE and the median say more. "
-        "NE by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
+        "\nThe mean of AUC hangs on the vertical where it is low: NE and the median tell more. NE "
+        "by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
     )
     teachers = ["teacher itself", *(f"{c.mean():+.1f}" for c in teacher.ne.T)]
     yield markdown(["arm", *teacher.verticals], [*parts, teachers])
