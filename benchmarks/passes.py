@@ -6,8 +6,11 @@ what a student gets from a teacher that is so old.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,7 +86,10 @@ SOURCES = {
 
 
 def start() -> None:
-    """Make this process the only rank, on one thread."""
+    """Make this process the only rank, on one thread, and end it when its parent is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     meeting = Path(tempfile.mkdtemp(), "rank")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     torch.set_num_threads(1)
