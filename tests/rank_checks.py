@@ -42,6 +42,8 @@ TERMS = {
     "adapted": BOTH,
     "serving": (rm.SERVING[0], *BOTH, rm.SERVING[1]),
     "serving_alone": rm.SERVING[:1],
+    "margins": (rm.MARGINS[0], *BOTH, rm.MARGINS[1]),
+    "margin_without_adapter": rm.MARGINS[1:],
 }
 
 
@@ -102,7 +104,7 @@ def _pipelined(
 ) -> Any:
     """Outputs, weights, and the adapter's weights."""
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
-    options = {"teacher": rm.logged, "adapter": _adapter_of(terms), **options}
+    options = {"teacher": rm.teacher_for(terms), "adapter": _adapter_of(terms), **options}
     pipeline = rm.pipeline_of(trainee, trace=trace, **options)
     outputs = rm.drained(pipeline, rm.parts(rank, world_size))
     assert len(outputs) == 6
@@ -120,16 +122,20 @@ def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], shard
     adapter = _adapter_of(terms)
     adapter = None if adapter is None else adapter.to(device())
     adam = torch.optim.Adam(adapter.parameters(), lr=1e-2, fused=True) if adapter else None
+    head = find_wrapper(trainee.model).auxiliary_head
     outputs = []
     for data in rm.global_data():
         part = rm.part_of(data, rank, world_size)
-        batch = ExFMBatch(part, rm.logged(part)).to(device())
+        batch = ExFMBatch(part, rm.teacher_for(terms)(part)).to(device())
+        batch.fresh_labels = batch.batch.labels
         batch.count = (data.presence.sum(0).float() / world_size).to(device())
         if adapter is not None and adam is not None:
             step = (adapter, adam, batch.teacher, batch.batch.labels)
             batch.adapted = adapter_step(*step, count=batch.count, group=_group(world_size))
         trainee.optimizer.zero_grad()
         loss, output = trainee.model(batch)
+        if world_size > 1 and head.lead_losses is not None:
+            head.lead_losses = torch.stack(rm.on_every_rank(head.lead_losses)).mean(0)
         loss.backward()
         trainee.optimizer.step()
         outputs.append([value.clone() for value in output])
@@ -155,12 +161,22 @@ def check_ranks_agree_with_one(
     trainee = rm.sharded(
         rm.wrapped(terms=terms), world_size, sharding=sharding, fused=rule, dense=rule, **options
     )
-    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter, **_sgd(adapter))
+    teacher = rm.teacher_for(terms)
+    pipeline = rm.pipeline_of(trainee, teacher=teacher, adapter=adapter, **_sgd(adapter))
     rm.drained(pipeline, rm.parts(rank, world_size))
 
+    _check_leads(find_wrapper(trainee.model), reference, world_size)
     state = {f"adapter.{k}": v for k, v in adapter.state_dict().items()} if adapter else {}
     state |= trainee.model.state_dict()
     rm.assert_near_whole(state, reference.weights())
+
+
+def _check_leads(wrapper: ExFMWrapper, reference: ByHand, world_size: int) -> None:
+    """With margins: every rank has the same means, and they made a difference."""
+    means = wrapper.auxiliary_head.lead_losses
+    if means is not None:
+        rm.assert_same(rm.on_every_rank(means), [means] * world_size)
+        assert sum(0 < lead < 1 for lead in reference.leads) >= 4, reference.leads
 
 
 def _sgd(adapter: StudentAdapter | None) -> dict[str, Any]:
@@ -227,16 +243,20 @@ def check_untraceable_is_told(rank: int, world_size: int) -> None:
 
 
 def check_costs_of_a_step(rank: int, world_size: int) -> None:
-    """Two small all-reduces on several ranks, none on one; nothing more waits for a value."""
+    """Up to three small all-reduces on several ranks, none on one; nothing waits for a value."""
     student = students()["dlrm"]
-    terms = (DistillationTerm(), DistillationTerm(adapted=True))
+    terms = (
+        DistillationTerm(),
+        DistillationTerm(adapted=True),
+        DistillationTerm(serving=True, margin=0.1),
+    )
     bare = rm.sharded(student.factory(), world_size)
     plain = _costs(TrainPipelineSparseDist(bare.model, bare.optimizer, device()), rank, False)
-    for added, these in enumerate((terms[:1], terms), start=1):
+    for added, these in enumerate((terms[:1], terms[:2], terms), start=1):
         trainee = rm.sharded(
             ExFMWrapper(student.factory(), tap=student.tap, terms=these), world_size
         )
-        adapter = StudentAdapter() if len(these) == 2 else None
+        adapter = StudentAdapter() if len(these) > 1 else None
         costs = _costs(rm.pipeline_of(trainee, adapter=adapter), rank, True)
         # DDP divides the gradient of each parameter by a number that it has on the host
         parameters = len(list(find_wrapper(trainee.model).auxiliary_head.parameters()))
@@ -477,6 +497,13 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     )
     with pytest.raises(ValueError, match=r"labels should .*lost.*pass labels="):
         rm.drained(lost, batches)
+    leading = rm.sharded(rm.wrapped(terms=TERMS["margin_without_adapter"]), world_size)
+    lost = rm.pipeline_of(leading, teacher=rm.informed, labels=lambda batch: batch.lost)
+    with pytest.raises(ValueError, match=r"labels should .* margins; .*lost.*pass labels="):
+        rm.drained(lost, batches)
+    short = rm.pipeline_of(leading, teacher=rm.informed, labels=lambda batch: batch.labels[1:])
+    with pytest.raises(ValueError, match=r"labels should be of shape .* 2\); received \(\d+, 2\)"):
+        rm.drained(short, batches)
 
 
 def check_freed_features_are_refused(rank: int, world_size: int) -> None:
@@ -488,15 +515,17 @@ def check_freed_features_are_refused(rank: int, world_size: int) -> None:
 
 def check_without_dmp(rank: int, world_size: int, parallel: bool) -> None:
     """Plain tables, alone on a rank or under DDP, train as by hand."""
-    reference = ByHand(rm.wrapped(), None, torch.optim.SGD, adapter_lr=0.0, lr=0.2)
+    terms = (*rm.HEADS, rm.MARGINS[1])
+    reference = ByHand(rm.wrapped(terms=terms), None, torch.optim.SGD, adapter_lr=0.0, lr=0.2)
     part = (rank, world_size) if parallel else (0, 1)
-    wrapper = rm.wrapped().to(device())
+    wrapper = rm.wrapped(terms=terms).to(device())
     model = nn.parallel.DistributedDataParallel(wrapper) if parallel else wrapper
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    pipeline = TrainPipelineExFM(model, optimizer, device(), teacher=rm.logged)
+    pipeline = TrainPipelineExFM(model, optimizer, device(), teacher=rm.informed)
     rm.drained(pipeline, rm.parts(*part))
     for data in rm.global_data():
         reference.step(data)
+    _check_leads(wrapper, reference, world_size)
     rm.assert_near_whole(wrapper.state_dict(), reference.weights())
 
 

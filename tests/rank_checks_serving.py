@@ -25,15 +25,15 @@ from torchrec_exfm import (
     student_state_dict,
 )
 
-BOTH = (*rm.HEADS, *rm.ADAPTED)
+TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
 
 
 def _training(
     world_size: int, sharding: str = "table_wise", **options: Any
 ) -> tuple[rm.Trainee, TrainPipelineExFM]:
-    trainee = rm.sharded(rm.wrapped(terms=BOTH), world_size, sharding=sharding)
+    trainee = rm.sharded(rm.wrapped(terms=TERMS), world_size, sharding=sharding)
     adapter = rm.two_task_adapter()
-    return trainee, rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter, **options)
+    return trainee, rm.pipeline_of(trainee, teacher=rm.informed, adapter=adapter, **options)
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
@@ -133,7 +133,7 @@ def check_resumed_training(rank: int, world_size: int) -> None:
 
 
 def _zeros() -> dict[str, Tensor]:
-    whole = rm.wrapped(terms=BOTH).state_dict()
+    whole = rm.wrapped(terms=TERMS).state_dict()
     return {key: torch.zeros_like(value) for key, value in whole.items()}
 
 

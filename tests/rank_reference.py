@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from rank_models import TAP, TASKS, TEACHERS, Columns
+from rank_models import TAP, TASKS, TEACHERS, Columns, teacher_for
 from torch import Tensor, nn
 
 from torchrec_exfm import DistillationTerm, ExFMWrapper, StudentAdapter
@@ -37,6 +37,10 @@ class ByHand:
         self.student = copy.deepcopy(wrapper.student).double()
         heads = zip(self.terms, wrapper.auxiliary_head.heads, strict=True)
         mlps = [nn.Identity() if term.serving else head.mlp for term, head in heads]
+        self.teacher = teacher_for(self.terms)
+        self.leads: list[float] = []
+        columns = sum(len(term.tasks or TASKS) for term in self.terms)
+        self.lost = torch.zeros(2, columns, dtype=torch.float64)
         self.heads = copy.deepcopy(nn.ModuleList(mlps)).double()
         self.adapters = copy.deepcopy(adapter.mlps).double() if adapter else nn.ModuleList()
         self.optimizer = optimizer(
@@ -53,14 +57,17 @@ class ByHand:
 
     def step(self, batch: Columns) -> None:
         """The adapter's step, then the student's."""
+        batch = Columns(**(batch.columns | {"values": self.teacher(batch).values}))
+        lost: list[Tensor] = []
         adapted = self._step_of_adapter(batch) if len(self.adapters) else None
         dense = batch.dense_features.double()
         self.optimizer.zero_grad()
         loss, _ = self.student(Columns(**(batch.columns | {"dense_features": dense})))
         for term, head in zip(self.terms, self.heads, strict=True):
-            loss = loss + term.weight * self._loss(term, head, batch, adapted)
+            loss = loss + term.weight * self._loss(term, head, batch, adapted, lost)
         loss.backward()
         self.optimizer.step()
+        self.lost = 0.99 * self.lost + 0.01 * torch.stack(lost, dim=1)
 
     def weights(self) -> dict[str, Tensor]:
         """By the names of the wrapper's state; the adapter's under ``adapter.``."""
@@ -68,11 +75,18 @@ class ByHand:
         for k, head in enumerate(self.heads):
             prefix = f"exfm.auxiliary_head.heads.{k}.mlp"
             weights |= {f"{prefix}.{key}": value for key, value in head.state_dict().items()}
+        if any(term.margin for term in self.terms):
+            weights["exfm.auxiliary_head.lead_losses"] = self.lost
         state = self.adapters.state_dict()
         return weights | {f"adapter.mlps.{key}": value for key, value in state.items()}
 
     def _loss(
-        self, term: DistillationTerm, head: nn.Module, batch: Columns, adapted: Tensor | None
+        self,
+        term: DistillationTerm,
+        head: nn.Module,
+        batch: Columns,
+        adapted: Tensor | None,
+        lost: list[Tensor],
     ) -> Tensor:
         outputs = head(term.beta * self.shared + (1 - term.beta) * self.shared.detach())
         source = batch.values.double() if adapted is None or not term.adapted else adapted
@@ -85,10 +99,20 @@ class ByHand:
                 outputs, column = self.serving, t
             here = batch.presence[:, m, t]
             target = source[here, m, t]
+            labels = batch.labels[here, t].double()
+            of_target, of_student = self.lost[:, len(lost)].tolist()
+            both = (target, outputs[here, column].detach())
+            means = torch.stack([_mean_loss(t, one, labels) for one in both])
+            lost.append(means if here.any() else self.lost[:, len(lost)])
             if not TASKS[t].regression:
                 target = target.sigmoid()
             target = term.alpha * target
-            losses.append(_mean_loss(t, outputs[here, column], target))
+            loss = _mean_loss(t, outputs[here, column], target)
+            if term.margin:
+                lead = 1 - of_target / of_student if of_student else 0.0
+                self.leads.append(min(max(lead / term.margin, 0.0), 1.0))
+                loss = self.leads[-1] * loss
+            losses.append(loss)
         return sum(losses) / len(losses)
 
     def _step_of_adapter(self, batch: Columns) -> Tensor:

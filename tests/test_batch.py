@@ -74,7 +74,7 @@ def test_is_generic_over_the_users_batch(make: Any) -> None:
     moved = batch.to(CPU)
     assert type(moved.batch) is type(user)
     assert isinstance(batch, Pipelineable) and isinstance(teacher, Pipelineable)
-    assert batch.adapted is None and batch.count is None
+    assert batch.adapted is None and batch.count is None and batch.fresh_labels is None
 
 
 def test_attributes_and_items_are_the_users_batchs() -> None:
@@ -104,8 +104,12 @@ def test_copy_shares_the_tensors_and_nothing_else() -> None:
 def test_copy_keeps_what_the_pipeline_has_set() -> None:
     batch = ExFMBatch(make_hand_batch(), make_teacher())
     batch.adapted, batch.count = torch.ones(8, 1, 1), torch.ones(1, 1)
+    batch.fresh_labels = torch.ones(8)
     copied = copy.copy(batch)
     assert copied.adapted is batch.adapted and copied.count is batch.count
+    assert copied.fresh_labels is batch.fresh_labels
+    for again in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert torch.equal(again.fresh_labels, batch.fresh_labels)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])

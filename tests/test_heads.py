@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def reference_term(
         activations.append(np.maximum(z, 0) if i + 2 < len(layers) else z)
     z, loss = activations[-1], 0.0
     upstream = np.zeros_like(z)
-    names = term.tasks or tuple(task.name for task in TASKS)
+    names = term.tasks or tuple(column)
     r_teacher = term.negative_sampling_rate
     for i, name in enumerate(names):
         r_student = rates[name]
@@ -170,6 +171,233 @@ def test_against_a_reference_of_several_terms(
         scale = np.abs(reference).max()
         assert scale > 0 or value is of_serving
         np.testing.assert_allclose(value.double(), reference, rtol=1e-6, atol=1e-6 * scale)
+
+
+MARGIN_TASKS = (SAMPLED_TASKS[0], TASKS[2])
+MARGIN_TERMS = (
+    DistillationTerm(teacher="peer", adapted=True, serving=True, alpha=0.7, weight=1.5, margin=1.3),
+    DistillationTerm(teacher="fm", alpha=0.7, beta=0.5, weight=2.0, hidden=(4,)),
+    DistillationTerm(
+        teacher="fm", tasks=("click",), serving=True, margin=0.9, negative_sampling_rate=0.25
+    ),
+    DistillationTerm(teacher="fm", tasks=("minutes",), serving=True, weight=0.4),
+)
+MARGINS = (1.3, 1.3, NAN, NAN, 0.9, NAN)  # of each column
+
+
+class Step(NamedTuple):
+    """What a head is given; the labels are of click and minutes."""
+
+    teacher: TeacherOutputs
+    adapted: Tensor
+    count: Tensor | None
+    serving: Tensor
+    labels: Tensor
+
+
+def margin_step(
+    step: int, *, teachers: int = 2, with_count: bool = False, missing: float = 0.4
+) -> Step:
+    """Teachers who know the labels, less and less; a serving head that does not."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randn(B, 2, generator=generator) + torch.tensor([0.0, 1.0])
+    labels[:, 0] = (labels[:, 0] > 0).float()
+    truth = torch.stack([4 * labels[:, 0] - 2, labels[:, 1]], dim=1).unsqueeze(1)
+    said = make_teacher(step, B, teachers=teachers, tasks=2, missing=missing)
+    corrections = torch.tensor([[math.log(0.1 / 0.25), 0.0], [0.0, 0.0]])
+    values = truth + (0.2 + 0.3 * step) * said.values
+    teacher = TeacherOutputs(values + corrections[:teachers], said.presence)
+    count = (0.75 + 0.2 * step) * said.presence.sum(0) if with_count else None
+    serving = torch.randn(B, 2, generator=generator).requires_grad_()
+    return Step(teacher, values + 0.1, count, serving, labels)
+
+
+def reference_mean(name: str, z: Tensor, y: Tensor, mask: Tensor, count: float) -> float:
+    """What outputs lose on labels, over the examples of the mask."""
+    values, labels = z[mask].detach().double().numpy(), y[mask].double().numpy()
+    if name == "minutes":
+        return float(((values - labels) ** 2).sum() / count)
+    return float((np.logaddexp(0, values) - labels * values).sum() / count)
+
+
+@pytest.mark.parametrize("with_count", [False, True])
+def test_margins_against_a_reference_of_several_steps(with_count: bool) -> None:
+    head = make_head(*MARGIN_TERMS, teachers=TEACHERS, tasks=MARGIN_TASKS)
+    rates = {task.name: task.negative_sampling_rate for task in MARGIN_TASKS}
+    mlp = [p.detach().double().numpy() for p in head.parameters()]
+    running, seen = np.zeros((2, 6)), []
+    for step in range(8):
+        shared = make_shared()
+        given = margin_step(step, with_count=with_count, missing=1.0 if step == 3 else 0.4)
+        ratio = np.divide(*running, out=np.ones(6), where=running[1] > 0)
+        leads = np.where(np.isnan(MARGINS), 1, np.clip((1 - ratio) / MARGINS, 0, 1))
+        seen.append(leads)
+        np.testing.assert_allclose(head.leads.double(), leads, rtol=1e-5, atol=1e-6)
+        loss, of_each = head(shared, given.teacher, *given[1:])
+        actual = torch.autograd.grad(loss, [shared, given.serving])
+
+        counts = given.teacher.presence.sum(0) if given.count is None else given.count
+        expected_loss, losses, gradient = 0.0, [], [np.zeros((B, D)), np.zeros((B, 2))]
+        now, column = np.zeros((2, 6)), 0
+        for term in MARGIN_TERMS:
+            source = given.adapted if term.adapted else given.teacher.values
+            m, of_term = TEACHERS.index(term.teacher), term.tasks or tuple(rates)
+            losses.append(0.0)
+            for name in of_term:
+                t, lead = list(rates).index(name), leads[column]
+                mask, count = given.teacher.presence[:, m, t], counts[m, t].clamp(min=0.5).item()
+                values = source[:, m, t].double()
+                x, layers, rows = given.serving[:, t : t + 1], list[np.ndarray](), slice(t, t + 1)
+                if not term.serving:
+                    x, rows = shared, slice(None)
+                    layers = [*mlp[:2], mlp[2][t : t + 1], mlp[3][t : t + 1]]
+                one, (of_x, *_) = reference_term(
+                    dataclasses.replace(term, tasks=(name,)),
+                    layers,
+                    x.detach().double().numpy(),
+                    {name: (values.numpy(), mask.numpy(), count)},
+                    rates,
+                )
+                gradient[term.serving][:, rows] += lead * of_x / len(of_term)
+                losses[-1] += one / len(of_term)
+                expected_loss += term.weight * lead * one / len(of_term)
+                if name == "click" and not term.adapted:
+                    values = values + math.log(term.negative_sampling_rate / rates[name])
+                now[:, column] = [
+                    reference_mean(name, z, given.labels[:, t], mask, count)
+                    for z in (values, x[:, 0])
+                ]
+                column += 1
+        if step != 3:
+            running += 0.01 * (now - running)
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+        np.testing.assert_allclose(of_each.double(), losses, rtol=1e-6)
+        for value, reference in zip(actual, gradient, strict=True):
+            np.testing.assert_allclose(value.double(), reference, rtol=1e-4, atol=1e-6)
+    of_margins = np.stack(seen)[:, ~np.isnan(MARGINS)]
+    assert not of_margins[0].any() and (of_margins[1:] > 0).all()
+    assert (of_margins[1:] < 1).any(0).all()
+
+
+def taught(head: AuxiliaryHead, given: Step, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Loss, the terms' losses, and the gradient of the serving head."""
+    labels = given.labels if labels is None else labels
+    loss, of_each = head(make_shared(), *given[:4], labels)
+    (of_serving,) = torch.autograd.grad(loss, given.serving)
+    return loss, of_each, of_serving
+
+
+def margin_head(margin: float | None = 1.3, **options: Any) -> AuxiliaryHead:
+    term = DistillationTerm(adapted=True, serving=True, margin=margin, **options)
+    return make_head(term, tasks=MARGIN_TASKS)
+
+
+def test_a_term_whose_teacher_has_not_led_yet_teaches_nothing() -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    loss, of_each, of_serving = taught(head, given)
+    assert loss == 0 and not of_serving.any() and (of_each > 0).all()
+    loss, of_each, of_serving = taught(head, given)
+    assert loss > 0 and of_serving.any()
+
+
+def test_a_teacher_worse_than_the_student_teaches_nothing() -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    worse = given._replace(adapted=given.serving.detach()[:, None] * 3)
+    given = given._replace(serving=given.adapted[:, 0].clone().requires_grad_())
+    for _ in range(3):
+        loss, of_each, of_serving = taught(head, worse._replace(serving=given.serving))
+        assert loss == 0 and not of_serving.any() and (of_each > 0).all()
+    assert (head.lead_losses > 0).all() and not head.leads.any()
+
+
+def test_a_term_whose_teacher_leads_by_its_margin_is_one_without_to_the_bit() -> None:
+    head, plain, given = margin_head(0.01), margin_head(None), margin_step(0, teachers=1)
+    taught(head, given)
+    assert head.leads.tolist() == [1, 1] == plain.leads.tolist()
+    assert all(map(torch.equal, taught(head, given), taught(plain, given)))
+
+
+def test_a_step_without_any_output_leaves_the_leads() -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    taught(head, given)
+    before = head.leads
+    assert ((before > 0) & (before < 1)).all()
+    taught(head, given._replace(teacher=TeacherOutputs.missing(B, 1, 2)))
+    torch.testing.assert_close(head.leads, before, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf")])
+@pytest.mark.parametrize("where", ["labels", "serving", "adapted"])
+def test_a_step_that_is_not_finite_is_not_remembered(where: str, poison: float) -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    taught(head, given)
+    before = head.lead_losses.clone()
+    poisoned = getattr(given, where).detach().clone()
+    poisoned[..., 1] = poison
+    taught(head, given._replace(**{where: poisoned.requires_grad_()}))
+    assert torch.equal(head.lead_losses[:, 1], before[:, 1])
+    assert not torch.equal(head.lead_losses[:, 0], before[:, 0])
+
+
+def test_a_look_in_evaluation_moves_no_mean_and_needs_no_labels() -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    taught(head, given)
+    before = head.lead_losses.clone()
+    loss, _ = head.eval()(make_shared(), *given[:4])
+    assert torch.equal(head.lead_losses, before)
+    assert torch.equal(loss, taught(head.train(), given)[0])
+
+
+def test_the_means_of_a_margin_are_state_and_stay_float32() -> None:
+    head, given = margin_head(1 / 3), margin_step(6, teachers=1)
+    assert list(head.state_dict()) == ["lead_losses"] and not margin_head(None).state_dict()
+    taught(head, given)
+    before, leads = head.lead_losses.clone(), head.leads
+    assert ((leads > 0) & (leads < 1)).any()
+    head.to(torch.bfloat16)
+    assert torch.equal(head.lead_losses, before) and head.lead_losses.dtype == torch.float32
+    assert torch.equal(head.leads, leads)
+    with torch.device("meta"):
+        other = margin_head(1 / 3)
+    assert not other.leads.any()
+    other.load_state_dict(head.state_dict())
+    assert all(map(torch.equal, taught(other, given), taught(head, given)))
+
+
+def test_a_compiled_head_keeps_the_means_of_a_margin() -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    compiled = copy.deepcopy(head)
+    run = torch.compile(compiled, backend="eager")
+    for _ in range(3):
+        loss, _ = run(make_shared(), *given)
+        torch.testing.assert_close(loss, taught(head, given)[0])
+    assert torch.equal(compiled.lead_losses, head.lead_losses)
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, NAN, float("inf")])
+def test_wrong_margins_are_refused(margin: float) -> None:
+    message = rf"margin should be None, or a number > 0 .*received margin={margin}, serving=True"
+    with pytest.raises(ValueError, match=message):
+        DistillationTerm(serving=True, margin=margin)
+    with pytest.raises(ValueError, match=r"with serving=True; received margin=0.1, serving=False"):
+        DistillationTerm(margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "received"),
+    [
+        (None, r"NoneType.*labels="),
+        ([0.0] * B, "list"),
+        (torch.zeros(B), r"\(16,\)"),
+        (torch.zeros(2, B), r"\(2, 16\)"),
+        (torch.zeros(B - 1, 2), r"\(15, 2\)"),
+    ],
+)
+def test_labels_that_a_margin_cannot_use_are_refused(labels: Any, received: str) -> None:
+    head, given = margin_head(), margin_step(0, teachers=1)
+    with pytest.raises(ValueError, match=rf"labels should be .*\(16, 2\); received {received}"):
+        head(make_shared(), *given[:4], labels)
+    assert not head.lead_losses.any()
 
 
 def loss_and_gradients(**options: float) -> tuple[Tensor, list[Tensor]]:

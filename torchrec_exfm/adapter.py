@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.functional import masked_mean
-from torchrec_exfm.heads import Task, TaskLoss, check_tasks, constant, mlp
+from torchrec_exfm.heads import Task, TaskLoss, check_tasks, checked_labels, constant, mlp
 
 __all__ = ["StudentAdapter", "adapter_step"]
 
@@ -96,7 +96,8 @@ class StudentAdapter(nn.Module):
         Raises:
             ValueError: if the labels are missing or their shape does not fit.
         """
-        targets = _labels_like(outputs, labels).expand_as(outputs)
+        targets = checked_labels(labels, len(outputs), outputs.shape[2])
+        targets = targets.unsqueeze(1).expand_as(outputs)
         losses = self.task_loss(outputs, targets)
         total: Tensor = masked_mean(losses, teacher.presence, count).mean(-1).sum()
         return total
@@ -188,20 +189,3 @@ def _start_average(
         return [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
 
     return average
-
-
-def _labels_like(outputs: Tensor, labels: Tensor | None) -> Tensor:
-    """(B,) or (B, T) labels -> (B, 1, T)."""
-    batch_size, _, num_tasks = outputs.shape
-    expected = f"({batch_size}, {num_tasks})" + (f" or ({batch_size},)" if num_tasks == 1 else "")
-    if not isinstance(labels, Tensor):
-        raise ValueError(
-            f"labels should be a tensor of shape {expected}; received {type(labels).__name__}: "
-            "the student adapter learns from fresh labels, tell the pipeline where they are"
-        )
-    if labels.numel() != batch_size * num_tasks or labels.shape[:1] != (batch_size,):
-        raise ValueError(
-            f"labels should be of shape {expected}; received {tuple(labels.shape)}, with "
-            f"{batch_size} teacher outputs"
-        )
-    return labels.float().reshape(batch_size, 1, num_tasks)

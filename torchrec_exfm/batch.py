@@ -173,6 +173,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         adapted: (B, M, T), the student adapter's outputs, or None. Set by the pipeline, to them or
             to a function that gives them, which is called the first time that they are read.
         count: (M, T), the denominator of the losses' means, or None. Set by the pipeline.
+        fresh_labels: the labels, for terms with a margin, or None. Set by the pipeline.
 
     Raises:
         TypeError: if the batch lacks one of the methods, or teacher is no ``TeacherOutputs``.
@@ -196,6 +197,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         self.teacher = teacher
         self._adapted: Tensor | Callable[[], Tensor] | None = None
         self.count: Tensor | None = None
+        self.fresh_labels: Tensor | None = None
 
     @property
     def adapted(self) -> Tensor | None:
@@ -245,6 +247,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     def __copy__(self) -> ExFMBatch[BatchT]:
         copied = ExFMBatch(copy.copy(self.batch), self.teacher)
         copied.adapted, copied.count = self.adapted, self.count
+        copied.fresh_labels = self.fresh_labels
         return copied
 
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from torchrec_exfm.functional import (
 )
 
 __all__ = ["AuxiliaryHead", "DistillationHead", "DistillationTerm", "Task", "TaskLoss"]
+
+LEAD_DECAY = 0.99  # of the running means that tell whether a teacher leads, per step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,11 @@ class DistillationTerm:
         beta: β, gradient scaling: multiplies this head's gradient into the backbone.
         weight: w, multiplies the term in the loss, and so every gradient of it.
         hidden: widths of the head's hidden layers; () for a linear head.
+        margin: ρ, for terms of the serving head: the lead over the student at which the term has
+            its whole weight. Each task's loss is multiplied by clip((1 - L_T / L_S) / ρ, 0, 1), L_T
+            and L_S being running means of what its target and the serving head lose on the fresh
+            labels: a teacher that has grown no better than the student teaches it no more. None:
+            the weight holds whatever the teacher is worth.
         negative_sampling_rate: r_F, the share of the negatives that the teacher's training data
             kept, in (0, 1]. The soft label of a binary task is σ(z + log r_F - log r_S), r_S being
             the task's: the teacher's logit z as if it had learnt from the student's data. Where
@@ -85,7 +92,7 @@ class DistillationTerm:
     Raises:
         ValueError: if α is not positive, if β or w is negative, or one is not finite; if the rate
             is outside (0, 1], or is not 1 and the term is adapted; for a β or hidden layers of a
-            term of the serving head.
+            term of the serving head; for a margin that is not positive, or of another term.
         TypeError: if ``hidden`` or ``tasks`` is no tuple.
     """
 
@@ -97,6 +104,7 @@ class DistillationTerm:
     beta: float = 1.0
     weight: float = 1.0
     hidden: tuple[int, ...] = (128,)
+    margin: float | None = None
     negative_sampling_rate: float = 1.0
 
     def __post_init__(self) -> None:
@@ -109,6 +117,11 @@ class DistillationTerm:
             raise ValueError(
                 "a term of the serving head has no head of its own and no gradient to scale: leave "
                 f"hidden and beta as they are; received hidden={self.hidden}, beta={self.beta}"
+            )
+        if self.margin is not None and not (self.serving and 0 < self.margin < math.inf):
+            raise ValueError(
+                "margin should be None, or a number > 0 of a term with serving=True; received "
+                f"margin={self.margin}, serving={self.serving}"
             )
         check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
         if self.adapted and self.negative_sampling_rate != 1:
@@ -296,7 +309,8 @@ class AuxiliaryHead(nn.Module):
     one loss over all outputs of all terms. The shared representation x receives the
     gradient of L_D (times β_k); the serving head, which is no part of this, receives none, but
     for terms with ``serving=True``, whose D_k is the serving head. Every head is in the graph on
-    every step: missing outputs are masked.
+    every step: missing outputs are masked. The mean of a term with a ``margin`` is multiplied by
+    how far its teacher leads: :class:`DistillationTerm`.
 
     Args:
         in_features: D, the width of the shared representation.
@@ -316,6 +330,8 @@ class AuxiliaryHead(nn.Module):
 
     value_columns: Tensor | None
     presence_columns: Tensor | None
+    task_columns: Tensor
+    lead_losses: Tensor | None
 
     def __init__(
         self,
@@ -345,6 +361,7 @@ class AuxiliaryHead(nn.Module):
         self._alphas = _Factors([term.alpha for term, _ in of_columns])
         self._shifts = _Factors([_shift(term, task) for term, task in of_columns])
         self._weights = _Factors([term.weight for term in terms])
+        self._register_leads([term for term, _ in of_columns], list(itertools.chain(*columns)))
         self.loss = TaskLoss([task for _, task in of_columns])
         self.heads = nn.ModuleList(
             _ServingHead([column % len(tasks) for column in of_term], len(tasks))
@@ -384,6 +401,24 @@ class AuxiliaryHead(nn.Module):
         self.register_buffer("value_columns", of_values, persistent=False)
         self.register_buffer("presence_columns", of_presence, persistent=False)
 
+    def _register_leads(self, terms: Sequence[DistillationTerm], columns: list[int]) -> None:
+        """For terms with a margin: the running means of target and serving head, (2, C)."""
+        self._margins = _Factors([term.margin or math.nan for term in terms])
+        self.register_buffer("lead_losses", None)
+        if any(term.margin for term in terms):
+            of_tasks = constant(columns) % len(self.tasks)
+            self.register_buffer("task_columns", of_tasks, persistent=False)
+            self.lead_losses = torch.zeros(2, len(columns), device="cpu")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moved and converted as any module, but running means stay in float32."""
+        before = self.lead_losses
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        after = self.lead_losses
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.lead_losses = before.to(after.device)
+        return self
+
     def forward(
         self,
         shared: Tensor,
@@ -391,6 +426,7 @@ class AuxiliaryHead(nn.Module):
         adapted: Tensor | None = None,
         count: Tensor | None = None,
         serving: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms.
 
@@ -402,13 +438,16 @@ class AuxiliaryHead(nn.Module):
             count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
             serving: (B, T), or (B,) for one task, the serving head's outputs, with gradient;
                 needed by terms with ``serving=True``.
+            labels: (B, T), or (B,) for one task, fresh labels; needed by terms with a margin. Their
+                running means take in this step's after it: under data parallelism average
+                :attr:`lead_losses` over the ranks then.
 
         Returns:
             L_D as a scalar, and the K unweighted losses, detached.
 
         Raises:
-            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted`` or
-                ``serving`` is needed and not there.
+            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted``,
+                ``serving`` or ``labels`` are needed and not there.
         """
         expected = (shared.shape[0], len(self.teachers), len(self.tasks))
         if teacher.values.shape != expected:
@@ -418,12 +457,42 @@ class AuxiliaryHead(nn.Module):
                 f"{tuple(teacher.values.shape)}"
             )
         outputs = self._outputs(shared, serving)
-        targets = self._targets(teacher, adapted).to(outputs.dtype)
+        values = self._values(teacher, adapted)
+        targets = self.loss.soft_labels(values, self._alphas).to(outputs.dtype)
         present = _picked(teacher.presence.flatten(1), self.presence_columns)
         denominators = None if count is None else _picked(count.flatten(), self.presence_columns)
         means = masked_mean(self.loss(outputs, targets), present, denominators)
         losses = self._means_by_term(means)
-        return self._weights.times(losses).sum(), losses.detach()
+        if self.lead_losses is None:
+            return self._weights.times(losses).sum(), losses.detach()
+        taught = self._means_by_term(self.leads * means)
+        if self.training:
+            labels = checked_labels(labels, len(shared), len(self.tasks))
+            both = torch.stack([values, outputs.detach()], dim=1)
+            self._compare(both, labels, present, denominators)
+        return self._weights.times(taught).sum(), losses.detach()
+
+    @property
+    def leads(self) -> Tensor:
+        """(C,), what multiplies the loss of each task of each term: 1 but for those of a margin."""
+        if self.lead_losses is None:
+            return torch.ones(sum(self._sizes))
+        of_target, of_student = self.lead_losses
+        margins = self._margins.like(of_student)
+        lead = (1 - of_target / of_student) / margins
+        lead = torch.where(of_target < of_student, lead, 0.0).clamp(0, 1)
+        return torch.where(margins.isnan(), 1.0, lead)
+
+    @torch.no_grad()
+    def _compare(self, both: Tensor, labels: Tensor, present: Tensor, count: Tensor | None) -> None:
+        """Take what targets and outputs, (B, 2, C), lose on the labels into the running means."""
+        assert self.lead_losses is not None
+        labels = labels.index_select(1, self.task_columns).unsqueeze(1).expand_as(both)
+        losses = masked_mean(self.loss(both.float(), labels), present.unsqueeze(1), count)
+        there = present.any(0) if count is None else count > 0
+        usable = there & losses.isfinite().all(0)  # one overflow would stay in the means for ever
+        losses = torch.where(usable, losses, self.lead_losses)
+        self.lead_losses.lerp_(losses, 1 - LEAD_DECAY)
 
     def _outputs(self, shared: Tensor, serving: Tensor | None) -> Tensor:
         """(B, C): what the heads say, those of the same widths side by side."""
@@ -453,13 +522,12 @@ class AuxiliaryHead(nn.Module):
             )
         return serving.reshape(expected)
 
-    def _targets(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
-        """(B, C): the soft labels, in the order of the heads' outputs."""
+    def _values(self, teacher: TeacherOutputs, adapted: Tensor | None) -> Tensor:
+        """(B, C): the teachers' logits or predictions, in the order of the heads' outputs."""
         values = teacher.values.flatten(1)
         if self._adapts:
             values = torch.cat([values, self._checked(adapted, teacher).flatten(1)], dim=1)
-        values = self._shifts.plus(_picked(values, self.value_columns))
-        return self.loss.soft_labels(values, self._alphas)
+        return self._shifts.plus(_picked(values, self.value_columns))
 
     def _checked(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
         if adapted is None:
@@ -511,6 +579,22 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+def checked_labels(labels: Tensor | None, batch_size: int, num_tasks: int) -> Tensor:
+    """(B, T) or, for one task, (B,) labels -> (B, T); a ValueError for others, or none."""
+    expected = f"({batch_size}, {num_tasks})" + (f" or ({batch_size},)" if num_tasks == 1 else "")
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"fresh labels should be a tensor of shape {expected}; received "
+            f"{type(labels).__name__}: tell TrainPipelineExFM where they are (labels=...)"
+        )
+    if labels.numel() != batch_size * num_tasks or labels.shape[:1] != (batch_size,):
+        raise ValueError(
+            f"fresh labels should be of shape {expected}; received {tuple(labels.shape)}, with "
+            f"{batch_size} teacher outputs"
+        )
+    return labels.float().reshape(batch_size, num_tasks)
 
 
 def check_kinds(what: str, values: Sequence[object], kind: type) -> None:

@@ -81,7 +81,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
     the student's step goes as in ``TrainPipelineSparseDist``, one forward, one backward. Under
     data parallelism the means of the losses are over all ranks' examples, and the adapter's
     gradients are averaged over the ranks: two small all-reduces, the first behind the next
-    batch's input distribution, the second behind the student's forward.
+    batch's input distribution, the second behind the student's forward. Terms with a margin
+    need a third, of their running means, after the forward.
 
     Everything else is TorchRec's: ``progress(dataloader_iter)`` returns the student's own
     ``(loss, logits, labels)``, computed before the step's update.
@@ -97,7 +98,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             step. A :class:`LiveTeacher`.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
         adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-2.
-        labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter.
+        labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter and for
+            terms with a margin.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
         **kwargs: those of ``TrainPipelineSparseDist``.
@@ -135,8 +137,10 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             **kwargs,
         )
         _check_teacher(teacher, model, kwargs)
-        _check_names(find_wrapper(model), teacher)
-        _check_adapter(find_wrapper(model), adapter, adapter_optimizer)
+        wrapper = find_wrapper(model)
+        _check_names(wrapper, teacher)
+        _check_adapter(wrapper, adapter, adapter_optimizer)
+        self._head = wrapper.auxiliary_head
         self._teacher = teacher
         self._started: Future[TeacherOutputs] | None = None
         self._counted: Callable[[], Tensor | None] = lambda: None
@@ -196,19 +200,23 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         """The student's forward, while the adapter's gradients are on their way to other ranks."""
         if self._model.training:
             batch.count = self._counted()
+            if self.adapter is not None or self._head.lead_losses is not None:
+                batch.fresh_labels = self._fresh_labels(batch.batch)
             if self.adapter is not None and self.adapter_optimizer is not None:
                 with record_function("## adapter_step ##"):
                     batch.adapted = start_adapter_step(
                         self.adapter,
                         self.adapter_optimizer,
                         batch.teacher,
-                        self._fresh_labels(batch.batch),
+                        batch.fresh_labels,
                         count=batch.count,
                         group=self._group,
                     )
         outputs = (self._student_forward or self._model)(batch)
         if self._model.training:
             batch.adapted = batch.adapted  # ends the step where the forward did not ask for it
+            if self._group is not None and self._head.lead_losses is not None:
+                start_all_reduce(self._head.lead_losses, self._group)().div_(self._group.size())
         return outputs
 
     def _fresh_labels(self, batch: Any) -> Tensor:
@@ -216,7 +224,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             return self._labels(batch)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                "labels should take the user's batch to its labels, for the student adapter; "
+                "labels should take the user's batch to its labels, for adapter and margins; "
                 f"received a {type(batch).__name__} and {type(error).__name__}: {error}: pass "
                 "labels=..., a function of the batch, to TrainPipelineExFM"
             ) from error

@@ -208,7 +208,7 @@ class _Supervision(nn.Module):
         loss, rest = _checked_contract(outputs)
         shared, serving = self.tap.take()
         added, self.last_losses = self.auxiliary_head(
-            shared, batch.teacher, batch.adapted, batch.count, serving
+            shared, batch.teacher, batch.adapted, batch.count, serving, batch.fresh_labels
         )
         self.last_teacher = batch.teacher
         return loss + added, rest
