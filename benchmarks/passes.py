@@ -80,7 +80,7 @@ SOURCES = {
         lean=(movielens.LEAN_SPARSE, movielens.LEAN_DENSE),
         strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
         rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
-        rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+        rates={"lean": (256, 1e-3, 0.3), "strong": (256, 2e-3, 0.1)},
     ),
 }
 
@@ -106,6 +106,23 @@ def vertical_of(source: str, vertical: str) -> tuple[Array, data.Stream]:
     stream = stream_of(source)
     rows = np.flatnonzero(demo.rows_of(stream, vertical))
     return rows, stream.select(rows)
+
+
+@lru_cache(1)
+def sampling_rates(source: str) -> Array:
+    """The share of a row's fellow negatives that are in the stream, (B,).
+
+    Negatives of the promotions were drawn basket by basket, and each knows how many it stands for.
+    """
+    stream = stream_of(source)
+    if source != "promotions":
+        return np.ones(len(stream))
+    of_one_basket = data.example_ids(np.array([1]), np.array([0]))
+    _, basket = np.unique(stream.example_id // of_one_basket, return_inverse=True)
+    negative = np.asarray(stream.label) == 0
+    stands_for = np.ones(basket.max() + 1)
+    stands_for[basket[negative]] = stream.weight[negative]
+    return 1 / stands_for[basket]
 
 
 def teacher_logits(
@@ -213,6 +230,7 @@ def student_logits(
     seed: int,
     terms: Sequence[DistillationTerm] = (),
     teacher: Array | None = None,
+    adapter: tuple[float, int] = (1e-2, 32),
     task: Task | None = None,
 ) -> Array:
     """What a student says of each example before it trains on it: logits (B,), NaN at the end.
@@ -224,6 +242,7 @@ def student_logits(
         seed: of its parameters.
         terms: how it learns from the teacher; none: TorchRec's own pipeline.
         teacher: logits (B,), NaN where there is none.
+        adapter: the student adapter's learning rate and width, if a term needs one.
         task: with the rate at which negatives of the stream were sampled.
     """
     torch.manual_seed(seed)
@@ -241,8 +260,12 @@ def student_logits(
         return logits
     assert teacher is not None
     torch.manual_seed(seed)
-    adapter = StudentAdapter() if any(term.adapted for term in terms) else None
-    pipeline = TrainPipelineExFM(model, optimizer, CPU, adapter=adapter)
+    options: dict[str, Any] = {}
+    if any(term.adapted for term in terms):
+        rate, width = adapter
+        options["adapter"] = made = StudentAdapter(hidden=(width,))
+        options["adapter_optimizer"] = torch.optim.Adam(made.parameters(), lr=rate, fused=True)
+    pipeline = TrainPipelineExFM(model, optimizer, CPU, **options)
     for rows, (_, outputs, _) in demo.progress(pipeline, _with_teacher(feed, teacher)):
         logits[rows] = outputs.numpy()
     return logits

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ import common
 import numpy as np
 import passes
 import quality_report
+import torch
 from passes import SOURCES, WIDTH, Array
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
 from torchrec_exfm import Task
+from torchrec_exfm.functional import correct_sampling
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
@@ -47,7 +49,8 @@ VERTICALS = {  # departments of 50,000 to 250,000 examples; the five largest gen
     ),
     "movielens": ("Comedy", "Action", "Drama", "Horror", "Adventure"),
 }
-SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps over the teacher
+SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps, but for that of freshness
+TUNED = {"promotions": SWEPT, "movielens": ("Drama", "Horror", "Adventure")}
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
 DELAYS = (0, 1, 2, 4, 8, 16)
 FROZEN_AFTER = 16
@@ -55,7 +58,7 @@ SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 WIDTHS = (4, 8, 16, 32, 64)
 SMALL_BATCH = 128
 TUNING_WEEK, TUNING_SEED = 14, 100  # settings are chosen on the weeks from there to the evaluation
-GRID = tuple(itertools.product((256, 512, 1024), (5e-4, 1e-3, 2e-3, 4e-3), (0.1, 0.3, 0.5, 1.0)))
+GRID = tuple(itertools.product((256, 512), (5e-4, 1e-3, 2e-3), (0.1, 0.3, 0.5, 1.0)))
 KEPT = 0.2  # of the negatives, by the student that samples once more
 
 ARMS: dict[str, tuple[Term, ...]] = {
@@ -66,10 +69,19 @@ ARMS: dict[str, tuple[Term, ...]] = {
     "AH + LS": (Term(alpha=1.5),),
     "AH + LW": (Term(weight=2.0),),
     "AH + SA": (Term(), Term(adapted=True)),
-    "AH + SA on serving": (Term(weight=0.5), Term(adapted=True, serving=True, weight=0.5)),
     "SA on serving": (Term(adapted=True, serving=True),),
+    "AH + SA by margin": (Term(), Term(adapted=True, serving=True, margin=0.25)),
 }
-RECIPE = "AH + SA on serving"  # what the library advises
+RECIPE = "AH + SA by margin"  # what the library advises
+VARIANTS = {  # of it, for the sweep over the adapter
+    "margin 0.1": (Term(), Term(adapted=True, serving=True, margin=0.1)),
+    "margin 0.5": (Term(), Term(adapted=True, serving=True, margin=0.5)),
+    "no margin": (Term(), Term(adapted=True, serving=True)),
+    "weight 0.5": (Term(), Term(adapted=True, serving=True, margin=0.25, weight=0.5)),
+    "weight 2": (Term(), Term(adapted=True, serving=True, margin=0.25, weight=2.0)),
+    "AH's weight 0.5": (Term(weight=0.5), Term(adapted=True, serving=True, margin=0.25)),
+}
+ADAPTERS = ((1e-3, 32), (1e-1, 32), (1e-2, 8), (1e-2, 128))
 MAIN = ("none", "serving head", "AH", "AH + SA", RECIPE)
 
 
@@ -88,6 +100,7 @@ class Cell:
         kept: the share of the stream's negatives that the student trains on.
         corrected: the library is told so.
         rates: in the place of the source's own: batch size, learning rate, that of the tables.
+        adapter: the student adapter's learning rate and width.
     """
 
     source: str
@@ -101,24 +114,33 @@ class Cell:
     kept: float = 1.0
     corrected: bool = False
     rates: tuple[int, float, float] | None = None
+    adapter: tuple[float, int] = (1e-2, 32)
 
     @property
     def name(self) -> str:
         """Of its file: another one for every other cell, and for every change of its arm."""
-        terms = [asdict(term) for term in ARMS.get(self.arm, ())]
-        told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
-        text = json.dumps([told, terms], sort_keys=True)
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told = {f.name: told[f.name] for f in fields(self) if told[f.name] != f.default}
+        told["rates"] = self.rates or SOURCES[self.source].rates[self.student]
+        text = json.dumps([told, *map(asdict, terms_of(self.arm))], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def terms_of(arm: str) -> tuple[Term, ...]:
+    return {**ARMS, **VARIANTS}.get(arm, ())
 
 
 def groups(quick: bool) -> list[list[Cell]]:
     """All that the tables need, in the order to run them: the first seeds of a group first."""
     together = (
         ablation(quick, "promotions", MAIN),
-        itertools.chain(freshness(quick), bias(quick)),
+        freshness(quick, ("AH", RECIPE)),
+        () if quick else ablation(quick, "movielens", ("none", "serving head", "AH", RECIPE)),
+        itertools.chain(bias(quick), sampling(quick)),
+        () if quick else freshness(quick, ("serving head", "AH + SA", "SA on serving")),
+        () if quick else adapters(),
+        scale(quick),
         () if quick else ablation(quick, "promotions", tuple(ARMS)),
-        () if quick else ablation(quick, "movielens", MAIN),
-        itertools.chain(sampling(quick), scale(quick)),
         batches(quick),
     )
     return [sorted(dict.fromkeys(cells), key=lambda cell: cell.seed) for cells in together]
@@ -132,9 +154,9 @@ def ablation(quick: bool, source: str, arms: Sequence[str]) -> Iterator[Cell]:
         yield Cell(source, vertical, student, arm, seed)
 
 
-def sweep(quick: bool, arms: Sequence[str]) -> Iterator[Cell]:
+def sweep(quick: bool, arms: Sequence[str], verticals: Sequence[str] = SWEPT) -> Iterator[Cell]:
     """Cells of the lean student that a sweep changes one thing of."""
-    verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (SWEPT, SWEEP_SEEDS)
+    verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
     for seed, vertical, arm in itertools.product(seeds, verticals, arms):
         yield Cell("promotions", vertical, "lean", arm, seed)
 
@@ -146,11 +168,21 @@ def bias(quick: bool) -> Iterator[Cell]:
         yield from (replace(cell, shift=shift) for shift in shifts)
 
 
-def freshness(quick: bool) -> Iterator[Cell]:
-    yield from sweep(quick, ["none"])
+def freshness(quick: bool, arms: Sequence[str]) -> Iterator[Cell]:
+    """Over all verticals, as they differ in how fast a teacher grows old."""
+    verticals = VERTICALS["promotions"]
+    yield from sweep(quick, ["none"], verticals)
     feeds = ("delay-0", "delay-8") if quick else (*(f"delay-{d}" for d in DELAYS), "frozen")
-    for cell in sweep(quick, ["teacher", "serving head", "AH", "AH + SA", RECIPE, "SA on serving"]):
+    for cell in sweep(quick, ["teacher", *arms], verticals):
         yield from (replace(cell, feed=feed) for feed in feeds)
+
+
+def adapters() -> Iterator[Cell]:
+    """What the recipe's second term needs, with the teacher that is oldest."""
+    for cell in sweep(False, [RECIPE, *VARIANTS], VERTICALS["promotions"]):
+        yield replace(cell, feed="frozen")
+    for cell in sweep(False, [RECIPE], VERTICALS["promotions"]):
+        yield from (replace(cell, feed="frozen", adapter=adapter) for adapter in ADAPTERS)
 
 
 def scale(quick: bool) -> Iterator[Cell]:
@@ -176,7 +208,7 @@ def batches(quick: bool) -> Iterator[Cell]:
 
 def tuning() -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
-    for source, verticals in VERTICALS.items():
+    for source, verticals in TUNED.items():
         for student, vertical, rates in itertools.product(("lean", "strong"), verticals, GRID):
             yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
 
@@ -214,12 +246,11 @@ def run(cell: Cell, folder: Path) -> None:
     if cell.arm != "none":
         file = teacher_file(folder, cell.source, cell.width, cell.seed, cell.feed)
         teacher = np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift)
-    weight = np.where(stream.label == 1, 1, stream.weight).astype(np.float64)
+    rates = passes.sampling_rates(cell.source)[rows]
     if cell.kept < 1:
         drawn = np.random.default_rng(cell.seed).random(len(stream)) < cell.kept
         chosen = (stream.label == 1) | drawn
-        stream, teacher = stream.select(chosen), teacher[chosen]
-        weight = np.where(stream.label == 1, 1, weight[chosen] / cell.kept)
+        stream, teacher, rates = stream.select(chosen), teacher[chosen], rates[chosen]
     logits = teacher if cell.arm == "teacher" else _student(cell, stream, teacher)
     there = ~np.isnan(logits)
     counted = there & (stream.week >= passes.FIRST_WEEK)
@@ -230,7 +261,10 @@ def run(cell: Cell, folder: Path) -> None:
         "early_ne": normalized_entropy(logits[early], stream.label[early]),
         "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
         "bins": reliability(logits[counted], stream.label[counted]),
-        "unsampled": unsampled(logits, stream, weight, counted, cell.kept),
+        "unsampled": {
+            "stream": unsampled(logits[counted], stream.label[counted], cell.kept),
+            "pairs": unsampled(logits[counted], stream.label[counted], cell.kept * rates[counted]),
+        },
         "seconds": time.perf_counter() - started,
     }
     write(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
@@ -243,8 +277,9 @@ def _student(cell: Cell, stream: Any, teacher: Array) -> Array:
         getattr(source, cell.student),
         cell.rates or source.rates[cell.student],
         seed=cell.seed,
-        terms=ARMS[cell.arm],
+        terms=terms_of(cell.arm),
         teacher=teacher,
+        adapter=cell.adapter,
         task=Task(negative_sampling_rate=cell.kept if cell.corrected else 1.0),
     )
 
@@ -291,25 +326,16 @@ def reliability(logits: Array, labels: Array) -> list[tuple[float, float, int]]:
     return [(p[part].mean(), float(labels[part].mean()), len(part)) for part in parts]
 
 
-def unsampled(
-    logits: Array, stream: Any, weight: Array, counted: Array, kept: float
-) -> dict[str, float]:
-    """Calibration at the rate of all promoted pairs, and at that of the stream, corrected for it.
+def unsampled(logits: Array, labels: Array, rate: float | Array) -> tuple[float, float]:
+    """Calibration as if no negative had been left out: of the logits as they are, and corrected.
 
-    Each by one shift of the logits: log of the share of the negatives that were kept, which is
-    known before the evaluation begins.
+    A negative of rate r stands for 1 / r of them.
     """
-    before = (stream.label == 0) & (stream.week < passes.FIRST_WEEK)
-    of_stream = np.where(stream.label == 1, 1, 1 / kept)
-    result = {}
-    for name, pairs in (("stream", of_stream), ("pairs", weight)):
-        shift = -np.log(pairs[before].mean())
-        predicted = pairs * sigmoid(logits.astype(np.float64) + shift)
-        bought = stream.label[counted].sum()
-        result[name] = float(predicted[counted].sum() / bought)
-        raw = pairs * sigmoid(logits.astype(np.float64))
-        result[f"{name}_uncorrected"] = float(raw[counted].sum() / bought)
-    return result
+    stands_for = np.where(labels == 1, 1, 1 / np.asarray(rate, np.float64))
+    z = torch.from_numpy(logits.astype(np.float64))
+    corrected = correct_sampling(z, rate if isinstance(rate, float) else torch.from_numpy(rate))
+    raw, after = (float(stands_for @ sigmoid(x.numpy()) / labels.sum()) for x in (z, corrected))
+    return raw, after
 
 
 def write(path: Path, how: Any) -> None:

@@ -18,7 +18,11 @@ from torchmetrics.functional.classification import binary_auroc
 Array = npt.NDArray[Any]
 Result = Mapping[str, Any]
 FIGURES = ("ne", "auc", "calibration")
-PARAMETERS = "teacher's tables, width"
+PLAIN = {
+    **{"feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0, "corrected": False, "rates": None},
+    "adapter": [1e-2, 32],
+}
+COST_FILE = Path(__file__).parent / "measured" / "amortization.cpu.json"
 
 HEAD = """# Quality: when external distillation pays, by how much, and why
 
@@ -67,23 +71,25 @@ def auc(logits: Array, labels: Array) -> float:
 
 def pick(results: Sequence[Result], **wanted: Any) -> list[Result]:
     """Those with the given values; fields not given have those of a plain cell."""
-    plain = {"feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0, "corrected": False}
-    wanted = {**plain, "rates": None, **wanted}
+    wanted = {**PLAIN, **wanted}
     return [r for r in results if all(r[name] == value for name, value in wanted.items())]
 
 
-def changes(
-    results: Sequence[Result], verticals: Sequence[str] | None = None, **wanted: Any
-) -> Changes | None:
+def swept(results: Sequence[Result], what: str) -> list[Result]:
+    """Of the lean student on promotions, in the verticals where a sweep changed one thing."""
+    ours = [r for r in results if r["source"] == "promotions" and r["student"] == "lean"]
+    verticals = {r["vertical"] for r in ours if r[what] != PLAIN[what]}
+    return [r for r in ours if r["vertical"] in verticals]
+
+
+def changes(results: Sequence[Result], **wanted: Any) -> Changes | None:
     """An arm against none with the same source, student, batch and sampling; None if not run."""
     arm = pick(results, **wanted)
     same = {k: v for k, v in wanted.items() if k in ("source", "student", "kept", "rates")}
     none = {(r["vertical"], r["seed"]): r for r in pick(results, arm="none", **same)}
     if not arm:
         return None
-    names = [
-        n for n in dict.fromkeys(r["vertical"] for r in arm) if verticals is None or n in verticals
-    ]
+    names = list(dict.fromkeys(r["vertical"] for r in arm))
     seeds = sorted({r["seed"] for r in arm})
     by = {(r["vertical"], r["seed"]): r for r in arm}
     whole = [s for s in seeds if all((n, s) in by and (n, s) in none for n in names)]
@@ -131,7 +137,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def arms_of(results: Sequence[Result]) -> list[str]:
-    return [a for a in dict.fromkeys(r["arm"] for r in results) if a not in ("none", "teacher")]
+    """Those of the ablation, which are run with a fresh teacher."""
+    arms = dict.fromkeys(r["arm"] for r in results if r["feed"] == "fresh")
+    return [a for a in arms if a not in ("none", "teacher")]
 
 
 def aims(results: Sequence[Result], recipe: str) -> Iterator[str]:
@@ -164,33 +172,44 @@ def _gain_aims(results: Sequence[Result], recipe: str) -> Iterator[list[str]]:
 
 
 def _teacher_aims(results: Sequence[Result], recipe: str) -> Iterator[list[str]]:
+    shifted, aged = swept(results, "shift"), swept(results, "feed")
     for arm in ("AH", recipe):
-        ratios = [_calibrations(results, arm, shift) for shift in shifts_of(results)]
+        ratios = [_calibrations(shifted, arm, shift) for shift in shifts_of(results)]
         if len(ratios) > 1 and all(map(len, ratios)):
             means = [float(ratio.mean()) for ratio in ratios]
             met = all(abs(mean - 1) <= 0.02 for mean in means)
-            met = met if len({r["seed"] for r in _lean(results, arm=arm, shift=2.0)}) > 1 else None
+            met = met if len({r["seed"] for r in pick(shifted, arm=arm, shift=1.0)}) > 1 else None
             what = f"{arm}: serving calibration within 2 % of none's for every shift"
             yield [what, f"{min(means):.3f} to {max(means):.3f}", _yes(met)]
     for feed in feeds_of(results):
         late = feed == "frozen" or int(feed.removeprefix("delay-")) >= 8
-        arms = [_lean_changes(results, arm=arm, feed=feed) for arm in (recipe, "AH")]
+        arms = [changes(aged, arm=arm, feed=feed) for arm in (recipe, "AH")]
         if late and all(arms):
             ne, auc = (_less(*(getattr(arm, name) for arm in arms)) for name in ("ne", "auc"))
-            met = ne.mean() <= 0 and auc.mean() >= 0 if len(ne) > 1 else None
             what = f"teacher {feed}: the recipe at least as good as AH alone"
-            yield [what, f"NE {mean_cell(ne)}, AUC {mean_cell(auc)}", _yes(met)]
+            yield [what, f"NE {mean_cell(ne)}, AUC {mean_cell(auc)}", _as_good(ne, -auc)]
 
 
 def _yes(met: bool | None) -> str:
     return "one seed says nothing" if met is None else "yes" if met else "**no**"
 
 
-def ablation(results: Sequence[Result]) -> Iterator[str]:
+def _as_good(*differences: Array) -> str:
+    """Whether differences, of which more is worse, are at most 0 in the mean over seeds."""
+    if len(differences[0]) < 2:
+        return _yes(None)
+    behind = [d for d in differences if d.mean() > 0]
+    if any(p_value(d.mean(1)) < 0.05 for d in behind):
+        return _yes(False)
+    return "within the noise" if behind else _yes(True)
+
+
+def ablation(results: Sequence[Result], recipe: str) -> Iterator[str]:
     yield "\n## 1. Ablation\n"
     for source in dict.fromkeys(r["source"] for r in results):
         for student in ("lean", "strong"):
             yield from _ablation(results, source, student)
+            yield _beside_ah(results, recipe, source=source, student=student)
 
 
 def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[str]:
@@ -244,20 +263,28 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
     yield markdown(["arm", *teacher.verticals], [*parts, teachers])
 
 
+def _beside_ah(results: Sequence[Result], recipe: str, **kind: str) -> str:
+    arms = [changes(results, arm=arm, **kind) for arm in (recipe, "AH")]
+    if not all(arms):
+        return ""
+    ne, auc = (mean_cell(_less(*(getattr(arm, name) for arm in arms))) for name in ("ne", "auc"))
+    return f"\n{recipe} less AH, paired: NE {ne}, AUC {auc}.\n"
+
+
 def _stars(values: Array) -> str:
     p = p_value(values)
     return " **" if p < 0.01 else " *" if p < 0.05 else ""
 
 
 def bias(results: Sequence[Result]) -> Iterator[str]:
-    shifts = shifts_of(results)
+    shifts, results = shifts_of(results), swept(results, "shift")
     yield (
         "\n## 2. Bias: the teacher's logits shifted\n\nThe lean student; serving calibration over "
         "that of the student without a teacher, and the change of NE.\n\n"
     )
     rows = []
     for arm in arms_of(results):
-        found = [_lean_changes(results, arm=arm, shift=shift) for shift in shifts]
+        found = [changes(results, arm=arm, shift=shift) for shift in shifts]
         if all(found):
             ratios = [_calibrations(results, arm, shift).mean() for shift in shifts]
             cells = zip(ratios, found, strict=True)
@@ -271,31 +298,15 @@ def shifts_of(results: Sequence[Result]) -> list[float]:
 
 def _calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
     """An arm's calibration over none's, of each vertical and seed."""
-    none = {(r["vertical"], r["seed"]): r["calibration"] for r in _lean(results, arm="none")}
+    none = {(r["vertical"], r["seed"]): r["calibration"] for r in pick(results, arm="none")}
     picked = [
-        (r["vertical"], r["seed"], r["calibration"]) for r in _lean(results, arm=arm, shift=shift)
+        (r["vertical"], r["seed"], r["calibration"]) for r in pick(results, arm=arm, shift=shift)
     ]
     return np.array([c / none[v, s] for v, s, c in picked if (v, s) in none])
 
 
-def _swept(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(r["vertical"] for r in results if r["feed"] != "fresh"))
-
-
-def _lean(results: Sequence[Result], **wanted: Any) -> list[Result]:
-    swept = _swept(results)
-    picked = pick(results, source="promotions", student="lean", **wanted)
-    return [r for r in picked if r["vertical"] in swept]
-
-
-def _lean_changes(results: Sequence[Result], **wanted: Any) -> Changes | None:
-    kind = {"source": "promotions", "student": "lean"}
-    change = changes(results, _swept(results), **kind, **wanted)
-    return change
-
-
 def freshness(results: Sequence[Result]) -> Iterator[str]:
-    feeds = feeds_of(results)
+    feeds, results = feeds_of(results), swept(results, "feed")
     yield (
         "\n## 3. Freshness: the teacher is refreshed every week, and used some weeks later\n\n"
         "The lean student, change of NE and AUC; the last rows are the difference of an arm with "
@@ -303,7 +314,7 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
     )
     rows, by_arm = [], {}
     for arm in ["teacher", *arms_of(results)]:
-        found = [_lean_changes(results, arm=arm, feed=feed) for feed in feeds]
+        found = [changes(results, arm=arm, feed=feed) for feed in feeds]
         if any(change is None for change in found):
             continue
         by_arm[arm] = found
@@ -315,6 +326,31 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
                 cells = [mean_cell(_less(getattr(c, what), getattr(a, what))) for c, a in pairs]
                 rows.append([f"{arm} less AH, {what.upper()}", *cells])
     yield markdown(["arm", *feeds], rows)
+
+
+def adapters(results: Sequence[Result], recipe: str) -> Iterator[str]:
+    """The recipe's variants against AH, with the teacher that is oldest."""
+    ours, usual = swept(results, "feed"), PLAIN["adapter"]
+    late = [r for r in ours if r["feed"] == "frozen"]
+    arms = [r["arm"] for r in late if r["arm"] not in ("teacher", *arms_of(ours))]
+    kinds = {arm: {"arm": arm} for arm in dict.fromkeys([recipe, *arms])}
+    for rate, width in sorted({tuple(r["adapter"]) for r in late} - {tuple(usual)}):
+        kinds[f"adapter's rate {rate:g}, width {width}"] = {"arm": recipe, "adapter": [rate, width]}
+    ah = changes(ours, arm="AH", feed="frozen")
+    found = {name: changes(ours, feed="frozen", **kind) for name, kind in kinds.items()}
+    if ah is None or len(found) < 2:
+        return
+    yield (
+        "\nWhat the adapter's term needs, with the frozen teacher: variants of the recipe, and "
+        f"their difference to AH alone. The recipe's margin is 0.25, its weights 1, the adapter's "
+        f"rate {usual[0]:g} and width {usual[1]}.\n\n"
+    )
+    rows = [
+        [name, *(mean_cell(_less(getattr(c, what), getattr(ah, what))) for what in ("ne", "auc"))]
+        for name, c in found.items()
+        if c is not None
+    ]
+    yield markdown(["variant", "NE less AH's", "AUC less AH's"], rows)
 
 
 def _less(values: Array, others: Array) -> Array:
@@ -333,36 +369,92 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
     widths = sorted({r["width"] for r in results})
     if len(widths) < 2:
         return
-    yield "\n## 4. Scale of the teacher\n\nThe lean student; change of NE.\n\n"
-    rows = []
-    for arm in ("teacher", *arms_of(results)):
-        found = [_lean_changes(results, arm=arm, width=width) for width in widths]
-        if all(found):
-            rows.append([arm, *(mean_cell(c.ne) for c in found)])
-    yield markdown([PARAMETERS, *map(str, widths)], rows)
+    results = swept(results, "width")
+    yield (
+        f"\n## 4. Scale of the teacher\n\nThe width of its tables, which hold nearly all of its "
+        f"parameters; {_spread_of(results)}. Change of NE.\n\n"
+    )
+    found = {
+        arm: [changes(results, arm=arm, width=width) for width in widths]
+        for arm in ("teacher", *arms_of(results))
+    }
+    whole = {arm: [c.ne for c in of if c] for arm, of in found.items() if all(of)}
+    rows = [[arm, *map(mean_cell, values)] for arm, values in whole.items()]
+    for arm, values in whole.items() if "teacher" in whole else ():
+        ratios = [v.mean() / t.mean() for v, t in zip(values, whole["teacher"], strict=True)]
+        if arm != "teacher":
+            rows.append([f"{arm}, transfer ratio", *(f"{ratio:.3f}" for ratio in ratios)])
+    yield markdown(["", *map(str, widths)], rows)
+
+
+def _spread_of(results: Sequence[Result]) -> str:
+    """How much a sweep's means are over."""
+    counts = [len({r[what] for r in results}) for what in ("vertical", "seed")]
+    return f"the lean student, means over {counts[0]} verticals and {counts[1]} seeds"
+
+
+def one_to_n(results: Sequence[Result], recipe: str) -> Iterator[str]:
+    """What one teacher gives to each of its students, and what they cost together."""
+    found = {
+        student: changes(results, source="promotions", student=student, arm=recipe)
+        for student in ("lean", "strong")
+    }
+    there = {student: change for student, change in found.items() if change is not None}
+    if not there:
+        return
+    yield f"\n## 5. One teacher, many students\n\nThe recipe, {recipe}, vertical by vertical.\n\n"
+    names = next(iter(there.values())).verticals
+    rows = [
+        [f"{student}, {what.upper()}", *map(mean_cell, getattr(change, what).T[:, :, None])]
+        for student, change in there.items()
+        for what in ("ne", "auc")
+    ]
+    yield markdown(["student", *names], rows)
+    yield _cost(json.loads(COST_FILE.read_text()))
+
+
+def _cost(amortization: Mapping[str, Any]) -> str:
+    """From the benchmark of that name, whose models are larger than the ones here."""
+    by_students = amortization["details"]["by_students"]
+    ways = {
+        "stored once, as here": "logged",
+        "each asks the teacher": "codistillation",
+        "a teacher for each": "teacher_for_each",
+    }
+    rows = [
+        [name, *(f"{n['extra_over_plain'][way]['median']:+.0%}" for n in by_students.values())]
+        for name, way in ways.items()
+    ]
+    return (
+        "\nWhat the teacher adds to the cost of training the students: medians of the amortization "
+        "benchmark, with its models ([README.md](README.md) has the spread):\n\n"
+    ) + markdown(["way", *(f"N = {n}" for n in by_students)], rows)
 
 
 def sampling(results: Sequence[Result]) -> Iterator[str]:
-    kept = sorted({r["kept"] for r in results} - {1.0})
-    if not kept:
+    shares = sorted({r["kept"] for r in results} - {1.0})
+    if not shares:
         return
+    share, results = shares[0], swept(results, "kept")
     yield (
-        f"\n## 6. Sampling\n\nThe stream keeps about one in a hundred negatives, the student here "
-        f"trains on {kept[0]:.0%} of those. Its logits go through the correction log r; "
-        "calibration to the stream's rate and to that of all promoted pairs, before and after. "
-        "Corrected: the library is told the student's rate, so that the teacher's logit goes "
-        "through it too.\n\n"
+        f"\n## 6. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives; the "
+        "teacher on all of them, and the stream itself holds about one in a hundred. Calibration "
+        "to the stream and to all promoted pairs, of the logits as they are and after the "
+        "correction z + log r, r being the share that was kept: of the stream's negatives, and of "
+        "those of the example's basket. Told: the library knows the student's rate, so that the "
+        f"teacher's logits are moved to it. {_spread_of(results).capitalize()}.\n\n"
     )
     rows = []
-    for arm, corrected in itertools.product(["none", *arms_of(results)], (False, True)):
-        picked = _lean(results, arm=arm, kept=kept[0], corrected=corrected)
+    for arm, told in itertools.product(["none", *arms_of(results)], (False, True)):
+        picked = pick(results, arm=arm, kept=share, corrected=told)
         if not picked:
             continue
-        change = _lean_changes(results, arm=arm, kept=kept[0], corrected=corrected)
-        names = ("stream_uncorrected", "stream", "pairs_uncorrected", "pairs")
-        calibrations = [f"{np.mean([r['unsampled'][n] for r in picked]):.3g}" for n in names]
-        name = f"{arm}, teacher {'corrected' if corrected else 'raw'}" if arm != "none" else arm
-        rows.append([name, mean_cell(change.ne) if change else "", *calibrations])
+        change = changes(results, arm=arm, kept=share, corrected=told)
+        figures = np.mean(
+            [[*r["unsampled"]["stream"], *r["unsampled"]["pairs"]] for r in picked], 0
+        )
+        name = arm if arm == "none" else f"{arm}, {'told' if told else 'not told'}"
+        rows.append([name, mean_cell(change.ne) if change else "", *(f"{f:.3g}" for f in figures)])
     head = ["arm", "NE", "to the stream, raw", "corrected", "to all pairs, raw", "corrected"]
     yield markdown(head, rows)
 
@@ -381,9 +473,19 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
 
 
 def page(kept: Mapping[str, Any]) -> str:
-    results, parts = kept["results"], (ablation, bias, freshness, scale, sampling, batches)
-    tables = itertools.chain.from_iterable(part(results) for part in parts)
-    text = "".join([HEAD, PICTURE, *aims(results, kept["recipe"]), *tables])
+    results = kept["results"]
+    recipe = kept["recipe"]
+    tables = itertools.chain(
+        ablation(results, recipe),
+        bias(results),
+        freshness(results),
+        adapters(results, recipe),
+        scale(results),
+        one_to_n(results, recipe),
+        sampling(results),
+        batches(results),
+    )
+    text = "".join([HEAD, PICTURE, *aims(results, recipe), *tables])
     return f"{text}\n{report.machine(kept['environment'])}\n"
 
 
@@ -404,9 +506,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def _draw_freshness(axes: Any, results: Sequence[Result]) -> None:
-    feeds = feeds_of(results)
+    feeds, results = feeds_of(results), swept(results, "feed")
     for arm in arms_of(results):
-        found = [_lean_changes(results, arm=arm, feed=feed) for feed in feeds]
+        found = [changes(results, arm=arm, feed=feed) for feed in feeds]
         if all(found):
             means = [c.ne.mean(1) for c in found]
             spread = [m.std(ddof=1) if len(m) > 1 else 0 for m in means]
@@ -420,10 +522,10 @@ def _draw_freshness(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_bias(axes: Any, results: Sequence[Result]) -> None:
-    shifts = shifts_of(results)
+    shifts, results = shifts_of(results), swept(results, "shift")
     for arm in arms_of(results):
         means = [
-            [r["calibration"] for r in _lean(results, arm=arm, shift=shift)] for shift in shifts
+            [r["calibration"] for r in pick(results, arm=arm, shift=shift)] for shift in shifts
         ]
         if all(means):
             axes.plot(shifts, [np.mean(m) for m in means], label=arm, marker="o")
@@ -433,8 +535,9 @@ def _draw_bias(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_reliability(axes: Any, results: Sequence[Result]) -> None:
-    for arm, shift in (("none", 0.0), ("serving head", 1.0), ("AH", 1.0), ("AH + SA", 1.0)):
-        picked = [r for r in _lean(results, arm=arm, shift=shift) if r["seed"] == 0]
+    results = swept(results, "shift")
+    for arm, shift in (("none", 0.0), *((arm, 1.0) for arm in arms_of(results))):
+        picked = pick(results, arm=arm, shift=shift, seed=0)
         bins = np.array([r["bins"] for r in picked])
         if len(bins):
             predicted, label = bins[:, :, 0].mean(0), bins[:, :, 1].mean(0)
@@ -447,14 +550,15 @@ def _draw_reliability(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
-    none = {(r["vertical"], r["seed"]): r for r in _lean(results, arm="none")}
-    for arm in arms_of(results):
+    results = swept(results, "feed")
+    none = {(r["vertical"], r["seed"]): r for r in pick(results, arm="none")}
+    for arm in arms_of([r for r in results if r["feed"] != "fresh"]):
         weeks: dict[int, list[float]] = {}
-        for r in _lean(results, arm=arm, seed=0):
+        for r in pick(results, arm=arm, seed=0):
             base = none.get((r["vertical"], r["seed"]))
             for mine, its in zip(r["weeks"], base["weeks"] if base else [], strict=bool(base)):
                 weeks.setdefault(mine[0], []).append(100 * (mine[2] / its[2] - 1))
-        if weeks and arm in ("serving head", "AH", "AH + SA", "AH + SA on serving"):
+        if weeks:
             axes.plot(list(weeks), [np.mean(v) for v in weeks.values()], label=arm)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(title="Over time", xlabel="week", ylabel="log-loss against none, %")
@@ -485,7 +589,8 @@ def _rounded(value: Any) -> Any:
 
 def write_page(kept: Mapping[str, Any], folder: Path) -> None:
     """QUALITY.md and quality.png; the first is printed as well."""
-    results = [{"weeks": [], "bins": [], **result} for result in kept["results"]]
+    missing = {"weeks": [], "bins": [], "adapter": PLAIN["adapter"]}
+    results = [{**missing, **result} for result in kept["results"]]
     text = page({**kept, "results": results})
     draw(results, folder / "quality.png")
     (folder / "QUALITY.md").write_text(text)

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -135,17 +136,30 @@ def passes_sigmoid(z: np.ndarray) -> np.ndarray:
 
 def check_a_correction_meets_the_unsampled_rate() -> None:
     """A model that is right about the sampled data is right about all pairs, once corrected."""
+    labels = (np.random.default_rng(2).random(250) < 0.3).astype(np.float32)
+    rate = labels.mean()
+    logits = np.full(len(labels), np.log(rate / (1 - rate)), np.float32)
+    for kept in (0.5, np.full(len(labels), 0.5 / 7)):
+        raw, corrected = quality.unsampled(logits, labels, kept)
+        np.testing.assert_allclose(corrected, 1, rtol=1e-5)
+        assert raw > 1.2
+
+
+def check_a_row_has_the_rate_of_its_basket() -> None:
+    """A purchase too: that of the negatives which were drawn with it."""
     stream = tiny_stream()
-    rng = np.random.default_rng(2)
-    stream = replace(stream, week=np.where(np.arange(len(stream)) < 200, 1, 30).astype(np.int32))
-    stream = replace(stream, label=(rng.random(len(stream)) < 0.3).astype(np.float32))
-    counted = stream.week == 30
-    rate = stream.label[counted].mean()
-    logits = np.full(len(stream), np.log(rate / (1 - rate)), np.float32)
-    weight = np.where(stream.label == 1, 1, 7 / 0.5)
-    found = quality.unsampled(logits, stream, weight, counted, kept=0.5)
-    np.testing.assert_allclose([found["stream"], found["pairs"]], 1, rtol=1e-5)
-    assert found["stream_uncorrected"] > 1.2 and found["pairs_uncorrected"] > 2
+    rows = np.arange(len(stream))
+    baskets = rows // 5
+    stream = replace(
+        stream,
+        label=(rows % 5 == 2).astype(np.float32),
+        weight=np.where(rows % 5 == 2, 1, baskets + 2).astype(np.float32),
+        example_id=data.example_ids(baskets, rows),
+    )
+    with mock.patch.object(passes, "stream_of", return_value=stream):
+        rates = passes.sampling_rates("promotions")
+    passes.sampling_rates.cache_clear()
+    np.testing.assert_allclose(rates, 1 / (baskets + 2))
 
 
 def check_cells_have_names_of_their_own() -> None:
@@ -168,6 +182,7 @@ def check_tables() -> None:
                     {
                         **{"source": "s", "vertical": vertical, "student": "lean", "arm": arm},
                         **{"seed": seed, "feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0},
+                        **{"adapter": [1e-2, 32]},
                         **{"corrected": False, "rates": None, "ne": level * (1 + change + noise)},
                         **{"auc": 0.8, "calibration": 1.0},
                     }
@@ -180,7 +195,7 @@ def check_tables() -> None:
     assert np.isclose(quality_report.p_value(np.array([0.1, 0.1, 0.3])), expected)
     serving = quality_report.changes(results, source="s", student="lean", arm="serving head")
     assert serving is not None and sorted(quality_report.worse(serving)) == ["a", "b"]
-    text = "".join(quality_report.ablation(results))
+    text = "".join(quality_report.ablation(results, "AH"))
     assert "| AH | -2.0" in text or "| AH | -1.9" in text
     assert ("a, b" in text or "b, a" in text) and "0.10" in text  # the transfer ratio, 2 of 20
 
