@@ -137,7 +137,7 @@ def groups(quick: bool) -> list[list[Cell]]:
         freshness(quick, ("AH", RECIPE)),
         () if quick else ablation(quick, "movielens", ("none", "serving head", "AH", RECIPE)),
         itertools.chain(bias(quick), sampling(quick)),
-        () if quick else freshness(quick, ("serving head", "AH + SA", "SA on serving")),
+        () if quick else freshness(quick, ("AH + SA", "serving head")),
         () if quick else adapters(),
         scale(quick),
         () if quick else ablation(quick, "promotions", tuple(ARMS)),

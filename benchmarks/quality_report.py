@@ -52,14 +52,26 @@ class Changes(NamedTuple):
 
     Attributes:
         ne, auc: (seeds, verticals).
-        verticals: in the order of the columns.
+        seeds, verticals: in the order of rows and columns.
         calibration: (seeds, verticals), as it is.
     """
 
     ne: Array
     auc: Array
+    seeds: list[int]
     verticals: list[str]
     calibration: Array
+
+    def less(self, other: Changes, figure: str) -> Array:
+        """The difference of a figure, of the seeds and verticals that both have."""
+        seeds = [s for s in self.seeds if s in other.seeds]
+        verticals = [v for v in self.verticals if v in other.verticals]
+
+        def part(of: Changes) -> Array:
+            rows, columns = map(of.seeds.index, seeds), map(of.verticals.index, verticals)
+            return getattr(of, figure)[np.ix_(list(rows), list(columns))]
+
+        return part(self) - part(other)
 
 
 def auc(logits: Array, labels: Array) -> float:
@@ -102,6 +114,7 @@ def changes(results: Sequence[Result], **wanted: Any) -> Changes | None:
     return Changes(
         100 * (table("ne", by) / table("ne", none) - 1),
         100 * (table("auc", by) / table("auc", none) - 1),
+        whole,
         names,
         table("calibration", by),
     )
@@ -183,9 +196,9 @@ def _teacher_aims(results: Sequence[Result], recipe: str) -> Iterator[list[str]]
             yield [what, f"{min(means):.3f} to {max(means):.3f}", _yes(met)]
     for feed in feeds_of(results):
         late = feed == "frozen" or int(feed.removeprefix("delay-")) >= 8
-        arms = [changes(aged, arm=arm, feed=feed) for arm in (recipe, "AH")]
-        if late and all(arms):
-            ne, auc = (_less(*(getattr(arm, name) for arm in arms)) for name in ("ne", "auc"))
+        mine, ah = (changes(aged, arm=arm, feed=feed) for arm in (recipe, "AH"))
+        if late and mine and ah:
+            ne, auc = mine.less(ah, "ne"), mine.less(ah, "auc")
             what = f"teacher {feed}: the recipe at least as good as AH alone"
             yield [what, f"NE {mean_cell(ne)}, AUC {mean_cell(auc)}", _as_good(ne, -auc)]
 
@@ -264,10 +277,10 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
 
 
 def _beside_ah(results: Sequence[Result], recipe: str, **kind: str) -> str:
-    arms = [changes(results, arm=arm, **kind) for arm in (recipe, "AH")]
-    if not all(arms):
+    mine, ah = (changes(results, arm=arm, **kind) for arm in (recipe, "AH"))
+    if mine is None or ah is None:
         return ""
-    ne, auc = (mean_cell(_less(*(getattr(arm, name) for arm in arms))) for name in ("ne", "auc"))
+    ne, auc = (mean_cell(mine.less(ah, figure)) for figure in ("ne", "auc"))
     return f"\n{recipe} less AH, paired: NE {ne}, AUC {auc}.\n"
 
 
@@ -279,8 +292,8 @@ def _stars(values: Array) -> str:
 def bias(results: Sequence[Result]) -> Iterator[str]:
     shifts, results = shifts_of(results), swept(results, "shift")
     yield (
-        "\n## 2. Bias: the teacher's logits shifted\n\nThe lean student; serving calibration over "
-        "that of the student without a teacher, and the change of NE.\n\n"
+        f"\n## 2. Bias: the teacher's logits shifted\n\n{_spread_of(results, 'shift').capitalize()}; "
+        "serving calibration over that of the student without a teacher, and the change of NE.\n\n"
     )
     rows = []
     for arm in arms_of(results):
@@ -309,8 +322,9 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
     feeds, results = feeds_of(results), swept(results, "feed")
     yield (
         "\n## 3. Freshness: the teacher is refreshed every week, and used some weeks later\n\n"
-        "The lean student, change of NE and AUC; the last rows are the difference of an arm with "
-        "the adapter to AH alone, with the paired test.\n\n"
+        f"{_spread_of(results, 'feed').capitalize()}; change of NE and AUC; the last rows are the "
+        "difference of an arm with the adapter to AH alone, with the paired test. Frozen: after "
+        "week 16.\n\n"
     )
     rows, by_arm = [], {}
     for arm in ["teacher", *arms_of(results)]:
@@ -323,7 +337,7 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
         if "SA" in arm and "AH" in by_arm:
             pairs = list(zip(found, by_arm["AH"], strict=True))
             for what in ("ne", "auc"):
-                cells = [mean_cell(_less(getattr(c, what), getattr(a, what))) for c, a in pairs]
+                cells = [mean_cell(c.less(a, what)) for c, a in pairs]
                 rows.append([f"{arm} less AH, {what.upper()}", *cells])
     yield markdown(["arm", *feeds], rows)
 
@@ -346,17 +360,11 @@ def adapters(results: Sequence[Result], recipe: str) -> Iterator[str]:
         f"rate {usual[0]:g} and width {usual[1]}.\n\n"
     )
     rows = [
-        [name, *(mean_cell(_less(getattr(c, what), getattr(ah, what))) for what in ("ne", "auc"))]
+        [name, *(mean_cell(c.less(ah, figure)) for figure in ("ne", "auc"))]
         for name, c in found.items()
         if c is not None
     ]
     yield markdown(["variant", "NE less AH's", "AUC less AH's"], rows)
-
-
-def _less(values: Array, others: Array) -> Array:
-    """The difference seed by seed, of the seeds that both have."""
-    n = min(len(values), len(others))
-    return values[:n] - others[:n]
 
 
 def feeds_of(results: Sequence[Result]) -> list[str]:
@@ -372,7 +380,7 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
     results = swept(results, "width")
     yield (
         f"\n## 4. Scale of the teacher\n\nThe width of its tables, which hold nearly all of its "
-        f"parameters; {_spread_of(results)}. Change of NE.\n\n"
+        f"parameters; {_spread_of(results, 'width')}. Change of NE.\n\n"
     )
     found = {
         arm: [changes(results, arm=arm, width=width) for width in widths]
@@ -387,9 +395,10 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
     yield markdown(["", *map(str, widths)], rows)
 
 
-def _spread_of(results: Sequence[Result]) -> str:
-    """How much a sweep's means are over."""
-    counts = [len({r[what] for r in results}) for what in ("vertical", "seed")]
+def _spread_of(results: Sequence[Result], what: str) -> str:
+    """What the means of a sweep are over."""
+    changed = [r for r in results if r[what] != PLAIN[what]]
+    counts = [len({r[name] for r in changed}) for name in ("vertical", "seed")]
     return f"the lean student, means over {counts[0]} verticals and {counts[1]} seeds"
 
 
@@ -442,7 +451,7 @@ def sampling(results: Sequence[Result]) -> Iterator[str]:
         "to the stream and to all promoted pairs, of the logits as they are and after the "
         "correction z + log r, r being the share that was kept: of the stream's negatives, and of "
         "those of the example's basket. Told: the library knows the student's rate, so that the "
-        f"teacher's logits are moved to it. {_spread_of(results).capitalize()}.\n\n"
+        f"teacher's logits are moved to it. {_spread_of(results, 'kept').capitalize()}.\n\n"
     )
     rows = []
     for arm, told in itertools.product(["none", *arms_of(results)], (False, True)):
@@ -454,7 +463,8 @@ def sampling(results: Sequence[Result]) -> Iterator[str]:
             [[*r["unsampled"]["stream"], *r["unsampled"]["pairs"]] for r in picked], 0
         )
         name = arm if arm == "none" else f"{arm}, {'told' if told else 'not told'}"
-        rows.append([name, mean_cell(change.ne) if change else "", *(f"{f:.3g}" for f in figures)])
+        gain = mean_cell(change.ne) if change and arm != "none" else ""
+        rows.append([name, gain, *(f"{figure:.3g}" for figure in figures)])
     head = ["arm", "NE", "to the stream, raw", "corrected", "to all pairs, raw", "corrected"]
     yield markdown(head, rows)
 
