@@ -292,8 +292,8 @@ def _stars(values: Array) -> str:
 def bias(results: Sequence[Result]) -> Iterator[str]:
     shifts, results = shifts_of(results), swept(results, "shift")
     yield (
-        f"\n## 2. Bias: the teacher's logits shifted\n\n{_spread_of(results, 'shift').capitalize()}; "
-        "serving calibration over that of the student without a teacher, and the change of NE.\n\n"
+        f"\n## 2. Bias: the teacher's logits shifted\n\n{_spread_of(results, 'shift').capitalize()};"
+        " serving calibration over that of the student without a teacher, and the change of NE.\n\n"
     )
     rows = []
     for arm in arms_of(results):
@@ -562,7 +562,8 @@ def _draw_reliability(axes: Any, results: Sequence[Result]) -> None:
 def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
     results = swept(results, "feed")
     none = {(r["vertical"], r["seed"]): r for r in pick(results, arm="none")}
-    for arm in arms_of([r for r in results if r["feed"] != "fresh"]):
+    aged = {r["arm"] for r in results if r["feed"] != "fresh"}
+    for arm in [arm for arm in arms_of(results) if arm in aged]:
         weeks: dict[int, list[float]] = {}
         for r in pick(results, arm=arm, seed=0):
             base = none.get((r["vertical"], r["seed"]))
