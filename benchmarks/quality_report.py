@@ -291,8 +291,9 @@ def _stars(values: Array) -> str:
 
 def bias(results: Sequence[Result]) -> Iterator[str]:
     shifts, results = shifts_of(results), swept(results, "shift")
+    spread = _spread_of(results, "shift").capitalize()
     yield (
-        f"\n## 2. Bias: the teacher's logits shifted\n\n{_spread_of(results, 'shift').capitalize()};"
+        f"\n## 2. Bias: the teacher's logits shifted\n\n{spread};"
         " serving calibration over that of the student without a teacher, and the change of NE.\n\n"
     )
     rows = []
