@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +18,14 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from torchrec_exfm import ExFMBatch, TrainPipelineExFM
+from torchrec_exfm import (
+    ExFMBatch,
+    LiveTeacher,
+    TeacherOutputs,
+    TrainPipelineExFM,
+    student_state_dict,
+)
+from torchrec_exfm import pipeline as exfm_pipeline
 from torchrec_exfm.das import (
     Examples,
     Snapshot,
@@ -169,6 +179,91 @@ def check_a_failing_store_ends_training(rank: int, world_size: int) -> None:
         pipeline = rm.pipeline_of(trainee, teacher=TeacherLookup(store, rm.TEACHERS))
         with pytest.raises(StoreError, match=r"teacher=a/window=10/.*parquet: is missing"):
             rm.drained(pipeline, parts(rank, world_size))
+
+
+FAILURES = ("gone", "damaged", "closed", "function")
+
+
+def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure: str) -> None:
+    """Masked, failures leave the student's own training to the bit, and are told and counted."""
+    batches = parts(rank, world_size)
+    bare = rm.sharded(rm.two_task_student(), world_size)
+    plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
+    expected = rm.drained(plain, batches), rm.snapshot(bare.model.state_dict())
+    with rm.shared_folder() as name, mock.patch.object(exfm_pipeline, "RETRY_SECONDS", 0.0):
+        teacher = failing(Path(name) / "store", failure, rank)
+        trainee = rm.sharded(rm.wrapped(), world_size)
+        pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outputs = rm.drained(pipeline, batches)
+        told = [str(w.message) for w in caught if "training goes on without" in str(w.message)]
+        assert len(told) == 1 and pipeline.teacher_failures == STEPS
+        state = rm.snapshot(student_state_dict(trainee.model))
+        rm.assert_same((outputs, state), expected)
+        with pytest.raises((StoreError, RuntimeError, ConnectionError)):
+            rm.drained(
+                rm.pipeline_of(rm.sharded(rm.wrapped(), world_size), teacher=teacher), batches
+            )
+
+
+def failing(folder: Path, failure: str, rank: int) -> Any:
+    """A teacher that can't be had."""
+    if failure == "function":
+        return mock.Mock(side_effect=ConnectionError("no route"), spec=rm.logged)
+    store = new_store(folder)
+    fill(store)
+    lookup = TeacherLookup(store, rm.TEACHERS)
+    dist.barrier()
+    if rank == 0 and failure == "gone":
+        shutil.rmtree(folder)
+    for path in folder.glob("outputs/*/*/*.parquet") if rank == 0 and failure == "damaged" else ():
+        path.write_bytes(b"PAR1")
+    dist.barrier()
+    if failure == "closed":
+        lookup._thread.shutdown()
+    return lookup
+
+
+def check_a_teacher_that_fails_now_and_then(rank: int, world_size: int) -> None:
+    """On one rank alone: as if the outputs of those batches had been absent there."""
+    batches = parts(rank, world_size)
+    fails = [rank == 0 and step in (1, 2, 4) for step in range(STEPS)]
+
+    def absent(batch: rm.Columns) -> rm.Columns:
+        return rm.Columns(**batch.columns | {"presence": torch.zeros_like(batch.presence)})
+
+    pairs = list(zip(batches, fails, strict=True))
+    expected = trained(world_size, [absent(b) if bad else b for b, bad in pairs], teacher=rm.logged)
+
+    def teacher(batch: rm.Columns) -> TeacherOutputs:
+        if any(bad for known, bad in pairs if known is batch):
+            raise ConnectionError("now and then")
+        return rm.logged(batch)
+
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
+    with mock.patch.object(exfm_pipeline, "RETRY_SECONDS", 0.0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = rm.drained(pipeline, batches)
+    rm.assert_same((outputs, rm.snapshot(trainee.model.state_dict())), expected)
+    assert pipeline.teacher_failures == sum(fails)
+
+
+def check_a_failed_teacher_is_left_alone_for_a_while(rank: int, world_size: int) -> None:
+    """It is asked once in that time, not at every batch."""
+    teacher = mock.Mock(side_effect=ConnectionError("no route"), spec=rm.logged)
+    trainee = rm.sharded(rm.wrapped(), world_size)
+    pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
+    with pytest.warns(RuntimeWarning, match=r"ConnectionError: no route\).*every 30 s"):
+        rm.drained(pipeline, parts(rank, world_size))
+    assert teacher.call_count == 1 and pipeline.teacher_failures == STEPS
+    for options, message in (
+        ({"on_teacher_error": "skip"}, "should be 'raise' or 'mask'; received 'skip'"),
+        ({"on_teacher_error": "mask", "teacher": LiveTeacher(nn.Identity())}, "with a LiveTeacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rm.pipeline_of(trainee, **options)
 
 
 def whole() -> rm.Columns:

@@ -6,12 +6,14 @@ Shapes: B examples, M teachers, T tasks.
 from __future__ import annotations
 
 import operator
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from functools import partial
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,8 @@ from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
 
 __all__ = ["AsyncTeacher", "LiveTeacher", "TrainPipelineExFM"]
+
+RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked again
 
 
 @runtime_checkable
@@ -96,6 +100,10 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             were logged as columns of the data. A look-up with ``start(batch)``, such as
             ``torchrec_exfm.das.TeacherLookup``: begun as the batch is loaded, joined before its
             step. A :class:`LiveTeacher`.
+        on_teacher_error: ``"raise"``, or ``"mask"``: where the outputs can't be had (the store is
+            gone, a window is damaged), training goes on without them, as the student alone would,
+            warns once, counts such batches in ``teacher_failures``, and asks again half a minute
+            later. Not for a live teacher, whose ranks have to fail together.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
         adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-2.
         labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter and for
@@ -106,11 +114,12 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
 
     Raises:
         ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit; for
-            ``free_features_storage_early`` with a live teacher.
+            ``free_features_storage_early`` or ``on_teacher_error="mask"`` with a live teacher.
         TypeError: for a teacher of another kind.
 
     Warns:
-        RuntimeWarning: if the embeddings end up not pipelined.
+        RuntimeWarning: if the embeddings end up not pipelined; at the first failure of a teacher
+            that is masked.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         device: torch.device,
         *,
         teacher: Callable[[Any], TeacherOutputs] | AsyncTeacher | LiveTeacher | None = None,
+        on_teacher_error: Literal["raise", "mask"] = "raise",
         adapter: StudentAdapter | None = None,
         adapter_optimizer: torch.optim.Optimizer | None = None,
         labels: Callable[[Any], Tensor] = operator.attrgetter("labels"),
@@ -137,11 +147,15 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             **kwargs,
         )
         _check_teacher(teacher, model, kwargs)
+        _check_on_error(on_teacher_error, teacher)
         wrapper = find_wrapper(model)
         _check_names(wrapper, teacher)
         _check_adapter(wrapper, adapter, adapter_optimizer)
         self._head = wrapper.auxiliary_head
         self._teacher = teacher
+        self._masks_errors = on_teacher_error == "mask"
+        self._retry_at = -float("inf")
+        self.teacher_failures = 0
         self._started: Future[TeacherOutputs] | None = None
         self._counted: Callable[[], Tensor | None] = lambda: None
         self._labels = labels
@@ -170,12 +184,13 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                 "the data loader gives ExFMBatch, which carries the teachers' outputs, and "
                 "TrainPipelineExFM was given a teacher as well: drop one of them"
             )
-        if isinstance(self._teacher, LiveTeacher) or not self._model.training:
+        teacher = self._teacher
+        if isinstance(teacher, LiveTeacher) or not self._model.training:
             return batch
-        if isinstance(self._teacher, AsyncTeacher):
-            self._started = self._teacher.start(batch)
+        if isinstance(teacher, AsyncTeacher):
+            self._started = self._begun(teacher, batch)
             return batch
-        return ExFMBatch(batch, self._teacher(batch))
+        return ExFMBatch(batch, self._asked(partial(teacher, batch), batch))
 
     def copy_batch_to_gpu(self, dataloader_iter: Iterator[Any]) -> Any:
         """As TorchRec's, with the look-up of the batch's outputs begun."""
@@ -230,18 +245,53 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             ) from error
 
     def _with_outputs(self, batch: Any) -> ExFMBatch[Any]:
+        teacher = self._teacher
         if isinstance(batch, ExFMBatch):
             return batch
-        if self._teacher is None:
+        if teacher is None:
             raise TypeError(
                 f"the data loader should give ExFMBatch; received {type(batch).__name__}: or tell "
                 "TrainPipelineExFM where the teachers' outputs come from (teacher=...)"
             )
-        if isinstance(self._teacher, AsyncTeacher):
+        if isinstance(teacher, AsyncTeacher):
             context: Any = self.contexts[0]
-            started = context.outputs or self._teacher.start(batch)  # None: loaded in evaluation
-            return ExFMBatch(batch, self._copied(started.result()))
-        return ExFMBatch(batch, self._teacher(batch))
+            started = context.outputs  # None: loaded in evaluation, or could not begin
+            outputs = self._asked(lambda: (started or teacher.start(batch)).result(), batch)
+            return ExFMBatch(batch, self._copied(outputs))
+        outputs = self._asked(partial(teacher, batch), batch)
+        return ExFMBatch(batch, outputs.to(self._device) if self._masks_errors else outputs)
+
+    def _begun(self, teacher: AsyncTeacher, batch: Any) -> Future[TeacherOutputs] | None:
+        """A look-up that was begun; None for one that can't be, or should not be yet."""
+        if not self._masks_errors:
+            return teacher.start(batch)
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            return teacher.start(batch)
+        except Exception:
+            return None  # asked again at the batch's step, which masks and counts the failure
+
+    def _asked(self, ask: Callable[[], TeacherOutputs], batch: Any) -> TeacherOutputs:
+        """What a teacher says of a batch; no outputs where it fails and errors are masked."""
+        if not self._masks_errors:
+            return ask()
+        if time.monotonic() >= self._retry_at:
+            try:
+                return ask()
+            except Exception as error:
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                if not self.teacher_failures:
+                    warnings.warn(
+                        f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
+                        "training goes on without them, and they are asked for again every "
+                        f"{RETRY_SECONDS:g} s; TrainPipelineExFM.teacher_failures counts batches",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        self.teacher_failures += 1
+        shape = len(self._head.teachers), len(self._head.tasks)
+        return TeacherOutputs.missing(len(self._fresh_labels(batch)), *shape)
 
     def _copied(self, outputs: TeacherOutputs) -> TeacherOutputs:
         """Outputs on the device; on an accelerator by way of the stream that copies batches."""
@@ -305,6 +355,18 @@ def _check_teacher(teacher: object, model: nn.Module, options: dict[str, Any]) -
         raise ValueError(
             "free_features_storage_early should be False with a LiveTeacher, which reads the "
             "features after TorchRec would have freed them; received True"
+        )
+
+
+def _check_on_error(on_teacher_error: str, teacher: object) -> None:
+    if on_teacher_error not in ("raise", "mask"):
+        raise ValueError(
+            f"on_teacher_error should be 'raise' or 'mask'; received {on_teacher_error!r}"
+        )
+    if on_teacher_error == "mask" and isinstance(teacher, LiveTeacher):
+        raise ValueError(
+            "on_teacher_error should be 'raise' with a LiveTeacher, whose ranks have to fail "
+            "together; received 'mask'"
         )
 
 
