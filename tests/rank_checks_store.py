@@ -258,7 +258,12 @@ def check_a_failed_teacher_is_left_alone_for_a_while(rank: int, world_size: int)
     with pytest.warns(RuntimeWarning, match=r"ConnectionError: no route\).*every 30 s"):
         rm.drained(pipeline, parts(rank, world_size))
     assert teacher.call_count == 1 and pipeline.teacher_failures == STEPS
+    wrong = mock.Mock(side_effect=KeyError("no such column"), spec=rm.logged)
+    pipeline = rm.pipeline_of(trainee, teacher=wrong, on_teacher_error="mask")
+    with pytest.raises(KeyError, match="no such column"):
+        rm.drained(pipeline, parts(rank, world_size))
     for options, message in (
+        ({"on_teacher_error": "mask"}, "'raise' without a teacher"),
         ({"on_teacher_error": "skip"}, "should be 'raise' or 'mask'; received 'skip'"),
         ({"on_teacher_error": "mask", "teacher": LiveTeacher(nn.Identity())}, "with a LiveTeacher"),
     ):

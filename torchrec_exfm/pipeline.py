@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,15 @@ from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
 
 __all__ = ["AsyncTeacher", "LiveTeacher", "TrainPipelineExFM"]
 
-RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked again
+RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked anew
+MASKED_ERRORS = (OSError, RuntimeError)  # StoreError is one of them; others are wrong set-ups
+
+
+_T = TypeVar("_T")
+
+
+class _LeftAloneError(RuntimeError):
+    """A teacher is not asked, as it failed a moment ago."""
 
 
 @runtime_checkable
@@ -101,13 +109,14 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             ``torchrec_exfm.das.TeacherLookup``: begun as the batch is loaded, joined before its
             step. A :class:`LiveTeacher`.
         on_teacher_error: ``"raise"``, or ``"mask"``: where the outputs can't be had (the store is
-            gone, a window is damaged), training goes on without them, as the student alone would,
-            warns once, counts such batches in ``teacher_failures``, and asks again half a minute
-            later. Not for a live teacher, whose ranks have to fail together.
+            gone, a window is damaged: OSError and RuntimeError), training goes on without them, as
+            the student alone would, warns once, counts such batches in ``teacher_failures``, and
+            asks again half a minute later. Not for a live teacher, whose ranks have to fail
+            together.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
         adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-2.
-        labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter and for
-            terms with a margin.
+        labels: takes the user's batch to its labels, (B,) or (B, T), for the adapter, for terms
+            with a margin, and to know B where the teacher failed.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
         **kwargs: those of ``TrainPipelineSparseDist``.
@@ -190,7 +199,8 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         if isinstance(teacher, AsyncTeacher):
             self._started = self._begun(teacher, batch)
             return batch
-        return ExFMBatch(batch, self._asked(partial(teacher, batch), batch))
+        ask = partial(self._asked, teacher, batch)
+        return ExFMBatch(batch, self._unless_it_fails(ask, batch))
 
     def copy_batch_to_gpu(self, dataloader_iter: Iterator[Any]) -> Any:
         """As TorchRec's, with the look-up of the batch's outputs begun."""
@@ -239,7 +249,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             return self._labels(batch)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                "labels should take the user's batch to its labels, for adapter and margins; "
+                "labels should take the user's batch to its labels, for what needs them here; "
                 f"received a {type(batch).__name__} and {type(error).__name__}: {error}: pass "
                 "labels=..., a function of the batch, to TrainPipelineExFM"
             ) from error
@@ -255,40 +265,44 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             )
         if isinstance(teacher, AsyncTeacher):
             context: Any = self.contexts[0]
-            started = context.outputs  # None: loaded in evaluation, or could not begin
-            outputs = self._asked(lambda: (started or teacher.start(batch)).result(), batch)
-            return ExFMBatch(batch, self._copied(outputs))
-        outputs = self._asked(partial(teacher, batch), batch)
+            started = context.outputs or self._begun(teacher, batch)  # None: loaded in evaluation
+            return ExFMBatch(batch, self._copied(self._unless_it_fails(started.result, batch)))
+        outputs = self._unless_it_fails(partial(self._asked, teacher, batch), batch)
         return ExFMBatch(batch, outputs.to(self._device) if self._masks_errors else outputs)
 
-    def _begun(self, teacher: AsyncTeacher, batch: Any) -> Future[TeacherOutputs] | None:
-        """A look-up that was begun; None for one that can't be, or should not be yet."""
+    def _begun(self, teacher: AsyncTeacher, batch: Any) -> Future[TeacherOutputs]:
+        """A look-up that was begun, or has failed where errors are masked."""
         if not self._masks_errors:
             return teacher.start(batch)
-        if time.monotonic() < self._retry_at:
-            return None
         try:
-            return teacher.start(batch)
-        except Exception:
-            return None  # asked again at the batch's step, which masks and counts the failure
+            return self._asked(teacher.start, batch)
+        except MASKED_ERRORS as error:
+            failed: Future[TeacherOutputs] = Future()
+            failed.set_exception(error)
+            return failed
 
-    def _asked(self, ask: Callable[[], TeacherOutputs], batch: Any) -> TeacherOutputs:
+    def _asked(self, teacher: Callable[[Any], _T], batch: Any) -> _T:
+        if time.monotonic() < self._retry_at:
+            raise _LeftAloneError
+        return teacher(batch)
+
+    def _unless_it_fails(self, ask: Callable[[], TeacherOutputs], batch: Any) -> TeacherOutputs:
         """What a teacher says of a batch; no outputs where it fails and errors are masked."""
         if not self._masks_errors:
             return ask()
-        if time.monotonic() >= self._retry_at:
-            try:
-                return ask()
-            except Exception as error:
+        try:
+            return ask()
+        except MASKED_ERRORS as error:
+            if not isinstance(error, _LeftAloneError):
                 self._retry_at = time.monotonic() + RETRY_SECONDS
-                if not self.teacher_failures:
-                    warnings.warn(
-                        f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
-                        "training goes on without them, and they are asked for again every "
-                        f"{RETRY_SECONDS:g} s; TrainPipelineExFM.teacher_failures counts batches",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
+            if not self.teacher_failures:
+                warnings.warn(
+                    f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
+                    "training goes on without them, and they are asked for again every "
+                    f"{RETRY_SECONDS:g} s; TrainPipelineExFM.teacher_failures counts batches",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self.teacher_failures += 1
         shape = len(self._head.teachers), len(self._head.tasks)
         return TeacherOutputs.missing(len(self._fresh_labels(batch)), *shape)
@@ -363,10 +377,10 @@ def _check_on_error(on_teacher_error: str, teacher: object) -> None:
         raise ValueError(
             f"on_teacher_error should be 'raise' or 'mask'; received {on_teacher_error!r}"
         )
-    if on_teacher_error == "mask" and isinstance(teacher, LiveTeacher):
+    if on_teacher_error == "mask" and (teacher is None or isinstance(teacher, LiveTeacher)):
         raise ValueError(
-            "on_teacher_error should be 'raise' with a LiveTeacher, whose ranks have to fail "
-            "together; received 'mask'"
+            "on_teacher_error should be 'raise' without a teacher, and with a LiveTeacher, whose "
+            "ranks have to fail together; received 'mask'"
         )
 
 
