@@ -1,0 +1,1 @@
+"""Components for TorchX, in files of their own: see `exfm.py`."""
