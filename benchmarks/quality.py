@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file: another one for every other cell, and for every change of its arm."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
-        told = {f.name: told[f.name] for f in fields(self) if told[f.name] != f.default}
-        told["rates"] = self.rates or SOURCES[self.source].rates[self.student]
-        text = json.dumps([told, *map(asdict, terms_of(self.arm))], sort_keys=True)
+        """Of its file: another one for every other cell, and for every change of a setting."""
+        told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
+        terms = [asdict(term) for term in terms_of(self.arm)]
+        text = json.dumps([told, terms, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def settings(source: str) -> dict[str, Any]:
+    """What a run rests on beside its cell; of the code nothing is told."""
+    features = {name: getattr(SOURCES[source], name) for name in ("lean", "strong", "rich")}
+    names = ("TEACHER", "STUDENT", "TEACHER_RATES")
+    weeks = (passes.FIRST_WEEK, TUNING_WEEK, FROZEN_AFTER, passes.TEACHER_BATCH)
+    formats = (passes.data.FORMAT_VERSION, passes.movielens.FORMAT_VERSION)
+    models = {name: getattr(passes.demo, name) for name in names}
+    return {**features, **models, "weeks": weeks, "formats": formats}
 
 
 def terms_of(arm: str) -> tuple[Term, ...]:
@@ -235,7 +244,8 @@ def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> 
 
 
 def teacher_file(folder: Path, source: str, width: int, seed: int, feed: str) -> Path:
-    return folder / "teachers" / f"{source}.{width}.{seed}.{feed}.npy"
+    of_settings = hashlib.sha256(json.dumps(settings(source), sort_keys=True).encode()).hexdigest()
+    return folder / "teachers" / f"{source}.{width}.{seed}.{feed}.{of_settings[:12]}.npy"
 
 
 def run(cell: Cell, folder: Path) -> None:
@@ -251,7 +261,12 @@ def run(cell: Cell, folder: Path) -> None:
         drawn = np.random.default_rng(cell.seed).random(len(stream)) < cell.kept
         chosen = (stream.label == 1) | drawn
         stream, teacher, rates = stream.select(chosen), teacher[chosen], rates[chosen]
-    logits = teacher if cell.arm == "teacher" else _student(cell, stream, teacher)
+    if cell.arm == "teacher":
+        batch_size, *_ = SOURCES[cell.source].rates[cell.student]
+        logits = teacher.copy()
+        logits[len(logits) // batch_size * batch_size :] = np.nan  # the student drops them too
+    else:
+        logits = _student(cell, stream, teacher)
     there = ~np.isnan(logits)
     counted = there & (stream.week >= passes.FIRST_WEEK)
     early = there & (stream.week < passes.FIRST_WEEK) & (stream.week >= TUNING_WEEK)
@@ -379,8 +394,13 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 
 def _wait(futures: Sequence[Future[None]], name: str) -> None:
-    for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit="run"):
-        future.result()
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit="run"):
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def tune(folder: Path, workers: int) -> None:
@@ -420,6 +440,7 @@ def main() -> None:
         measure(parts, options.out, options.workers)
     kept = {
         "recipe": RECIPE,
+        "planned": len({cell for part in parts for cell in part}),
         "environment": common.environment(),
         "results": finished(parts, options.out),
     }
