@@ -35,9 +35,9 @@ two-sided t-test over seeds (it tells of the seeds' noise, not of other data). N
 entropy, lower is better.
 
 Rates of the student without a teacher are the best of a grid at batches of 256, on weeks 14 to 26
-of three verticals (`quality.py --tune`; those of the promotions by trials of the same kind, over eight
-verticals), and hold for all arms. The arms were chosen on the same weeks in trials that are not
-kept here, and the margin was added after an earlier form of table 3 had shown that the adapter
+of three verticals (`quality.py --tune`; those of the promotions by trials of the same kind, over
+eight verticals), and hold for all arms. The arms were chosen on the same weeks in trials that are
+not kept here, and the margin was added after an earlier form of table 3 had shown that the adapter
 without one did not pay with a late teacher. The optimizers are Adam and, for the tables, row-wise
 Adagrad.
 
