@@ -42,7 +42,7 @@ demo: venv
 
 # The fault tests at full length: jobs killed twenty times each and resumed.
 faults: venv
-	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py
+	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py tests/test_resume.py
 
 # Every benchmark, and benchmarks/README.md from what they print: about half an hour on 2 quiet cores.
 # BENCH=step picks one, BENCH=--quick prints small runs and keeps nothing.

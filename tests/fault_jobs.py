@@ -42,7 +42,7 @@ STEPS = 80  # of the training, with the first LOGGED examples
 LOGGED = 3_200
 CHECKPOINT_STEPS = 5
 
-Job = Callable[[int, int, Path], None]
+Job = Callable[[int, int, Path], Any]
 
 
 class Data:
@@ -73,15 +73,16 @@ def make_store(folder: Path) -> TeacherStore:
     return dd.new_store(folder / "store", tasks=TASKS, window_seconds=WINDOW)
 
 
-def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> None:
+def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> Any:
     """A job as one of its ranks; those of an attempt meet by its number."""
     logging.disable(logging.WARNING)
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a kill leaves behind
     torch.set_num_threads(1)
     meeting = (folder / f"meeting-{attempt}").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-    job(rank, world_size, folder)
+    result = job(rank, world_size, folder)
     dist.destroy_process_group()
+    return result
 
 
 def scoring(rank: int, world_size: int, folder: Path) -> None:

@@ -15,6 +15,7 @@ CONTEXT.set_forkserver_preload(
     [
         "pandas",  # pyarrow looks for it at its first array
         "pytest",
+        "torch.distributed.optim",
         "torchrec",
         "torchrec.datasets.utils",
         "torchrec.distributed.train_pipeline",

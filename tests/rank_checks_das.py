@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from torchrec_exfm.das.checkpoint import load_checkpoint, save_checkpoint
+from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 
 
 def check_checkpoint_across_ranks(rank: int, world_size: int, sharding: str, other: str) -> None:

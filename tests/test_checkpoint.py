@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.das.checkpoint import load_checkpoint, save_checkpoint
+from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 
 DATA = "__0_0.distcp"
 

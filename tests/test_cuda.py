@@ -9,6 +9,7 @@ import pytest
 import rank_checks as checks
 import rank_checks_cuda as of_cuda
 import rank_checks_metrics as of_metrics
+import rank_checks_resume as resume
 import rank_checks_serving as serving
 import rank_checks_store as of_store
 import torch
@@ -32,6 +33,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (serving.check_export, "mixed"),
     (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
     (serving.check_evaluation_between_steps,),
+    *((resume.check_resumed_equals_straight, way) for way in resume.ON_CUDA),
     (of_store.check_store_equals_columns,),
     (of_store.check_store_with_evaluation_between,),
     (of_store.check_each_example_is_scored_once,),

@@ -97,6 +97,8 @@ def test_the_public_names_are_frozen() -> None:
         "adapter_step",
         "export_student",
         "functional",
+        "load_training",
+        "save_training",
         "student_state_dict",
     ]
     assert das.__all__ == [
@@ -177,6 +179,7 @@ def test_docstring_examples_run(example: doctest.DocTest) -> None:
         "das.store.TeacherStore",
         "heads.AuxiliaryHead",
         "heads.DistillationHead",
+        "resume.load_training",
     ],
 )
 def test_what_can_be_shown_in_a_line_has_an_example(name: str) -> None:

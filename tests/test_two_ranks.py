@@ -11,6 +11,7 @@ import pytest
 import rank_checks as checks
 import rank_checks_das as das
 import rank_checks_metrics as of_metrics
+import rank_checks_resume as resume
 import rank_checks_serving as serving
 import rank_checks_store as of_store
 from models import students
@@ -70,6 +71,12 @@ CHECKS: list[tuple[Any, ...]] = [
     (serving.check_evaluation_between_steps,),
     (serving.check_evaluation_in_the_pipeline,),
     (serving.check_sharded_student_is_refused,),
+    *((resume.check_resumed_equals_straight, way) for way in resume.WAYS),
+    (resume.check_resumed_before_the_first_step,),
+    (resume.check_resumed_without_dmp,),
+    (resume.check_checkpoints_of_a_run,),
+    (resume.check_a_checkpoint_of_another_run_is_refused,),
+    (resume.check_metrics_start_anew,),
     *((das.check_checkpoint_across_ranks, *pair) for pair in itertools.pairwise(SHARDINGS)),
     (das.check_checkpoint_of_dtensors,),
     (das.check_checkpoint_errors_reach_every_rank,),

@@ -23,6 +23,7 @@ from torchrec_exfm.heads import (  # noqa: E402
 )
 from torchrec_exfm.metrics import ExFMMetrics  # noqa: E402
 from torchrec_exfm.pipeline import LiveTeacher, TrainPipelineExFM  # noqa: E402
+from torchrec_exfm.resume import load_training, save_training  # noqa: E402
 from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
 
 __all__ = [
@@ -40,5 +41,7 @@ __all__ = [
     "adapter_step",
     "export_student",
     "functional",
+    "load_training",
+    "save_training",
     "student_state_dict",
 ]

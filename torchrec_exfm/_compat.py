@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineContext, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
+from torchrec.metrics.metric_module import RecMetricModule
+from torchrec.metrics.rec_metric import RecMetricComputation
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
 
 __all__ = [
     "DTensor",
@@ -20,9 +25,16 @@ __all__ = [
     "TrainPipelineContext",
     "TrainPipelineSparseDist",
     "data_parallel_group",
+    "fused_optimizers",
+    "fused_steps",
     "gather_to_rank_0",
+    "kind_of",
+    "metric_computations",
+    "metric_state",
     "pipelined_names",
+    "set_metric_state",
     "sharded_names",
+    "single_optimizers",
 ]
 
 
@@ -67,3 +79,73 @@ def pipelined_names(pipeline: TrainPipelineSparseDist[Any, Any], model: nn.Modul
     """The names of the sharded modules whose input distribution the pipeline overlaps."""
     pipelined = {id(module) for module in pipeline._pipelined_modules}
     return [name for name, module in model.named_modules() if id(module) in pipelined]
+
+
+def single_optimizers(
+    optimizer: torch.optim.Optimizer, name: str = ""
+) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """The optimizers that TorchRec's combinations and wrappers are made of, by name."""
+    if isinstance(optimizer, CombinedOptimizer):
+        for key, each in optimizer.optimizers:
+            yield from single_optimizers(each, f"{name}{key}." if key else name)
+    elif isinstance(optimizer, OptimizerWrapper):
+        yield from single_optimizers(optimizer._optimizer, name)
+    else:
+        yield name, optimizer
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """The class of an optimizer, below TorchRec's KeyedOptimizerWrapper."""
+    return type(getattr(optimizer, "_optimizer", optimizer)).__name__
+
+
+def fused_optimizers(model: nn.Module) -> list[KeyedOptimizer]:
+    """What updates the sharded tables of a model in backward."""
+    modules = model.modules()
+    return [each.fused_optimizer for each in modules if isinstance(each, DistributedModelParallel)]
+
+
+def fused_steps(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The counters of a fused optimizer's steps, which it keeps outside of its state."""
+    tables = getattr(optimizer, "_emb_module", None)
+    found = (getattr(tables, name, None) for name in ("iter", "iter_cpu"))
+    return [counter for counter in found if counter is not None]
+
+
+def metric_computations(module: RecMetricModule) -> Iterator[tuple[str, RecMetricComputation]]:
+    """What computes the metrics, by metric and task."""
+    metrics: Any = module.rec_metrics.rec_metrics
+    for metric in metrics:
+        for task, computation in zip(metric._tasks, metric._metrics_computations, strict=True):
+            yield f"{metric._namespace.value}/{task.name}", computation
+
+
+def metric_state(computation: RecMetricComputation) -> dict[str, torch.Tensor]:
+    """A copy of this rank's state, but of the windows that TorchRec keeps beside the totals."""
+    state = {"updates": torch.tensor(computation._update_count)}
+    if hasattr(computation, "_num_samples"):  # of the AUC
+        state["samples"] = torch.tensor(computation._num_samples)
+    for key in computation._defaults:
+        value = getattr(computation, key)
+        if isinstance(value, list):
+            state[f"{key}.sizes"] = torch.tensor([part.shape[-1] for part in value])
+            state[key] = torch.cat(value, dim=-1)
+        elif key not in (computation._batch_window_buffers or ()):
+            state[key] = value.clone()
+    return state
+
+
+def set_metric_state(
+    computation: RecMetricComputation, state: dict[str, torch.Tensor], device: torch.device
+) -> None:
+    """Put back what :func:`metric_state` gave."""
+    computation.reset()
+    computation._update_count = int(state["updates"])
+    if "samples" in state:
+        computation._num_samples = int(state["samples"])
+    for key in computation._defaults:
+        if f"{key}.sizes" in state:
+            sizes = state[f"{key}.sizes"].tolist()
+            setattr(computation, key, list(state[key].to(device).split(sizes, dim=-1)))
+        elif key in state:
+            setattr(computation, key, state[key].to(device, copy=True))

@@ -50,7 +50,7 @@ def _where_written(result: WriteResult) -> dict[str, Any]:
 
 # ---- End of what is not public ----
 
-__all__ = ["load_checkpoint", "read_metadata", "save_checkpoint"]
+__all__ = ["METADATA", "load_checkpoint", "on_rank_0", "read_metadata", "save_checkpoint"]
 
 METADATA = "metadata.json"
 _FORMAT = "torchrec_exfm.checkpoint"
@@ -113,6 +113,22 @@ def load_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=not _distributed(),
         )
+
+
+def on_rank_0(function: Callable[[], _T]) -> _T:
+    """What a function gives on rank 0, for all ranks; an error of it is raised on all."""
+    if not _distributed() or dist.get_world_size() == 1:
+        return function()
+    answer: list[_T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function()]
+        except Exception as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

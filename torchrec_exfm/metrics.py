@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torchrec.metrics.metrics_config import (
     RecMetricEnum,
     RecTaskInfo,
 )
+from torchrec.metrics.rec_metric import RecMetricComputation
 
+from torchrec_exfm._compat import metric_computations, metric_state, set_metric_state
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import Task, check_names, check_tasks
 
@@ -128,6 +130,41 @@ class ExFMMetrics:
                 if metric == ("window_auc" if name == "auc" else f"lifetime_{name}"):
                     results[f"{name}/{task}"] = float(value)
         return results | self._coverage()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of this rank's part of what :meth:`compute` needs; not that of all ranks."""
+        state = {"coverage": self._sums.clone()}
+        for name, computation in self._computations():
+            found = metric_state(computation)
+            state |= {f"{name}/{key}": value for key, value in found.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` gave on this rank of as many.
+
+        Raises:
+            ValueError: if it is that of other tasks or teachers.
+        """
+        self.check_state_dict(state)
+        self._sums.copy_(state["coverage"])
+        for name, computation in self._computations():
+            start = f"{name}/"
+            found = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+            set_metric_state(computation, found, self._sums.device)
+
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """A ValueError for a state that :meth:`load_state_dict` would not take."""
+        here = self.state_dict()
+        if state.keys() != here.keys() or state["coverage"].shape != self._sums.shape:
+            raise ValueError(
+                f"the state should be that of metrics of {self._sums.shape[0]} teachers, with "
+                f"{sorted(here)}; received one of {len(state.get('coverage', ()))} teachers, with "
+                f"{sorted(state)}"
+            )
+
+    def _computations(self) -> Iterator[tuple[str, RecMetricComputation]]:
+        for module in self._modules:
+            yield from metric_computations(module)
 
     def _coverage(self) -> dict[str, float]:
         sums = self._sums.clone()

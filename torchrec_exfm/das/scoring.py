@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
+from torchrec_exfm.checkpoint import on_rank_0
 from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64, utc
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
-from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, on_rank_0
+from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["Examples", "ScoringReport", "score"]

@@ -7,18 +7,17 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch.distributed as dist
 from deltalake import WriterProperties
 from torch import nn
 
+from torchrec_exfm.checkpoint import load_checkpoint, on_rank_0, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, utc
-from torchrec_exfm.das.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.delta import StoreError, Table
 from torchrec_exfm.das.schema import TIMESTAMP, check_name
 
@@ -35,13 +34,10 @@ __all__ = [
     "is_plain",
     "load_snapshot",
     "newest_snapshot",
-    "on_rank_0",
     "publish",
     "published",
     "registry_of",
 ]
-
-T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -202,22 +198,6 @@ def forget_snapshots(
 def create_registry(url: str, storage_options: Mapping[str, str] | None) -> None:
     """Make the empty table of snapshots, unless it is there."""
     Table.create(f"{url}/snapshots", SCHEMA, (), "snapshots of teachers", storage_options)
-
-
-def on_rank_0(function: Callable[[], T]) -> T:
-    """What a function gives on rank 0, for all ranks; an error of it is raised on all."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return function()
-    answer: list[T | Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [function()]
-        except Exception as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]  # type: ignore[return-value]
 
 
 def _commit(

@@ -13,8 +13,8 @@ import pyarrow as pa
 from deltalake.exceptions import DeltaError
 from tqdm import tqdm
 
+from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
-from torchrec_exfm.das.checkpoint import read_metadata
 from torchrec_exfm.das.delta import DataFile, StoreError
 from torchrec_exfm.das.rules import Rows, broken_rules
 from torchrec_exfm.das.schema import PARTITION, check_name

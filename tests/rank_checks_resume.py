@@ -1,0 +1,300 @@
+"""Checks of training that goes on from a checkpoint as if it had not stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import rank_models as rm
+import torch
+import torch.distributed as dist
+from ranks import device
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.keyed import CombinedOptimizer
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMMetrics,
+    StudentAdapter,
+    TrainPipelineExFM,
+    load_training,
+    save_training,
+)
+from torchrec_exfm._compat import fused_steps, single_optimizers
+from torchrec_exfm.checkpoint import save_checkpoint
+from torchrec_exfm.wrapper import find_wrapper
+
+TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
+WAYS: dict[str, dict[str, Any]] = {  # of sharding, and of updating the tables and the rest
+    "SGD": {"lr": 0.2},
+    "Adagrad": {
+        "sharding": "column_wise",
+        "fused": torch.optim.Adagrad,
+        "dense": torch.optim.Adagrad,
+        "lr": 0.1,
+    },
+    "RowWiseAdagrad": {
+        "sharding": "row_wise",
+        "fused": RowWiseAdagrad,
+        "dense": torch.optim.AdamW,
+        "lr": 0.05,
+        "weight_decay": 0.1,
+    },
+    "mixed": {
+        "sharding": "mixed",
+        "fused": RowWiseAdagrad,
+        "dense": torch.optim.Adam,
+        "lr": 0.05,
+    },
+}
+
+ON_CUDA = {"Adam": {"fused": torch.optim.Adam, "dense": torch.optim.Adam, "lr": 0.05}}
+
+
+class Run(NamedTuple):
+    """A training with a schedule of its rates, and its metrics."""
+
+    trainee: rm.Trainee
+    pipeline: TrainPipelineExFM
+    metrics: ExFMMetrics
+
+    def step(self, batches: Any) -> list[Tensor]:
+        output = self.pipeline.progress(batches)
+        self.metrics.update(output, find_wrapper(self.trainee.model).last_teacher)
+        fused, dense = self.trainee.model.fused_optimizer, self.pipeline._optimizer
+        groups = {id(group): group for group in (*fused.param_groups, *dense.param_groups)}
+        for group in groups.values():
+            group["lr"] *= 0.99
+        fused.step()  # which tells the tables their rate
+        return [*(value.clone() for value in output), torch.rand(2)]
+
+    def everything(self) -> list[Any]:
+        """A copy of the weights, the optimizers' state, the rates and the metrics."""
+        pipeline, fused = self.pipeline, self.trainee.model.fused_optimizer
+        assert pipeline.adapter is not None and pipeline.adapter_optimizer is not None
+        optimizers = (fused, self.trainee.optimizer, pipeline.adapter_optimizer)
+        found = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        found += [self.trainee.model.state_dict(), pipeline.adapter.state_dict()]
+        groups = itertools.chain(*(optimizer.param_groups for optimizer in optimizers))
+        rates = [group["lr"] for group in groups]
+        steps = [
+            [int(counter) for counter in fused_steps(each)] for _, each in single_optimizers(fused)
+        ]
+        metrics = self.metrics.compute().items()
+        there = {key: value for key, value in metrics if not math.isnan(value)}
+        return [*map(_copied, found), rates, steps, there]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor.clone() for shard in value.local_shards()]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def new_run(
+    world_size: int,
+    way: str,
+    seed: int = 0,
+    terms: Sequence[DistillationTerm] = TERMS,
+    adapter: StudentAdapter | None = None,
+    **changes: Any,
+) -> Run:
+    wrapper = rm.wrapped(rm.two_task_student(seed), terms=terms, seed=seed + 1)
+    trainee = rm.sharded(wrapper, world_size, **((WAYS | ON_CUDA)[way] | changes))
+    if way != "SGD":  # where it is of the dense parameters alone
+        combined = CombinedOptimizer([trainee.model.fused_optimizer, trainee.optimizer])
+        trainee = trainee._replace(optimizer=combined)
+    adapter = adapter or rm.two_task_adapter(seed + 2)
+    pipeline = rm.pipeline_of(trainee, teacher=rm.informed, adapter=adapter)
+    metrics = ExFMMetrics(
+        batch_size=rm.GLOBAL_SIZE // world_size,
+        device=device(),
+        tasks=rm.TASKS,
+        teachers=rm.TEACHERS,
+        window_size=3 * rm.GLOBAL_SIZE,
+    )
+    return Run(trainee, pipeline, metrics)
+
+
+def check_resumed_equals_straight(rank: int, world_size: int, way: str) -> None:
+    """Saved at some steps, and gone on from the last of them in new objects, to the bit."""
+    batches = rm.parts(rank, world_size)
+    torch.manual_seed(rank)
+    straight = new_run(world_size, way)
+    iterator = iter(batches)
+    torch.manual_seed(rank)
+    expected = [straight.step(iterator) for _ in batches]
+
+    with rm.shared_folder() as folder:
+        run = new_run(world_size, way)
+        iterator = iter(batches)
+        torch.manual_seed(rank)
+        outputs = []
+        for step in range(len(batches)):
+            if step in (0, 3, 4):
+                position = {"step": step, "epoch": 7}
+                save_training(folder, run.pipeline, position=position, metrics=run.metrics)
+            outputs.append(run.step(iterator))
+        rm.assert_same(outputs, expected)
+        rm.assert_same(run.everything(), straight.everything())
+
+        resumed = new_run(world_size, way, seed=5)
+        torch.manual_seed(99)
+        found = load_training(folder, resumed.pipeline, metrics=resumed.metrics)
+        assert found == {"step": 4, "epoch": 7}
+        iterator = iter(batches[4:])
+        rm.assert_same([resumed.step(iterator) for _ in batches[4:]], expected[4:])
+        rm.assert_same(resumed.everything(), straight.everything())
+
+
+def check_resumed_before_the_first_step(rank: int, world_size: int) -> None:
+    """Nothing is left of what the new objects were; without a checkpoint they are as they were."""
+    batches = rm.parts(rank, world_size)
+    run = new_run(world_size, "RowWiseAdagrad")
+    resumed = new_run(world_size, "RowWiseAdagrad", seed=5)
+    before = resumed.everything()[3:5]
+    with rm.shared_folder() as folder:
+        assert load_training(folder, resumed.pipeline) is None
+        assert load_training(Path(folder) / "none", resumed.pipeline) is None
+        rm.assert_same(resumed.everything()[3:5], before)
+        save_training(folder, run.pipeline, position={"step": 0}, metrics=run.metrics)
+        assert load_training(folder, resumed.pipeline) == {"step": 0}
+        outputs = []
+        for each in (run, resumed):
+            iterator = iter(batches)
+            torch.manual_seed(rank)
+            outputs.append([each.step(iterator) for _ in batches])
+        rm.assert_same(*outputs)
+        rm.assert_same(resumed.everything(), run.everything())
+
+
+def check_resumed_without_dmp(rank: int, world_size: int) -> None:
+    """Plain tables, alone on a rank or under DDP, with an optimizer of torch's own."""
+    batches = rm.parts(rank, world_size)
+
+    def new(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, TrainPipelineExFM]:
+        wrapper = rm.wrapped(rm.two_task_student(seed), terms=(*rm.HEADS, rm.MARGINS[1]))
+        model = wrapper.to(device())
+        model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, amsgrad=True)
+        pipeline = TrainPipelineExFM(model, optimizer, device(), teacher=rm.informed)
+        return model, optimizer, pipeline
+
+    straight, optimizer, pipeline = new(seed=0)
+    iterator = iter(batches)
+    with rm.shared_folder() as folder:
+        for _ in range(3):
+            pipeline.progress(iterator)
+        save_training(folder, pipeline, position={"step": 3})
+        expected = rm.drained(pipeline, iterator)
+        resumed, other, pipeline = new(seed=5)
+        load_training(folder, pipeline)
+    rm.assert_same(rm.drained(pipeline, batches[3:]), expected)
+    rm.assert_same(resumed.state_dict(), straight.state_dict())
+    rm.assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
+    """The newest are kept; one that is not complete is passed over, and deleted in the end."""
+    run = new_run(world_size, "SGD")
+    with rm.shared_folder() as name:
+        folder = Path(name)
+
+        def save(step: int, **options: int) -> list[str]:
+            new = save_training(folder, run.pipeline, position={"step": step}, **options)
+            assert new.parent == folder
+            dist.barrier()
+            found = sorted(path.name for path in folder.iterdir())
+            dist.barrier()
+            return found
+
+        assert save(10) == ["1"]
+        assert save(20) == ["1", "2"]
+        assert save(30) == ["2", "3"]
+        if rank == 0:
+            (folder / "3" / "metadata.json").unlink()
+            (folder / "2025").mkdir()
+            (folder / "2025" / "notes.txt").touch()
+            (folder / "x").mkdir()
+        dist.barrier()
+        assert load_training(folder, run.pipeline) == {"step": 20}
+        assert save(40) == ["2", "2025", "2026", "3", "x"]
+        assert load_training(folder, run.pipeline) == {"step": 40}
+        assert save(50, keep=1) == ["2025", "2027", "x"]
+        with pytest.raises(ValueError, match="keep should be at least 1; received 0"):
+            save(60, keep=0)
+        with pytest.raises(TypeError, match="whole numbers"):
+            save_training(folder, run.pipeline, position={"step": 0.5})  # type: ignore[dict-item]
+        if world_size > 1:
+            with pytest.raises(ValueError, match="the same on every rank"):
+                save(60 + rank)
+
+
+def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> None:
+    """With what differs, and before anything is changed."""
+    batches = iter(rm.parts(rank, world_size))
+    way = "RowWiseAdagrad"
+    run = new_run(world_size, way)
+    run.step(batches)
+
+    def refused(other: Run, told: str) -> None:
+        before = other.everything()
+        with pytest.raises(ValueError, match=told):
+            load_training(folder, other.pipeline, metrics=other.metrics)
+        rm.assert_same(other.everything(), before)
+
+    with rm.shared_folder() as name:
+        folder = Path(name)
+        save_training(folder, run.pipeline, position={"step": 1}, metrics=run.metrics)
+        refused(run, r"no step yet; received one with \d batches in flight")
+        refused(new_run(world_size, way, terms=TERMS[1:]), r"with the terms \['b/click', .*\['a', ")
+        wider = dataclasses.replace(TERMS[1], hidden=(3,))
+        refused(
+            new_run(world_size, way, terms=(TERMS[0], wider, *TERMS[2:])),
+            r"received one without \['model/exfm.*heads\.1.*\] and with \[\]",
+        )
+        refused(new_run(world_size, "SGD"), r"without \[\] and with .*momentum1")
+        refused(new_run(world_size, way, dense=torch.optim.Adam), "with Adam for .* one with AdamW")
+        plain = new_run(world_size, way)
+        plain.pipeline._optimizer = torch.optim.AdamW(plain.trainee.model.parameters())
+        refused(plain, r"without \['dense/0'.* and with \['dense/exfm")
+        hidden = StudentAdapter(num_teachers=2, tasks=rm.TASKS, hidden=(7,))
+        refused(new_run(world_size, way, adapter=hidden), r"'adapter/mlps.*\[7\]; received .*\[5\]")
+        metrics = ExFMMetrics(batch_size=8, device=device(), tasks=rm.TASKS[:1])
+        refused(
+            new_run(world_size, way)._replace(metrics=metrics), "should be that of metrics of 1"
+        )
+        if rank == 0:
+            for file in (folder / "1").glob("*.distcp"):
+                os.truncate(file, file.stat().st_size // 2)
+        dist.barrier()
+        refused(new_run(world_size, way), r"distcp should hold \d+ bytes .*received \d+ bytes")
+        save_checkpoint(folder / "2", {"a": torch.zeros(2)})
+        refused(new_run(world_size, way), "2 should hold a training; received another checkpoint")
+
+
+def check_metrics_start_anew(rank: int, world_size: int) -> None:
+    """Where none were saved."""
+    run, other = new_run(world_size, "SGD"), new_run(world_size, "SGD")
+    other.step(iter(rm.parts(rank, world_size)))
+    expected = other.metrics.compute()
+    with rm.shared_folder() as folder:
+        save_training(folder, run.pipeline, position={"step": 3})
+        fresh = new_run(world_size, "SGD")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_training(folder, fresh.pipeline, metrics=other.metrics)
+        told = [str(each.message) for each in caught if each.filename == __file__]
+        assert len(told) == 1 and told[0].startswith("the metrics start anew")
+    assert other.metrics.compute() == expected

@@ -1,0 +1,503 @@
+"""Training that goes on where it was stopped: a checkpoint of all that the next step depends on.
+
+A checkpoint is a folder of :mod:`torchrec_exfm.checkpoint`. Its tensors, by the first part of
+their names: ``model``, ``adapter``; ``fused``, ``dense`` and ``adapter_optimizer``, the optimizers'
+state by parameter; ``rank0``, ``rank1`` ..., what each rank has for itself; ``values``, what is no
+tensor, as JSON in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
+from torchrec_exfm.checkpoint import (
+    METADATA,
+    load_checkpoint,
+    on_rank_0,
+    read_metadata,
+    save_checkpoint,
+)
+from torchrec_exfm.metrics import ExFMMetrics
+from torchrec_exfm.pipeline import TrainPipelineExFM
+from torchrec_exfm.wrapper import find_wrapper
+
+__all__ = ["load_training", "save_training"]
+
+_MODEL = "model/"
+_VALUES = "values"
+_VERSION = 1
+
+
+def save_training(
+    folder: Path | str,
+    pipeline: TrainPipelineExFM,
+    *,
+    position: Mapping[str, int],
+    metrics: ExFMMetrics | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write all that the training depends on, whole or not at all; every rank must call it.
+
+    To be called between two steps, as often as one likes: it changes nothing of the training, and
+    the batches that the pipeline has loaded ahead stay there. It writes student and heads (with the
+    means that margins are measured by), the adapter, the state and the numbers (rates and so on)
+    of every optimizer, the position, the random numbers' state of each rank, and the metrics; no
+    gradients, so where they are accumulated, call it after the optimizer's step. A process killed
+    meanwhile leaves a folder that :func:`load_training` passes over.
+
+    Args:
+        folder: that of the run's checkpoints, which all ranks see; each gets a folder of its own
+            there, named by a number that counts up.
+        pipeline: that of the run.
+        position: where the stream goes on, in numbers of yours, the same on every rank: the
+            batches for which ``progress`` has returned, not those that the pipeline has asked for.
+        metrics: saved as well, if there are any.
+        keep: how many complete checkpoints to leave; older ones are deleted.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        ValueError: if ``keep`` is less than 1, or the position differs between ranks.
+        TypeError: if the position holds something else than whole numbers, or the state of an
+            optimizer something else than tensors and plain values.
+        OSError: if it can't be written.
+
+    Example:
+        See :func:`load_training`.
+    """
+    if keep < 1:
+        raise ValueError(f"keep should be at least 1; received {keep}")
+    if not all(type(value) is int for value in position.values()):
+        raise TypeError(f"the position should hold whole numbers; received {dict(position)}")
+    folder, parts = Path(folder), _parts(pipeline)
+    states = {key: value for part in parts for key, value in part.states().items()}
+    tensors = {key: value for key, value in states.items() if isinstance(value, Tensor)}
+    plain = {key: _plain(key, states[key]) for key in states if key not in tensors}
+    values = _packed(_values(pipeline, parts, dict(position), plain))
+    own = _own(pipeline, metrics)
+    new = folder / str(on_rank_0(lambda: max(_numbered(folder), default=0) + 1))
+    save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: values})
+    on_rank_0(lambda: _prune(folder, keep))
+    return new
+
+
+def load_training(
+    folder: Path | str, pipeline: TrainPipelineExFM, *, metrics: ExFMMetrics | None = None
+) -> dict[str, int] | None:
+    """Take up the newest complete checkpoint of :func:`save_training`, in place.
+
+    Every rank must call it, with a pipeline that is set up as it was and has made no step. Training
+    then goes on to the bit on the CPU, with as many ranks as before; with more or fewer it goes on
+    up to rounding, the metrics start anew, and random numbers are this run's own. Give the loader
+    the batches from the position on. What you have written around the pipeline, such as the object
+    of a schedule, is yours to take up; the rates that it had set are there. (Of tables in columns
+    TorchRec keeps the state of row-wise optimizers once a shard: those have to stay as many.)
+
+    To begin a run from a plain checkpoint of the bare student, load that into
+    :func:`~torchrec_exfm.student_state_dict` instead, which also gives such a checkpoint.
+
+    Args:
+        folder: as for :func:`save_training`.
+        pipeline: with the same student, terms, teachers, tasks, adapter and kinds of optimizers.
+        metrics: taken up as well, if there are any.
+
+    Returns:
+        The position that was saved, or None if there is no complete checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint is of another run, naming what differs, or is damaged; if the
+            pipeline has batches in flight already. Nothing was changed then, unless the damage is
+            in the bytes of a tensor, which is found as they are read.
+
+    Warns:
+        RuntimeWarning: if there are metrics and they have to start anew.
+
+    Example:
+        >>> import itertools, tempfile
+        >>> from torchrec.datasets.random import RandomRecDataset
+        >>> from torchrec.models.dlrm import DLRM, DLRMTrain
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> def new_pipeline():
+        ...     table = EmbeddingBagConfig(
+        ...         name="t", embedding_dim=4, num_embeddings=10, feature_names=["f"])
+        ...     dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 3, [4], [5, 1])
+        ...     model = ExFMWrapper(DLRMTrain(dlrm), tap="model.over_arch")
+        ...     optimizer = torch.optim.Adam(model.parameters())
+        ...     return TrainPipelineExFM(model, optimizer, torch.device("cpu"),
+        ...         teacher=lambda batch: TeacherOutputs(torch.zeros(len(batch.labels))))
+        >>> data = list(itertools.islice(
+        ...     RandomRecDataset(["f"], 2, hash_size=10, num_dense=3, manual_seed=0), 10))
+        >>> folder, pipeline = tempfile.mkdtemp(), new_pipeline()
+        >>> batches = iter(data)
+        >>> for step in range(1, 7):
+        ...     loss, logits, labels = pipeline.progress(batches)
+        ...     if step % 3 == 0:
+        ...         path = save_training(folder, pipeline, position={"step": step})
+        >>> resumed = new_pipeline()  # in a process of its own, after the other one was killed
+        >>> position = load_training(folder, resumed)
+        >>> position
+        {'step': 6}
+        >>> again, _, _ = resumed.progress(iter(data[position["step"] :]))
+        >>> bool(again == pipeline.progress(batches)[0])
+        True
+    """
+    parts = _parts(pipeline)
+    newest = on_rank_0(lambda: max(_complete(Path(folder)), default=None))
+    if newest is None:
+        return None
+    if pipeline.batches:
+        raise ValueError(
+            f"the pipeline should have made no step yet; received one with {len(pipeline.batches)} "
+            "batches in flight; load into a new one"
+        )
+    checkpoint = Path(folder) / str(newest)
+    saved = on_rank_0(lambda: _metadata(checkpoint))
+    own = {key: _empty(saved[key]) for key in saved if key.startswith(_own_prefix())}
+    packed = _empty(saved[_VALUES])
+    load_checkpoint(checkpoint, {**own, _VALUES: packed})
+    values = _unpacked(checkpoint, packed)
+    state = _modules(pipeline)
+    for part in parts:
+        state |= part.states() if part.fused else part.empty_states(saved)
+    _check(checkpoint, saved, values, pipeline, parts, state)
+    own = {key.removeprefix(_own_prefix()): own[key] for key in own}
+    as_many = values["ranks"] == _world_size()
+    of_metrics = _of_metrics(own if as_many else {}, metrics)
+    load_checkpoint(checkpoint, state)
+
+    of_model = {key: value for key, value in state.items() if key.startswith(_MODEL)}
+    wrapper = find_wrapper(pipeline._model)
+    wrapper.load_state_dict({key.removeprefix(_MODEL): of_model[key] for key in of_model})
+    for part in parts:
+        part.take(state | values["states"], values["numbers"])
+    if metrics is not None and of_metrics:
+        metrics.load_state_dict(of_metrics)
+    if as_many:
+        _take_random_state(own, pipeline._device)
+    position: dict[str, int] = values["position"]
+    return position
+
+
+class _Part(NamedTuple):
+    """An optimizer that is no combination of others, and its parameters by name."""
+
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, Any]
+    fused: bool  # its state is made with the tables; that of others at their first step
+
+    def states(self) -> dict[str, Any]:
+        """The state by ``parameter/key``, by reference: tensors, and plain values."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def empty_states(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors to read into, for what was saved of the state of these parameters."""
+        pairs = [(key, *key.rpartition("/")[::2]) for key in saved]
+        return {
+            key: _empty(saved[key], self._device(name, last))
+            for key, name, last in pairs
+            if name in self.parameters
+        }
+
+    def _device(self, name: str, key: str) -> torch.device:
+        """As torch.optim has it: steps are counted on the host unless told otherwise."""
+        groups = self.optimizer.param_groups
+        told = any(group.get("capturable") or group.get("fused") for group in groups)
+        device: torch.device = self.parameters[name].device
+        return torch.device("cpu") if key == "step" and not told else device
+
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """Of each parameter the kind of its optimizer, its steps, the numbers of its group."""
+        return {
+            name: {
+                "kind": kind_of(self.optimizer),
+                "steps": [int(counter) for counter in fused_steps(self.optimizer)],
+                "group": _numbers(group),
+            }
+            for group in self.optimizer.param_groups
+            for name in self._names(group)
+        }
+
+    def _names(self, group: Mapping[str, Any]) -> list[str]:
+        ids = {id(parameter) for parameter in group["params"]}
+        return [name for name, parameter in self.parameters.items() if id(parameter) in ids]
+
+    def take(self, states: Mapping[str, Any], numbers: Mapping[str, dict[str, Any]]) -> None:
+        """Go on from what was saved; what is fused has read its state in place."""
+        for group in self.optimizer.param_groups:
+            for name in self._names(group)[:1]:
+                _set_numbers(group, numbers[name]["group"])
+                for counter in fused_steps(self.optimizer):
+                    counter.fill_(numbers[name]["steps"][0])
+        if self.fused:
+            self.optimizer.zero_grad()  # tells the tables their rate, and no more
+            return
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in states.items():
+            name, _, last = key.rpartition("/")
+            by_name.setdefault(name, {})[last] = value
+        for name, parameter in self.parameters.items():
+            self.optimizer.state.pop(parameter, None)
+            if name in by_name:
+                self.optimizer.state[parameter] = by_name[name]
+
+
+def _parts(pipeline: TrainPipelineExFM) -> list[_Part]:
+    """Every optimizer of a training."""
+    fused = [
+        (f"fused/{name}", each)
+        for combined in fused_optimizers(pipeline._model)
+        for name, each in single_optimizers(combined)
+    ]
+    known = {id(each) for _, each in fused}
+    dense = [(f"dense/{name}", each) for name, each in single_optimizers(pipeline._optimizer)]
+    others = [(name, each) for name, each in dense if id(each) not in known]
+    if pipeline.adapter_optimizer is not None:
+        others.append(("adapter_optimizer/", pipeline.adapter_optimizer))
+    return [
+        _Part(each, {prefix + name: value for name, value in _parameters(each).items()}, is_fused)
+        for pairs, is_fused in ((fused, True), (others, False))
+        for prefix, each in pairs
+    ]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    if isinstance(optimizer, KeyedOptimizer):
+        return dict(optimizer.params)
+    every = [each for group in optimizer.param_groups for each in group["params"]]
+    return {str(index): parameter for index, parameter in enumerate(every)}
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The rates and other numbers of a parameter group."""
+    found = {key: _number(value) for key, value in group.items() if key != "params"}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        numbers = [_number(each) for each in value]
+        return None if None in numbers else numbers
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _set_numbers(group: Any, numbers: Mapping[str, Any]) -> None:
+    for key, value in numbers.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _plain(key: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError(
+            f"the state of an optimizer should hold tensors and plain values; received {key!r}, of "
+            f"type {type(value).__name__}"
+        )
+    return value
+
+
+def _modules(pipeline: TrainPipelineExFM) -> dict[str, Any]:
+    """The state of student, heads and adapter, by reference."""
+    state = find_wrapper(pipeline._model).state_dict()
+    adapter = {} if pipeline.adapter is None else pipeline.adapter.state_dict()
+    named = {_MODEL + key: value for key, value in state.items()}
+    return named | {f"adapter/{key}": value for key, value in adapter.items()}
+
+
+def _values(
+    pipeline: TrainPipelineExFM,
+    parts: list[_Part],
+    position: dict[str, int],
+    states: dict[str, Any],
+) -> dict[str, Any]:
+    """What is no tensor, of all ranks."""
+    numbers = {name: record for part in parts for name, record in part.numbers().items()}
+    gathered = _gathered((position, numbers))
+    for rank, (other, of_rank) in enumerate(gathered):
+        numbers |= of_rank
+        if other != gathered[0][0]:
+            raise ValueError(
+                f"the position should be the same on every rank; received {gathered[0][0]} on rank "
+                f"0 and {other} on rank {rank}"
+            )
+    return {
+        "version": _VERSION,
+        "ranks": _world_size(),
+        "position": position,
+        "names": _names(pipeline),
+        "states": states,
+        "numbers": numbers,
+    }
+
+
+def _names(pipeline: TrainPipelineExFM) -> dict[str, list[str]]:
+    """Whom one learns from, and what."""
+    head = find_wrapper(pipeline._model).auxiliary_head
+    terms = [term.name for term in head.terms]
+    return {"teachers": list(head.teachers), "tasks": list(head.tasks), "terms": terms}
+
+
+def _packed(values: dict[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(bytes(packed.tolist()))
+        version = values["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} should hold values of a training; received {error!r}"
+        ) from error
+    if version != _VERSION:
+        raise ValueError(f"{folder} should be of version {_VERSION}; received {version!r}")
+    return values
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Name to size and dtype of all that was saved."""
+    described = read_metadata(folder).state_dict_metadata
+    if _VALUES not in described:
+        raise ValueError(
+            f"{folder} should hold a training; received another checkpoint; load one of a bare "
+            "student into student_state_dict(model)"
+        )
+    return {key: (each.size, each.properties.dtype) for key, each in described.items()}  # type: ignore[union-attr]
+
+
+def _empty(described: tuple[torch.Size, torch.dtype], device: Any = "cpu") -> Tensor:
+    size, dtype = described
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _check(
+    folder: Path,
+    saved: Mapping[str, Any],
+    values: Mapping[str, Any],
+    pipeline: TrainPipelineExFM,
+    parts: list[_Part],
+    state: Mapping[str, Any],
+) -> None:
+    """Whether the checkpoint is of this run, or an error that says what differs."""
+    for what, names in _names(pipeline).items():
+        if values["names"][what] != names:
+            raise ValueError(
+                f"{folder} should be of a run with the {what} {names}; received one with "
+                f"{values['names'][what]}"
+            )
+    numbers = {name: record for part in parts for name, record in part.numbers().items()}
+    here = set().union(*_gathered([*state, *numbers]))
+    there = {key for key in saved if key != _VALUES and not key.startswith("rank")}
+    there |= values["numbers"].keys()
+    if here != there:
+        raise ValueError(
+            f"{folder} should be of a run with this student, these terms, adapter and optimizers; "
+            f"received one without {_some(here - there)} and with {_some(there - here)}"
+        )
+    for part in parts:
+        for name, record in part.numbers().items():
+            kind = values["numbers"][name]["kind"]
+            if record["kind"] != kind:
+                raise ValueError(
+                    f"{folder} should be of a run with {record['kind']} for {name!r}; received one "
+                    f"with {kind}"
+                )
+
+
+def _some(names: set[str]) -> str:
+    """The first few, those of modules before those of optimizers."""
+    found = sorted(names, key=lambda name: (not name.startswith((_MODEL, "adapter/")), name))
+    return f"{found[:5]}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _own(pipeline: TrainPipelineExFM, metrics: ExFMMetrics | None) -> dict[str, Tensor]:
+    """What a rank has for itself."""
+    own = {"random": torch.get_rng_state()}
+    if pipeline._device.type == "cuda":
+        own["random.cuda"] = torch.cuda.get_rng_state(pipeline._device)
+    if metrics is not None:
+        own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
+    return {_own_prefix() + key: value for key, value in own.items()}
+
+
+def _take_random_state(own: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(own["random"])
+    if device.type == "cuda" and "random.cuda" in own:
+        torch.cuda.set_rng_state(own["random.cuda"], device)
+
+
+def _of_metrics(own: Mapping[str, Tensor], metrics: ExFMMetrics | None) -> dict[str, Tensor]:
+    """What was saved of the metrics, checked; empty, with a warning, if they start anew."""
+    start = "metrics/"
+    found = {key.removeprefix(start): own[key] for key in own if key.startswith(start)}
+    if metrics is not None and found:
+        metrics.check_state_dict(found)
+    elif metrics is not None:
+        warnings.warn(
+            "the metrics start anew: none were saved, or those of another number of ranks",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """Checkpoints, complete or not."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {int(path.name): path for path in paths if path.name.isdecimal() and path.is_dir()}
+
+
+def _complete(folder: Path) -> list[int]:
+    return sorted(n for n, path in _numbered(folder).items() if (path / METADATA).exists())
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete what is older than so many complete checkpoints; of each, what completes it first."""
+    oldest = _complete(folder)[-keep:][0]
+    for number, path in _numbered(folder).items():
+        if number < oldest and all(_is_ours(file.name) for file in path.iterdir()):
+            (path / METADATA).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(".distcp") or name.startswith(METADATA)
+
+
+def _own_prefix() -> str:
+    return f"rank{_rank()}/"
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The value of each rank."""
+    values = [value] * _world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
