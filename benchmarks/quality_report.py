@@ -499,6 +499,8 @@ def sampling(results: Sequence[Result]) -> Iterator[str]:
 
 def batches(results: Sequence[Result]) -> Iterator[str]:
     others = {json.dumps(r["rates"]): r["rates"] for r in results if r["rates"]}
+    if others:
+        yield "\n## Smaller batches\n\nThe student is better with them, and takes longer.\n"
     for rates, arm in itertools.product(others.values(), arms_of(results)):
         for student in ("lean", "strong"):
             kind = {"source": "promotions", "student": student, "rates": rates, "arm": arm}
