@@ -609,7 +609,7 @@ def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
 
 
 def as_text(kept: Mapping[str, Any]) -> str:
-    """JSON, a line for each result, numbers to six digits; by week and by bin only where drawn."""
+    """JSON, a line for each result, numbers to six digits; what no table or picture needs is not."""
     lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
     head = json.dumps({name: kept[name] for name in ("recipe", "planned", "environment")})
     return f'{head[:-1]},\n"results": [\n{lines}\n]}}\n'
@@ -618,7 +618,8 @@ def as_text(kept: Mapping[str, Any]) -> str:
 def _short(result: Result) -> dict[str, Any]:
     drawn = result["source"] == "promotions" and result["student"] == "lean"
     drawn = drawn and result["seed"] == 0 and result["feed"] == "fresh"
-    dropped = set() if drawn else {"weeks", "bins"}
+    dropped = {"early_ne", "seconds"} | (set() if drawn else {"weeks", "bins"})
+    dropped |= {"unsampled"} if result["kept"] == PLAIN["kept"] else set()
     return {name: _rounded(value) for name, value in result.items() if name not in dropped}
 
 
