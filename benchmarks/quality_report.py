@@ -609,7 +609,7 @@ def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
 
 
 def as_text(kept: Mapping[str, Any]) -> str:
-    """JSON, a line for each result, numbers to six digits; what no table or picture needs is not."""
+    """JSON, a line for each result, numbers to six digits; no more than is shown."""
     lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
     head = json.dumps({name: kept[name] for name in ("recipe", "planned", "environment")})
     return f'{head[:-1]},\n"results": [\n{lines}\n]}}\n'
