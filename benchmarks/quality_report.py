@@ -259,7 +259,7 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
         f"and {len(teacher.ne)} seeds. The teacher itself: NE {teacher.ne.mean():+.1f} %, AUC "
         f"{teacher.auc.mean():+.1f} %.\n\n"
     )
-    rows, parts = [], []
+    rows, found = [], {}
     for arm in arms_of(results):
         change = changes(results, source=source, student=student, arm=arm)
         if change is None:
@@ -278,8 +278,7 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
                 losers,
             ]
         )
-        columns = [f"{c.mean():+.2f}{_stars(c)}" for c in change.ne.T]
-        parts.append([arm, *columns])
+        found[arm] = change
     head = [
         "arm",
         "NE",
@@ -295,8 +294,27 @@ def _ablation(results: Sequence[Result], source: str, student: str) -> Iterator[
         "\nThe mean of AUC hangs on the vertical where it is low: NE and the median tell more. NE "
         "by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
     )
-    teachers = ["teacher itself", *(f"{c.mean():+.1f}" for c in teacher.ne.T)]
-    yield markdown(["arm", *teacher.verticals], [*parts, teachers])
+    yield _by_vertical("NE", teacher, {arm: change.ne for arm, change in found.items()})
+    yield "\nAUC by vertical, change in %:\n\n"
+    yield _by_vertical("AUC", teacher, {arm: change.auc for arm, change in found.items()})
+    yield "\nCalibration, and the transfer ratio of NE, by vertical:\n\n"
+    rows = [
+        [
+            arm,
+            *(f"{c:.3f}, {r:.2f}" for c, r in zip(change.calibration.mean(0), ratio, strict=True)),
+        ]
+        for arm, change in found.items()
+        for ratio in [change.ne.mean(0) / teacher.ne.mean(0)]
+    ]
+    yield markdown(["arm", *teacher.verticals], rows)
+
+
+def _by_vertical(figure: str, teacher: Changes, arms: Mapping[str, Array]) -> str:
+    """The changes of a figure, with their tests over seeds; the teacher's at the end."""
+    rows = [[arm, *(f"{c.mean():+.2f}{_stars(c)}" for c in arms[arm].T)] for arm in arms]
+    itself = getattr(teacher, figure.lower()).T
+    rows.append(["teacher itself", *(f"{c.mean():+.1f}" for c in itself)])
+    return markdown(["arm", *teacher.verticals], rows)
 
 
 def _beside_others(results: Sequence[Result], recipe: str, **kind: str) -> Iterator[str]:
