@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view  # not public: 
 from torch.futures import Future
 
 from torchrec_exfm._compat import ShardedTensor
+from torchrec_exfm._ranks import distributed
 
 # ---- What is not public in torch: _create_file_view, and the attributes of storage_data ----
 
@@ -50,7 +50,7 @@ def _where_written(result: WriteResult) -> dict[str, Any]:
 
 # ---- End of what is not public ----
 
-__all__ = ["METADATA", "load_checkpoint", "on_rank_0", "read_metadata", "save_checkpoint"]
+__all__ = ["METADATA", "load_checkpoint", "read_metadata", "save_checkpoint"]
 
 METADATA = "metadata.json"
 _FORMAT = "torchrec_exfm.checkpoint"
@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
             dict(state),
             storage_writer=_Writer(Path(folder), overwrite=False),
             planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=not _distributed(),
+            no_dist=not distributed(),
         )
 
 
@@ -111,24 +111,8 @@ def load_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             state,
             storage_reader=_Reader(Path(folder)),
             planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=not _distributed(),
+            no_dist=not distributed(),
         )
-
-
-def on_rank_0(function: Callable[[], _T]) -> _T:
-    """What a function gives on rank 0, for all ranks; an error of it is raised on all."""
-    if not _distributed() or dist.get_world_size() == 1:
-        return function()
-    answer: list[_T | Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [function()]
-        except Exception as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]  # type: ignore[return-value]
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -381,10 +365,6 @@ def _write_at_once(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager

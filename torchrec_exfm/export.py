@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrec_exfm._compat import DTensor, ShardedTensor, gather_to_rank_0
+from torchrec_exfm._ranks import rank
 from torchrec_exfm.wrapper import find_wrapper
 
 __all__ = ["export_student", "student_state_dict"]
@@ -59,7 +59,7 @@ def export_student(model: nn.Module) -> nn.Module | None:
             "student_state_dict(model) into a student of your own instead"
         ) from bare
     state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
-    if _rank() != 0:
+    if rank() != 0:
         return None
     _materialise(bare)
     _copy_buffers(wrapper.student, bare)
@@ -91,7 +91,3 @@ def _gathered(value: Any) -> Any:
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -17,6 +17,7 @@ from torchrec.metrics.metrics_config import (
 from torchrec.metrics.rec_metric import RecMetricComputation
 
 from torchrec_exfm._compat import metric_computations, metric_state, set_metric_state
+from torchrec_exfm._ranks import rank, world_size
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import Task, check_names, check_tasks
 
@@ -212,13 +213,12 @@ def _metric_module(
         },
         compute_on_all_ranks=True,
     )
-    distributed = dist.is_initialized()
     return generate_metric_module(
         RecMetricModule,
         metrics_config=config,
         batch_size=batch_size,
-        world_size=dist.get_world_size() if distributed else 1,
-        my_rank=dist.get_rank() if distributed else 0,
+        world_size=world_size(),
+        my_rank=rank(),
         state_metrics_mapping={},
         device=device,
     )

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
+from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm.checkpoint import (
     METADATA,
     load_checkpoint,
-    on_rank_0,
     read_metadata,
     save_checkpoint,
 )
@@ -173,7 +172,7 @@ def load_training(
         state |= part.states() if part.fused else part.empty_states(saved)
     _check(checkpoint, saved, values, pipeline, parts, state)
     own = {key.removeprefix(_own_prefix()): own[key] for key in own}
-    as_many = values["ranks"] == _world_size()
+    as_many = values["ranks"] == world_size()
     of_metrics = _of_metrics(own if as_many else {}, metrics)
     load_checkpoint(checkpoint, state)
 
@@ -331,17 +330,17 @@ def _values(
 ) -> dict[str, Any]:
     """What is no tensor, of all ranks."""
     numbers = {name: record for part in parts for name, record in part.numbers().items()}
-    gathered = _gathered((position, numbers))
-    for rank, (other, of_rank) in enumerate(gathered):
+    gathered = of_each_rank((position, numbers))
+    for index, (other, of_rank) in enumerate(gathered):
         numbers |= of_rank
         if other != gathered[0][0]:
             raise ValueError(
                 f"the position should be the same on every rank; received {gathered[0][0]} on rank "
-                f"0 and {other} on rank {rank}"
+                f"0 and {other} on rank {index}"
             )
     return {
         "version": _VERSION,
-        "ranks": _world_size(),
+        "ranks": world_size(),
         "position": position,
         "names": _names(pipeline),
         "states": states,
@@ -405,7 +404,7 @@ def _check(
                 f"{values['names'][what]}"
             )
     numbers = {name: record for part in parts for name, record in part.numbers().items()}
-    here = set().union(*_gathered([*state, *numbers]))
+    here = set().union(*of_each_rank([*state, *numbers]))
     there = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     there |= values["numbers"].keys()
     if here != there:
@@ -484,20 +483,4 @@ def _is_ours(name: str) -> bool:
 
 
 def _own_prefix() -> str:
-    return f"rank{_rank()}/"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The value of each rank."""
-    values = [value] * _world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+    return f"rank{rank()}/"

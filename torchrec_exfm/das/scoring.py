@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
-from torchrec_exfm.checkpoint import on_rank_0
+from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64, utc
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
@@ -130,7 +130,7 @@ def score(
     total = sum(len(shard.ids) for shard in shards)
     snapshot: Snapshot | None = None
     with (
-        tqdm(total=total, unit="rows", desc="scoring", disable=not progress or _rank() > 0) as bar,
+        tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0) as bar,
         job,
     ):
         for window, group in itertools.groupby(shards, key=lambda shard: shard.window):
@@ -141,8 +141,8 @@ def score(
             else:
                 snapshot = teacher
             job.score_window(window, of_window, snapshot, bar)
-    job.report.quarantined = sum(_of_each_rank(job.report.quarantined))
-    job.report.fillers = sum(_of_each_rank(job.report.fillers))
+    job.report.quarantined = sum(of_each_rank(job.report.quarantined))
+    job.report.fillers = sum(of_each_rank(job.report.fillers))
     job.report.seconds = time.perf_counter() - started
     return job.report
 
@@ -169,8 +169,8 @@ class _Shard:
 
     def pieces(self, batch_size: int) -> list[Ints]:
         """This rank's rows, batch by batch; every rank has as many batches, some may be empty."""
-        mine = np.array_split(np.arange(len(self.ids)), _ranks())[_rank()]
-        longest = -(-len(self.ids) // _ranks())
+        mine = np.array_split(np.arange(len(self.ids)), world_size())[rank()]
+        longest = -(-len(self.ids) // world_size())
         return np.array_split(mine, -(-longest // batch_size))
 
 
@@ -225,7 +225,7 @@ class _Job:
             self.report.scored += len(shard.ids)
         self.pipeline.reset()
         self._wait()
-        if _ranks() > 1:
+        if world_size() > 1:
             dist.barrier()  # the next window's look at the store sees all of this one's commits
 
     def _left(
@@ -267,18 +267,18 @@ class _Job:
                 )
             parts.append(values.float().reshape(expected)[: len(rows)])
             self.report.fillers += not len(rows)
-            bar.update(min(len(rows) * _ranks(), bar.total - bar.n))
+            bar.update(min(len(rows) * world_size(), bar.total - bar.n))
         return torch.cat(parts)
 
     def _gather(self, mine: Tensor, rows: int, number: int) -> Tensor | None:
         """The outputs of all ranks, in the order of the shard, on the rank that commits it."""
-        if _ranks() == 1:
+        if world_size() == 1:
             return mine
-        owner = number % _ranks()
-        sizes = [len(part) for part in np.array_split(np.arange(rows), _ranks())]
+        owner = number % world_size()
+        sizes = [len(part) for part in np.array_split(np.arange(rows), world_size())]
         padded = torch.zeros(max(sizes), len(self.store.tasks), device=self.device)
         padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in sizes] if _rank() == owner else None
+        parts = [torch.empty_like(padded) for _ in sizes] if rank() == owner else None
         dist.gather(padded, parts, dst=owner)
         if parts is None:
             return None
@@ -345,23 +345,16 @@ def _again(ids: Ints, seconds: Ints) -> Mask:
 
 
 def _check_same_on_all_ranks(*arrays: Ints) -> None:
-    if _ranks() == 1:
+    if world_size() == 1:
         return
     digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    digests = _of_each_rank(digest)
+    digests = of_each_rank(digest)
     if len(set(digests)) > 1:
-        different = [rank for rank, each in enumerate(digests) if each != digests[0]]
+        different = [index for index, each in enumerate(digests) if each != digests[0]]
         raise ValueError(
             "examples should be the same on every rank (score() divides them); received others on "
             f"ranks {different} than on rank 0"
         )
-
-
-def _of_each_rank(value: T) -> list[T]:
-    values = [value] * _ranks()
-    if _ranks() > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def _newest(
@@ -387,11 +380,3 @@ def _newest(
     if snapshot != loaded:
         load_snapshot(store, snapshot, model, checkpoints=checkpoints)
     return snapshot
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

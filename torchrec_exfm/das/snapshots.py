@@ -16,7 +16,8 @@ import pyarrow as pa
 from deltalake import WriterProperties
 from torch import nn
 
-from torchrec_exfm.checkpoint import load_checkpoint, on_rank_0, save_checkpoint
+from torchrec_exfm._ranks import on_rank_0
+from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, utc
 from torchrec_exfm.das.delta import StoreError, Table
 from torchrec_exfm.das.schema import TIMESTAMP, check_name
