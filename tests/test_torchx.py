@@ -27,13 +27,14 @@ GOLDEN = Path(__file__).with_name("golden")
 BIN = str(Path(sys.executable).parent)  # where torchrun is
 
 both = pytest.mark.parametrize("component", [exfm.score, exfm.train])
+every = pytest.mark.parametrize("component", [exfm.score, exfm.train, exfm.stream])
 
 
-@both
+@every
 def test_torchx_reads_signature_and_help(component: Callable[..., specs.AppDef]) -> None:
     assert validate(COMPONENTS, component.__name__) == []
     text, helps = get_fn_docstring(component)
-    assert text.startswith(("A scoring job", "Students"))
+    assert text.startswith(("A scoring job", "Students", "A teacher"))
     assert all(line.strip() and "\n" not in line for line in helps.values())
 
 
@@ -106,6 +107,30 @@ def test_each_student_is_a_role_of_one_node() -> None:
     ]
 
 
+def test_the_roles_of_a_stream() -> None:
+    def roles(**options: Any) -> dict[str, list[str]]:
+        app = exfm.stream("run.py", "--seed", "1", students=["DRUG GM", "b"], j="1x2", **options)
+        assert {role.num_replicas for role in app.roles} == {1}
+        return {role.name: role.args[role.args.index("run.py") + 1 :] for role in app.roles}
+
+    expected = {
+        "teacher": ["--role", "teacher", "--seed", "1"],
+        "scorer": ["--role", "scorer", "--seed", "1"],
+        "student-drug-gm": ["--role", "student", "--student", "DRUG GM", "--seed", "1"],
+        "student-b": ["--role", "student", "--student", "b", "--seed", "1"],
+    }
+    assert roles() == expected
+    del expected["scorer"]
+    assert roles(scorer=False) == expected
+
+
+def test_a_resource_for_each_role_of_a_stream() -> None:
+    app = exfm.stream("run.py", students=["a"], gpu=1, env={"A": "b"}, max_retries=2, image="i")
+    for role in app.roles:
+        assert (role.resource.gpu, role.env, role.max_retries) == (1, {"A": "b"}, 2)
+        assert role.image == "i"
+
+
 @pytest.mark.parametrize("j", ["2", "1:2x4", "0x2", "2x0", "2x", "2X4", "-1x2", " 1x2", ""])
 def test_a_bad_j(j: str) -> None:
     with pytest.raises(ValueError, match=rf"\{{nodes\}}x\{{nproc\}}.*Received: {j}\. Write -j 1x2"):
@@ -122,8 +147,13 @@ def test_a_bad_script(script: str) -> None:
 def test_bad_students() -> None:
     with pytest.raises(ValueError, match=r"should be 1x\{nproc\}.*Received: 2x4\. For a student"):
         exfm.train("run.py", students=["a", "b"], j="2x4")
-    with pytest.raises(ValueError, match=r"differ.*Received: a b, A-B\. Rename"):
-        exfm.train("run.py", students=["a b", "A-B"])
+    with pytest.raises(ValueError, match=r"should be 1x\{nproc\}.*Received: 2x4"):
+        exfm.stream("run.py", students=["a"], j="2x4")
+    for component in exfm.train, exfm.stream:
+        with pytest.raises(ValueError, match=r"differ.*Received: a b, A-B\. Write --students A,B"):
+            component("run.py", students=["a b", "A-B"])
+    with pytest.raises(ValueError, match="Received: none"):
+        exfm.stream("run.py", students=[])
 
 
 SCRIPT = """
@@ -176,6 +206,7 @@ def test_a_script_that_fails_fails_the_job(tmp_path: Path) -> None:
 JOBS = {
     "score": ["-j", "2x4", "--max_retries", "2", "--env", "LEVEL=3,MOOD=good"],
     "train": ["-j", "1x4", "--students", "DRUG GM,b"],
+    "stream": ["-j", "1x4", "--students", "DRUG GM", "--gpu", "4"],
 }
 COMMON = ["--script", "jobs/run.py", "--image", "exfm:1", "--cpu", "8"]
 COMMON += ["--mounts", "type=volume,src=data,dst=/stores", "--", "--store", "/stores/a b"]
@@ -203,6 +234,7 @@ def check_golden(file: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
+@pytest.mark.filterwarnings("ignore:Error running. `sinfo:RuntimeWarning")
 def test_what_slurm_is_given(name: str, dry_run: Callable[..., str]) -> None:
     script = dry_run(name, "slurm", partition="gpu", time="2:00:00")
     head = re.findall("^#SBATCH .*", script, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""TorchX components for the jobs of external distillation: scoring, and students.
+"""TorchX components for the jobs of external distillation: scoring, students, whole streams.
 
     torchx run -s local_cwd torchx_components/exfm.py:score -j 1x2 --script score.py -- --store out
 
@@ -101,18 +101,10 @@ def train(
         max_retries: how often the scheduler starts a failed job again; local_cwd never does
         rdzv_port: port on the first node where several nodes meet; a single one takes a free port
     """
-    if students and _nodes_and_ranks(j)[0] > 1:
-        # Schedulers tell the address of the first role's first node, and of no other role's.
-        raise ValueError(
-            f"with students, j should be 1x{{nproc}}: each is a role of one node. Received: {j}. "
-            "For a student on several nodes, run the component once for it, without students"
-        )
-    arguments = {_role_name(student): ("--student", student, *args) for student in students or ()}
-    if len(arguments) < len(students or ()):
-        raise ValueError(
-            "students should differ in letters and digits, of which roles are named. Received: "
-            f"{', '.join(students or ())}. Rename one of them"
-        )
+    by_role = {"train": args}
+    if students:
+        _check_one_node(j)
+        by_role = _of_students(students, args)
     roles = [
         _role(
             role,
@@ -126,9 +118,93 @@ def train(
             max_retries=max_retries,
             rdzv_port=rdzv_port,
         )
-        for role, role_args in (arguments or {"train": args}).items()
+        for role, role_args in by_role.items()
     ]
     return specs.AppDef(name=name, roles=roles)
+
+
+def stream(
+    script: str,
+    *args: str,
+    students: List[str],
+    scorer: bool = True,
+    j: str = "1x2",
+    name: str = "exfm-stream",
+    image: str = "",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """A teacher, its scorer and its students, side by side, window by window through a stream.
+
+    Each is a role of its own, of one node, whose script gets --role teacher, --role scorer, or
+    --role student --student NAME before its other arguments, and goes on where it was killed. They
+    meet only in the teacher store (torchrec_exfm.das.train_teacher, score_windows and
+    wait_for_outputs), so that each may run as a job of its own as well. Arguments for the script
+    follow after a "--".
+
+    Args:
+        script: path that ends in .py, or a dotted module name, as it is found where the job runs
+        args: arguments of the script, after a "--"
+        students: names of the students (A,B,C), each a role
+        scorer: False where the teacher logs the outputs of all that the students train on
+        j: 1x{nproc}, the ranks of a role
+        name: name of the job
+        image: container image with torchrec_exfm and the script; needed on kubernetes
+        h: a registered named resource, in place of cpu, gpu and memMB
+        cpu: CPUs of each role
+        gpu: GPUs of each role
+        memMB: host memory of each role in MB
+        env: environment variables of the job (NAME=value,OTHER=value)
+        mounts: mounts into the container (type=<bind/volume/device>,src=/host,dst=/job[,readonly])
+        max_retries: how often the scheduler starts a failed job again; local_cwd never does
+    """
+    _check_one_node(j)
+    by_role = {"teacher": ("--role", "teacher", *args)}
+    if scorer:
+        by_role["scorer"] = ("--role", "scorer", *args)
+    by_role.update(_of_students(students, args, "--role", "student"))
+    roles = [
+        _role(
+            role,
+            script,
+            role_args,
+            j=j,
+            image=image,
+            resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+            env=env,
+            mounts=mounts,
+            max_retries=max_retries,
+        )
+        for role, role_args in by_role.items()
+    ]
+    return specs.AppDef(name=name, roles=roles)
+
+
+def _check_one_node(j: str) -> None:
+    # Schedulers tell the address of the first role's first node, and of no other role's.
+    if _nodes_and_ranks(j)[0] > 1:
+        raise ValueError(
+            f"with students, j should be 1x{{nproc}}: each is a role of one node. Received: {j}. "
+            "For a student on several nodes, run train once for it, without students"
+        )
+
+
+def _of_students(
+    students: Sequence[str], args: Sequence[str], *before: str
+) -> Dict[str, Tuple[str, ...]]:
+    """The arguments of each student's role, by its name."""
+    by_role = {_role_name(name): (*before, "--student", name, *args) for name in students}
+    if not students or len(by_role) < len(students):
+        raise ValueError(
+            "students should differ in letters and digits, of which roles are named. Received: "
+            f"{', '.join(students) or 'none'}. Write --students A,B"
+        )
+    return by_role
 
 
 def _role(
@@ -142,7 +218,7 @@ def _role(
     env: Optional[Dict[str, str]],
     mounts: Optional[List[str]],
     max_retries: int,
-    rdzv_port: int,
+    rdzv_port: int = 29500,
 ) -> specs.Role:
     """A role that runs the script under torchrun, with the options of `dist.ddp`."""
     nodes, ranks = _nodes_and_ranks(j)

@@ -29,6 +29,13 @@ from torchrec_exfm.das.snapshots import (
     published,
 )
 from torchrec_exfm.das.store import TeacherStore, WriteReport
+from torchrec_exfm.das.streaming import (
+    Window,
+    score_windows,
+    train_teacher,
+    train_windows,
+    wait_for_outputs,
+)
 
 __all__ = [
     "Examples",
@@ -39,6 +46,7 @@ __all__ = [
     "TeacherLogger",
     "TeacherLookup",
     "TeacherStore",
+    "Window",
     "WriteReport",
     "forget_snapshots",
     "hash_ids",
@@ -47,4 +55,8 @@ __all__ = [
     "publish",
     "published",
     "score",
+    "score_windows",
+    "train_teacher",
+    "train_windows",
+    "wait_for_outputs",
 ]

@@ -153,6 +153,11 @@ class Table:
         """Whether a transaction is in this version."""
         return _has(self._table, transaction)
 
+    def transaction(self, name: str) -> int | None:
+        """The highest number of the transactions of a name in this version; None for none."""
+        number: int | None = self._table.transaction_version(name)
+        return number
+
     def delete(self, predicate: str, *, properties: WriterProperties | None = None) -> None:
         """Delete the rows that fit a predicate, in one commit; files of the rest are rewritten."""
         self.refresh()

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64, utc
 from torchrec_exfm.das.delta import DataFile
@@ -43,8 +44,6 @@ class LookupCounters:
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
         late: examples whose first output came into a window after it was read.
-        coverage: present / asked, in [0, 1]; NaN before the first.
-        age_seconds: the mean age of the outputs that were given; NaN before the first.
     """
 
     asked: int = 0
@@ -58,12 +57,12 @@ class LookupCounters:
 
     @property
     def coverage(self) -> float:
-        """Part of the examples with an output, in [0, 1]; NaN before the first."""
+        """present / asked, in [0, 1]; NaN before the first."""
         return self.present / self.asked if self.asked else float("nan")
 
     @property
     def age_seconds(self) -> float:
-        """Mean age of the outputs that were given; NaN before the first."""
+        """The mean age of the outputs that were given; NaN before the first."""
         return self._age_seconds / self.present if self.present else float("nan")
 
 
@@ -102,7 +101,7 @@ class TeacherLookup:
         counters: for each teacher, :class:`LookupCounters` since the look-up was made.
 
     Warns:
-        RuntimeWarning: once, if none of a teacher's first batches has an output.
+        TeacherMissingWarning: once, if none of a teacher's first batches has an output.
 
     Raises:
         ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
@@ -188,6 +187,11 @@ class TeacherLookup:
         """
         return self.start(batch).result()
 
+    def refresh(self) -> None:
+        """Forget the windows in memory, so that the next look-up reads what the store has then."""
+        for windows in self._windows.values():
+            self._thread.submit(windows.forget).result()
+
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
         seconds = _taken("event_seconds", self._event_seconds, batch)
@@ -262,7 +266,7 @@ class TeacherLookup:
                 f"examples, whose windows begin with {[utc(w * seconds) for w in needed[:1]]}; of "
                 f"{teacher} there are outputs {there}: are its name, ids, event_seconds and "
                 "snapshot right?",
-                RuntimeWarning,
+                TeacherMissingWarning,
                 stacklevel=2,
             )
 
@@ -311,6 +315,11 @@ class _Windows:
             found = self._find_in(needed, ids, windows)
         self._read_ahead(needed)
         return found
+
+    def forget(self) -> None:
+        """Forget what was read; what is being read meanwhile is not used."""
+        self._held.clear()
+        self._reread.clear()
 
     def _find_in(self, needed: list[int], ids: Ints, windows: Ints | None) -> Found:
         values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)

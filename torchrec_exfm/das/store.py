@@ -191,6 +191,33 @@ class TeacherStore:
             return WriteReport(written=0, committed=False)
         return WriteReport(written=columns.num_rows, quarantined=quarantined)
 
+    def advance_watermark(self, writer: str, before_seconds: int) -> None:
+        """Say that a writer has written all that it will of events before a time.
+
+        For readers of a stream, who can't tell an output that is late from one that never comes.
+        A watermark never falls: an earlier time than before changes nothing.
+
+        Args:
+            writer: a name: that of a teacher, or another that its readers know.
+            before_seconds: event time, epoch seconds.
+
+        Raises:
+            ValueError: for a wrong value.
+            StoreError: if it can't be written.
+        """
+        if not 0 <= before_seconds < MAX_SECONDS:
+            raise ValueError(
+                "before_seconds should be seconds since 1970, in [0, 2^40); received "
+                f"{before_seconds}"
+            )
+        nothing = self.format.schema().empty_table()
+        mark = f"watermark/{writer}", int(before_seconds)
+        self.table.append(nothing, mark, properties=self.format.writer_properties())
+
+    def watermark(self, writer: str) -> int | None:
+        """That of a writer, as of the commit that is read; None if it has none."""
+        return self.table.transaction(f"watermark/{writer}")
+
     def refresh(self, version: int | None = None) -> int:
         """Go to the newest commit (or to that of number ``version``), and return its number."""
         self.table.refresh(version)

@@ -1,0 +1,322 @@
+"""A stream, window by window: each is evaluated as it is trained on, logged, scored, published.
+
+Teacher, scorer and students go round the same windows, in processes of their own or one after the
+other in one. They meet only in a teacher store, by its outputs, snapshots and watermarks, so that
+each can be killed, started again or left out alone::
+
+    teacher   for window in train_teacher(pipeline, windows, store, "fm", logger=logger): ...
+    scorer    for window in score_windows(teacher, windows, store, "fm", device=device): ...
+    student   for window in train_windows(pipeline, wait_for_outputs(windows, lookup)): ...
+
+What ``progress`` returns was computed before the update, so that what ``step`` is given of a window
+is of a model that has not seen it.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from torchrec_exfm._ranks import of_each_rank, on_rank_0
+from torchrec_exfm.das.arrays import utc
+from torchrec_exfm.das.logger import TeacherLogger
+from torchrec_exfm.das.lookup import TeacherLookup
+from torchrec_exfm.das.scoring import score
+from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, publish
+from torchrec_exfm.das.store import TeacherStore
+from torchrec_exfm.metrics import ExFMMetrics
+from torchrec_exfm.resume import load_training, save_training
+
+__all__ = [
+    "Window",
+    "score_windows",
+    "train_teacher",
+    "train_windows",
+    "wait_for_outputs",
+]
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a stream.
+
+    Args:
+        begin_seconds: of its event times, epoch seconds.
+        end_seconds: the first second after it.
+        data: for training this rank's batches, which are taken when the window's turn comes; for
+            :func:`score_windows` a list of :class:`Examples`, the same on every rank.
+
+    Raises:
+        ValueError: if it ends before it begins.
+    """
+
+    begin_seconds: int
+    end_seconds: int
+    data: Iterable[Any]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin_seconds <= self.end_seconds:
+            raise ValueError(
+                "a window should begin at 0 or later and end after that; received "
+                f"{self.begin_seconds} and {self.end_seconds} s"
+            )
+
+
+def train_windows(
+    pipeline: TrainPipelineSparseDist[Any, Any],
+    windows: Iterable[Window],
+    *,
+    step: Callable[[Any], None] = lambda output: None,
+    metrics: ExFMMetrics | None = None,
+    folder: Path | str | None = None,
+) -> Iterator[Window]:
+    """Train on window after window, and yield each when it is done; called by all ranks.
+
+    A generator: nothing happens but in a ``for`` loop, whose body is what follows a window. With a
+    folder, the training is saved after it (:func:`~torchrec_exfm.save_training`), and one that was
+    killed goes on with the window that it was in.
+
+    Args:
+        pipeline: TorchRec's for a teacher, ``TrainPipelineExFM`` for a student.
+        windows: each begins where the one before ends; the same ones when it goes on.
+        step: takes what each ``progress`` returned, computed before the step's update.
+        metrics: saved and taken up with the training; updating them is ``step``'s.
+        folder: of the checkpoints; None: none are made.
+
+    Raises:
+        ValueError: if windows do not follow one another; for a checkpoint of another run.
+    """
+    position = load_training(folder, pipeline, metrics=metrics) if folder is not None else None
+    before_seconds = position["before_seconds"] if position is not None else 0
+    for window in _in_order(windows):
+        if window.end_seconds <= before_seconds:
+            continue
+        for output in _outputs(pipeline, window.data):
+            step(output)
+        yield window
+        if folder is not None:
+            position = {"before_seconds": window.end_seconds}
+            save_training(folder, pipeline, position=position, metrics=metrics)
+
+
+def train_teacher(
+    pipeline: TrainPipelineSparseDist[Any, Any],
+    windows: Iterable[Window],
+    store: TeacherStore,
+    teacher: str,
+    *,
+    refresh: int = 1,
+    logger: TeacherLogger | None = None,
+    step: Callable[[Any], None] = lambda output: None,
+    folder: Path | str | None = None,
+    checkpoints: Path | None = None,
+) -> Iterator[Window]:
+    """:func:`train_windows` for a teacher: after each window what it said is logged, and published.
+
+    Then the watermark of the teacher is brought to the window's end.
+
+    Args:
+        pipeline: of the teacher, in which all that is published is trained.
+        windows: as for :func:`train_windows`.
+        store: where it publishes, and the logger writes.
+        teacher: its name.
+        refresh: publishes after every so many windows.
+        logger: attached to the model; None: nothing is logged, a scorer sees to all.
+        step: as for :func:`train_windows`.
+        folder: as for :func:`train_windows`.
+        checkpoints: as for :func:`publish`.
+    """
+    _check_count("refresh", refresh, 1)
+    number = 0
+
+    def counted() -> Iterator[Window]:
+        nonlocal number
+        for window in windows:
+            number += 1  # of those that a run before this one trained on, too
+            yield window
+
+    for window in train_windows(pipeline, counted(), step=step, folder=folder):
+        if logger is not None:
+            logger.flush()
+        last = window.end_seconds - 1
+        newest = _newest(store, teacher)
+        known = newest is not None and newest.trained_through_seconds >= last  # and then killed
+        if number % refresh == 0 and not known:
+            model = pipeline._model
+            publish(store, teacher, model, trained_through_seconds=last, checkpoints=checkpoints)
+        _advance(store, teacher, window.end_seconds)
+        yield window
+
+
+def score_windows(
+    model: nn.Module,
+    windows: Iterable[Window],
+    store: TeacherStore,
+    teacher: str,
+    *,
+    device: torch.device,
+    delay: int = 0,
+    timeout_seconds: float = 600.0,
+    checkpoints: Path | None = None,
+    **options: Any,
+) -> Iterator[Window]:
+    """Score the students' examples of window after window by a teacher's snapshots, as they come.
+
+    A window's snapshot is the newest that was trained on none of the ``delay`` windows before it;
+    it is waited for until the teacher's watermark is there. A window that comes before the first
+    such snapshot is left without outputs. After each window the watermark of the
+    writer ``TEACHER/scores`` is brought to its end, and the window is yielded; windows that lie
+    before it are passed over, so that a killed job goes on.
+
+    Args:
+        model: the teacher, whose parameters are overwritten by those of its snapshots.
+        windows: as for :func:`train_windows`, ``data`` a list of :class:`Examples` that the
+            teacher does not log itself.
+        store: where snapshots are found, and outputs written.
+        teacher: its name.
+        device: where the model runs.
+        delay: for how many windows a snapshot is on its way from its teacher to here.
+        timeout_seconds: how long to wait for the teacher.
+        checkpoints: as for :func:`publish`.
+        options: as for :func:`score`.
+
+    Raises:
+        TimeoutError: if the teacher's watermark does not come in time.
+    """
+    _check_count("delay", delay, 0)
+    begins: deque[int] = deque(maxlen=delay + 1)
+    loaded: Snapshot | None = None
+    writer = f"{teacher}/scores"
+    for window in _in_order(windows):
+        begins.append(window.begin_seconds)
+        if _watermark(store, writer) >= window.end_seconds:
+            continue
+        before = begins[0]
+        if not _wait(store, teacher, before, timeout_seconds):
+            raise TimeoutError(_late(store, teacher, before, timeout_seconds))
+        snapshot = _newest(store, teacher, before)
+        if snapshot is not None:
+            if snapshot != loaded:
+                load_snapshot(store, snapshot, model, checkpoints=checkpoints)
+            loaded = snapshot
+            score(model, store, list(window.data), snapshot, device=device, **options)
+        _advance(store, writer, window.end_seconds)
+        yield window
+
+
+def wait_for_outputs(
+    windows: Iterable[Window],
+    lookup: TeacherLookup,
+    writers: Sequence[str] | None = None,
+    *,
+    timeout_seconds: float = 600.0,
+    on_late: Literal["raise", "mask"] = "raise",
+) -> Iterator[Window]:
+    """The windows, each given out once its outputs are in the store; called by all ranks.
+
+    Args:
+        windows: of a student.
+        lookup: that of its pipeline, which is told to read anew.
+        writers: whose watermarks to wait for; None: those of the look-up's teachers.
+        timeout_seconds: how long.
+        on_late: what to do then: ``"raise"``, or ``"mask"``: warn, and go on with what is there;
+            examples without an output are masked, and counted by the look-up.
+
+    Raises:
+        ValueError: for another ``on_late``.
+        TimeoutError: if a watermark does not come in time.
+
+    Warns:
+        RuntimeWarning: if it does not, and ``on_late`` is ``"mask"``.
+    """
+    if on_late not in ("raise", "mask"):
+        raise ValueError(f"on_late should be 'raise' or 'mask'; received {on_late!r}")
+    store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
+    for window in windows:
+        for writer in lookup.teachers if writers is None else writers:
+            if not _wait(store, writer, window.end_seconds, timeout_seconds):
+                late = _late(store, writer, window.end_seconds, timeout_seconds)
+                if on_late == "raise":
+                    raise TimeoutError(late)
+                warnings.warn(f"{late}; training goes on", RuntimeWarning, stacklevel=2)
+        lookup.refresh()
+        yield window
+
+
+def _outputs(pipeline: TrainPipelineSparseDist[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
+    """What the pipeline gives for each batch; at the end none is in flight."""
+    left = iter(batches)
+    while True:
+        try:
+            output = pipeline.progress(left)
+        except StopIteration:
+            return
+        yield output
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} should be at least {least}, in windows; received {value}")
+
+
+def _in_order(windows: Iterable[Window]) -> Iterator[Window]:
+    end = None
+    for window in windows:
+        if end is not None and window.begin_seconds != end:
+            raise ValueError(
+                f"a window should begin where the one before ends, {utc(end)}; received one that "
+                f"begins {utc(window.begin_seconds)}"
+            )
+        end = window.end_seconds
+        yield window
+
+
+def _newest(
+    store: TeacherStore, teacher: str, before_seconds: int | None = None
+) -> Snapshot | None:
+    return on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=before_seconds))
+
+
+def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
+    of_each_rank(None)  # all of them have written
+    on_rank_0(lambda: store.advance_watermark(writer, before_seconds))
+
+
+def _watermark(store: TeacherStore, writer: str) -> int:
+    """The newest, as rank 0 sees it; 0 for none."""
+
+    def look() -> int:
+        store.refresh()
+        return store.watermark(writer) or 0
+
+    return on_rank_0(look)
+
+
+def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> bool:
+    """Whether a watermark was there in time, the same on every rank."""
+    deadline = time.monotonic() + timeout_seconds
+    while _watermark(store, writer) < before_seconds:
+        if on_rank_0(lambda: time.monotonic() > deadline):
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _late(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> str:
+    there = store.watermark(writer)
+    return (
+        f"{store.url}: {writer} should have its outputs of events before {utc(before_seconds)} in "
+        f"the store; after {timeout_seconds:g} s its watermark is "
+        f"{'not there' if there is None else utc(there)}: is its job running?"
+    )
