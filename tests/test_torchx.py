@@ -206,7 +206,7 @@ def test_a_script_that_fails_fails_the_job(tmp_path: Path) -> None:
 JOBS = {
     "score": ["-j", "2x4", "--max_retries", "2", "--env", "LEVEL=3,MOOD=good"],
     "train": ["-j", "1x4", "--students", "DRUG GM,b"],
-    "stream": ["-j", "1x4", "--students", "DRUG GM", "--gpu", "4"],
+    "stream": ["-j", "1x4", "--students", "DRUG GM"],
 }
 COMMON = ["--script", "jobs/run.py", "--image", "exfm:1", "--cpu", "8"]
 COMMON += ["--mounts", "type=volume,src=data,dst=/stores", "--", "--store", "/stores/a b"]
@@ -234,7 +234,6 @@ def check_golden(file: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-@pytest.mark.filterwarnings("ignore:Error running. `sinfo:RuntimeWarning")
 def test_what_slurm_is_given(name: str, dry_run: Callable[..., str]) -> None:
     script = dry_run(name, "slurm", partition="gpu", time="2:00:00")
     head = re.findall("^#SBATCH .*", script, re.MULTILINE)
