@@ -173,7 +173,7 @@ def teacher_logits(
                 logits[feed][rows] = score(model, values, stream.select(rows), features)
         end = last // TEACHER_BATCH * TEACHER_BATCH  # never a row of the next week
         part, fresh = stream.select(slice(begin, end)), logits["fresh"][begin:end]
-        train(model, optimizer, data.batches(part, *features, TEACHER_BATCH), fresh)
+        train(model, optimizer, data.batches(part, *features, TEACHER_BATCH), part, fresh)
         begin = end
         if delays or frozen_after is not None:
             oldest = week - max(delays, default=0)
@@ -214,10 +214,12 @@ def score(
     return np.concatenate(parts)
 
 
-def train(model: Any, optimizer: Any, feed: Iterator[Any], logits: Array) -> None:
+def train(
+    model: Any, optimizer: Any, feed: Iterator[Any], stream: data.Stream, logits: Array
+) -> None:
     """One pass without a teacher; the logits before each update are put into the last argument."""
     pipeline: Any = TrainPipelineSparseDist(model, optimizer, CPU)
-    for rows, (_, outputs, _) in demo.progress(pipeline, feed):
+    for rows, (_, outputs, _) in demo.progress(pipeline, feed, stream):
         logits[rows] = outputs.numpy()
     pipeline.detach()
 
@@ -256,7 +258,7 @@ def student_logits(
     logits = np.full(len(stream), np.nan, np.float32)
     feed = data.batches(stream, *features, batch_size)
     if not terms:
-        train(model, optimizer, feed, logits)
+        train(model, optimizer, feed, stream, logits)
         return logits
     assert teacher is not None
     torch.manual_seed(seed)
@@ -266,7 +268,7 @@ def student_logits(
         options["adapter"] = made = StudentAdapter(hidden=(width,))
         options["adapter_optimizer"] = torch.optim.Adam(made.parameters(), lr=rate, fused=True)
     pipeline = TrainPipelineExFM(model, optimizer, CPU, **options)
-    for rows, (_, outputs, _) in demo.progress(pipeline, _with_teacher(feed, teacher)):
+    for rows, (_, outputs, _) in demo.progress(pipeline, _with_teacher(feed, teacher), stream):
         logits[rows] = outputs.numpy()
     return logits
 

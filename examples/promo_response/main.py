@@ -6,8 +6,9 @@
    it says in its own training forward, before each update, into a teacher store.
 2. Students with lean features go through one vertical each in time order and look the teacher's
    outputs up in the store. In the first vertical there is one for each arm: without a teacher,
-   with the teacher on the serving head, with an auxiliary head (AH), and with the student adapter
-   beside it (AH + SA); then again with a teacher whose logits are off by +1.
+   with the teacher on the serving head, with an auxiliary head (AH), and with the serving head
+   learning from the student adapter beside it, as far as the teacher leads (AH + SA); then again
+   with a teacher whose logits are off by +1.
 3. Every figure is of examples scored before they were trained on, over the last half of the year.
 
 Runs alone or on several ranks (torchrun), on CPU or CUDA.
@@ -16,6 +17,7 @@ Runs alone or on several ranks (torchrun), on CPU or CUDA.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import shutil
@@ -30,6 +32,7 @@ from typing import Any
 
 import data
 import models
+import numpy as np
 import report
 import torch
 import torch.distributed as dist
@@ -44,7 +47,14 @@ from torchrec_exfm import (
     StudentAdapter,
     TrainPipelineExFM,
 )
-from torchrec_exfm.das import Snapshot, TeacherLogger, TeacherLookup, TeacherStore
+from torchrec_exfm.das import (
+    Snapshot,
+    TeacherLogger,
+    TeacherLookup,
+    TeacherStore,
+    Window,
+    train_windows,
+)
 
 FIRST_WEEK = 27  # of the evaluation: the last half of the year
 BIAS = 1.0  # added to the logits of the biased teacher
@@ -61,7 +71,7 @@ SERVING_TERM = DistillationTerm(serving=True, weight=TERM.weight * TERM.beta)  #
 TERMS = {
     "serving head": [SERVING_TERM],
     "AH": [TERM],
-    "AH + SA": [TERM, replace(TERM, adapted=True)],
+    "AH + SA": [TERM, DistillationTerm(adapted=True, serving=True, margin=0.25)],
 }
 ARMS = ("none", *TERMS)
 
@@ -109,7 +119,7 @@ def teach(
     feed = data.batches(stream, *features, BATCH, **ranks())
     with TeacherLogger(store, TEACHER_NAME) as logger:
         logger.attach(model)
-        return run("teacher", pipeline, feed, len(stream))
+        return run("teacher", pipeline, feed, stream)
 
 
 def log_biased(store: TeacherStore, vertical: data.Stream, logits: Tensor) -> None:
@@ -152,13 +162,13 @@ def train_student(
         lookup = TeacherLookup(store, teacher)
         adapter = StudentAdapter() if arm == "AH + SA" else None
         pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
-    return run(arm, pipeline, feed, len(vertical))
+    return run(arm, pipeline, feed, vertical)
 
 
 def terms_of(arm: str, options: argparse.Namespace) -> list[DistillationTerm]:
     """What an arm distils, with the weight of the serving head's term out of the options."""
     weight = options.serving_head_weight
-    return [replace(term, weight=weight) if term.serving else term for term in TERMS[arm]]
+    return [replace(term, weight=weight) if term == SERVING_TERM else term for term in TERMS[arm]]
 
 
 def new_store(folder: Path) -> TeacherStore:
@@ -184,36 +194,49 @@ def rows_of(stream: data.Stream, name: str) -> Any:
     return stream.vertical == stream.verticals.index(name)
 
 
-def run(name: str, pipeline: Pipeline, feed: Feed, examples: int) -> tuple[Tensor, float]:
+def run(name: str, pipeline: Pipeline, feed: Feed, stream: data.Stream) -> tuple[Tensor, float]:
     """Train through the feed; every example's logit before its update, NaN where there is none."""
-    logits = torch.full((examples,), torch.nan)
+    logits = torch.full((len(stream),), torch.nan)
     started = time.perf_counter()
-    with tqdm(total=examples, desc=name, unit="rows", disable=dist.get_rank() != 0) as bar:
-        for rows, (_, outputs, _) in progress(pipeline, feed):
+    with tqdm(total=len(stream), desc=name, unit="rows", disable=dist.get_rank() != 0) as bar:
+        for rows, (_, outputs, _) in progress(pipeline, feed, stream):
             logits[rows] = outputs.cpu()
             bar.update(len(outputs) * dist.get_world_size())
-    speed = examples / (time.perf_counter() - started)
+    speed = len(stream) / (time.perf_counter() - started)
     parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, logits)
     return torch.stack(parts).nanmean(0), speed
 
 
-def progress(pipeline: Pipeline, feed: Feed) -> Feed:
-    """The pipeline's outputs, each with the rows of its batch (it loads some batches ahead)."""
+def progress(pipeline: Pipeline, feed: Feed, stream: data.Stream) -> Feed:
+    """Train week by week; the pipeline's outputs, each with the rows of its batch."""
     loaded: deque[slice] = deque()
+    outputs: list[Any] = []
+    for _ in train_windows(pipeline, weekly(stream, feed, loaded), step=outputs.append):
+        for output in outputs:
+            yield loaded.popleft(), output
+        outputs.clear()
 
-    def batches() -> Iterator[Any]:
-        for rows, batch in feed:
+
+def weekly(stream: data.Stream, feed: Feed, loaded: deque[slice]) -> Iterator[Window]:
+    """The batches of a feed by the week in which they end, on every rank the same."""
+    ranks = dist.get_world_size()
+
+    def week(part: tuple[slice, Any]) -> int:
+        rows, size = part[0], part[0].stop - part[0].start
+        return int(stream.week[rows.start + (ranks - dist.get_rank()) * size - 1])
+
+    def batches(of_week: Feed) -> Iterator[Any]:
+        for rows, batch in of_week:
             loaded.append(rows)
             yield batch
 
-    batches_left = batches()
-    while True:
-        try:
-            outputs = pipeline.progress(batches_left)
-        except StopIteration:
-            return
-        yield loaded.popleft(), outputs
+    begin = 0
+    for number, of_week in itertools.groupby(feed, week):
+        last = np.searchsorted(stream.week, number, side="right") - 1
+        end = int(stream.time[last]) + 1
+        yield Window(begin, end, batches(of_week))
+        begin = end
 
 
 def evaluate(stream: data.Stream, logits: Tensor) -> tuple[float, float, float]:

@@ -51,7 +51,7 @@ def main() -> None:
     if newest_snapshot(store, TEACHER) is None:
         pipeline: demo.Pipeline = demo.TrainPipelineSparseDist(teacher, optimizer, device)
         feed = data.batches(first, *features, demo.BATCH, **demo.ranks())
-        demo.run("teacher", pipeline, feed, len(first))
+        demo.run("teacher", pipeline, feed, first)
         pipeline.detach()
         publish(store, TEACHER, teacher, trained_through_seconds=int(first.time.max()))
     parts = {name: second_half(stream, verticals) for name, verticals in STUDENTS.items()}

@@ -27,6 +27,7 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
+from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import utc
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
@@ -238,7 +239,7 @@ def wait_for_outputs(
         TimeoutError: if a watermark does not come in time.
 
     Warns:
-        RuntimeWarning: if it does not, and ``on_late`` is ``"mask"``.
+        TeacherMissingWarning: if it does not, and ``on_late`` is ``"mask"``.
     """
     if on_late not in ("raise", "mask"):
         raise ValueError(f"on_late should be 'raise' or 'mask'; received {on_late!r}")
@@ -249,7 +250,7 @@ def wait_for_outputs(
                 late = _late(store, writer, window.end_seconds, timeout_seconds)
                 if on_late == "raise":
                     raise TimeoutError(late)
-                warnings.warn(f"{late}; training goes on", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{late}; training goes on", TeacherMissingWarning, stacklevel=2)
         lookup.refresh()
         yield window
 

@@ -1,0 +1,146 @@
+"""The jobs that the tests of streaming run side by side: a teacher, its scorer, a student.
+
+A stream of WINDOWS windows, of which two lie in one of the store's. The teacher trains on three of
+four examples and logs them, the scorer scores the fourth, the student trains on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fault_jobs as fj
+import rank_models as rm
+import torch
+from fault_jobs import ROWS, START, Data, Job
+from ranks import device
+from resume_jobs import digest
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from torchrec_exfm import DistillationTerm, ExFMMetrics, StudentAdapter
+from torchrec_exfm.das import (
+    Examples,
+    TeacherLogger,
+    TeacherLookup,
+    TeacherStore,
+    Window,
+    score_windows,
+    train_teacher,
+    train_windows,
+    wait_for_outputs,
+)
+from torchrec_exfm.wrapper import find_wrapper
+
+WINDOWS = 6
+SECONDS = fj.WINDOW // 2
+assert WINDOWS * SECONDS == ROWS
+BATCH = 40  # of all ranks
+REFRESH, DELAY = 2, 1
+TERMS = (
+    DistillationTerm(teacher="fm", hidden=(4,)),
+    DistillationTerm(teacher="fm", adapted=True, serving=True, margin=0.5),
+)
+
+
+def teacher(rank: int, world_size: int, folder: Path) -> None:
+    data = Data()
+    trainee = rm.sharded(rm.two_task_student(), world_size)
+    pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
+    store = TeacherStore(folder / "store")
+    windows = windows_of(lambda rows: batches(data, rows[rows % 4 > 0], rank, world_size))
+    with TeacherLogger(store, "fm") as logger:
+        logger.attach(trainee.model)
+        for _ in train_teacher(
+            pipeline, windows, store, "fm", refresh=REFRESH, logger=logger, folder=folder / "fm"
+        ):
+            pass
+
+
+def scorer(rank: int, world_size: int, folder: Path) -> None:
+    data = Data()
+    model = rm.sharded(rm.two_task_student(seed=9), world_size).model
+
+    def examples(rows: Tensor) -> list[Examples]:
+        of_students = rows[rows % 4 == 0]
+        ids, seconds = data.ids[of_students], data.seconds[of_students]
+        return [Examples(ids, seconds, lambda positions: data.batch(of_students[positions]))]
+
+    for _ in score_windows(
+        model,
+        windows_of(examples),
+        TeacherStore(folder / "store"),
+        "fm",
+        device=device(),
+        delay=DELAY,
+        progress=False,
+    ):
+        pass
+
+
+def student(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Digests of all that it ends with."""
+    data = Data()
+    wrapper = rm.wrapped(rm.two_task_student(seed=3), terms=TERMS, teachers=("fm",))
+    trainee = rm.sharded(wrapper, world_size)
+    torch.manual_seed(4)
+    adapter = StudentAdapter(tasks=rm.TASKS, hidden=(5,))
+    lookup = TeacherLookup(TeacherStore(folder / "store"), "fm", refresh_seconds=None)
+    pipeline = rm.pipeline_of(trainee, teacher=lookup, adapter=adapter)
+    metrics = ExFMMetrics(
+        batch_size=BATCH // world_size, device=device(), tasks=rm.TASKS, teachers=("fm",)
+    )
+    windows = windows_of(lambda rows: batches(data, rows, rank, world_size))
+    for _ in train_windows(
+        pipeline,
+        wait_for_outputs(windows, lookup, ["fm", "fm/scores"], timeout_seconds=50.0),
+        step=lambda output: metrics.update(output, find_wrapper(trainee.model).last_teacher),
+        metrics=metrics,
+        folder=folder / "student",
+    ):
+        pass
+    everything = [rm.snapshot(trainee.model.state_dict()), adapter.state_dict(), metrics.compute()]
+    return [digest(each) for each in everything]
+
+
+JOBS: dict[str, tuple[Job, int]] = {  # and on how many ranks
+    "teacher": (teacher, 2),
+    "scorer": (scorer, 1),
+    "student": (student, 2),
+}
+
+
+def windows_of(data_of: Callable[[Tensor], Any]) -> Iterator[Window]:
+    for number in range(WINDOWS):
+        begin = START + number * SECONDS
+        rows = torch.arange(number * SECONDS, (number + 1) * SECONDS)
+        yield Window(begin, begin + SECONDS, data_of(rows))
+
+
+def batches(data: Data, rows: Tensor, rank: int, world_size: int) -> Iterator[rm.Columns]:
+    for batch in rows.split(BATCH):
+        yield data.batch(batch.tensor_split(world_size)[rank])
+
+
+def make_store(folder: Path) -> TeacherStore:
+    folder.mkdir()
+    return fj.make_store(folder)
+
+
+def rows_of(folder: Path) -> dict[int, tuple[int, bool, list[float]]]:
+    """Of each example in the store the snapshot, whether it was logged, and the outputs."""
+    store = TeacherStore(folder / "store")
+    found: dict[int, tuple[int, bool, list[float]]] = {}
+    for window in store.windows("fm"):
+        rows, _ = store.read("fm", window)
+        for id_, *row in zip(
+            rows.example_id.tolist(),
+            rows.snapshot.tolist(),
+            rows.logged.tolist(),
+            rows.outputs.tolist(),
+            strict=True,
+        ):
+            assert id_ not in found, "an example is there twice"
+            found[id_] = (row[0], row[1], row[2])
+    return found

@@ -1,0 +1,296 @@
+"""The loop over a stream: what teacher, scorer and students do window by window.
+
+FAULT_KILLS says how often the jobs that run side by side are killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import das_data as dd
+import fault_jobs
+import pytest
+import stream_jobs as jobs
+import torch
+from forked import Forked
+from torch import nn
+
+from torchrec_exfm import TeacherMissingWarning
+from torchrec_exfm.das import (
+    Snapshot,
+    TeacherLookup,
+    TeacherStore,
+    Window,
+    published,
+    score_windows,
+    train_teacher,
+    train_windows,
+    wait_for_outputs,
+)
+
+KILLS = int(os.environ.get("FAULT_KILLS", "2"))
+
+
+class Role:
+    """A job on its ranks, started as often as it takes."""
+
+    attempts = itertools.count()
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.job, self.world_size = jobs.JOBS[name]
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        attempt = next(self.attempts)
+        self.processes = [
+            Forked(fault_jobs.run, self.job, rank, self.world_size, self.folder, attempt)
+            for rank in range(self.world_size)
+        ]
+
+    def kill(self) -> bool:
+        """Kill all ranks in any order; False if it had ended."""
+        running = all(each.process.is_alive() for each in self.processes)
+        for each in random.sample(self.processes, len(self.processes)):
+            each.kill()
+        return running
+
+    def result(self) -> list[Any]:
+        return [each.result() for each in self.processes]
+
+
+@pytest.fixture(scope="module")
+def one_after_the_other(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A stream whose teacher is done before the scorer begins, and the scorer before the student.
+
+    Its folder, and what the student ends with.
+    """
+    folder = tmp_path_factory.mktemp("stream") / "whole"
+    jobs.make_store(folder)
+    ends = [Role(name, folder).result() for name in jobs.JOBS]
+    return folder, ends[-1]
+
+
+def test_side_by_side_and_killed(one_after_the_other: tuple[Path, Any], tmp_path: Path) -> None:
+    """Whoever is ahead, and whoever is killed: the same outputs, the same student, to the bit."""
+    whole, of_student = one_after_the_other
+    folder = tmp_path / "killed"
+    jobs.make_store(folder)
+    roles = {name: Role(name, folder) for name in random.sample(list(jobs.JOBS), len(jobs.JOBS))}
+    killed = []
+    for _ in range(KILLS):
+        time.sleep(1.5 * random.random())
+        name = random.choice(list(roles))
+        if roles[name].kill():
+            killed.append((name, TeacherStore(folder / "store").watermark("fm")))
+        roles[name].start()
+    for name in jobs.JOBS:
+        if name != "student":
+            roles[name].result()
+    assert roles["student"].result() == of_student
+    assert jobs.rows_of(folder) == jobs.rows_of(whole)
+    assert published(TeacherStore(folder / "store"), "fm") == published(
+        TeacherStore(whole / "store"), "fm"
+    )
+    print(f"\nkilled, and the teacher's watermark: {killed}")
+
+
+def test_who_says_what(one_after_the_other: tuple[Path, Any]) -> None:
+    """Refresh and delay: each window's rows are of the snapshot that they should be of."""
+    folder, _ = one_after_the_other
+    store = TeacherStore(folder / "store")
+    ends = [jobs.START + n * jobs.SECONDS for n in range(jobs.WINDOWS + 1)]
+    through = [snapshot.trained_through_seconds for snapshot in published(store, "fm")]
+    assert through == [ends[2] - 1, ends[4] - 1, ends[6] - 1]  # every second window
+    assert store.watermark("fm") == store.watermark("fm/scores") == ends[-1]
+    data = jobs.Data()
+    rows = jobs.rows_of(folder)
+    newest = [None, None, None, 1, 1, 2]  # of those trained through the window before the last
+    for position, (id_, second) in enumerate(zip(data.ids.tolist(), data.seconds, strict=True)):
+        window = (int(second) - jobs.START) // jobs.SECONDS
+        if position % 4:
+            assert rows.pop(id_)[:2] == (window // 2, True)
+        elif newest[window] is None:
+            assert id_ not in rows
+        else:
+            assert rows.pop(id_)[:2] == (newest[window], False)
+    assert not rows
+
+
+class Counting:
+    """Stands for a pipeline: a step gives its batch back."""
+
+    def __init__(self) -> None:
+        self._model = nn.Linear(1, 1)
+
+    def progress(self, batches: Iterator[Any]) -> Any:
+        return next(batches)
+
+
+def pipeline() -> Any:
+    return Counting()
+
+
+def windows(*parts: Iterable[Any], begin: int = 100) -> Iterator[Window]:
+    for number, part in enumerate(parts):
+        yield Window(begin + 10 * number, begin + 10 * (number + 1), part)
+
+
+def test_every_batch_of_every_window_is_a_step() -> None:
+    seen: list[Any] = []
+    ended = []
+    for window in train_windows(pipeline(), windows("ab", "", "c"), step=seen.append):
+        ended.append((window.end_seconds, "".join(seen)))
+    assert ended == [(110, "ab"), (120, "ab"), (130, "abc")]
+
+
+def test_a_window_is_asked_for_when_its_turn_comes() -> None:
+    asked: list[str] = []
+
+    def batches(name: str) -> Iterator[str]:
+        asked.append(name)
+        yield name
+
+    def lazily() -> Iterator[Window]:
+        for number, name in enumerate("ab"):
+            asked.append(f"window {name}")
+            yield Window(number, number + 1, batches(name))
+
+    for window in train_windows(pipeline(), lazily()):
+        asked.append(f"end {window.end_seconds}")
+    assert asked == ["window a", "a", "end 1", "window b", "b", "end 2"]
+
+
+def test_windows_follow_one_another() -> None:
+    apart = [Window(0, 10, ""), Window(11, 20, "")]
+    over = [Window(0, 10, ""), Window(9, 20, "")]
+    for wrong in apart, over:
+        with pytest.raises(ValueError, match=r"begin where the one before ends, 1970.*:10Z; rec"):
+            list(train_windows(pipeline(), wrong))
+    for begin, end in (5, 4), (-1, 4):
+        with pytest.raises(ValueError, match=rf"end after that; received {begin} and {end} s"):
+            Window(begin, end, ())
+
+
+def test_a_teacher_publishes_logs_and_moves_its_watermark(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    flushed = []
+    logger = cast(Any, SimpleNamespace(flush=lambda: flushed.append(store.watermark("fm"))))
+    marks = []
+    stream = windows("a", "b", "c", "d", "e")
+    for _ in train_teacher(pipeline(), stream, store, "fm", refresh=2, logger=logger):
+        store.refresh()
+        marks.append((store.watermark("fm"), len(published(store, "fm"))))
+    assert marks == [(110, 0), (120, 1), (130, 1), (140, 2), (150, 2)]
+    assert flushed == [None, 110, 120, 130, 140]  # before the watermark says so
+    assert [s.trained_through_seconds for s in published(store, "fm")] == [119, 139]
+
+
+def test_a_teacher_that_was_killed_after_it_published_does_not_again(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    for _ in range(2):  # from the beginning, as without a checkpoint
+        assert len(list(train_teacher(pipeline(), windows("a", "b"), store, "fm"))) == 2
+        assert [s.version for s in published(store, "fm")] == [1, 2]
+
+
+def test_bad_counts(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    with pytest.raises(ValueError, match="refresh should be at least 1, in windows; received 0"):
+        next(train_teacher(pipeline(), (), store, "fm", refresh=0))
+    with pytest.raises(ValueError, match="delay should be at least 0, in windows; received -1"):
+        next(score_windows(nn.Linear(1, 1), (), store, "fm", device=torch.device("cpu"), delay=-1))
+
+
+def test_a_scorer_whose_teacher_does_not_come(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    waiting = score_windows(
+        nn.Linear(1, 1),
+        windows([]),
+        store,
+        "fm",
+        device=torch.device("cpu"),
+        timeout_seconds=0.0,
+    )
+    with pytest.raises(TimeoutError, match=r"fm should have.*watermark is not there: is its job"):
+        next(waiting)
+
+
+def look_up(lookup: TeacherLookup, *ids: int) -> list[bool]:
+    seconds = torch.tensor([100 + id_ for id_ in ids])
+    batch = SimpleNamespace(example_ids=torch.tensor(ids), event_seconds=seconds)
+    return lookup(batch).presence.flatten().tolist()
+
+
+def write(store: TeacherStore, *ids: int) -> None:
+    store.write(Snapshot("fm", 1, 50), ids, [0.5] * len(ids), [100 + id_ for id_ in ids])
+
+
+def test_a_student_sees_all_of_a_window_once_it_is_there(tmp_path: Path) -> None:
+    """Also where a part of the store's window was read before the rest came."""
+    store = dd.new_store(tmp_path, window_seconds=1_000)
+    lookup = TeacherLookup(store, "fm", refresh_seconds=None)
+    waiting = wait_for_outputs(windows("a", "b"), lookup, timeout_seconds=0.0)
+    write(store, 1, 2)
+    store.advance_watermark("fm", 110)
+    assert next(waiting).data == "a"
+    assert look_up(lookup, 1, 2) == [True, True]
+    write(store, 11)
+    assert look_up(lookup, 11) == [False]  # it was read before
+    store.advance_watermark("fm", 120)
+    assert next(waiting).data == "b"
+    assert look_up(lookup, 1, 11) == [True, True]
+
+
+def test_outputs_that_come_late(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    store.advance_watermark("fm", 110)
+    lookup = TeacherLookup(store, "fm")
+    late = r"fm/scores should have .* before 1970-01-01T00:01:50Z .* watermark is not there"
+    both = ("fm", "fm/scores")
+    with pytest.raises(TimeoutError, match=late):
+        next(wait_for_outputs(windows("a"), lookup, both, timeout_seconds=0.0))
+    masked = wait_for_outputs(windows("a"), lookup, both, timeout_seconds=0.0, on_late="mask")
+    with pytest.warns(TeacherMissingWarning, match=f"{late}.*training goes on"):
+        assert next(masked).data == "a"
+    with pytest.raises(ValueError, match="on_late should be 'raise' or 'mask'; received 'wait'"):
+        next(wait_for_outputs((), lookup, on_late=cast(Any, "wait")))
+
+
+def test_watermarks(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    other = TeacherStore(tmp_path)
+    assert store.watermark("a") is None
+    store.advance_watermark("a", 10)
+    other.advance_watermark("a", 7)  # never falls
+    other.advance_watermark("b", 5)
+    assert (store.watermark("a"), other.watermark("a")) == (None, None)  # as of what is read
+    store.refresh()
+    assert (store.watermark("a"), store.watermark("b")) == (10, 5)
+    assert not list(tmp_path.rglob("*.parquet"))
+    for wrong in -1, 2**40:
+        with pytest.raises(ValueError, match=rf"seconds since 1970.*received {wrong}"):
+            store.advance_watermark("a", wrong)
+
+
+def test_watermarks_outlast_the_log(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    dd.edit_log(
+        store,
+        0,
+        "metaData",
+        lambda data: data["configuration"].update({"delta.checkpointInterval": "3"}),
+    )
+    store = TeacherStore(tmp_path)
+    for second in range(1, 9):
+        write(store, second)
+        store.advance_watermark("fm", second)
+    assert list(tmp_path.rglob("*.checkpoint.parquet"))
+    store.table.compact(("fm", 0), properties=store.format.writer_properties())
+    assert TeacherStore(tmp_path).watermark("fm") == 8
