@@ -22,20 +22,18 @@ rounds. TorchScript is by torch.jit.script, as torch.jit.trace fixes the size of
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any
 
 import common
 import torch
 from reference import CPU, KEYS, STUDENT, TAP, Batch, Stream, dlrm
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as symbolic_shapes
-from torchrec import KeyedJaggedTensor
 from torchrec.inference.modules import quantize_embeddings
-from torchrec.models.dlrm import DLRM
 from training import AH_SA, over, take_turns
 
 from torchrec_exfm import (
@@ -47,6 +45,10 @@ from torchrec_exfm import (
     export_student,
     student_state_dict,
 )
+
+sys.path.insert(1, str(Path(__file__).parents[1] / "examples"))
+
+from serve import Flat, Inputs, compile_to, inputs, program
 
 CALLS = {1: 16, 512: 2}  # of a round, for each size of batch
 AIMS = {
@@ -60,40 +62,10 @@ AIMS = {
     "latency_ratio_quantized_embeddings": "1.00 within the spread",
 }
 
-Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-class Flat(nn.Module):
-    """A DLRM that takes tensors alone: dense features, and the ids and lengths of the sparse."""
-
-    def __init__(self, model: DLRM) -> None:
-        super().__init__()
-        self.model = model
-        self.keys = list(model.sparse_arch.sparse_feature_names)
-
-    def forward(self, dense: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        sparse = KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths)
-        return self.model(dense, sparse)
-
-
-def inputs(batch: Batch) -> Inputs:
-    sparse = batch.sparse_features
-    return batch.dense_features, sparse.values(), sparse.lengths()
-
-
-def program(model: Flat, example: Inputs) -> ExportedProgram:
-    """For batches of any size; without the option, of 2 and more."""
-    size = Dim("size", min=1)
-    shapes = ({0: size}, {0: Dim.DYNAMIC}, {0: len(model.keys) * size})
-    with symbolic_shapes.patch(backed_size_oblivious=True):
-        return torch.export.export(model, example, dynamic_shapes=shapes)
-
 
 def compiled(model: Flat, example: Inputs) -> Callable[..., Tensor]:
     with tempfile.TemporaryDirectory(prefix="benchmark-serving-") as folder:
-        path = torch._inductor.aoti_compile_and_package(
-            program(model, example), package_path=f"{folder}/model.pt2"
-        )
+        compile_to(path := f"{folder}/model.pt2", model, example)
         return torch._inductor.aoti_load_package(path)
 
 

@@ -39,6 +39,7 @@ def export_student(model: nn.Module) -> nn.Module | None:
     those it had when it was wrapped. The model can train on. Under several ranks every rank must
     call it: the tables are gathered. Where a model of your own reads pooled embeddings, let it
     read them by key: the order within ``KeyedTensor.values()`` depends on the sharding plan.
+    ``examples/serve.py`` writes it to files in five ways, and serves from them.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.
