@@ -1,15 +1,24 @@
-"""Checks of ExFMMetrics, against NumPy in float64 on the data of all ranks."""
+"""Checks of ExFMMetrics and RunMonitor, against NumPy in float64 on the data of all ranks."""
 
 from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import rank_models as rm
 import torch
+import torch.distributed as dist
 from ranks import device
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from torchrec_exfm import ExFMMetrics, Task, TeacherOutputs
+from torchrec_exfm import DistillationTerm, ExFMMetrics, RunMonitor, Task, TeacherOutputs
 
 STEPS = 5
 
@@ -54,16 +63,23 @@ def check_metrics(rank: int, world_size: int) -> None:
     """Every metric, of two tasks and two teachers, over all ranks."""
     outputs = _outputs()
     found = _fed(_metrics(world_size), outputs, rank, world_size).compute()
+    expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def expected_metrics(
+    outputs: list[tuple[Tensor, Tensor]], data: list[rm.Columns]
+) -> dict[str, float]:
+    """In float64, from the logits, labels and batches of all ranks at each step."""
     logits, labels = (torch.cat(parts).double().numpy() for parts in zip(*outputs, strict=True))
     p, y = 1 / (1 + np.exp(-logits[:, 0])), labels[:, 0]
-    expected = {
+    return {
         "ne/click": _log_loss(p, y) / _log_loss(np.full_like(y, y.mean()), y),
         "auc/click": _auc(p, y),
         "calibration/click": p.sum() / y.sum(),
         "mse/stay": np.square(logits[:, 1] - labels[:, 1]).mean(),
-        **_reach(rm.global_data(steps=STEPS)),
+        **_reach(data),
     }
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def _log_loss(p: np.ndarray, y: np.ndarray) -> float:
@@ -167,3 +183,83 @@ def check_names_of_tasks(rank: int, world_size: int) -> None:
     assert {"ne/ctr-1|a", "auc/ctr-1|a"} <= metrics.compute().keys()
     with pytest.raises(ValueError, match="distinct"):
         ExFMMetrics(batch_size=8, device=device(), tasks=(Task(), Task()))
+
+
+def clicked(data: list[rm.Columns]) -> list[rm.Columns]:
+    """The batches with clicks that are 0 or 1."""
+    for batch in data:
+        batch.columns["labels"] = batch.labels.clone()
+        batch.labels[:, 0].round_()
+    return data
+
+
+def expected_losses(
+    terms: Sequence[DistillationTerm], losses: list[Tensor], data: list[rm.Columns]
+) -> dict[str, float]:
+    """The mean of each term over the steps that had an output for it, of (K,) losses a step."""
+    expected = {}
+    for k, term in enumerate(terms):
+        columns = [[task.name for task in rm.TASKS].index(task) for task in term.tasks or ()]
+        m = rm.TEACHERS.index(term.teacher)
+        of_steps = [
+            float(of_step[k])
+            for of_step, batch in zip(losses, data, strict=True)
+            if bool(batch.presence[:, m, columns or slice(None)].any())
+        ]
+        if of_steps:
+            expected[f"distillation_loss/{term.name}"] = sum(of_steps) / len(of_steps)
+    return expected
+
+
+def check_monitor(rank: int, world_size: int) -> None:
+    """What is said is of all ranks, and rank 0 alone says it."""
+    wrapper = rm.wrapped()
+    trainee = rm.sharded(wrapper, world_size)
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged)
+    data = clicked(rm.global_data(steps=STEPS))
+    batches = iter([rm.part_of(batch, rank, world_size) for batch in data])
+    outputs, student, terms = [], [], []
+    line = io.StringIO()
+    with rm.shared_folder() as folder, contextlib.redirect_stderr(line):
+        with RunMonitor(
+            pipeline, _metrics(world_size), folder=folder, start_examples=100, every_steps=3
+        ) as monitor:
+            for _ in range(STEPS):
+                output = pipeline.progress(batches)
+                pipeline.teacher_failures += 1
+                monitor.step(output)
+                loss, logits, labels = (torch.stack(rm.on_every_rank(value)) for value in output)
+                outputs.append((logits.flatten(0, 1).cpu(), labels.flatten(0, 1).cpu()))
+                student.append(float(loss.double().mean()))
+                terms.append(torch.stack(rm.on_every_rank(wrapper.last_losses)).double().mean(0))
+        dist.barrier()
+        events = EventAccumulator(folder).Reload()
+    found = dict(monitor.last)
+    assert found.pop("examples_per_second") > 0
+    expected = {
+        **expected_metrics(outputs, data),
+        **expected_losses(rm.HEADS, terms[3:], data[3:]),
+        "student_loss": sum(student[3:]) / 2,
+        "teacher_failures": STEPS * world_size,
+    }
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    for name, value in expected.items():
+        points = events.Scalars(name)
+        assert points[-1].step == 100 + STEPS * rm.GLOBAL_SIZE
+        assert points[-1].value == pytest.approx(value, rel=1e-6)
+    assert [point.step for point in events.Scalars("student_loss")] == [148, 180]
+    assert (line.getvalue() != "") == (rank == 0)
+
+
+def check_a_monitor_that_cannot_write(rank: int, world_size: int) -> None:
+    """What rank 0 can't open is an error on every rank; none is left waiting."""
+    pipeline = rm.pipeline_of(rm.sharded(rm.wrapped(), world_size), teacher=rm.logged)
+    with rm.shared_folder() as folder:
+        file = Path(folder) / "file"
+        if rank == 0:
+            file.touch()
+        with pytest.raises(OSError, match="file"):
+            RunMonitor(pipeline, _metrics(world_size), folder=file)
+        missing = {"tensorboard": None, "torch.utils.tensorboard": None} if rank == 0 else {}
+        with mock.patch.dict(sys.modules, missing), pytest.raises(ImportError, match="pip install"):
+            RunMonitor(pipeline, _metrics(world_size), folder=Path(folder) / "runs")

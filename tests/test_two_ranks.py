@@ -98,6 +98,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_metrics.check_wrong_shapes_are_refused,),
     (of_metrics.check_wrong_teachers_are_refused,),
     (of_metrics.check_names_of_tasks,),
+    (of_metrics.check_monitor,),
+    (of_metrics.check_a_monitor_that_cannot_write,),
 ]
 
 

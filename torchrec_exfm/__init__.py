@@ -12,6 +12,13 @@ from torchrec_exfm import _versions
 _versions.check()
 
 from torchrec_exfm import functional  # noqa: E402
+from torchrec_exfm._warnings import (  # noqa: E402
+    DistillationWarning,
+    ExFMWarning,
+    MetricsRestartedWarning,
+    NotPipelinedWarning,
+    TeacherMissingWarning,
+)
 from torchrec_exfm.adapter import StudentAdapter, adapter_step  # noqa: E402
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs  # noqa: E402
 from torchrec_exfm.export import export_student, student_state_dict  # noqa: E402
@@ -22,6 +29,7 @@ from torchrec_exfm.heads import (  # noqa: E402
     Task,
 )
 from torchrec_exfm.metrics import ExFMMetrics  # noqa: E402
+from torchrec_exfm.monitor import RunMonitor  # noqa: E402
 from torchrec_exfm.pipeline import LiveTeacher, TrainPipelineExFM  # noqa: E402
 from torchrec_exfm.resume import load_training, save_training  # noqa: E402
 from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
@@ -30,12 +38,18 @@ __all__ = [
     "AuxiliaryHead",
     "DistillationHead",
     "DistillationTerm",
+    "DistillationWarning",
     "ExFMBatch",
     "ExFMMetrics",
+    "ExFMWarning",
     "ExFMWrapper",
     "LiveTeacher",
+    "MetricsRestartedWarning",
+    "NotPipelinedWarning",
+    "RunMonitor",
     "StudentAdapter",
     "Task",
+    "TeacherMissingWarning",
     "TeacherOutputs",
     "TrainPipelineExFM",
     "adapter_step",

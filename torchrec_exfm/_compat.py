@@ -19,6 +19,8 @@ from torchrec.metrics.metric_module import RecMetricModule
 from torchrec.metrics.rec_metric import RecMetricComputation
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
 
+from torchrec_exfm._warnings import DistillationWarning
+
 __all__ = [
     "DTensor",
     "ShardedTensor",
@@ -42,7 +44,7 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that DDP averages the dense gradients over; None if that is one rank or none.
 
     Warns:
-        RuntimeWarning: if there are several ranks and no DDP.
+        DistillationWarning: if there are several ranks and no DDP.
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -52,7 +54,7 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
         warnings.warn(
             "the model is sharded over ranks without DistributedDataParallel: the means of the "
             "teachers' losses and the student adapter are each rank's own, not those of all ranks",
-            RuntimeWarning,
+            DistillationWarning,
             stacklevel=3,
         )
     return None

@@ -34,7 +34,7 @@ class StudentAdapter(nn.Module):
     Logits are kept within ±15 on their way in, predictions of a regression are taken as they are.
 
     Args:
-        num_teachers: M.
+        num_teachers: M, at least 1.
         tasks: the T tasks, in the order of the teacher's outputs and of the labels.
         hidden: widths of the hidden layers.
 

@@ -170,8 +170,6 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         teacher: the teachers' outputs for the same examples, in the same order.
 
     Attributes:
-        adapted: (B, M, T), the student adapter's outputs, or None. Set by the pipeline, to them or
-            to a function that gives them, which is called the first time that they are read.
         count: (M, T), the denominator of the losses' means, or None. Set by the pipeline.
         fresh_labels: the labels, for terms with a margin, or None. Set by the pipeline.
 
@@ -201,7 +199,11 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
 
     @property
     def adapted(self) -> Tensor | None:
-        """See the class."""
+        """(B, M, T), the student adapter's outputs, or None.
+
+        Set by the pipeline, to them or to a function that gives them, which is called the first
+        time that they are read.
+        """
         if callable(self._adapted) and not isinstance(self._adapted, Tensor):
             try:
                 self._adapted = self._adapted()

@@ -298,7 +298,7 @@ class AuxiliaryHead(nn.Module):
     """The auxiliary head (AH): all that meets the teachers' labels (arXiv 2502.17494, eq. 3-5).
 
     .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
-        \\mathrm{mean}_{b\\,present} \\; h(D_k(x_b)_t,
+        \\mathrm{mean}_{b\\text{ present}} \\; h(D_k(x_b)_t,
         \\min(α_k σ(y_{F,b,t} + \\log r_{F,k} - \\log r_{S,t}), 1))
 
     r_F and r_S are the negative sampling rates of the teacher's data and of the student's, 1 unless
@@ -440,7 +440,7 @@ class AuxiliaryHead(nn.Module):
                 needed by terms with ``serving=True``.
             labels: (B, T), or (B,) for one task, fresh labels; needed by terms with a margin. Their
                 running means take in this step's after it: under data parallelism average
-                :attr:`lead_losses` over the ranks then.
+                ``lead_losses`` over the ranks then.
 
         Returns:
             L_D as a scalar, and the K unweighted losses, detached.
@@ -474,7 +474,7 @@ class AuxiliaryHead(nn.Module):
 
     @property
     def leads(self) -> Tensor:
-        """(C,), what multiplies the loss of each task of each term: 1 but for those of a margin."""
+        """What multiplies the loss of each task of each term, (C,); 1 but for those of a margin."""
         if self.lead_losses is None:
             return torch.ones(sum(self._sizes))
         of_target, of_student = self.lead_losses

@@ -27,6 +27,7 @@ from torchrec_exfm._compat import (
     pipelined_names,
     sharded_names,
 )
+from torchrec_exfm._warnings import NotPipelinedWarning, TeacherMissingWarning
 from torchrec_exfm.adapter import StudentAdapter, start_adapter_step, start_all_reduce
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
@@ -127,8 +128,9 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         TypeError: for a teacher of another kind.
 
     Warns:
-        RuntimeWarning: if the embeddings end up not pipelined; at the first failure of a teacher
-            that is masked.
+        NotPipelinedWarning: if the embeddings end up not pipelined.
+        TeacherMissingWarning: at the first failure of a teacher that is masked.
+        DistillationWarning: if the model is sharded over ranks that do not average.
     """
 
     def __init__(
@@ -300,7 +302,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                     f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
                     "training goes on without them, and they are asked for again every "
                     f"{RETRY_SECONDS:g} s; TrainPipelineExFM.teacher_failures counts batches",
-                    RuntimeWarning,
+                    TeacherMissingWarning,
                     stacklevel=2,
                 )
         self.teacher_failures += 1
@@ -349,7 +351,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
                 f"the embeddings {missed} are NOT pipelined: their input is changed on its way "
                 "from the batch to them; training is right, but slower; move the change into the "
                 "data loader, or see pipeline_postproc of TrainPipelineSparseDist",
-                RuntimeWarning,
+                NotPipelinedWarning,
                 stacklevel=2,
             )
 

@@ -13,14 +13,16 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._warnings import MetricsRestartedWarning
 from torchrec_exfm.checkpoint import (
     METADATA,
     load_checkpoint,
@@ -28,10 +30,11 @@ from torchrec_exfm.checkpoint import (
     save_checkpoint,
 )
 from torchrec_exfm.metrics import ExFMMetrics
-from torchrec_exfm.pipeline import TrainPipelineExFM
-from torchrec_exfm.wrapper import find_wrapper
+from torchrec_exfm.wrapper import ExFMWrapper
 
 __all__ = ["load_training", "save_training"]
+
+Pipeline: TypeAlias = "TrainPipelineSparseDist[Any, Any]"
 
 _MODEL = "model/"
 _VALUES = "values"
@@ -40,7 +43,7 @@ _VERSION = 1
 
 def save_training(
     folder: Path | str,
-    pipeline: TrainPipelineExFM,
+    pipeline: Pipeline,
     *,
     position: Mapping[str, int],
     metrics: ExFMMetrics | None = None,
@@ -58,7 +61,7 @@ def save_training(
     Args:
         folder: that of the run's checkpoints, which all ranks see; each gets a folder of its own
             there, named by a number that counts up.
-        pipeline: that of the run.
+        pipeline: that of the run: a student's, or TorchRec's own of a teacher.
         position: where the stream goes on, in numbers of yours, the same on every rank: the
             batches for which ``progress`` has returned, not those that the pipeline has asked for.
         metrics: saved as well, if there are any.
@@ -93,7 +96,7 @@ def save_training(
 
 
 def load_training(
-    folder: Path | str, pipeline: TrainPipelineExFM, *, metrics: ExFMMetrics | None = None
+    folder: Path | str, pipeline: Pipeline, *, metrics: ExFMMetrics | None = None
 ) -> dict[str, int] | None:
     """Take up the newest complete checkpoint of :func:`save_training`, in place.
 
@@ -121,7 +124,7 @@ def load_training(
             in the bytes of a tensor, which is found as they are read.
 
     Warns:
-        RuntimeWarning: if there are metrics and they have to start anew.
+        MetricsRestartedWarning: if there are metrics and they have to start anew.
 
     Example:
         >>> import itertools, tempfile
@@ -177,8 +180,9 @@ def load_training(
     load_checkpoint(checkpoint, state)
 
     of_model = {key: value for key, value in state.items() if key.startswith(_MODEL)}
-    wrapper = find_wrapper(pipeline._model)
-    wrapper.load_state_dict({key.removeprefix(_MODEL): of_model[key] for key in of_model})
+    _trained(pipeline).load_state_dict(
+        {key.removeprefix(_MODEL): of_model[key] for key in of_model}
+    )
     for part in parts:
         part.take(state | values["states"], values["numbers"])
     if metrics is not None and of_metrics:
@@ -256,7 +260,7 @@ class _Part(NamedTuple):
                 self.optimizer.state[parameter] = by_name[name]
 
 
-def _parts(pipeline: TrainPipelineExFM) -> list[_Part]:
+def _parts(pipeline: Pipeline) -> list[_Part]:
     """Every optimizer of a training."""
     fused = [
         (f"fused/{name}", each)
@@ -266,8 +270,9 @@ def _parts(pipeline: TrainPipelineExFM) -> list[_Part]:
     known = {id(each) for _, each in fused}
     dense = [(f"dense/{name}", each) for name, each in single_optimizers(pipeline._optimizer)]
     others = [(name, each) for name, each in dense if id(each) not in known]
-    if pipeline.adapter_optimizer is not None:
-        others.append(("adapter_optimizer/", pipeline.adapter_optimizer))
+    of_adapter = getattr(pipeline, "adapter_optimizer", None)
+    if of_adapter is not None:
+        others.append(("adapter_optimizer/", of_adapter))
     return [
         _Part(each, {prefix + name: value for name, value in _parameters(each).items()}, is_fused)
         for pairs, is_fused in ((fused, True), (others, False))
@@ -314,16 +319,23 @@ def _plain(key: str, value: Any) -> Any:
     return value
 
 
-def _modules(pipeline: TrainPipelineExFM) -> dict[str, Any]:
-    """The state of student, heads and adapter, by reference."""
-    state = find_wrapper(pipeline._model).state_dict()
-    adapter = {} if pipeline.adapter is None else pipeline.adapter.state_dict()
+def _modules(pipeline: Pipeline) -> dict[str, Any]:
+    """The state of student, heads and adapter (or of a teacher), by reference."""
+    state, adapter = _trained(pipeline).state_dict(), getattr(pipeline, "adapter", None)
+    of_adapter = {} if adapter is None else adapter.state_dict()
     named = {_MODEL + key: value for key, value in state.items()}
-    return named | {f"adapter/{key}": value for key, value in adapter.items()}
+    return named | {f"adapter/{key}": value for key, value in of_adapter.items()}
+
+
+def _trained(pipeline: Pipeline) -> nn.Module:
+    """The wrapper of a student, or a model that has none."""
+    model: nn.Module = pipeline._model
+    wrappers = (module for module in model.modules() if isinstance(module, ExFMWrapper))
+    return next(wrappers, model)
 
 
 def _values(
-    pipeline: TrainPipelineExFM,
+    pipeline: Pipeline,
     parts: list[_Part],
     position: dict[str, int],
     states: dict[str, Any],
@@ -348,9 +360,12 @@ def _values(
     }
 
 
-def _names(pipeline: TrainPipelineExFM) -> dict[str, list[str]]:
+def _names(pipeline: Pipeline) -> dict[str, list[str]]:
     """Whom one learns from, and what."""
-    head = find_wrapper(pipeline._model).auxiliary_head
+    trained = _trained(pipeline)
+    if not isinstance(trained, ExFMWrapper):  # a teacher's
+        return {"teachers": [], "tasks": [], "terms": []}
+    head = trained.auxiliary_head
     terms = [term.name for term in head.terms]
     return {"teachers": list(head.teachers), "tasks": list(head.tasks), "terms": terms}
 
@@ -392,7 +407,7 @@ def _check(
     folder: Path,
     saved: Mapping[str, Any],
     values: Mapping[str, Any],
-    pipeline: TrainPipelineExFM,
+    pipeline: Pipeline,
     parts: list[_Part],
     state: Mapping[str, Any],
 ) -> None:
@@ -428,7 +443,7 @@ def _some(names: set[str]) -> str:
     return f"{found[:5]}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
-def _own(pipeline: TrainPipelineExFM, metrics: ExFMMetrics | None) -> dict[str, Tensor]:
+def _own(pipeline: Pipeline, metrics: ExFMMetrics | None) -> dict[str, Tensor]:
     """What a rank has for itself."""
     own = {"random": torch.get_rng_state()}
     if pipeline._device.type == "cuda":
@@ -453,7 +468,7 @@ def _of_metrics(own: Mapping[str, Tensor], metrics: ExFMMetrics | None) -> dict[
     elif metrics is not None:
         warnings.warn(
             "the metrics start anew: none were saved, or those of another number of ranks",
-            RuntimeWarning,
+            MetricsRestartedWarning,
             stacklevel=3,
         )
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_exfm._compat import sharded_names
+from torchrec_exfm._warnings import DistillationWarning
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.heads import AuxiliaryHead, DistillationTerm, Task
 
@@ -24,7 +25,7 @@ __all__ = ["ExFMWrapper"]
 class ExFMWrapper(nn.Module):
     """External distillation for any module with TorchRec's training contract.
 
-    .. math:: L = L_{student} + \\sum_k w_k L_k
+    .. math:: L = L_{\\mathrm{student}} + \\sum_k w_k L_k
 
     The student's forward runs once, as it is; a hook reads the input of one of its submodules
     (the *tap*), the representation that serving head and distillation heads share. The student
@@ -183,7 +184,7 @@ class _Tap:
                     f"the {what} of the tapped module {self.name!r} carries no gradient, so "
                     "nothing of the teacher reaches the network below it; with activation "
                     "checkpointing around the tap use use_reentrant=False",
-                    RuntimeWarning,
+                    DistillationWarning,
                     stacklevel=2,
                 )
         return value, output

@@ -27,7 +27,7 @@ def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor:
 
     .. math::
         d = m(L + \\sum_{j=1}^{L} m(m(v_j) + g j)), \\quad
-        h_c = m(h_{c-1} + d_c), \\quad h_0 = 0, \\quad id = h_C \\bmod 2^{63}
+        h_c = m(h_{c-1} + d_c), \\quad h_0 = 0, \\quad \\mathrm{id} = h_C \\bmod 2^{63}
 
     where g = 0x9e3779b97f4a7c15 and m(x) is what SplitMix64 puts out for the state x::
 

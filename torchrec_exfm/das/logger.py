@@ -34,6 +34,8 @@ _WINDOWS = 16  # whose logged ids are kept in memory
 class TeacherLogger:
     """Logs what a teacher says in its training forward; each rank logs its own examples.
 
+    Around a training loop::
+
         logger = TeacherLogger(store, "fm", ids=..., event_seconds=...)
         logger.attach(model)
         ...                              # the training loop, as it was

@@ -57,7 +57,7 @@ class LookupCounters:
 
     @property
     def coverage(self) -> float:
-        """present / asked, in [0, 1]; NaN before the first."""
+        """Part of the examples with an output, present / asked, in [0, 1]; NaN before the first."""
         return self.present / self.asked if self.asked else float("nan")
 
     @property

@@ -1,0 +1,426 @@
+"""RunMonitor: each point of each curve against values of its own, the line, what it costs."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import das_data as dd
+import pytest
+import rank_checks_metrics as of_metrics
+import rank_models as rm
+import torch
+from costs import Costs
+from models import CPU, dlrm_train, make_batch, make_teacher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import torchrec_exfm
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMMetrics,
+    ExFMWarning,
+    ExFMWrapper,
+    RunMonitor,
+    TeacherMissingWarning,
+    TeacherOutputs,
+    TrainPipelineExFM,
+)
+from torchrec_exfm import monitor as monitor_module
+from torchrec_exfm import pipeline as exfm_pipeline
+from torchrec_exfm.das import TeacherLookup
+
+STEPS = 7
+B = rm.GLOBAL_SIZE
+TERMS = (*rm.HEADS, *rm.MARGINS)
+LEADS = (  # of the columns behind the three of the heads
+    "lead/a/adapted/serving/click",
+    "lead/a/adapted/serving/stay",
+    "lead/b/serving/click",
+)
+
+
+class Clock:
+    """Says what it is told."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(monitor_module, "perf_counter", clock)
+    return clock
+
+
+class Run:
+    """A training of two teachers and two tasks, which keeps what happens at each step."""
+
+    def __init__(self) -> None:
+        self.data = of_metrics.clicked(rm.global_data(steps=STEPS))
+        self.wrapper = rm.wrapped(terms=TERMS)
+        optimizer = torch.optim.SGD(self.wrapper.parameters(), lr=0.2)
+        self.pipeline = TrainPipelineExFM(
+            self.wrapper, optimizer, CPU, teacher=rm.informed, adapter=rm.two_task_adapter()
+        )
+        self.metrics = ExFMMetrics(batch_size=B, device=CPU, tasks=rm.TASKS, teachers=rm.TEACHERS)
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+        self.student: list[float] = []
+        self.terms: list[Tensor] = []
+        self.leads: list[list[float]] = []
+        self._batches = iter(self.data)
+
+    def monitor(self, **options: Any) -> RunMonitor:
+        return RunMonitor(self.pipeline, self.metrics, **{"progress": False, **options})
+
+    def steps(self, monitor: RunMonitor, number: int = STEPS, clock: Clock | None = None) -> None:
+        for _ in range(number):
+            output = self.pipeline.progress(self._batches)
+            loss, logits, labels = (value.clone() for value in output)
+            assert self.wrapper.last_losses is not None
+            self.outputs.append((logits, labels))
+            self.student.append(float(loss))
+            self.terms.append(self.wrapper.last_losses.double())
+            self.leads.append(self._leads())
+            if clock is not None:
+                clock.now += len(self.outputs)
+            monitor.step(output)
+
+    def _leads(self) -> list[float]:
+        assert self.wrapper.auxiliary_head.lead_losses is not None
+        of_target, of_student = self.wrapper.auxiliary_head.lead_losses[:, 3:].tolist()
+        margins = [1.5, 1.5, 0.9]
+        pairs = zip(of_target, of_student, margins, strict=True)
+        return [min(max((1 - t / s) / margin, 0.0), 1.0) for t, s, margin in pairs]
+
+    def expected(self, begin: int, end: int) -> dict[str, float]:
+        """After step ``end``, of an interval of steps that begins after step ``begin``."""
+        interval = slice(begin, end)
+        return {
+            **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
+            **of_metrics.expected_losses(TERMS, self.terms[interval], self.data[interval]),
+            "student_loss": sum(self.student[interval]) / (end - begin),
+            "teacher_failures": 0,
+            **dict(zip(LEADS, self.leads[end - 1], strict=True)),
+            "examples_per_second": B * (end - begin) / sum(range(begin + 1, end + 1)),
+        }
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """What is in the files: by name, the value at each x."""
+    events = EventAccumulator(str(folder)).Reload()
+    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    for name, points in found.items():
+        assert len({point.step for point in points}) == len(points), name
+    return {name: {p.step: p.value for p in points} for name, points in found.items()}
+
+
+def by_point(found: dict[str, dict[int, float]], x: int) -> dict[str, float]:
+    return {name: points[x] for name, points in found.items() if x in points}
+
+
+@pytest.mark.parametrize("every_steps", [1, 3, STEPS, 100])
+def test_every_point_of_every_curve(every_steps: int, tmp_path: Path, clock: Clock) -> None:
+    run = Run()
+    with run.monitor(folder=tmp_path, every_steps=every_steps) as monitor:
+        run.steps(monitor, clock=clock)
+    found = curves(tmp_path)
+    begins = range(0, STEPS, every_steps)
+    ends = [min(begin + every_steps, STEPS) for begin in begins]
+    assert sorted({x for points in found.values() for x in points}) == [B * end for end in ends]
+    for begin, end in zip(begins, ends, strict=True):
+        expected = run.expected(begin, end)
+        assert by_point(found, B * end) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert monitor.last == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_the_data_of_these_tests_can_tell() -> None:
+    """A term without outputs at some steps, leads that are neither 0 nor 1, losses that differ."""
+    run = Run()
+    run.steps(run.monitor())
+    assert 0.0 in [float(of_step[1]) for of_step in run.terms]
+    assert any(0 < lead < 1 for leads in run.leads for lead in leads)
+    assert len(set(run.student)) == STEPS
+    assert len(run.expected(2, 3)) < len(run.expected(0, 3))
+
+
+# ---- Before and after ----
+
+
+def test_going_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """What was written past the checkpoint is hidden, and what was written before it stays."""
+    killed, resumed = Run(), Run()
+    killed.steps(killed.monitor(folder=tmp_path, every_steps=1), 4)
+    with resumed.monitor(folder=tmp_path, every_steps=1, start_examples=2 * B) as monitor:
+        resumed.steps(monitor, 1)
+    found = curves(tmp_path)["student_loss"]
+    kept = [*killed.student[:2], *resumed.student[:1]]
+    assert found == pytest.approx(dict(zip((B, 2 * B, 3 * B), kept, strict=True)))
+
+
+def test_an_error_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics are not computed then: a rank that failed would leave the others waiting."""
+    run = Run()
+    computed: list[int] = []
+    compute = run.metrics.compute
+    monkeypatch.setattr(run.metrics, "compute", lambda: computed.append(1) or compute())
+    threads = set(threading.enumerate())
+    with (
+        pytest.raises(KeyError, match="on purpose"),
+        run.monitor(folder=tmp_path, every_steps=2) as monitor,
+    ):
+        run.steps(monitor, 3)
+        raise KeyError("on purpose")
+    assert list(curves(tmp_path)["student_loss"]) == [2 * B]
+    assert len(computed) == 1
+    assert set(threading.enumerate()) <= threads  # the writer's has ended
+
+
+def test_a_killed_run_leaves_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on the disk before the next step, without waiting for the writer's own time."""
+    run = Run()
+    found: list[set[int]] = []
+    flush = SummaryWriter.flush
+
+    def flushed(writer: SummaryWriter) -> None:
+        flush(writer)
+        found.append({max(points) for points in curves(tmp_path).values()})
+
+    monkeypatch.setattr(SummaryWriter, "flush", flushed)
+    monitor = run.monitor(folder=tmp_path, every_steps=1)
+    run.steps(monitor, 2)
+    assert [max(steps) for steps in found] == [B, 2 * B]
+    monitor.close()
+    monitor.close()
+
+
+def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
+    with Run().monitor(folder=tmp_path):
+        pass
+    assert curves(tmp_path) == {}
+
+
+# ---- Names ----
+
+
+def small_run(
+    *terms: DistillationTerm, teacher: Any = None, **options: Any
+) -> tuple[TrainPipelineExFM, ExFMMetrics]:
+    """One teacher, one task, batches of 8."""
+    wrapper = ExFMWrapper(dlrm_train(), tap="model.over_arch", terms=terms or (DistillationTerm(),))
+    pipeline = TrainPipelineExFM(
+        wrapper,
+        torch.optim.SGD(wrapper.parameters(), lr=0.1),
+        CPU,
+        teacher=teacher or (lambda batch: make_teacher(0, len(batch.labels))),
+        **options,
+    )
+    return pipeline, ExFMMetrics(batch_size=8, device=CPU)
+
+
+def batches(steps: int = STEPS) -> Iterator[Any]:
+    return iter([make_batch(seed) for seed in range(steps)])
+
+
+def test_terms_of_one_name_have_curves_of_their_own() -> None:
+    pipeline, metrics = small_run(DistillationTerm(), DistillationTerm(hidden=(4,)))
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    losses = pipeline._model.last_losses.tolist()
+    names = ["distillation_loss/teacher#0", "distillation_loss/teacher#1"]
+    assert [monitor.last[name] for name in names] == losses and losses[0] != losses[1]
+
+
+def test_what_a_lookup_counts(tmp_path: Path) -> None:
+    """By the wrapper's name of the teacher; of 8 examples 2 are there, 1 is stale, 5 missing."""
+    store = dd.small_store(tmp_path / "store")
+    lookup = TeacherLookup(
+        store,
+        "fm",
+        ids=lambda batch: torch.arange(8),
+        event_seconds=lambda batch: torch.tensor([dd.AT, dd.AT, dd.AT + 2] + [dd.AT] * 5),
+        max_age_seconds=dd.AT - 1000 + 1,
+    )
+    pipeline, metrics = small_run(teacher=lookup)
+    feed = batches()
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        for _ in range(STEPS):
+            monitor.step(pipeline.progress(feed))
+    counters = {name: value for name, value in monitor.last.items() if name.startswith("lookup/")}
+    assert counters == {
+        "lookup/teacher/missing": 5 * STEPS,
+        "lookup/teacher/stale": STEPS,
+        "lookup/teacher/quarantined": 0,
+        "lookup/teacher/late": 0,
+    }
+    assert monitor.last["coverage/teacher/label"] == 2 / 8
+
+
+def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term that had no output has no mean then, rather than one of 0."""
+    monkeypatch.setattr(exfm_pipeline, "RETRY_SECONDS", 0.0)
+    asked = itertools.count()
+
+    def teacher(batch: Any) -> TeacherOutputs:
+        if next(asked) >= 3:
+            raise ConnectionError("no route")
+        return make_teacher(0, len(batch.labels))
+
+    pipeline, metrics = small_run(teacher=teacher, on_teacher_error="mask")
+    monitor = RunMonitor(pipeline, metrics, every_steps=3, progress=False)
+    feed, lasts = batches(6), []
+    with pytest.warns(TeacherMissingWarning, match="no route"):
+        for _ in range(6):
+            monitor.step(pipeline.progress(feed))
+            lasts.append(monitor.last)
+    assert "distillation_loss/teacher" in lasts[2] and lasts[2]["coverage/teacher/label"] == 1
+    assert "distillation_loss/teacher" not in lasts[5] and lasts[5]["teacher_failures"] == 3
+    assert lasts[5]["coverage/teacher/label"] == 0.5
+
+
+# ---- The line ----
+
+
+def line_of(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[list[str], RunMonitor]:
+    """What was drawn, one after the other, in seven steps that are written one by one."""
+    pipeline, metrics = small_run()
+    feed = batches()
+    options = {"every_steps": 1, "total_examples": 8 * STEPS, **options}
+    with RunMonitor(pipeline, metrics, **options) as monitor:
+        for _ in range(STEPS):
+            monitor.step(pipeline.progress(feed))
+    captured = capsys.readouterr()
+    assert not captured.out
+    return [part for part in captured.err.replace("\n", "\r").split("\r") if part.strip()], monitor
+
+
+def test_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "_LOG_SECONDS", 0.0)
+    drawn, monitor = line_of(capsys)
+    assert len(drawn) >= STEPS
+    assert "29%" in drawn[2] and "16.0/56.0" in drawn[2] and "<00:" in drawn[2]  # time left
+    shown = {
+        "NE": monitor.last["ne/label"],
+        "AUC": monitor.last["auc/label"],
+        "calibration": monitor.last["calibration/label"],
+        "coverage": monitor.last["coverage/teacher/label"],
+    }
+    assert ", ".join(f"{name}={value:.4f}" for name, value in shown.items()) + "]" in drawn[-1]
+    assert "100%" in drawn[-1] and "56.0/56.0" in drawn[-1]
+
+
+def test_the_line_in_a_file_is_drawn_seldom(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn, _ = line_of(capsys)
+    assert len(drawn) == 2 and "56.0/56.0" in drawn[-1]
+
+
+def test_the_line_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn, _ = line_of(capsys, start_examples=1000, total_examples=None)
+    assert "1.06kex" in drawn[-1]
+
+
+def test_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert line_of(capsys, progress=False)[0] == []
+
+
+def test_the_line_names_several_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run()
+    with run.monitor(progress=True) as monitor:
+        run.steps(monitor, 1)
+    line = capsys.readouterr().err
+    assert f"NE={monitor.last['ne/click']:.4f}, " in line
+    assert f"MSE={monitor.last['mse/stay']:.4f}, " in line
+    assert f"coverage/b/stay={monitor.last['coverage/b/stay']:.4f}" in line
+
+
+# ---- What it costs ----
+
+
+def test_a_step_between_two_writings_waits_for_nothing() -> None:
+    """Beside the metrics' update three operations: none reads a value of the device."""
+    pipeline, metrics = small_run()
+    feed = batches()
+    monitor = RunMonitor(pipeline, metrics, progress=False)
+    output = pipeline.progress(feed)
+    monitor.step(output)
+    with Costs() as of_update:
+        metrics.update(output, pipeline._model.last_teacher)
+    with Costs() as of_step:
+        monitor.step(output)
+    assert of_step.syncs == of_update.syncs
+    assert of_step.kernels - of_update.kernels <= 3
+    assert of_step.operations["cat"] == of_update.operations["cat"] + 1
+
+
+# ---- What is refused ----
+
+
+def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder needs it, the line alone does not."""
+    pipeline, metrics = small_run()
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'torchrec-exfm\[tensorboard\]'"):
+        RunMonitor(pipeline, metrics, folder=tmp_path)
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    assert "ne/label" in monitor.last
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every_steps": 0}, ValueError, "every_steps should be at least 1; received 0"),
+        ({"every_steps": 1.5}, TypeError, "every_steps should be a whole number; received 1.5"),
+        ({"start_examples": -1}, ValueError, "start_examples should be at least 0; received -1"),
+        (
+            {"start_examples": 9, "total_examples": 8},
+            ValueError,
+            "total_examples should be at least 9; received 8",
+        ),
+        (
+            {"pipeline": None},
+            TypeError,
+            "pipeline should be of TrainPipelineExFM; received NoneType",
+        ),
+        ({"metrics": {}}, TypeError, "metrics should be of ExFMMetrics; received dict"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    pipeline, metrics = small_run()
+    with pytest.raises(error, match=message):
+        RunMonitor(**{"pipeline": pipeline, "metrics": metrics, **options})
+
+
+def test_outputs_of_another_pipeline_are_refused() -> None:
+    pipeline, metrics = small_run()
+    other, _ = small_run()
+    with pytest.raises(RuntimeError, match="has made no such step"):
+        RunMonitor(pipeline, metrics, progress=False).step(other.progress(batches()))
+
+
+# ---- Warnings ----
+
+
+def test_every_warning_of_the_package_is_its_own() -> None:
+    """Each has a category of the package, which is a RuntimeWarning as well."""
+    categories = []
+    for path in Path(torchrec_exfm.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                categories.append(getattr(torchrec_exfm, ast.unparse(node.args[1])))
+    assert len(categories) >= 6 and issubclass(ExFMWarning, RuntimeWarning)
+    assert set(categories) == set(ExFMWarning.__subclasses__())
