@@ -1,4 +1,4 @@
-# make test | lint | demo | faults | bench | quality | clean
+# make test | lint | demo | docs | notebooks | nightly | package | faults | bench | quality | clean
 #
 # Each but the last sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo faults bench quality clean venv install
+.PHONY: test lint demo docs notebooks nightly package faults bench quality clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -40,9 +40,27 @@ lint: venv
 demo: venv
 	$(PY) examples/promo_response/main.py
 
+# The site, into build/docs; a warning is an error, a name without a page too.
+docs: venv
+	$(PY) -m sphinx -q -E -n -W --keep-going docs build/docs
+
+# Each notebook from top to bottom, on real data; NOTEBOOKS=--write keeps what the cells print.
+notebooks: venv
+	$(PY) examples/notebooks/execute.py $(NOTEBOOKS)
+
+# The TorchX components with TorchX's nightly, in the place of the release.
+nightly: venv
+	$(PIP) install -q --no-deps --upgrade --target .venv/torchx-nightly torchx-nightly==2026.10.26
+	PYTHONPATH=.venv/torchx-nightly $(PY) -m pytest tests/test_torchx.py
+
+# Wheel and source distribution into dist/, each tried in an environment of its own.
+package: venv
+	TORCHREC=$(TORCHREC) .ci/package
+
 # The fault tests at full length: jobs killed twenty times each and resumed.
 faults: venv
-	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py tests/test_resume.py
+	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py tests/test_resume.py \
+		tests/test_streaming.py tests/test_failing_rank.py
 
 # Every benchmark, and benchmarks/README.md from what they print: about half an hour on 2 quiet cores.
 # BENCH=step picks one, BENCH=--quick prints small runs and keeps nothing.

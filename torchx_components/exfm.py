@@ -1,10 +1,12 @@
 """TorchX components for the jobs of external distillation: scoring, students, whole streams.
 
+One on this machine::
+
     torchx run -s local_cwd torchx_components/exfm.py:score -j 1x2 --script score.py -- --store out
 
-Each is a function that gives a plain `AppDef`, whose roles run `torchrun` from the PATH and nothing
-of this package but what the script imports. TorchX makes options and help of the signatures and
-docstrings; its release 0.7 knows no other spelling of a type than `Optional[List[str]]`.
+Each is a function that gives a plain ``AppDef``, whose roles run ``torchrun`` from the PATH and
+nothing of this package but what the script imports. TorchX makes options and help of the signatures
+and docstrings; its release 0.7 knows no other spelling of a type than ``Optional[List[str]]``.
 """
 
 import re

@@ -1,0 +1,128 @@
+"""The documentation site: `make docs` builds it into build/docs, without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+from importlib.metadata import version as installed_version
+from typing import Any
+from unittest import mock
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from docutils.utils.math.unichar2tex import uni2tex_table
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+import torchrec_exfm.das
+
+project = "torchrec_exfm"
+author = "The torchrec_exfm authors"
+copyright = author
+version = release = installed_version("torchrec-exfm")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+exclude_patterns = ["conf.py"]
+
+html_theme = "furo"
+html_title = f"torchrec_exfm {version}"
+smartquotes = False  # "--" is an option
+html_math_renderer = "mathml"  # the browser's own: the usual ones fetch a script from elsewhere
+
+autodoc_default_options = {"members": True}
+autodoc_type_aliases = {"Ints": "numpy.ndarray"}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a default as it is written, not the address of a lambda
+python_maximum_signature_line_length = 80
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
+
+nitpick_ignore_regex = [
+    # Types of others, whose pages are elsewhere: links to them need a network to be checked.
+    ("py:.*", r"((torch|torchrec|torchx|numpy|concurrent|collections|pathlib)\.|nn\.|Path$).*"),
+    # In signatures of public names, and without a page: a type variable; a protocol that is told in
+    # words there; rows and files of a window as they are read.
+    ("py:class", r"torchrec_exfm\..*\.(BatchT|AsyncTeacher|DataFile|Rows)"),
+]
+
+PUBLIC = (torchrec_exfm, torchrec_exfm.functional, torchrec_exfm.das)
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls."""
+    visit_inline, visit_block = (_mathml(as_block) for as_block in (False, True))
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    app.add_directive("command-help", CommandHelp)
+    app.connect("doctree-read", _dashes)
+    app.connect("missing-reference", _public_name)
+    app.connect("env-check-consistency", _check_all_is_there)
+
+
+class CommandHelp(SphinxDirective):
+    """What `python -m MODULE COMMAND... --help` prints."""
+
+    required_arguments = 1
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """One literal block."""
+        module, *command = " ".join(self.arguments).split()
+        printed = io.StringIO()
+        with (
+            mock.patch.dict(os.environ, {"COLUMNS": "90"}),
+            contextlib.redirect_stdout(printed),
+            contextlib.suppress(SystemExit),
+        ):
+            importlib.import_module(f"{module}.__main__").main([*command, "--help"])
+        text = printed.getvalue()
+        return [nodes.literal_block(text, text, language="none")]
+
+
+def _mathml(as_block: bool) -> Any:
+    def visit(writer: Any, node: nodes.Element) -> None:
+        formula = tex2mathml(node.astext().translate(uni2tex_table))
+        if as_block:
+            block = formula.replace("<math", '<math display="block"', 1)
+            formula = f'<div class="math">{block}</div>'
+        writer.body.append(formula)
+        raise nodes.SkipNode
+
+    return visit
+
+
+def _dashes(app: Sphinx, document: nodes.document) -> None:
+    """Between a parameter and what it is, where smartquotes would have made one."""
+    for text in list(document.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
+def _public_name(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement
+) -> nodes.Element | None:
+    """A link from where a class is written (torchrec_exfm.heads.Task) to where it is public."""
+    name = node.get("reftarget", "").rpartition(".")[2]
+    for module in PUBLIC:
+        if name in module.__all__:
+            target = f"{module.__name__}.{name}"
+            domain = env.domains.python_domain
+            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, text)
+    return None
+
+
+def _check_all_is_there(app: Sphinx, env: BuildEnvironment) -> None:
+    """Every public name is in the reference."""
+    there = env.domains.python_domain.objects
+    for module in PUBLIC:
+        for name in module.__all__:
+            if f"{module.__name__}.{name}" not in there | {"torchrec_exfm.functional": None}:
+                text = "%s.%s is public, and on no page of docs/"
+                logging.getLogger(__name__).warning(text, module.__name__, name)
