@@ -1,0 +1,93 @@
+"""Run the notebooks of this folder from top to bottom, each in a copy of its own.
+
+    python examples/notebooks/execute.py                       # all, and how long each takes
+    python examples/notebooks/execute.py 01_quickstart.ipynb   # one
+    python examples/notebooks/execute.py --write               # and keep what they print
+
+Ends with the error of the first cell that fails. What is kept holds no times, no warnings and no
+names of this machine's, so that a second run changes little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+HERE = Path(__file__).resolve().parent
+CELL_SECONDS = 600  # a cell that takes longer hangs
+MAX_BYTES = 150_000
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="files of this folder; none: all")
+    parser.add_argument("--write", action="store_true", help="keep the outputs in the notebooks")
+    options = parser.parse_args()
+    for name in options.names or sorted(path.name for path in HERE.glob("*.ipynb")):
+        started = time.perf_counter()
+        notebook = executed(HERE / name)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        if options.write:
+            write(notebook, HERE / name)
+
+
+def executed(path: Path) -> Any:
+    """A notebook with its outputs, run beside copies of its folder and of the example's."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        for source in (HERE, HERE.parent / "promo_response"):
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(source, Path(folder, source.name), ignore=ignored)
+        # One thread; no start-up files and no history; stores that go with the folder.
+        own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": folder, "TMPDIR": folder}
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"}  # files, no open port
+        where = {"metadata": {"path": str(Path(folder, HERE.name))}}
+        client = NotebookClient(
+            notebook,
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            resources=where,
+            config=Config({"KernelManager": sockets}),
+        )
+        client.execute(env={**os.environ, **own})
+    return notebook
+
+
+def write(notebook: Any, path: Path) -> None:
+    """Keep a notebook without what differs from run to run or machine to machine.
+
+    Raises:
+        ValueError: if it is larger than a notebook here should be.
+    """
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in kept:
+                output.get("data", {}).pop("text/html", None)  # the same as text is there
+                if "image/png" in output.get("data", {}):
+                    output["data"].pop("text/plain", None)  # <Figure size ...>
+            cell.outputs = kept
+    text = nbformat.writes(notebook) + "\n"
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{path.name} should be at most {MAX_BYTES} bytes; received {len(text)}")
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
