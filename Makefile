@@ -57,8 +57,9 @@ nightly: venv
 package: venv
 	TORCHREC=$(TORCHREC) .ci/package
 
-# The fault tests at full length: jobs killed twenty times each and resumed.
+# The fault tests at full length: a teacher that fails in every way, jobs killed twenty times each.
 faults: venv
+	$(PY) -m pytest tests/test_two_ranks.py -k 'failing_store or without_a_teacher or teacher_that_fails'
 	FAULT_KILLS=20 $(PY) -m pytest -s tests/test_das_faults.py tests/test_resume.py \
 		tests/test_streaming.py tests/test_failing_rank.py
 

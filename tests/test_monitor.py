@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -157,11 +158,18 @@ def test_the_data_of_these_tests_can_tell() -> None:
 # ---- Before and after ----
 
 
-def test_going_on_where_it_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["told", "the metrics"])
+def test_going_on_where_it_was_stopped(tmp_path: Path, by: str) -> None:
     """What was written past the checkpoint is hidden, and what was written before it stays."""
     killed, resumed = Run(), Run()
-    killed.steps(killed.monitor(folder=tmp_path, every_steps=1), 4)
-    with resumed.monitor(folder=tmp_path, every_steps=1, start_examples=2 * B) as monitor:
+    monitor = killed.monitor(folder=tmp_path, every_steps=1)
+    killed.steps(monitor, 2)
+    saved = killed.metrics.state_dict()
+    killed.steps(monitor, 2)
+    told = {"start_examples": 2 * B} if by == "told" else {}
+    with resumed.monitor(folder=tmp_path, every_steps=1, **told) as monitor:
+        if by == "the metrics":  # which are taken up after it was made, as by train_windows
+            resumed.metrics.load_state_dict(saved)
         resumed.steps(monitor, 1)
     found = curves(tmp_path)["student_loss"]
     kept = [*killed.student[:2], *resumed.student[:1]]
@@ -327,8 +335,12 @@ def test_the_line_in_a_file_is_drawn_seldom(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_line_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    drawn, _ = line_of(capsys, start_examples=1000, total_examples=None)
+    drawn, monitor = line_of(capsys, start_examples=1000, total_examples=None)
     assert "1.06kex" in drawn[-1]
+    rate = re.search(r"([\d.]+)(k?)ex/s", drawn[-1])
+    assert rate is not None
+    of_this_run = 8 * STEPS / max(monitor._bar.format_dict["elapsed"], 1e-9)
+    assert float(rate[1]) * (1000 if rate[2] else 1) < 3 * of_this_run  # not of what was before
 
 
 def test_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,10 @@ class ExFMMetrics:
                     results[f"{name}/{task}"] = float(value)
         return results | self._coverage()
 
+    def own_examples(self) -> int:
+        """How many examples this rank has counted for the coverage; waits for the device."""
+        return int(self._sums[0, 0])
+
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of this rank's part of what :meth:`compute` needs; not that of all ranks."""
         state = {"coverage": self._sums.clone()}

@@ -66,8 +66,9 @@ class RunMonitor:
         folder: of the run on TensorBoard; needs ``pip install 'torchrec-exfm[tensorboard]'``.
             None: nothing but the line.
         total_examples: of all ranks in the whole run, for the time left; None: not known.
-        start_examples: where a run goes on that was stopped, see ``load_training``. Curves that an
-            earlier run has in the folder are hidden from there on.
+        start_examples: of all ranks, before the first step. None: as many as the metrics have
+            counted, so that a run which was stopped goes on where it was, if they were saved and
+            taken up with it. Curves that an earlier run has in the folder are hidden from there on.
         every_steps: how many steps from one writing to the next. Each computes the metrics over
             all ranks, and for the AUC sorts their window.
         progress: False for no line.
@@ -115,41 +116,34 @@ class RunMonitor:
         *,
         folder: Path | str | None = None,
         total_examples: int | None = None,
-        start_examples: int = 0,
+        start_examples: int | None = None,
         every_steps: int = 100,
         progress: bool = True,
     ) -> None:
         _check_kind("pipeline", pipeline, TrainPipelineExFM)
         _check_kind("metrics", metrics, ExFMMetrics)
         _check_number("every_steps", every_steps, 1)
-        _check_number("start_examples", start_examples, 0)
+        if start_examples is not None:
+            _check_number("start_examples", start_examples, 0)
         if total_examples is not None:
-            _check_number("total_examples", total_examples, start_examples)
+            _check_number("total_examples", total_examples, start_examples or 0)
         self.last: dict[str, float] = {}
         self._pipeline = pipeline
         self._metrics = metrics
         self._wrapper = find_wrapper(pipeline._model)
         self._terms = _Terms(self._wrapper.auxiliary_head)
         self._every_steps = every_steps
-        self._examples = start_examples  # of all ranks
-        self._own_examples = 0  # of this rank, since the last writing
+        self._start = start_examples
+        self._own_start: int | None = None  # what the metrics of this rank had counted
+        self._examples: int | None = None  # of all ranks, at the last writing
+        self._own_examples = 0  # of this rank, since then
         self._rows: list[Tensor] = []  # of each step since then
+        self._folder = None if folder is None else Path(folder)
         self._writer: SummaryWriter | None = None
         if folder is not None:
-            on_rank_0(lambda: self._open(str(folder)))  # its failure is that of every rank
-        self._bar = _bar(total_examples, start_examples, shown=progress and rank() == 0)
+            on_rank_0(lambda: _check_folder(Path(folder)))  # its failure is that of every rank
+        self._bar = _bar(total_examples, shown=progress and rank() == 0)
         self._since = perf_counter()
-
-    def _open(self, folder: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"the curves in {folder!r} need TensorBoard, which can't be imported ({error}): "
-                "pip install 'torchrec-exfm[tensorboard]', or pass folder=None for the console "
-                "alone"
-            ) from error
-        self._writer = SummaryWriter(folder, purge_step=self._examples + 1)
 
     def __enter__(self) -> RunMonitor:
         return self
@@ -182,6 +176,8 @@ class RunMonitor:
                 "step should be given what the pipeline's progress has returned in training; the "
                 "pipeline has made no such step: is it another one's output?"
             )
+        if self._own_start is None:
+            self._own_start = self._metrics.own_examples()
         self._metrics.update(output, teacher)
         loss, logits, _ = output
         there = teacher.presence.any(0).flatten()  # (M T,)
@@ -198,9 +194,9 @@ class RunMonitor:
 
     def _write(self) -> None:
         lookup = _lookup_counters(self._pipeline, self._terms.head.teachers)
-        counts = [self._own_examples, self._pipeline.teacher_failures, *lookup.values()]
-        rows, totals = self._over_ranks(torch.stack(self._rows), counts)
-        examples, failures, *of_lookup = totals
+        counts = [self._own_examples, self._own_start or 0, self._pipeline.teacher_failures]
+        rows, totals = self._over_ranks(torch.stack(self._rows), [*counts, *lookup.values()])
+        examples, start, failures, *of_lookup = totals
         now = perf_counter()  # the device has caught up
         self.last = {
             **self._metrics.compute(),
@@ -211,13 +207,25 @@ class RunMonitor:
             "examples_per_second": examples / (now - self._since),
         }
         self._since, self._rows, self._own_examples = now, [], 0
-        self._examples += int(examples)
+        if self._examples is None:
+            self._begin(int(start) if self._start is None else self._start)
+        self._examples = (self._examples or 0) + int(examples)
         if self._writer is not None:
             for name, value in self.last.items():
                 self._writer.add_scalar(name, value, self._examples)
             self._writer.flush()
         self._bar.set_postfix(_in_short(self.last), refresh=False)
         self._bar.update(int(examples))
+
+    def _begin(self, examples: int) -> None:
+        """Of all ranks, where the curves begin or go on."""
+        self._examples = examples
+        bar = self._bar
+        bar.initial = bar.n = bar.last_print_n = examples  # so that the rate is of this run
+        if self._folder is not None and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=examples + 1)
 
     def _over_ranks(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[float]]:
         """The mean of the rows (S, ...) over the ranks, on the host, and the sums of the counts."""
@@ -285,11 +293,22 @@ def _lookup_counters(pipeline: TrainPipelineExFM, teachers: Sequence[str]) -> di
     }
 
 
-def _bar(total: int | None, start: int, *, shown: bool) -> tqdm[Any]:
+def _check_folder(folder: Path) -> None:
+    """Whether there is TensorBoard, and a folder that it can write to."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"the curves in {str(folder)!r} need TensorBoard, which can't be imported ({error}): "
+            "pip install 'torchrec-exfm[tensorboard]', or pass folder=None for the console alone"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _bar(total: int | None, *, shown: bool) -> tqdm[Any]:
     """On stderr; it draws at most when there is news."""
     return tqdm(
         total=total,
-        initial=start,
         desc="training",
         unit="ex",
         unit_scale=True,

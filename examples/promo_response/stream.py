@@ -65,8 +65,6 @@ def main() -> None:
     options = parse_options()
     device = demo.set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
-    first, last = options.weeks
-    stream = stream.select((stream.week >= first) & (stream.week <= last))
     demo.check_verticals(stream, options.students)
     store = TeacherStore.create(options.out / "store", window_seconds=demo.WEEK_SECONDS)
     if options.role in ("teacher", "all"):
@@ -85,7 +83,8 @@ def run_teacher(
     """Train, log and publish."""
     model, optimizer = teacher_of(stream, options, device)
     pipeline: Any = TrainPipelineSparseDist(model, optimizer, device)
-    windows = weeks(stream, seen_by_teacher(stream), partial(batches, RICH, demo.BATCH))
+    of_week = partial(batches, RICH, demo.BATCH)
+    windows = weeks(stream, options.weeks, seen_by_teacher(stream), of_week)
     with TeacherLogger(store, TEACHER) as logger:
         logger.attach(model)
         for window in train_teacher(
@@ -109,7 +108,7 @@ def run_scorer(
     rest = of_students & ~seen_by_teacher(stream)
     for window in score_windows(
         model,
-        weeks(stream, rest, lambda part: [examples(part)]),
+        weeks(stream, options.weeks, rest, lambda part: [examples(part)]),
         store,
         TEACHER,
         device=device,
@@ -137,8 +136,9 @@ def run_student(
     adapter = StudentAdapter()
     pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
     metrics = ExFMMetrics(batch_size=STUDENT_BATCH // dist.get_world_size(), device=device)
+    of_week = partial(batches, LEAN, STUDENT_BATCH)
     windows = wait_for_outputs(
-        weeks(stream, demo.rows_of(stream, name), partial(batches, LEAN, STUDENT_BATCH)),
+        weeks(stream, options.weeks, demo.rows_of(stream, name), of_week),
         lookup,
         [TEACHER, f"{TEACHER}/scores"],
         timeout_seconds=options.timeout_seconds,
@@ -169,14 +169,18 @@ def seen_by_teacher(stream: data.Stream) -> data.Array:
 
 
 def weeks(
-    stream: data.Stream, rows: data.Array, of_part: Callable[[data.Stream], Iterable[Any]]
+    stream: data.Stream,
+    between: Sequence[int],
+    rows: data.Array,
+    of_part: Callable[[data.Stream], Iterable[Any]],
 ) -> Iterator[Window]:
-    """A window for each week of the stream, with what is made of those of its rows (a mask)."""
+    """A window for each week between two, with what is made of those of its rows (a mask)."""
     first = np.flatnonzero(np.diff(stream.week, prepend=0))
     begins = [*stream.time[first].tolist(), int(stream.time[-1]) + 1]
-    for begin, end in itertools.pairwise(begins):
-        of_week = slice(*np.searchsorted(stream.time, [begin, end]))
-        yield Window(begin, end, of_part(stream.select(of_week).select(rows[of_week])))
+    for week, (begin, end) in zip(stream.week[first], itertools.pairwise(begins), strict=True):
+        if between[0] <= week <= between[1]:
+            of_week = slice(*np.searchsorted(stream.time, [begin, end]))
+            yield Window(begin, end, of_part(stream.select(of_week).select(rows[of_week])))
 
 
 def batches(
