@@ -27,20 +27,21 @@ import data
 import main as demo
 import models
 import numpy as np
+import score as scoring_job
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import (
     DistillationTerm,
     ExFMMetrics,
     ExFMWrapper,
+    RunMonitor,
     StudentAdapter,
     TrainPipelineExFM,
 )
 from torchrec_exfm.das import (
-    Examples,
     TeacherLogger,
     TeacherLookup,
     TeacherStore,
@@ -108,7 +109,7 @@ def run_scorer(
     rest = of_students & ~seen_by_teacher(stream)
     for window in score_windows(
         model,
-        weeks(stream, options.weeks, rest, lambda part: [examples(part)]),
+        weeks(stream, options.weeks, rest, lambda part: [scoring_job.examples(part)]),
         store,
         TEACHER,
         device=device,
@@ -143,15 +144,14 @@ def run_student(
         [TEACHER, f"{TEACHER}/scores"],
         timeout_seconds=options.timeout_seconds,
     )
-    for window in train_windows(
-        pipeline,
-        windows,
-        step=lambda output: metrics.update(output, wrapper.last_teacher),
-        metrics=metrics,
-        folder=options.out / name.replace(" ", "-"),
-    ):
-        so_far = ", ".join(f"{key} {value:.4f}" for key, value in metrics.compute().items())
-        say(f"{name}: through {day_of(window)}, {so_far}")
+    folder = name.replace(" ", "-")
+    curves = options.curves and options.curves / folder
+    with RunMonitor(pipeline, metrics, folder=curves, progress=False) as monitor:
+        for window in train_windows(
+            pipeline, windows, step=monitor.step, metrics=metrics, folder=options.out / folder
+        ):
+            so_far = ", ".join(f"{key} {value:.4f}" for key, value in metrics.compute().items())
+            say(f"{name}: through {day_of(window)}, {so_far}")
 
 
 def teacher_of(
@@ -193,16 +193,6 @@ def batches(
         yield next(data.batches(of_all, *features, len(of_all), **demo.ranks()))[1]
 
 
-def examples(part: data.Stream) -> Examples:
-    """The students' examples, with the teacher's batch of any of them."""
-
-    def batch(positions: Tensor) -> Any:
-        rows = part.select(positions.numpy())
-        return next(data.batches(rows, *RICH, len(rows)))[1]
-
-    return Examples(part.example_id, part.time, batch)
-
-
 def day_of(window: Window) -> str:
     """The last day of a window."""
     return time.strftime("%Y-%m-%d", time.gmtime(window.end_seconds - 1))
@@ -224,6 +214,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--refresh", type=int, default=2, help="weeks between two snapshots")
     parser.add_argument("--delay", type=int, default=1, help="weeks of a snapshot's way")
     parser.add_argument("--timeout-seconds", type=float, default=600.0, help="to wait for others")
+    parser.add_argument("--curves", type=Path, help="folder of the students' on TensorBoard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder of the built stream")
     parser.add_argument("--out", type=Path, default=Path("results/promo_response_stream"))
