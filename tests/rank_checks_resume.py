@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ranks import device
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -203,6 +204,32 @@ def check_resumed_without_dmp(rank: int, world_size: int) -> None:
     rm.assert_same(rm.drained(pipeline, batches[3:]), expected)
     rm.assert_same(resumed.state_dict(), straight.state_dict())
     rm.assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def check_a_resumed_teacher_equals_straight(rank: int, world_size: int) -> None:
+    """TorchRec's own pipeline and a model without a wrapper, to the bit."""
+    batches = rm.parts(rank, world_size)
+
+    def new(seed: int) -> tuple[rm.Trainee, Any]:
+        trainee = rm.sharded(rm.two_task_student(seed), world_size, **WAYS["RowWiseAdagrad"])
+        return trainee, TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
+
+    def everything(trainee: rm.Trainee) -> list[Any]:
+        optimizers = trainee.model.fused_optimizer, trainee.optimizer
+        states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        return [_copied(each) for each in (trainee.model.state_dict(), *states)]
+
+    trainee, pipeline = new(seed=0)
+    iterator = iter(batches)
+    with rm.shared_folder() as folder:
+        for _ in range(3):
+            pipeline.progress(iterator)
+        save_training(folder, pipeline, position={"step": 3})
+        expected = rm.drained(pipeline, iterator)
+        resumed, pipeline = new(seed=5)
+        assert load_training(folder, pipeline) == {"step": 3}
+    rm.assert_same(rm.drained(pipeline, batches[3:]), expected)
+    rm.assert_same(everything(resumed), everything(trainee))
 
 
 def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:

@@ -6,11 +6,16 @@ four examples and logs them, the scorer scores the fourth, the student trains on
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import fault_jobs as fj
+import pytest
 import rank_models as rm
 import torch
 from fault_jobs import ROWS, START, Data, Job
@@ -27,6 +32,7 @@ from torchrec_exfm.das import (
     TeacherStore,
     Window,
     score_windows,
+    streaming,
     train_teacher,
     train_windows,
     wait_for_outputs,
@@ -50,7 +56,7 @@ def teacher(rank: int, world_size: int, folder: Path) -> None:
     pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
     store = TeacherStore(folder / "store")
     windows = windows_of(lambda rows: batches(data, rows[rows % 4 > 0], rank, world_size))
-    with TeacherLogger(store, "fm") as logger:
+    with TeacherLogger(store, "fm", shard_rows=3 * BATCH) as logger:  # several in a window
         logger.attach(trainee.model)
         for _ in train_teacher(
             pipeline, windows, store, "fm", refresh=REFRESH, logger=logger, folder=folder / "fm"
@@ -102,6 +108,22 @@ def student(rank: int, world_size: int, folder: Path) -> list[str]:
         pass
     everything = [rm.snapshot(trainee.model.state_dict()), adapter.state_dict(), metrics.compute()]
     return [digest(each) for each in everything]
+
+
+def waiting(rank: int, world_size: int, folder: Path) -> str:
+    """What a rank is told that waits in vain, the second one with a clock that runs wild."""
+    store = TeacherStore(folder / "store")
+    lookup = TeacherLookup(store, "fm")
+
+    def sleep(seconds: float) -> None:  # the watermark moves meanwhile, and not far enough
+        store.advance_watermark("fm", 1_000)
+        time.sleep(seconds)
+
+    wild = itertools.count(step=10**6).__next__
+    clock = SimpleNamespace(monotonic=wild if rank else time.monotonic, sleep=sleep)
+    with mock.patch.object(streaming, "time", clock), pytest.raises(TimeoutError) as late:
+        next(wait_for_outputs(windows_of(list), lookup, timeout_seconds=0.7))
+    return str(late.value)
 
 
 JOBS: dict[str, tuple[Job, int]] = {  # and on how many ranks

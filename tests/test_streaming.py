@@ -16,11 +16,13 @@ from typing import Any, cast
 
 import das_data as dd
 import fault_jobs
+import numpy as np
 import pytest
 import stream_jobs as jobs
 import torch
 from forked import Forked
 from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import TeacherMissingWarning
 from torchrec_exfm.das import (
@@ -30,10 +32,12 @@ from torchrec_exfm.das import (
     Window,
     published,
     score_windows,
+    streaming,
     train_teacher,
     train_windows,
     wait_for_outputs,
 )
+from torchrec_exfm.das.__main__ import main
 
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 
@@ -127,6 +131,8 @@ def test_who_says_what(one_after_the_other: tuple[Path, Any]) -> None:
 class Counting:
     """Stands for a pipeline: a step gives its batch back."""
 
+    batches = ()  # none in flight
+
     def __init__(self) -> None:
         self._model = nn.Linear(1, 1)
 
@@ -174,9 +180,88 @@ def test_windows_follow_one_another() -> None:
     for wrong in apart, over:
         with pytest.raises(ValueError, match=r"begin where the one before ends, 1970.*:10Z; rec"):
             list(train_windows(pipeline(), wrong))
-    for begin, end in (5, 4), (-1, 4):
-        with pytest.raises(ValueError, match=rf"end after that; received {begin} and {end} s"):
-            Window(begin, end, ())
+    for begin, end in (5, 4), (5, 5), (-1, 4), (0, 2**40), (0.5, 4):
+        with pytest.raises(ValueError, match=rf"end after that, .*; received {begin} and {end}"):
+            Window(cast(Any, begin), end, ())
+    of_numpy = Window(cast(Any, np.int64(1)), cast(Any, torch.tensor(2)), ())
+    assert [type(each) for each in (of_numpy.begin_seconds, of_numpy.end_seconds)] == [int, int]
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What stands for a checkpoint: the position."""
+    position: dict[str, int] = {}
+
+    def save(*_: Any, position: dict[str, int], **__: Any) -> None:
+        saved.update(position)
+
+    saved = position
+    monkeypatch.setattr(streaming, "save_training", save)
+    monkeypatch.setattr(streaming, "load_training", lambda *_, **__: saved or None)
+    return saved
+
+
+def test_a_run_that_stopped_goes_on_with_the_window_that_it_was_in(saved: dict[str, int]) -> None:
+    seen: list[Any] = []
+    for window in train_windows(pipeline(), windows("a", "b", "c"), step=seen.append, folder="x"):
+        if window.end_seconds == 120:
+            break  # before it is saved
+    assert saved == {"before_seconds": 110}
+    ends = [w.end_seconds for w in train_windows(pipeline(), windows("a", "b", "c"), folder="x")]
+    assert ends == [120, 130]
+    assert not list(train_windows(pipeline(), windows("a", "b", "c"), folder="x"))
+
+
+def test_a_run_goes_on_without_a_gap_and_trains_on_nothing_twice(saved: dict[str, int]) -> None:
+    """Where the windows are others than before, or an iterator of them that was read already."""
+    saved["before_seconds"] = 110
+    longer = [Window(100, 115, "ab")]
+    for wrong in longer, windows("b", begin=120):
+        with pytest.raises(
+            ValueError, match=r":01:50Z, where the run goes on; received one from .* to"
+        ):
+            list(train_windows(pipeline(), wrong, folder="x"))
+    assert len(list(train_windows(pipeline(), [Window(110, 111, "")], folder="x"))) == 1
+    saved.clear()
+    saved["step"] = 3
+    with pytest.raises(ValueError, match=r"run of train_windows; received .*{'step': 3}"):
+        next(train_windows(pipeline(), windows("a"), folder="x"))
+
+
+class Rewound:
+    """As a data loader whose workers persist: it gives the same iterator each time."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = list(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.left = iter(self.batches)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.left)
+
+
+def test_torchrecs_pipeline_trains_on_every_batch_of_every_window() -> None:
+    """The iterators are others, the windows of any length; what it leaves in flight is refused."""
+    batch = torch.zeros(1)
+    model = nn.Linear(1, 1)
+    model.forward = lambda batch: (batch.sum() * model.weight.sum(), batch)  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    once = Rewound([batch, batch])
+    parts = [[], [batch], once, once, [], [batch] * 5, []]
+    for options in {}, {"execute_all_batches": False}:
+        seen: list[Any] = []
+        torchrecs: Any = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"), **options)
+        if not options:
+            ends = train_windows(torchrecs, windows(*parts), step=seen.append)
+            assert [len(seen) for _ in ends] == [0, 1, 3, 5, 5, 10, 10]
+            continue
+        with pytest.raises(ValueError, match=r"every batch at a window's end; rec.* 1 in flight"):
+            list(train_windows(torchrecs, windows([batch]), step=seen.append))
+        with pytest.raises(ValueError, match="1 in flight: make it anew"):  # nor taken up
+            next(train_windows(torchrecs, windows([batch])))
+        assert not seen
 
 
 def test_a_teacher_publishes_logs_and_moves_its_watermark(tmp_path: Path) -> None:
@@ -222,10 +307,37 @@ def test_a_scorer_whose_teacher_does_not_come(tmp_path: Path) -> None:
         next(waiting)
 
 
+def test_a_scorer_goes_on_without_a_gap(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path)
+    store.advance_watermark("fm", 200)
+
+    def scored(windows: Iterable[Window], delay: int = 0) -> list[int]:
+        model, cpu = nn.Linear(1, 1), torch.device("cpu")
+        ends = score_windows(model, windows, store, "fm", device=cpu, delay=delay)
+        return [window.end_seconds for window in ends]
+
+    assert scored(windows([]), delay=9) == [110]  # more than there are
+    for wrong in [Window(100, 115, [])], windows([], begin=120):
+        with pytest.raises(ValueError, match=r":01:50Z, where the run goes on; received one from"):
+            scored(wrong)
+    assert scored(windows([], [], [])) == [120, 130]
+    assert scored(windows([], [], [])) == []
+
+
 def look_up(lookup: TeacherLookup, *ids: int) -> list[bool]:
     seconds = torch.tensor([100 + id_ for id_ in ids])
     batch = SimpleNamespace(example_ids=torch.tensor(ids), event_seconds=seconds)
     return lookup(batch).presence.flatten().tolist()
+
+
+def test_two_ranks_stop_waiting_together(tmp_path: Path) -> None:
+    """Whatever the clock of one of them says; and are told the same."""
+    folder = tmp_path / "waiting"
+    jobs.make_store(folder)
+    processes = [Forked(fault_jobs.run, jobs.waiting, rank, 2, folder, 0) for rank in range(2)]
+    first, second = (process.result() for process in processes)
+    assert "fm should have" in first and "its watermark is 1970-01-01T00:16:40Z" in first
+    assert second == first
 
 
 def write(store: TeacherStore, *ids: int) -> None:
@@ -256,9 +368,18 @@ def test_outputs_that_come_late(tmp_path: Path) -> None:
     both = ("fm", "fm/scores")
     with pytest.raises(TimeoutError, match=late):
         next(wait_for_outputs(windows("a"), lookup, both, timeout_seconds=0.0))
-    masked = wait_for_outputs(windows("a"), lookup, both, timeout_seconds=0.0, on_late="mask")
+    stream = windows("a", "b")
+    masked = wait_for_outputs(stream, lookup, both, timeout_seconds=0.0, on_late="mask")
     with pytest.warns(TeacherMissingWarning, match=f"{late}.*training goes on"):
         assert next(masked).data == "a"
+    assert look_up(lookup, 1) == [False]
+    write(store, 1)
+    for writer in both:
+        store.advance_watermark(writer, 120)
+    assert next(masked).data == "b"  # and no warning
+    assert look_up(lookup, 1) == [True]  # which was late
+    with pytest.raises(TimeoutError, match=r"fm/sco should have"):  # one name is not its letters
+        next(wait_for_outputs(windows("a"), lookup, "fm/sco", timeout_seconds=0.0))
     with pytest.raises(ValueError, match="on_late should be 'raise' or 'mask'; received 'wait'"):
         next(wait_for_outputs((), lookup, on_late=cast(Any, "wait")))
 
@@ -274,23 +395,32 @@ def test_watermarks(tmp_path: Path) -> None:
     store.refresh()
     assert (store.watermark("a"), store.watermark("b")) == (10, 5)
     assert not list(tmp_path.rglob("*.parquet"))
-    for wrong in -1, 2**40:
-        with pytest.raises(ValueError, match=rf"seconds since 1970.*received {wrong}"):
-            store.advance_watermark("a", wrong)
+    for wrong in -1, 2**40, 10.5, "10":
+        with pytest.raises(ValueError, match=rf"seconds since 1970.*received '?{wrong}"):
+            store.advance_watermark("a", cast(Any, wrong))
+    for wrong in "", None:
+        with pytest.raises(ValueError, match=f"should have a name; received {wrong!r}"):
+            store.advance_watermark(cast(Any, wrong), 1)
 
 
 def test_watermarks_outlast_the_log(tmp_path: Path) -> None:
     store = dd.new_store(tmp_path)
-    dd.edit_log(
-        store,
-        0,
-        "metaData",
-        lambda data: data["configuration"].update({"delta.checkpointInterval": "3"}),
-    )
-    store = TeacherStore(tmp_path)
+    options = {"delta.checkpointInterval": "3", "delta.logRetentionDuration": "interval 0 seconds"}
+    dd.edit_log(store, 0, "metaData", lambda data: data["configuration"].update(options))
+    store, reader, writer = TeacherStore(tmp_path), TeacherStore(tmp_path), TeacherStore(tmp_path)
+    writer.advance_watermark("fm/scores", 1)
     for second in range(1, 9):
         write(store, second)
         store.advance_watermark("fm", second)
     assert list(tmp_path.rglob("*.checkpoint.parquet"))
-    store.table.compact(("fm", 0), properties=store.format.writer_properties())
-    assert TeacherStore(tmp_path).watermark("fm") == 8
+    assert main(["compact", str(tmp_path), "--vacuum-hours", "0"]) == 0
+    delta = TeacherStore(tmp_path).table.delta
+    delta.create_checkpoint()
+    delta.cleanup_metadata()
+    assert len(list(tmp_path.glob("outputs/_delta_log/*.json"))) == 1
+    writer.advance_watermark("fm/scores", 2)  # whose last look was before all that
+    for each in reader, TeacherStore(tmp_path):
+        each.refresh()
+        assert (each.watermark("fm"), each.watermark("fm/scores")) == (8, 2)
+    for command in "show", "verify":
+        assert main([command, str(tmp_path)]) == 0

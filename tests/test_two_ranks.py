@@ -74,6 +74,7 @@ CHECKS: list[tuple[Any, ...]] = [
     *((resume.check_resumed_equals_straight, way) for way in resume.WAYS),
     (resume.check_resumed_before_the_first_step,),
     (resume.check_resumed_without_dmp,),
+    (resume.check_a_resumed_teacher_equals_straight,),
     (resume.check_checkpoints_of_a_run,),
     (resume.check_a_checkpoint_of_another_run_is_refused,),
     (resume.check_metrics_start_anew,),

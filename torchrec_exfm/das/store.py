@@ -6,6 +6,7 @@ n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation 
 from __future__ import annotations
 
 import json
+import operator
 import time
 import uuid
 from collections import Counter
@@ -205,13 +206,19 @@ class TeacherStore:
             ValueError: for a wrong value.
             StoreError: if it can't be written.
         """
-        if not 0 <= before_seconds < MAX_SECONDS:
+        if not writer or not isinstance(writer, str):
+            raise ValueError(f"the writer of a watermark should have a name; received {writer!r}")
+        try:
+            second = operator.index(before_seconds)
+        except TypeError:
+            second = -1
+        if not 0 <= second < MAX_SECONDS:
             raise ValueError(
-                "before_seconds should be seconds since 1970, in [0, 2^40); received "
-                f"{before_seconds}"
+                "before_seconds should be whole seconds since 1970, in [0, 2^40); received "
+                f"{before_seconds!r}"
             )
         nothing = self.format.schema().empty_table()
-        mark = f"watermark/{writer}", int(before_seconds)
+        mark = f"watermark/{writer}", second
         self.table.append(nothing, mark, properties=self.format.writer_properties())
 
     def watermark(self, writer: str) -> int | None:

@@ -14,6 +14,7 @@ is of a model that has not seen it.
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections import deque
@@ -31,6 +32,7 @@ from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import utc
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
+from torchrec_exfm.das.rules import MAX_SECONDS
 from torchrec_exfm.das.scoring import score
 from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, publish
 from torchrec_exfm.das.store import TeacherStore
@@ -55,11 +57,12 @@ class Window:
     Args:
         begin_seconds: of its event times, epoch seconds.
         end_seconds: the first second after it.
-        data: for training this rank's batches, which are taken when the window's turn comes; for
-            :func:`score_windows` a list of :class:`Examples`, the same on every rank.
+        data: for training this rank's batches, as many on every rank, which are taken when the
+            window's turn comes; for :func:`score_windows` a list of :class:`Examples`, the same
+            on every rank.
 
     Raises:
-        ValueError: if it ends before it begins.
+        ValueError: if it does not end after it begins, or these are not whole seconds.
     """
 
     begin_seconds: int
@@ -67,11 +70,17 @@ class Window:
     data: Iterable[Any]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.begin_seconds <= self.end_seconds:
+        try:
+            begin, end = operator.index(self.begin_seconds), operator.index(self.end_seconds)
+        except TypeError:
+            begin = end = -1
+        if not 0 <= begin < end < MAX_SECONDS:
             raise ValueError(
-                "a window should begin at 0 or later and end after that; received "
-                f"{self.begin_seconds} and {self.end_seconds} s"
+                "a window should begin at 0 or later and end after that, in whole seconds since "
+                f"1970, below 2^40; received {self.begin_seconds!r} and {self.end_seconds!r}"
             )
+        object.__setattr__(self, "begin_seconds", begin)  # an int, of numpy's and torch's too
+        object.__setattr__(self, "end_seconds", end)
 
 
 def train_windows(
@@ -85,8 +94,8 @@ def train_windows(
     """Train on window after window, and yield each when it is done; called by all ranks.
 
     A generator: nothing happens but in a ``for`` loop, whose body is what follows a window. With a
-    folder, the training is saved after it (:func:`~torchrec_exfm.save_training`), and one that was
-    killed goes on with the window that it was in.
+    folder, the training is saved after the body (:func:`~torchrec_exfm.save_training`), and one
+    that was killed, or left by a ``break``, goes on with the window that it was in.
 
     Args:
         pipeline: TorchRec's for a teacher, ``TrainPipelineExFM`` for a student.
@@ -96,11 +105,17 @@ def train_windows(
         folder: of the checkpoints; None: none are made.
 
     Raises:
-        ValueError: if windows do not follow one another; for a checkpoint of another run.
+        ValueError: if windows do not follow one another, or none begins where the training goes
+            on; for a checkpoint of another run; if the pipeline has batches in flight between two
+            windows.
     """
     position = load_training(folder, pipeline, metrics=metrics) if folder is not None else None
+    if position is not None and position.keys() != {"before_seconds"}:
+        raise ValueError(
+            f"{folder} should be of a run of train_windows; received one at the position {position}"
+        )
     before_seconds = position["before_seconds"] if position is not None else 0
-    for window in _in_order(windows):
+    for window in _in_order(windows, before_seconds):
         if window.end_seconds <= before_seconds:
             continue
         for output in _outputs(pipeline, window.data):
@@ -178,7 +193,7 @@ def score_windows(
     it is waited for until the teacher's watermark is there. A window that comes before the first
     such snapshot is left without outputs. After each window the watermark of the
     writer ``TEACHER/scores`` is brought to its end, and the window is yielded; windows that lie
-    before it are passed over, so that a killed job goes on.
+    before it at the start are passed over, so that a killed job goes on.
 
     Args:
         model: the teacher, whose parameters are overwritten by those of its snapshots.
@@ -193,15 +208,17 @@ def score_windows(
         options: as for :func:`score`.
 
     Raises:
+        ValueError: if windows do not follow one another, or none begins where the scoring goes on.
         TimeoutError: if the teacher's watermark does not come in time.
     """
     _check_count("delay", delay, 0)
     begins: deque[int] = deque(maxlen=delay + 1)
     loaded: Snapshot | None = None
     writer = f"{teacher}/scores"
-    for window in _in_order(windows):
+    before_seconds = _watermark(store, writer)
+    for window in _in_order(windows, before_seconds):
         begins.append(window.begin_seconds)
-        if _watermark(store, writer) >= window.end_seconds:
+        if window.end_seconds <= before_seconds:
             continue
         before = begins[0]
         if not _wait(store, teacher, before, timeout_seconds):
@@ -219,7 +236,7 @@ def score_windows(
 def wait_for_outputs(
     windows: Iterable[Window],
     lookup: TeacherLookup,
-    writers: Sequence[str] | None = None,
+    writers: str | Sequence[str] | None = None,
     *,
     timeout_seconds: float = 600.0,
     on_late: Literal["raise", "mask"] = "raise",
@@ -243,9 +260,11 @@ def wait_for_outputs(
     """
     if on_late not in ("raise", "mask"):
         raise ValueError(f"on_late should be 'raise' or 'mask'; received {on_late!r}")
+    writers = lookup.teachers if writers is None else writers
+    writers = (writers,) if isinstance(writers, str) else tuple(writers)
     store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
     for window in windows:
-        for writer in lookup.teachers if writers is None else writers:
+        for writer in writers:
             if not _wait(store, writer, window.end_seconds, timeout_seconds):
                 late = _late(store, writer, window.end_seconds, timeout_seconds)
                 if on_late == "raise":
@@ -257,13 +276,23 @@ def wait_for_outputs(
 
 def _outputs(pipeline: TrainPipelineSparseDist[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
     """What the pipeline gives for each batch; at the end none is in flight."""
-    left = iter(batches)
+    left = (batch for batch in batches)  # TorchRec begins anew with another iterator: a loader
+    _check_none_in_flight(pipeline)  # whose workers persist gives the same one each time
     while True:
         try:
             output = pipeline.progress(left)
         except StopIteration:
+            _check_none_in_flight(pipeline)
             return
         yield output
+
+
+def _check_none_in_flight(pipeline: TrainPipelineSparseDist[Any, Any]) -> None:
+    if pipeline.batches:
+        raise ValueError(
+            "the pipeline should have trained on every batch at a window's end; received one with "
+            f"{len(pipeline.batches)} in flight: make it anew, with execute_all_batches=True"
+        )
 
 
 def _check_count(name: str, value: int, least: int) -> None:
@@ -271,13 +300,21 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} should be at least {least}, in windows; received {value}")
 
 
-def _in_order(windows: Iterable[Window]) -> Iterator[Window]:
+def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window]:
+    """The windows, without a gap or an overlap: with what was done before a time, neither."""
     end = None
     for window in windows:
         if end is not None and window.begin_seconds != end:
             raise ValueError(
                 f"a window should begin where the one before ends, {utc(end)}; received one that "
                 f"begins {utc(window.begin_seconds)}"
+            )
+        late = end is None and 0 < before_seconds < window.begin_seconds
+        if late or window.begin_seconds < before_seconds < window.end_seconds:
+            raise ValueError(
+                f"a window should begin at {utc(before_seconds)}, where the run goes on; received "
+                f"one from {utc(window.begin_seconds)} to {utc(window.end_seconds)}: give it the "
+                "windows that it had, and those after them"
             )
         end = window.end_seconds
         yield window
@@ -315,7 +352,7 @@ def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds
 
 
 def _late(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> str:
-    there = store.watermark(writer)
+    there = on_rank_0(lambda: store.watermark(writer))  # the others have not looked
     return (
         f"{store.url}: {writer} should have its outputs of events before {utc(before_seconds)} in "
         f"the store; after {timeout_seconds:g} s its watermark is "
