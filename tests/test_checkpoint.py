@@ -452,11 +452,12 @@ def test_malicious_metadata_of_dcp(
     unpickled.clear()
 
 
-def test_memory_maps_as_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_maps_as_the_default(folder: Path) -> None:
     """A setting of torch.load that can't be had within a file."""
-    monkeypatch.setattr(torch.utils.serialization.config.load, "mmap", True)
     loaded = zeros(pair())
-    load_checkpoint(folder, loaded)
+    with torch.utils.serialization.config.patch({"load.mmap": True}):
+        assert torch.utils.serialization.config.load.mmap
+        load_checkpoint(folder, loaded)
     torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
 
 
