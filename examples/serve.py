@@ -79,7 +79,8 @@ def read_eager(path: str) -> Flat:
     return Flat(model).eval()
 
 
-# Of each file: write(path, model, example), and read(path), which gives what is called.
+# Of each file: write(path, model, example), and read(path), which gives what is called. Where
+# torch.jit.script does not take a model, as DLRM_DCN, script what TorchRec's tracer makes of it.
 WAYS: dict[str, tuple[Callable[[str, Flat, Inputs], Any], Callable[[str], Any]]] = {
     "eager.pt": (lambda p, m, _: torch.save(m.model.state_dict(), p), read_eager),
     "torchscript.pt": (lambda p, m, _: torch.jit.script(m).save(p), torch.jit.load),

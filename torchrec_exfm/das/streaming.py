@@ -202,7 +202,8 @@ def score_windows(
         store: where snapshots are found, and outputs written.
         teacher: its name.
         device: where the model runs.
-        delay: for how many windows a snapshot is on its way from its teacher to here.
+        delay: for how many windows a snapshot is on its way from its teacher to here; of those
+            given: the first may have the newest snapshot before it.
         timeout_seconds: how long to wait for the teacher.
         checkpoints: as for :func:`publish`.
         options: as for :func:`score`.
