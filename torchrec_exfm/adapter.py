@@ -38,6 +38,10 @@ class StudentAdapter(nn.Module):
         tasks: the T tasks, in the order of the teacher's outputs and of the labels.
         hidden: widths of the hidden layers.
 
+    Raises:
+        ValueError: for tasks that share a name, or none.
+        TypeError: for tasks of another kind.
+
     Example:
         >>> adapter = StudentAdapter()
         >>> adapter(TeacherOutputs(torch.tensor([0.5, -1.0]))).flatten().tolist()

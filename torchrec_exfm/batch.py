@@ -203,6 +203,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
 
         Set by the pipeline, to them or to a function that gives them, which is called the first
         time that they are read.
+
+        Raises:
+            RuntimeError: if that function ends with an AttributeError.
         """
         if callable(self._adapted) and not isinstance(self._adapted, Tensor):
             try:
@@ -215,7 +218,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     def adapted(self, adapted: Tensor | Callable[[], Tensor] | None) -> None:
         self._adapted = adapted
 
-    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> Any:
+    def to(
+        self, device: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> ExFMBatch[BatchT]:
         """A copy on ``device``; further arguments go to the user's batch as well."""
         inner: Any = self.batch
         return ExFMBatch(

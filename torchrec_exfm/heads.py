@@ -1,6 +1,7 @@
 """The heads that meet the teacher: trained beside the serving head, dropped when serving.
 
-Shapes: B examples, D width of the shared representation, M teachers, T tasks, K terms.
+Shapes: B examples, D width of the shared representation, M teachers, T tasks, K terms, C outputs
+of all terms together: one for each task of each term.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class TaskLoss(nn.Module):
         self.register_buffer("regression", mixed, persistent=False)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(..., T) outputs, (..., T) probabilities or quantities -> (..., T) losses."""
+        """(..., T) logits or predictions, (..., T) what soft_labels gives -> (..., T) losses."""
         if self._all_regression:
             return squared_error(outputs, targets)
         losses = soft_bce_with_logits(outputs, targets)
@@ -165,7 +166,7 @@ class TaskLoss(nn.Module):
         return torch.where(self.regression, squared_error(outputs, targets), losses)
 
     def soft_labels(self, values: Tensor, alphas: _Factors) -> Tensor:
-        """(..., T) logits or predictions -> (..., T) targets, after label scaling."""
+        """(..., T) logits or predictions -> (..., T) probabilities or predictions, times α."""
         if self._all_regression:
             return alphas.times(values)
         probabilities = values.sigmoid()
@@ -178,6 +179,10 @@ class TaskLoss(nn.Module):
 
 class DistillationHead(nn.Module):
     """A multi-layer perceptron on the shared representation, with gradient scaling before it.
+
+    D_k of :class:`AuxiliaryHead` (arXiv 2502.17494, eq. 3-5). Its outputs are logits of binary
+    tasks, predictions of regressions; its parameters receive the whole gradient, the shared
+    representation β times.
 
     Args:
         in_features: D, the width of the shared representation.
@@ -350,31 +355,25 @@ class AuxiliaryHead(nn.Module):
         self.terms = tuple(terms)
         self._adapts = any(term.adapted for term in terms)
         self._serves = any(term.serving for term in terms)
-        columns = [self._columns_of(term) for term in terms]
-        self._sizes = [len(of_term) for of_term in columns]
-        self._register_columns(list(itertools.chain(*columns)))
+        by_term = [self._columns_of(term) for term in terms]
+        self._sizes = [len(of_term) for of_term in by_term]
+        columns = list(itertools.chain(*by_term))
         of_columns = [
             (term, tasks[column % len(tasks)])
-            for term, of_term in zip(terms, columns, strict=True)
+            for term, of_term in zip(terms, by_term, strict=True)
             for column in of_term
         ]
         self._alphas = _Factors([term.alpha for term, _ in of_columns])
         self._shifts = _Factors([_shift(term, task) for term, task in of_columns])
         self._weights = _Factors([term.weight for term in terms])
-        self._register_leads([term for term, _ in of_columns], list(itertools.chain(*columns)))
+        self._register_columns(columns)
+        self._register_leads([term for term, _ in of_columns], columns)
         self.loss = TaskLoss([task for _, task in of_columns])
         self.heads = nn.ModuleList(
-            _ServingHead([column % len(tasks) for column in of_term], len(tasks))
-            if term.serving
-            else DistillationHead(
-                in_features, num_tasks=len(of_term), hidden=term.hidden, beta=term.beta
-            )
-            for term, of_term in zip(terms, columns, strict=True)
+            _head_of(term, of_term, in_features, len(tasks))
+            for term, of_term in zip(terms, by_term, strict=True)
         )
-        kinds = zip(terms, self._sizes, strict=True)
-        widths = [(term.serving, *term.hidden, size) for term, size in kinds]
-        ends = [k for k in range(1, len(terms)) if widths[k] != widths[k - 1]]
-        self._alike = [slice(*pair) for pair in itertools.pairwise([0, *ends, len(terms)])]
+        self._alike = _alike(terms, self._sizes)
 
     def _columns_of(self, term: DistillationTerm) -> list[int]:
         """Where a term's targets are in the M T outputs, with the adapted ones behind them."""
@@ -474,7 +473,10 @@ class AuxiliaryHead(nn.Module):
 
     @property
     def leads(self) -> Tensor:
-        """What multiplies the loss of each task of each term, (C,); 1 but for those of a margin."""
+        """What multiplies the loss of each task of each term, one after the other, (C,).
+
+        In [0, 1] for terms with a margin, 1 for others.
+        """
         if self.lead_losses is None:
             return torch.ones(sum(self._sizes))
         of_target, of_student = self.lead_losses
@@ -526,10 +528,12 @@ class AuxiliaryHead(nn.Module):
         """(B, C): the teachers' logits or predictions, in the order of the heads' outputs."""
         values = teacher.values.flatten(1)
         if self._adapts:
-            values = torch.cat([values, self._checked(adapted, teacher).flatten(1)], dim=1)
+            adapted = self._checked_adapted(adapted, teacher)
+            values = torch.cat([values, adapted.flatten(1)], dim=1)
         return self._shifts.plus(_picked(values, self.value_columns))
 
-    def _checked(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
+    def _checked_adapted(self, adapted: Tensor | None, teacher: TeacherOutputs) -> Tensor:
+        """(B, M, T), 0 where the teacher's output is missing."""
         if adapted is None:
             names = [term.name for term in self.terms if term.adapted]
             raise ValueError(
@@ -548,6 +552,22 @@ class AuxiliaryHead(nn.Module):
         if len(set(self._sizes)) == 1:
             return means.view(-1, self._sizes[0]).mean(1)
         return torch.stack([of_term.mean() for of_term in means.split(self._sizes)])
+
+
+def _head_of(
+    term: DistillationTerm, columns: Sequence[int], in_features: int, num_tasks: int
+) -> nn.Module:
+    if term.serving:
+        return _ServingHead([column % num_tasks for column in columns], num_tasks)
+    return DistillationHead(in_features, num_tasks=len(columns), hidden=term.hidden, beta=term.beta)
+
+
+def _alike(terms: Sequence[DistillationTerm], sizes: Sequence[int]) -> list[slice]:
+    """The runs of terms whose heads have the same widths."""
+    pairs = zip(terms, sizes, strict=True)
+    widths = [(term.serving, *term.hidden, size) for term, size in pairs]
+    ends = [k for k in range(1, len(terms)) if widths[k] != widths[k - 1]]
+    return [slice(*pair) for pair in itertools.pairwise([0, *ends, len(terms)])]
 
 
 def _shift(term: DistillationTerm, task: Task) -> float:

@@ -50,7 +50,8 @@ class ExFMMetrics:
         window_size: examples of all ranks in the window of the AUC.
 
     Raises:
-        ValueError: for tasks or teachers that share a name.
+        ValueError: for tasks or teachers that share a name, or none.
+        TypeError: for tasks of another kind.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class ExFMMetrics:
 
     def _coverage(self) -> dict[str, float]:
         sums = self._sums.clone()
-        if dist.is_initialized():
+        if world_size() > 1:
             dist.all_reduce(sums)
         results: dict[str, float] = {}
         for teacher, row in zip(self._teachers, sums.tolist(), strict=True):

@@ -30,18 +30,17 @@ from torchrec_exfm._compat import (
 from torchrec_exfm._warnings import NotPipelinedWarning, TeacherMissingWarning
 from torchrec_exfm.adapter import StudentAdapter, start_adapter_step, start_all_reduce
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
-from torchrec_exfm.wrapper import ExFMWrapper, find_wrapper
+from torchrec_exfm.heads import AuxiliaryHead
+from torchrec_exfm.wrapper import find_wrapper
 
 __all__ = ["AsyncTeacher", "LiveTeacher", "TrainPipelineExFM"]
 
 RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked anew
 MASKED_ERRORS = (OSError, RuntimeError)  # StoreError is one of them; others are wrong set-ups
-
-
 _T = TypeVar("_T")
 
 
-class _LeftAloneError(RuntimeError):
+class _NotAskedError(RuntimeError):
     """A teacher is not asked, as it failed a moment ago."""
 
 
@@ -87,7 +86,7 @@ class LiveTeacher:
 
 
 class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
-    """``TrainPipelineSparseDist`` with the teachers' outputs brought in (Algorithm 1).
+    """``TrainPipelineSparseDist`` with the teachers' outputs (arXiv 2502.17494, Algorithm 1).
 
     At each step, once the batch is on the device: the live teacher is asked, if there is one; the
     student adapter takes its step on the labels, and gives its outputs without gradient; then
@@ -122,10 +121,19 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             ``TrainPipelineBase``.
         **kwargs: those of ``TrainPipelineSparseDist``.
 
+    Attributes:
+        adapter: as given, on the device.
+        adapter_optimizer: as given, or the one made for the adapter; None without an adapter.
+        teacher_failures: batches of this rank that had to go without a teacher's outputs.
+
     Raises:
-        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit; for
-            ``free_features_storage_early`` or ``on_teacher_error="mask"`` with a live teacher.
-        TypeError: for a teacher of another kind.
+        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit, or a
+            look-up's teachers and tasks; for ``free_features_storage_early`` with a live teacher;
+            for ``on_teacher_error="mask"`` with a live teacher, or with none. In ``progress`` if
+            ``labels`` does not fit the batch, or the labels do not fit the outputs.
+        TypeError: for a teacher of another kind. In ``progress`` for ``ExFMBatch`` from the loader
+            and a teacher as well, or neither.
+        RuntimeError: in the first ``progress``, if the model can't be traced.
 
     Warns:
         NotPipelinedWarning: if the embeddings end up not pipelined.
@@ -147,6 +155,11 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         trace: bool = True,
         **kwargs: Any,
     ) -> None:
+        head = find_wrapper(model).auxiliary_head
+        _check_teacher(teacher, model, kwargs)
+        _check_on_error(on_teacher_error, teacher)
+        _check_names(head, teacher)
+        _check_adapter(head, adapter, adapter_optimizer)
         kwargs.setdefault("context_type", _Context)
         self._student_forward: Callable[[Any], Any] | None = kwargs.pop("custom_model_fwd", None)
         forward = weakref.WeakMethod(self._forward)  # no cycle, so that the model is freed at once
@@ -157,12 +170,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             custom_model_fwd=lambda batch: cast(Any, forward())(batch),
             **kwargs,
         )
-        _check_teacher(teacher, model, kwargs)
-        _check_on_error(on_teacher_error, teacher)
-        wrapper = find_wrapper(model)
-        _check_names(wrapper, teacher)
-        _check_adapter(wrapper, adapter, adapter_optimizer)
-        self._head = wrapper.auxiliary_head
+        self._head = head
         self._teacher = teacher
         self._masks_errors = on_teacher_error == "mask"
         self._retry_at = -float("inf")
@@ -285,7 +293,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
 
     def _asked(self, teacher: Callable[[Any], _T], batch: Any) -> _T:
         if time.monotonic() < self._retry_at:
-            raise _LeftAloneError
+            raise _NotAskedError
         return teacher(batch)
 
     def _unless_it_fails(self, ask: Callable[[], TeacherOutputs], batch: Any) -> TeacherOutputs:
@@ -295,7 +303,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         try:
             return ask()
         except MASKED_ERRORS as error:
-            if not isinstance(error, _LeftAloneError):
+            if not isinstance(error, _NotAskedError):
                 self._retry_at = time.monotonic() + RETRY_SECONDS
             if not self.teacher_failures:
                 warnings.warn(
@@ -386,11 +394,9 @@ def _check_on_error(on_teacher_error: str, teacher: object) -> None:
         )
 
 
-def _check_names(wrapper: ExFMWrapper, teacher: object) -> None:
+def _check_names(head: AuxiliaryHead, teacher: object) -> None:
     """A look-up's teachers and tasks should be the wrapper's; one alone may have another name."""
-    head = wrapper.auxiliary_head
-    expected = {"teachers": tuple(head.teachers), "tasks": tuple(head.tasks)}
-    for what, names in expected.items():
+    for what, names in (("teachers", head.teachers), ("tasks", head.tasks)):
         given = tuple(getattr(teacher, what, names))
         if len(given) != len(names) or (len(names) > 1 and given != names):
             raise ValueError(
@@ -400,13 +406,12 @@ def _check_names(wrapper: ExFMWrapper, teacher: object) -> None:
 
 
 def _check_adapter(
-    wrapper: ExFMWrapper,
+    head: AuxiliaryHead,
     adapter: StudentAdapter | None,
     adapter_optimizer: torch.optim.Optimizer | None,
 ) -> None:
     if adapter is None and adapter_optimizer is not None:
         raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
-    head = wrapper.auxiliary_head
     adapted = [term.name for term in head.terms if term.adapted]
     if adapted and adapter is None:
         raise ValueError(f"the terms {adapted} learn from a student adapter: pass adapter")

@@ -13,14 +13,13 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.keyed import KeyedOptimizer
 
-from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
+from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
 from torchrec_exfm.checkpoint import (
@@ -83,11 +82,11 @@ def save_training(
         raise ValueError(f"keep should be at least 1; received {keep}")
     if not all(type(value) is int for value in position.values()):
         raise TypeError(f"the position should hold whole numbers; received {dict(position)}")
-    folder, parts = Path(folder), _parts(pipeline)
-    states = {key: value for part in parts for key, value in part.states().items()}
+    folder, optimizers = Path(folder), _optimizers(pipeline)
+    states = {key: value for each in optimizers for key, value in each.states().items()}
     tensors = {key: value for key, value in states.items() if isinstance(value, Tensor)}
     plain = {key: _plain(key, states[key]) for key in states if key not in tensors}
-    values = _packed(_values(pipeline, parts, dict(position), plain))
+    values = _packed(_values(pipeline, optimizers, dict(position), plain))
     own = _own(pipeline, metrics)
     new = folder / str(on_rank_0(lambda: max(_numbered(folder), default=0) + 1))
     save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: values})
@@ -155,7 +154,7 @@ def load_training(
         >>> bool(again == pipeline.progress(batches)[0])
         True
     """
-    parts = _parts(pipeline)
+    optimizers = _optimizers(pipeline)
     newest = on_rank_0(lambda: max(_complete(Path(folder)), default=None))
     if newest is None:
         return None
@@ -166,25 +165,18 @@ def load_training(
         )
     checkpoint = Path(folder) / str(newest)
     saved = on_rank_0(lambda: _metadata(checkpoint))
-    own = {key: _empty(saved[key]) for key in saved if key.startswith(_own_prefix())}
-    packed = _empty(saved[_VALUES])
-    load_checkpoint(checkpoint, {**own, _VALUES: packed})
-    values = _unpacked(checkpoint, packed)
+    values, own = _values_and_own(checkpoint, saved)
     state = _modules(pipeline)
-    for part in parts:
-        state |= part.states() if part.fused else part.empty_states(saved)
-    _check(checkpoint, saved, values, pipeline, parts, state)
-    own = {key.removeprefix(_own_prefix()): own[key] for key in own}
+    for each in optimizers:
+        state |= each.states() if each.fused else each.empty_states(saved)
+    _check(checkpoint, saved, values, pipeline, optimizers, state)
     as_many = values["ranks"] == world_size()
     of_metrics = _of_metrics(own if as_many else {}, metrics)
     load_checkpoint(checkpoint, state)
 
-    of_model = {key: value for key, value in state.items() if key.startswith(_MODEL)}
-    _trained(pipeline).load_state_dict(
-        {key.removeprefix(_MODEL): of_model[key] for key in of_model}
-    )
-    for part in parts:
-        part.take(state | values["states"], values["numbers"])
+    _trained(pipeline).load_state_dict(_below(_MODEL, state))
+    for each in optimizers:
+        each.take(state | values["states"], values["numbers"])
     if metrics is not None and of_metrics:
         metrics.load_state_dict(of_metrics)
     if as_many:
@@ -193,121 +185,9 @@ def load_training(
     return position
 
 
-class _Part(NamedTuple):
-    """An optimizer that is no combination of others, and its parameters by name."""
-
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, Any]
-    fused: bool  # its state is made with the tables; that of others at their first step
-
-    def states(self) -> dict[str, Any]:
-        """The state by ``parameter/key``, by reference: tensors, and plain values."""
-        return {
-            f"{name}/{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-
-    def empty_states(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors to read into, for what was saved of the state of these parameters."""
-        pairs = [(key, *key.rpartition("/")[::2]) for key in saved]
-        return {
-            key: _empty(saved[key], self._device(name, last))
-            for key, name, last in pairs
-            if name in self.parameters
-        }
-
-    def _device(self, name: str, key: str) -> torch.device:
-        """As torch.optim has it: steps are counted on the host unless told otherwise."""
-        groups = self.optimizer.param_groups
-        told = any(group.get("capturable") or group.get("fused") for group in groups)
-        device: torch.device = self.parameters[name].device
-        return torch.device("cpu") if key == "step" and not told else device
-
-    def numbers(self) -> dict[str, dict[str, Any]]:
-        """Of each parameter the kind of its optimizer, its steps, the numbers of its group."""
-        return {
-            name: {
-                "kind": kind_of(self.optimizer),
-                "steps": [int(counter) for counter in fused_steps(self.optimizer)],
-                "group": _numbers(group),
-            }
-            for group in self.optimizer.param_groups
-            for name in self._names(group)
-        }
-
-    def _names(self, group: Mapping[str, Any]) -> list[str]:
-        ids = {id(parameter) for parameter in group["params"]}
-        return [name for name, parameter in self.parameters.items() if id(parameter) in ids]
-
-    def take(self, states: Mapping[str, Any], numbers: Mapping[str, dict[str, Any]]) -> None:
-        """Go on from what was saved; what is fused has read its state in place."""
-        for group in self.optimizer.param_groups:
-            for name in self._names(group)[:1]:
-                _set_numbers(group, numbers[name]["group"])
-                for counter in fused_steps(self.optimizer):
-                    counter.fill_(numbers[name]["steps"][0])
-        if self.fused:
-            self.optimizer.zero_grad()  # tells the tables their rate, and no more
-            return
-        by_name: dict[str, dict[str, Any]] = {}
-        for key, value in states.items():
-            name, _, last = key.rpartition("/")
-            by_name.setdefault(name, {})[last] = value
-        for name, parameter in self.parameters.items():
-            self.optimizer.state.pop(parameter, None)
-            if name in by_name:
-                self.optimizer.state[parameter] = by_name[name]
-
-
-def _parts(pipeline: Pipeline) -> list[_Part]:
-    """Every optimizer of a training."""
-    fused = [
-        (f"fused/{name}", each)
-        for combined in fused_optimizers(pipeline._model)
-        for name, each in single_optimizers(combined)
-    ]
-    known = {id(each) for _, each in fused}
-    dense = [(f"dense/{name}", each) for name, each in single_optimizers(pipeline._optimizer)]
-    others = [(name, each) for name, each in dense if id(each) not in known]
+def _optimizers(pipeline: Pipeline) -> list[NamedOptimizer]:
     of_adapter = getattr(pipeline, "adapter_optimizer", None)
-    if of_adapter is not None:
-        others.append(("adapter_optimizer/", of_adapter))
-    return [
-        _Part(each, {prefix + name: value for name, value in _parameters(each).items()}, is_fused)
-        for pairs, is_fused in ((fused, True), (others, False))
-        for prefix, each in pairs
-    ]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    if isinstance(optimizer, KeyedOptimizer):
-        return dict(optimizer.params)
-    every = [each for group in optimizer.param_groups for each in group["params"]]
-    return {str(index): parameter for index, parameter in enumerate(every)}
-
-
-def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The rates and other numbers of a parameter group."""
-    found = {key: _number(value) for key, value in group.items() if key != "params"}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        numbers = [_number(each) for each in value]
-        return None if None in numbers else numbers
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _set_numbers(group: Any, numbers: Mapping[str, Any]) -> None:
-    for key, value in numbers.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(value, list) else value
+    return named_optimizers(pipeline._model, pipeline._optimizer, of_adapter)
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -336,12 +216,12 @@ def _trained(pipeline: Pipeline) -> nn.Module:
 
 def _values(
     pipeline: Pipeline,
-    parts: list[_Part],
+    optimizers: list[NamedOptimizer],
     position: dict[str, int],
     states: dict[str, Any],
 ) -> dict[str, Any]:
     """What is no tensor, of all ranks."""
-    numbers = {name: record for part in parts for name, record in part.numbers().items()}
+    numbers = {name: record for each in optimizers for name, record in each.numbers().items()}
     gathered = of_each_rank((position, numbers))
     for index, (other, of_rank) in enumerate(gathered):
         numbers |= of_rank
@@ -387,7 +267,7 @@ def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
     return values
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name to size and dtype of all that was saved."""
     described = read_metadata(folder).state_dict_metadata
     if _VALUES not in described:
@@ -398,9 +278,19 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {key: (each.size, each.properties.dtype) for key, each in described.items()}  # type: ignore[union-attr]
 
 
-def _empty(described: tuple[torch.Size, torch.dtype], device: Any = "cpu") -> Tensor:
+def _values_and_own(
+    folder: Path, saved: Mapping[str, tuple[torch.Size, torch.dtype]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is no tensor, and what this rank has for itself."""
+    own = {key: _empty(saved[key]) for key in saved if key.startswith(_own_prefix())}
+    packed = _empty(saved[_VALUES])
+    load_checkpoint(folder, {**own, _VALUES: packed})
+    return _unpacked(folder, packed), _below(_own_prefix(), own)
+
+
+def _empty(described: tuple[torch.Size, torch.dtype]) -> Tensor:
     size, dtype = described
-    return torch.zeros(size, dtype=dtype, device=device)
+    return torch.zeros(size, dtype=dtype)
 
 
 def _check(
@@ -408,7 +298,7 @@ def _check(
     saved: Mapping[str, Any],
     values: Mapping[str, Any],
     pipeline: Pipeline,
-    parts: list[_Part],
+    optimizers: list[NamedOptimizer],
     state: Mapping[str, Any],
 ) -> None:
     """Whether the checkpoint is of this run, or an error that says what differs."""
@@ -418,7 +308,7 @@ def _check(
                 f"{folder} should be of a run with the {what} {names}; received one with "
                 f"{values['names'][what]}"
             )
-    numbers = {name: record for part in parts for name, record in part.numbers().items()}
+    numbers = {name: record for each in optimizers for name, record in each.numbers().items()}
     here = set().union(*of_each_rank([*state, *numbers]))
     there = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     there |= values["numbers"].keys()
@@ -427,14 +317,13 @@ def _check(
             f"{folder} should be of a run with this student, these terms, adapter and optimizers; "
             f"received one without {_some(here - there)} and with {_some(there - here)}"
         )
-    for part in parts:
-        for name, record in part.numbers().items():
-            kind = values["numbers"][name]["kind"]
-            if record["kind"] != kind:
-                raise ValueError(
-                    f"{folder} should be of a run with {record['kind']} for {name!r}; received one "
-                    f"with {kind}"
-                )
+    for name, record in numbers.items():
+        kind = values["numbers"][name]["kind"]
+        if record["kind"] != kind:
+            raise ValueError(
+                f"{folder} should be of a run with {record['kind']} for {name!r}; received one "
+                f"with {kind}"
+            )
 
 
 def _some(names: set[str]) -> str:
@@ -461,8 +350,7 @@ def _take_random_state(own: Mapping[str, Tensor], device: torch.device) -> None:
 
 def _of_metrics(own: Mapping[str, Tensor], metrics: ExFMMetrics | None) -> dict[str, Tensor]:
     """What was saved of the metrics, checked; empty, with a warning, if they start anew."""
-    start = "metrics/"
-    found = {key.removeprefix(start): own[key] for key in own if key.startswith(start)}
+    found = _below("metrics/", own)
     if metrics is not None and found:
         metrics.check_state_dict(found)
     elif metrics is not None:
@@ -499,3 +387,8 @@ def _is_ours(name: str) -> bool:
 
 def _own_prefix() -> str:
     return f"rank{rank()}/"
+
+
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose keys begin so, by the rest of the key."""
+    return {key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)}

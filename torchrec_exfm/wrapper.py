@@ -52,6 +52,7 @@ class ExFMWrapper(nn.Module):
     Raises:
         ValueError: if ``tap`` is no submodule, or its width can't be told; for wrong terms; for
             a student that is sharded already.
+        TypeError: for terms or tasks of another kind.
     """
 
     def __init__(
@@ -86,7 +87,18 @@ class ExFMWrapper(nn.Module):
             tapped.register_forward_hook(self.exfm.tap.keep_output)
 
     def forward(self, batch: Any) -> Any:
-        """See the class."""
+        """See the class.
+
+        Raises:
+            TypeError: in training, for a batch that is no ExFMBatch, or a student whose outputs are
+                not of the contract.
+            RuntimeError: in training, if the tapped module does not run exactly once.
+            ValueError: in training, if the tapped module's input is not (B, D), or what the terms
+                need is missing or of another shape.
+
+        Warns:
+            DistillationWarning: if the tapped module's input or output carries no gradient.
+        """
         self.exfm.tap.open()
         outputs = self.student(batch.batch if isinstance(batch, ExFMBatch) else batch)
         if self.training:

@@ -185,7 +185,7 @@ def check_verticals(stream: data.Stream, names: Sequence[str]) -> None:
     for name in names:
         if name not in stream.verticals:
             raise SystemExit(
-                f"--verticals should be among {', '.join(stream.verticals)}; received {name}"
+                f"a vertical should be one of {', '.join(stream.verticals)}; received {name}"
             )
 
 
@@ -220,11 +220,11 @@ def progress(pipeline: Pipeline, feed: Feed, stream: data.Stream) -> Feed:
 
 def weekly(stream: data.Stream, feed: Feed, loaded: deque[slice]) -> Iterator[Window]:
     """The batches of a feed by the week in which they end, on every rank the same."""
-    ranks = dist.get_world_size()
+    world_size = dist.get_world_size()
 
     def week(part: tuple[slice, Any]) -> int:
         rows, size = part[0], part[0].stop - part[0].start
-        return int(stream.week[rows.start + (ranks - dist.get_rank()) * size - 1])
+        return int(stream.week[rows.start + (world_size - dist.get_rank()) * size - 1])
 
     def batches(of_week: Feed) -> Iterator[Any]:
         for rows, batch in of_week:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from torchrec_exfm.das import Examples, TeacherLookup, TeacherStore, newest_snapshot, publish, score
 
-TEACHER = "half-year"
+TEACHER_NAME = "half-year"
 STUDENTS = {
     "DRUG GM": ("DRUG GM",),
     "MEAT": ("MEAT", "MEAT-PCKGD", "SEAFOOD-PCKGD"),
@@ -48,21 +48,22 @@ def main() -> None:
     features = data.RICH_SPARSE, data.RICH_DENSE
     module = models.ranker(*features, stream.cardinalities, **demo.TEACHER)
     teacher, optimizer = models.distribute(module, device, **demo.TEACHER_RATES)
-    if newest_snapshot(store, TEACHER) is None:
+    if newest_snapshot(store, TEACHER_NAME) is None:
         pipeline: demo.Pipeline = demo.TrainPipelineSparseDist(teacher, optimizer, device)
         feed = data.batches(first, *features, demo.BATCH, **demo.ranks())
         demo.run("teacher", pipeline, feed, first)
         pipeline.detach()
-        publish(store, TEACHER, teacher, trained_through_seconds=int(first.time.max()))
+        publish(store, TEACHER_NAME, teacher, trained_through_seconds=int(first.time.max()))
     parts = {name: second_half(stream, verticals) for name, verticals in STUDENTS.items()}
-    report = score(teacher, store, [examples(p) for p in parts.values()], TEACHER, device=device)
+    given = [examples(part) for part in parts.values()]
+    report = score(teacher, store, given, TEACHER_NAME, device=device)
     if dist.get_rank() == 0:
         print(report)
     for name, part in parts.items():
         outputs, lookup = look_up(store, part)
         figures = demo.evaluate(part, outputs)
         if dist.get_rank() == 0:
-            counters = lookup.counters[TEACHER]
+            counters = lookup.counters[TEACHER_NAME]
             print(
                 f"{name:10}{counters.asked:8,} examples, coverage {counters.coverage:.3f}, "
                 f"mean age {counters.age_seconds / 86_400:.0f} days, NE {figures[0]:.4f}, "
@@ -90,7 +91,7 @@ def examples(part: data.Stream) -> Examples:
 
 def look_up(store: TeacherStore, part: data.Stream) -> tuple[Tensor, TeacherLookup]:
     """The outputs of a student's examples, NaN where there is none, as its training sees them."""
-    lookup = TeacherLookup(store, TEACHER)
+    lookup = TeacherLookup(store, TEACHER_NAME)
     outputs = torch.full((len(part),), torch.nan)
     for first in range(0, len(part), 8192):
         rows = slice(first, first + 8192)

@@ -52,7 +52,7 @@ from torchrec_exfm.das import (
     wait_for_outputs,
 )
 
-TEACHER = "rich"
+TEACHER_NAME = "rich"
 STUDENTS = ("DRUG GM", "MEAT")
 RICH = data.RICH_SPARSE, data.RICH_DENSE
 LEAN = data.LEAN_SPARSE, data.LEAN_DENSE
@@ -86,13 +86,13 @@ def run_teacher(
     pipeline: Any = TrainPipelineSparseDist(model, optimizer, device)
     of_week = partial(batches, RICH, demo.BATCH)
     windows = weeks(stream, options.weeks, seen_by_teacher(stream), of_week)
-    with TeacherLogger(store, TEACHER) as logger:
+    with TeacherLogger(store, TEACHER_NAME) as logger:
         logger.attach(model)
         for window in train_teacher(
             pipeline,
             windows,
             store,
-            TEACHER,
+            TEACHER_NAME,
             refresh=options.refresh,
             logger=logger,
             folder=options.out / "teacher",
@@ -111,7 +111,7 @@ def run_scorer(
         model,
         weeks(stream, options.weeks, rest, lambda part: [scoring_job.examples(part)]),
         store,
-        TEACHER,
+        TEACHER_NAME,
         device=device,
         delay=options.delay,
         timeout_seconds=options.timeout_seconds,
@@ -132,7 +132,7 @@ def run_student(
     module = models.ranker(*LEAN, stream.cardinalities, **demo.STUDENT)
     wrapper = ExFMWrapper(module, tap=demo.TAP, terms=TERMS)
     model, optimizer = models.distribute(wrapper, device, **STUDENT_RATES)
-    lookup = TeacherLookup(store, TEACHER)
+    lookup = TeacherLookup(store, TEACHER_NAME)
     torch.manual_seed(options.seed)
     adapter = StudentAdapter()
     pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
@@ -141,7 +141,7 @@ def run_student(
     windows = wait_for_outputs(
         weeks(stream, options.weeks, demo.rows_of(stream, name), of_week),
         lookup,
-        [TEACHER, f"{TEACHER}/scores"],
+        [TEACHER_NAME, f"{TEACHER_NAME}/scores"],
         timeout_seconds=options.timeout_seconds,
     )
     folder = name.replace(" ", "-")

@@ -61,22 +61,11 @@ class WindowIndex:
         bits = max(rows.bit_length() - 1, 1)
         self._shift = np.uint64(64 - bits)
         self._starts = np.zeros(2**bits + 1, np.uint32)
-        order = np.argsort(_mix(example_ids))
         fields = [("id", "i8"), ("age", "f4"), ("values", "f4", values.shape[1:])]
         # the last record is no example's: empty buckets at the end lead there
         self._records = np.zeros(rows + 1, np.dtype(fields, align=True))
         self._records["id"][-1] = -1
-        for first in range(0, rows, _BLOCK):
-            chosen = order[first : first + _BLOCK]
-            block = self._records[first : first + len(chosen)]
-            block["id"] = example_ids[chosen]
-            block["age"] = age_seconds[chosen]
-            block["values"] = values[chosen]
-            buckets = self._bucket(block["id"])
-            counts = np.bincount(buckets - buckets[0])
-            ends = self._starts[buckets[0] + 1 :][: len(counts)]
-            ends += counts.astype(np.uint32)
-        np.cumsum(self._starts, out=self._starts)
+        self._fill(example_ids, values, age_seconds)
         same = self._records["id"][1:] == self._records["id"][:-1]
         if same.any():
             twice = self._records["id"][1:][same]
@@ -124,6 +113,21 @@ class WindowIndex:
     def nbytes(self) -> int:
         """All the bytes it keeps."""
         return self._records.nbytes + self._starts.nbytes
+
+    def _fill(self, example_ids: Ints, values: Floats, age_seconds: Floats) -> None:
+        """Put the rows in order of their keys, block by block, and count them by bucket."""
+        order = np.argsort(_mix(example_ids))
+        for first in range(0, len(order), _BLOCK):
+            chosen = order[first : first + _BLOCK]
+            block = self._records[first : first + len(chosen)]
+            block["id"] = example_ids[chosen]
+            block["age"] = age_seconds[chosen]
+            block["values"] = values[chosen]
+            buckets = self._bucket(block["id"])
+            counts = np.bincount(buckets - buckets[0])
+            ends = self._starts[buckets[0] + 1 :][: len(counts)]
+            ends += counts.astype(np.uint32)
+        np.cumsum(self._starts, out=self._starts)
 
     def _bucket(self, example_ids: Ints) -> Ints:
         buckets: Ints = (_mix(example_ids) >> self._shift).view(np.int64)

@@ -29,7 +29,7 @@ __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
 
-Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), age in seconds (B,), presence (B,)
+_Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), ages in seconds and presence (B,)
 
 
 @dataclass
@@ -37,13 +37,13 @@ class LookupCounters:
     """What became of the outputs of one teacher that were asked for.
 
     Attributes:
-        batches: that were looked up.
-        asked: examples.
+        asked: examples that were looked up.
         present: with an output that was given.
         missing: without one in the store.
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
         late: examples whose first output came into a window after it was read.
+        batches: that were looked up.
     """
 
     asked: int = 0
@@ -104,6 +104,7 @@ class TeacherLookup:
         TeacherMissingWarning: once, if none of a teacher's first batches has an output.
 
     Raises:
+        TypeError: for a store of another kind.
         ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
             teacher.
 
@@ -233,7 +234,7 @@ class TeacherLookup:
 
     def _of_teacher(
         self, teacher: str, ids: Ints, needed: list[int], windows: Ints | None
-    ) -> Found:
+    ) -> _Found:
         values, age_seconds, presence = self._windows[teacher].find(ids, needed, windows)
         counters = self.counters[teacher]
         counters.batches += 1
@@ -277,36 +278,27 @@ class _Window:
     files: list[DataFile]
 
 
+@dataclass(eq=False)
 class _Windows:
     """The windows of one teacher that are in memory, and the next one on its way."""
 
-    def __init__(
-        self,
-        store: TeacherStore,
-        teacher: str,
-        counters: LookupCounters,
-        reader: ThreadPoolExecutor,
-        *,
-        snapshot: int | None,
-        bad_rows: BadRows,
-        max_windows: int,
-        refresh_seconds: float | None,
-    ) -> None:
-        self.store = store  # of the reader's thread alone
-        self.teacher = teacher
-        self.counters = counters
-        self.reader = reader
-        self.snapshot = snapshot
-        self.bad_rows: BadRows = bad_rows
-        self.max_windows = max_windows
-        self.refresh_seconds = refresh_seconds
+    store: TeacherStore  # of the reader's thread alone
+    teacher: str
+    counters: LookupCounters
+    reader: ThreadPoolExecutor
+    snapshot: int | None
+    bad_rows: BadRows
+    max_windows: int
+    refresh_seconds: float | None
+    known: list[int] = field(default_factory=list)  # windows in the store
+
+    def __post_init__(self) -> None:
         self._held: dict[int, Future[_Window]] = {}  # the one used last comes last
         self._reread: dict[int, Future[_Window]] = {}
         self._refreshed = time.monotonic()
-        self.known: list[int] = []  # windows in the store
         self._quarantined: dict[int, int] = {}  # rows, by window
 
-    def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> Found:
+    def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> _Found:
         """The outputs of examples (B,) in the one window needed, or in ``windows`` (B,)."""
         self._refresh()
         if windows is None and needed:
@@ -321,7 +313,7 @@ class _Windows:
         self._held.clear()
         self._reread.clear()
 
-    def _find_in(self, needed: list[int], ids: Ints, windows: Ints | None) -> Found:
+    def _find_in(self, needed: list[int], ids: Ints, windows: Ints | None) -> _Found:
         values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ __all__ = ["FORMAT_VERSION", "KEYS", "PARTITION", "TIMESTAMP", "StoreFormat", "c
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
 KEYS = ("user_id", "item_id", "category_id")
-RESOLUTIONS = ("bfloat16", "float32")
+Resolution: TypeAlias = Literal["bfloat16", "float32"]
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 
@@ -58,11 +58,9 @@ class StoreFormat:
 
     tasks: tuple[str, ...] = ("label",)
     window_seconds: int = 86_400
-    resolution: str = "bfloat16"
+    resolution: Resolution = "bfloat16"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str):
-            raise ValueError(f"tasks should be a tuple of names; received {self.tasks!r}")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks should be names without repeats; received {self.tasks}")
         for task in self.tasks:
@@ -71,8 +69,10 @@ class StoreFormat:
             raise ValueError(
                 f"window_seconds should be a whole number from 1; received {self.window_seconds!r}"
             )
-        if self.resolution not in RESOLUTIONS:
-            raise ValueError(f"resolution should be one of {RESOLUTIONS}; got {self.resolution!r}")
+        if self.resolution not in get_args(Resolution):
+            raise ValueError(
+                f"resolution should be one of {get_args(Resolution)}; received {self.resolution!r}"
+            )
 
     @property
     def outputs(self) -> tuple[str, ...]:

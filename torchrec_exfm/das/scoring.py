@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["Examples", "ScoringReport", "score"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def score(
     outputs: Callable[[Any], Tensor] = lambda output: output[1],
     shard_rows: int = 2**18,
     bad_rows: BadRows = "refuse",
-    checkpoints: Path | None = None,
+    checkpoints: Path | str | None = None,
     progress: bool = True,
 ) -> ScoringReport:
     """Score examples into a store, each once; called by all ranks, with the same examples.
@@ -109,13 +107,15 @@ def score(
         progress: show a bar with rows a second and the time left, on rank 0.
 
     Raises:
+        TypeError: for examples that are no list, or ids and times of another dtype.
         ValueError: for a wrong value; if an id has two event times, or ranks differ in their
             examples; for bad rows (leaks among them); if no published snapshot is old enough.
         StoreError: if the store can't be read or written.
     """
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(
-            f"batch_size and shard_rows should be at least 1; got {batch_size}, {shard_rows}"
+            "batch_size and shard_rows should be at least 1; received "
+            f"{batch_size} and {shard_rows}"
         )
     check_bad_rows(bad_rows)
     if not isinstance(examples, (list, tuple)):
@@ -137,7 +137,7 @@ def score(
             of_window = list(group)
             if isinstance(teacher, str):
                 first = min(int(shard.seconds.min()) for shard in of_window)
-                snapshot = _newest(model, store, teacher, first, snapshot, checkpoints)
+                snapshot = _load_newest(model, store, teacher, first, snapshot, checkpoints)
             else:
                 snapshot = teacher
             job.score_window(window, of_window, snapshot, bar)
@@ -357,15 +357,15 @@ def _check_same_on_all_ranks(*arrays: Ints) -> None:
         )
 
 
-def _newest(
+def _load_newest(
     model: nn.Module,
     store: TeacherStore,
     teacher: str,
     first_seconds: int,
     loaded: Snapshot | None,
-    checkpoints: Path | None,
+    checkpoints: Path | str | None,
 ) -> Snapshot:
-    """The newest snapshot that has seen none of a window's examples, in the model."""
+    """Load the newest snapshot that has seen none of a window's examples, unless it is loaded."""
     snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
     if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
         raise ValueError(

@@ -92,7 +92,7 @@ def publish(
     model: nn.Module | None,
     *,
     trained_through_seconds: int,
-    checkpoints: Path | None = None,
+    checkpoints: Path | str | None = None,
 ) -> Snapshot:
     """Publish the teacher as it is now, as the next version; called by all ranks.
 
@@ -144,11 +144,21 @@ def newest_snapshot(
 
 
 def load_snapshot(
-    store: TeacherStore, snapshot: Snapshot, model: nn.Module, *, checkpoints: Path | None = None
+    store: TeacherStore,
+    snapshot: Snapshot,
+    model: nn.Module,
+    *,
+    checkpoints: Path | str | None = None,
 ) -> None:
     """Load a published snapshot into a model, in place; called by all ranks, of any number.
 
     Nothing is unpickled: only tensors are read, with ``weights_only=True``.
+
+    Args:
+        store: where it is known.
+        snapshot: one of :func:`published`.
+        model: of the same parameters, sharded in any way.
+        checkpoints: as for :func:`publish`.
 
     Raises:
         StoreError: if it is not published, or was without a checkpoint.
@@ -171,9 +181,27 @@ def load_snapshot(
 
 
 def forget_snapshots(
-    store: TeacherStore, teacher: str, before_version: int, *, checkpoints: Path | None = None
+    store: TeacherStore,
+    teacher: str,
+    before_version: int,
+    *,
+    checkpoints: Path | str | None = None,
 ) -> int:
-    """Delete a teacher's older snapshots: outputs, entries and checkpoints; returns the entries."""
+    """Delete a teacher's older snapshots: their outputs in the store, entries and checkpoints.
+
+    Args:
+        store: where they are known.
+        teacher: its name.
+        before_version: those of lower versions are deleted.
+        checkpoints: as for :func:`publish`.
+
+    Returns:
+        How many published snapshots there were of them.
+
+    Raises:
+        ValueError: for a wrong name; if the store is on an object store and no folder is given.
+        StoreError: if they can't be deleted.
+    """
     check_name("a teacher", teacher)
     registry = registry_of(store)
     old = [
@@ -248,7 +276,7 @@ def is_plain(checkpoint: str) -> bool:
     return re.fullmatch(r"[0-9]+-[0-9a-f]+", checkpoint) is not None
 
 
-def checkpoint_folder(store: TeacherStore, checkpoints: Path | None) -> Path:
+def checkpoint_folder(store: TeacherStore, checkpoints: Path | str | None) -> Path:
     """Where a store's checkpoints are."""
     if checkpoints is not None:
         return Path(checkpoints)

@@ -1,6 +1,6 @@
 """The teacher store: what teachers said of examples, once, in an open table for many students.
 
-n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation service (DAS).
+n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation system (DAS).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import operator
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torchrec_exfm.das.rules import (
     repeats,
     sift,
 )
-from torchrec_exfm.das.schema import KEYS, PARTITION, StoreFormat
+from torchrec_exfm.das.schema import KEYS, PARTITION, Resolution, StoreFormat
 from torchrec_exfm.das.snapshots import Snapshot, create_registry
 
 __all__ = ["TeacherStore", "WriteReport"]
@@ -93,9 +93,9 @@ class TeacherStore:
         cls,
         url: str | Path,
         *,
-        tasks: tuple[str, ...] = ("label",),
+        tasks: Sequence[str] = ("label",),
         window_seconds: int = 86_400,
-        resolution: str = "bfloat16",
+        resolution: Resolution = "bfloat16",
         storage_options: Mapping[str, str] | None = None,
     ) -> TeacherStore:
         """Make a store, or open the one that is there, which must be of the same format.
@@ -105,17 +105,18 @@ class TeacherStore:
             tasks: names of the outputs, in order.
             window_seconds: length of a time window: choose it so that one window's rows fit in
                 memory, at some 20 bytes a row; batches should come in order of time.
-            resolution: ``"bfloat16"`` or ``"float32"``.
+            resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa, for a third of the
+                bytes on disk; ``"float32"`` keeps them.
             storage_options: as for the class.
 
         Raises:
             StoreError: if there is one of another format, or it can't be made.
             ValueError: for a wrong value.
         """
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks should be a tuple of names; received {tasks!r}")
         wanted = StoreFormat(
-            tasks=tasks if isinstance(tasks, str) else tuple(tasks),
-            window_seconds=window_seconds,
-            resolution=resolution,
+            tasks=tuple(tasks), window_seconds=window_seconds, resolution=resolution
         )
         where = f"{normal_url(url)}/outputs"
         create_registry(normal_url(url), storage_options)

@@ -136,7 +136,7 @@ def train_teacher(
     logger: TeacherLogger | None = None,
     step: Callable[[Any], None] = lambda output: None,
     folder: Path | str | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Path | str | None = None,
 ) -> Iterator[Window]:
     """:func:`train_windows` for a teacher: after each window what it said is logged, and published.
 
@@ -152,6 +152,11 @@ def train_teacher(
         step: as for :func:`train_windows`.
         folder: as for :func:`train_windows`.
         checkpoints: as for :func:`publish`.
+
+    Raises:
+        ValueError: as :func:`train_windows`, :meth:`TeacherLogger.flush` and :func:`publish`; if
+            ``refresh`` is less than 1.
+        StoreError: if the store can't be read or written.
     """
     _check_count("refresh", refresh, 1)
     number = 0
@@ -184,7 +189,7 @@ def score_windows(
     device: torch.device,
     delay: int = 0,
     timeout_seconds: float = 600.0,
-    checkpoints: Path | None = None,
+    checkpoints: Path | str | None = None,
     **options: Any,
 ) -> Iterator[Window]:
     """Score the students' examples of window after window by a teacher's snapshots, as they come.
@@ -209,7 +214,8 @@ def score_windows(
         options: as for :func:`score`.
 
     Raises:
-        ValueError: if windows do not follow one another, or none begins where the scoring goes on.
+        ValueError: if windows do not follow one another, or none begins where the scoring goes on;
+            as :func:`score`; if ``delay`` is less than 0.
         TimeoutError: if the teacher's watermark does not come in time.
     """
     _check_count("delay", delay, 0)

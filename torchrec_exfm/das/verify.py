@@ -41,7 +41,10 @@ class Verification:
     """
 
     def __init__(
-        self, store: TeacherStore, say: Callable[[str], object], checkpoints: Path | None = None
+        self,
+        store: TeacherStore,
+        say: Callable[[str], object],
+        checkpoints: Path | str | None = None,
     ) -> None:
         self.counts = Counter(files=0, rows=0, snapshots=0, checkpoints=0, violations=0)
         self.notes: list[str] = []
@@ -65,7 +68,7 @@ class Verification:
         except ERRORS as error:
             self._violation(str(error))
 
-    def _check_snapshots(self, checkpoints: Path | None) -> None:
+    def _check_snapshots(self, checkpoints: Path | str | None) -> None:
         if unseen := checkpoints is None and "://" in self._store.url:
             self.notes.append("checkpoints were not looked for: their folder was not given")
         for snapshot, name in entries(registry_of(self._store)):
