@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_exfm import (
@@ -232,6 +233,14 @@ def check_changed_ids_are_told(rank: int, world_size: int) -> None:
     assert len(told) == 1, told
     assert "embedding_bag_collection" in told[0] and "NOT pipelined" in told[0]
     rm.assert_same(traced, _run(ShiftedDLRM, rank, world_size, trace=False))
+
+
+def check_tables_left_whole_are_told(rank: int, world_size: int) -> None:
+    """As where the plan was made of the bare model, and names nothing of the wrapped one."""
+    model = DistributedModelParallel(rm.wrapped(), device=device(), plan=ShardingPlan({}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(NotPipelinedWarning, match=r"embedding_bag_collection'\] are not sharded"):
+        TrainPipelineExFM(model, optimizer, device())
 
 
 def check_untraceable_is_told(rank: int, world_size: int) -> None:

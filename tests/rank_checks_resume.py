@@ -284,7 +284,7 @@ def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> 
     with rm.shared_folder() as name:
         folder = Path(name)
         save_training(folder, run.pipeline, position={"step": 1}, metrics=run.metrics)
-        refused(run, r"no step yet; received one with \d batches in flight")
+        refused(run, r"no batches in flight; received one with \d;")
         refused(new_run(world_size, way, terms=TERMS[1:]), r"with the terms \['b/click', .*\['a', ")
         wider = dataclasses.replace(TERMS[1], hidden=(3,))
         refused(

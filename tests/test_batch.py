@@ -144,7 +144,7 @@ def test_a_batch_comes_out_of_a_data_loader_with_workers() -> None:
 def test_a_batch_without_the_methods_is_refused(user: Any, absent: str) -> None:
     with pytest.raises(TypeError, match=f"should have the methods to, .*received .*{absent}"):
         ExFMBatch(user, make_teacher())
-    with pytest.raises(TypeError, match="teacher should be TeacherOutputs; received Tensor"):
+    with pytest.raises(TypeError, match="should be TeacherOutputs; received Tensor: make it"):
         ExFMBatch(Recording(), torch.ones(2))  # type: ignore[arg-type]
 
 

@@ -144,6 +144,7 @@ BAD_ROWS = {  # id, output, event time, and what the error says
     "beyond float32": (1, 1e39, AT, "NaN or infinite"),
     "negative time": (1, 0.5, -1, "event time outside of"),
     "time too late": (1, 0.5, 2**40, "event time outside of"),
+    "milliseconds": (1, 0.5, 1_760_000_000_000, "milliseconds"),
     "latest time": (1, 0.5, TOP, "event time outside of"),
     "earliest time": (1, 0.5, -(2**63), "event time outside of"),
     "leak": (1, 0.5, 999, "leak"),

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from models import HandTrain, dlrm_train, hand_train, make_batch, make_hand_batch, make_teacher
+from models import CPU, HandTrain, dlrm_train, hand_train, make_batch, make_hand_batch, make_teacher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchrec_exfm import (
     AuxiliaryHead,
     DistillationTerm,
+    DistillationWarning,
     ExFMBatch,
     ExFMWrapper,
     StudentAdapter,
     Task,
     TeacherOutputs,
+    TrainPipelineExFM,
     export_student,
 )
 
@@ -158,3 +161,45 @@ def test_a_head_of_no_width_is_refused() -> None:
 def test_an_epsilon_that_can_not_work_is_refused(eps: float) -> None:
     with pytest.raises(ValueError, match="eps should be in"):
         TeacherOutputs.from_probabilities(torch.tensor([0.5]), eps=eps)
+
+
+def test_an_optimizer_of_the_bare_student_is_told() -> None:
+    """The heads would never learn, and the network would learn from them."""
+    student = dlrm_train(0)
+    bare = torch.optim.SGD(student.parameters(), lr=0.1)
+    wrapper = ExFMWrapper(student, tap="model.over_arch")
+    with pytest.warns(DistillationWarning, match="make it of the wrapped model's parameters"):
+        TrainPipelineExFM(wrapper, bare, CPU)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("regression", [False, True])
+def test_probabilities_for_logits_are_told(size: int, regression: bool) -> None:
+    """Once, of the first batch, where it is large enough to tell."""
+    told = size == 64 and not regression
+    tasks = [Task(regression=regression)]
+    wrapper = ExFMWrapper(dlrm_train(0), tap="model.over_arch", tasks=tasks)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+
+    def columns(batch: Any) -> TeacherOutputs:
+        values = torch.linspace(0, 1, len(batch.labels) + 1)
+        there = torch.arange(len(values)) < size
+        return TeacherOutputs(values[:-1], there[:-1])
+
+    pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=columns)
+    batches = iter([make_batch(step, 80) for step in range(3)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            pipeline.progress(batches)
+    of_ours = [str(one.message) for one in caught if one.category is DistillationWarning]
+    assert len(of_ours) == told
+    assert not told or "all of the first 64 lie in [0, 1]" in of_ours[0]
+
+
+@pytest.mark.parametrize("values", [torch.full((80,), 0.5), torch.linspace(-0.1, 1, 80)])
+def test_logits_are_not_taken_for_probabilities(values: Tensor) -> None:
+    wrapper = ExFMWrapper(dlrm_train(0), tap="model.over_arch")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=lambda _: TeacherOutputs(values))
+    pipeline.progress(iter([make_batch(0, 80)]))  # warnings are errors here

@@ -42,6 +42,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_without_dmp, False),
     (checks.check_without_dmp, True),
     (checks.check_changed_ids_are_told,),
+    (checks.check_tables_left_whole_are_told,),
     (checks.check_untraceable_is_told,),
     (checks.check_costs_of_a_step,),
     (checks.check_all_reduces_are_hidden,),

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineContext, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
@@ -41,6 +42,7 @@ __all__ = [
     "set_metric_state",
     "sharded_names",
     "single_optimizers",
+    "tables_left_whole",
 ]
 
 
@@ -79,6 +81,14 @@ def sharded_names(model: nn.Module) -> list[str]:
     """The names of the sharded modules, of the outermost where they nest."""
     names = [name for name, module in model.named_modules() if isinstance(module, ShardedModule)]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def tables_left_whole(model: nn.Module) -> list[str]:
+    """The names of embedding collections that DistributedModelParallel has not sharded."""
+    collections = EmbeddingBagCollection, EmbeddingCollection
+    if not any(isinstance(module, DistributedModelParallel) for module in model.modules()):
+        return []
+    return [name for name, module in model.named_modules() if isinstance(module, collections)]
 
 
 def pipelined_names(pipeline: TrainPipelineSparseDist[Any, Any], model: nn.Module) -> list[str]:

@@ -190,7 +190,10 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
                 f"{', '.join(absent)}"
             )
         if not isinstance(teacher, TeacherOutputs):
-            raise TypeError(f"teacher should be TeacherOutputs; received {type(teacher).__name__}")
+            raise TypeError(
+                f"teacher should be TeacherOutputs; received {type(teacher).__name__}: make it "
+                "TeacherOutputs(logits)"
+            )
         self.batch = batch
         self.teacher = teacher
         self._adapted: Tensor | Callable[[], Tensor] | None = None

@@ -351,6 +351,7 @@ class AuxiliaryHead(nn.Module):
         if not terms:
             raise ValueError("terms should hold at least one DistillationTerm; received none")
         self.tasks = check_tasks(tasks)
+        self.regressions = tuple(task.regression for task in tasks)
         self.teachers = check_names("teachers", teachers)
         self.terms = tuple(terms)
         self._adapts = any(term.adapted for term in terms)

@@ -26,8 +26,13 @@ from torchrec_exfm._compat import (
     data_parallel_group,
     pipelined_names,
     sharded_names,
+    tables_left_whole,
 )
-from torchrec_exfm._warnings import NotPipelinedWarning, TeacherMissingWarning
+from torchrec_exfm._warnings import (
+    DistillationWarning,
+    NotPipelinedWarning,
+    TeacherMissingWarning,
+)
 from torchrec_exfm.adapter import StudentAdapter, start_adapter_step, start_all_reduce
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.heads import AuxiliaryHead
@@ -36,6 +41,7 @@ from torchrec_exfm.wrapper import find_wrapper
 __all__ = ["AsyncTeacher", "LiveTeacher", "TrainPipelineExFM"]
 
 RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked anew
+_TELLING = 64  # outputs that do not lie in [0, 1] by chance
 MASKED_ERRORS = (OSError, RuntimeError)  # StoreError is one of them; others are wrong set-ups
 _T = TypeVar("_T")
 
@@ -136,9 +142,11 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
         RuntimeError: in the first ``progress``, if the model can't be traced.
 
     Warns:
-        NotPipelinedWarning: if the embeddings end up not pipelined.
+        NotPipelinedWarning: if the embeddings end up not pipelined, or not sharded.
         TeacherMissingWarning: at the first failure of a teacher that is masked.
-        DistillationWarning: if the model is sharded over ranks that do not average.
+        DistillationWarning: if the model is sharded over ranks that do not average; if the
+            optimizer does not hold the heads' parameters; if the first outputs for a binary task
+            look like probabilities.
     """
 
     def __init__(
@@ -170,8 +178,11 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             custom_model_fwd=lambda batch: cast(Any, forward())(batch),
             **kwargs,
         )
+        _warn_of_tables(model)
+        _warn_of_optimizer(optimizer, head)
         self._head = head
         self._teacher = teacher
+        self._saw_outputs = False
         self._masks_errors = on_teacher_error == "mask"
         self._retry_at = -float("inf")
         self.teacher_failures = 0
@@ -230,6 +241,9 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             with record_function("## teacher_outputs ##"):
                 batch = self.batches[0] = self._with_outputs(self.batches[0])
                 self._counted = self._start_count(batch.teacher)
+                if not self._saw_outputs:
+                    self._saw_outputs = True
+                    _warn_of_probabilities(batch.teacher, self._head)
 
     def _forward(self, batch: Any) -> Any:
         """The student's forward, while the adapter's gradients are on their way to other ranks."""
@@ -364,6 +378,46 @@ class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):
             )
 
 
+def _warn_of_tables(model: nn.Module) -> None:
+    whole = tables_left_whole(model)
+    if whole:
+        warnings.warn(
+            f"the embeddings {whole} are not sharded, although the model is under "
+            "DistributedModelParallel: make the sharding plan of the wrapped model, whose names "
+            "begin with 'student.'",
+            NotPipelinedWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_optimizer(optimizer: torch.optim.Optimizer, head: AuxiliaryHead) -> None:
+    """Where it would never train the heads, from which the network below learns."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [p for p in head.parameters() if not hasattr(p, "_in_backward_optimizers")]
+    if own and not any(id(parameter) in held for parameter in own):
+        warnings.warn(
+            "the optimizer should hold the parameters of the distillation heads; received one "
+            "without: make it of the wrapped model's parameters",
+            DistillationWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_probabilities(outputs: TeacherOutputs, head: AuxiliaryHead) -> None:
+    """Of the first batch alone, as it waits for the device."""
+    for t, (task, regression) in enumerate(zip(head.tasks, head.regressions, strict=True)):
+        values = outputs.values[:, :, t][outputs.presence[:, :, t]]
+        inside = bool(((values >= 0) & (values <= 1)).all())
+        if not regression and len(values) >= _TELLING and inside and values.min() < values.max():
+            warnings.warn(
+                f"the teachers' outputs for the binary task {task!r} should be logits; all of the "
+                f"first {len(values)} lie in [0, 1]: if they are probabilities, take "
+                "TeacherOutputs.from_probabilities, or torch.logit before they are stored",
+                DistillationWarning,
+                stacklevel=2,
+            )
+
+
 def _check_teacher(teacher: object, model: nn.Module, options: dict[str, Any]) -> None:
     known = teacher is None or callable(teacher) or isinstance(teacher, AsyncTeacher)
     if isinstance(teacher, nn.Module) or not known:
@@ -414,7 +468,10 @@ def _check_adapter(
         raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
     adapted = [term.name for term in head.terms if term.adapted]
     if adapted and adapter is None:
-        raise ValueError(f"the terms {adapted} learn from a student adapter: pass adapter")
+        raise ValueError(
+            f"the terms {adapted} learn from a student adapter, and received none: pass "
+            "adapter=StudentAdapter() to TrainPipelineExFM"
+        )
     if adapter is not None and not adapted:
         raise ValueError(
             "no term learns from the adapter: give the wrapper a DistillationTerm(adapted=True), "

@@ -160,8 +160,8 @@ def load_training(
         return None
     if pipeline.batches:
         raise ValueError(
-            f"the pipeline should have made no step yet; received one with {len(pipeline.batches)} "
-            "batches in flight; load into a new one"
+            "the pipeline should have no batches in flight; received one with "
+            f"{len(pipeline.batches)}; load into a new one, before its first step"
         )
     checkpoint = Path(folder) / str(newest)
     saved = on_rank_0(lambda: _metadata(checkpoint))

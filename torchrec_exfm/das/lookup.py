@@ -261,11 +261,11 @@ class TeacherLookup:
         if counters.batches == _SILENT_BATCHES and not counters.present:
             seconds = self.store.format.window_seconds
             known = self._windows[teacher].known
-            there = f"from {utc(known[0] * seconds)} on" if known else "none at all"
+            there = f"outputs from {utc(known[0] * seconds)} on" if known else "no outputs at all"
             warnings.warn(
                 f"{self.store.url}: {teacher} has no output for any of the first {counters.asked} "
                 f"examples, whose windows begin with {[utc(w * seconds) for w in needed[:1]]}; of "
-                f"{teacher} there are outputs {there}: are its name, ids, event_seconds and "
+                f"{teacher} there are {there}: are its name, ids, event_seconds and "
                 "snapshot right?",
                 TeacherMissingWarning,
                 stacklevel=2,
@@ -399,7 +399,8 @@ def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names) or (not names and what != "snapshot"):
         raise ValueError(
-            f"{what} should be of {tuple(known)}, each at most once; received {tuple(names)}"
+            f"{what} should be of those there are, {tuple(known)}, each at most once; received "
+            f"{tuple(names)}"
         )
 
 

@@ -96,7 +96,7 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> Iterato
             np.logical_not(np.isfinite(rows.outputs).all(axis=1)),
         ),
         (
-            "have an event time outside of [0, 2^40) seconds",
+            "have an event time outside of [0, 2^40) seconds (milliseconds?)",
             (seconds < 0) | (seconds >= MAX_SECONDS),
         ),
         ("leak: their teacher was trained through their own event time", leaks(rows)),

@@ -78,7 +78,9 @@ class Snapshot:
             except TypeError:
                 number = -1
             if isinstance(value, bool) or not 0 <= number < 2**40:
-                raise ValueError(f"{name} should be an int in [0, 2^40); received {value!r}")
+                raise ValueError(
+                    f"{name} should be an int in [0, 2^40), times in seconds; received {value!r}"
+                )
             object.__setattr__(self, name, number)  # an int, of numpy's and torch's too
 
     def __str__(self) -> str:

@@ -327,7 +327,7 @@ class TeacherStore:
         return Rows(
             example_id=ids,
             outputs=self.format.round(values),
-            event_time=seconds.clip(-1, MAX_SECONDS) * MICROSECONDS,
+            event_time=seconds.clip(-1, 8 * MAX_SECONDS) * MICROSECONDS,  # within int64
             snapshot=np.full(n, snapshot.version),
             trained_through=np.full(n, snapshot.trained_through_seconds * MICROSECONDS),
             logged=np.full(n, bool(logged)),
