@@ -104,8 +104,8 @@ class TeacherStore:
             url: as for the class.
             tasks: names of the outputs, in order.
             window_seconds: length of a time window: choose it so that one window's rows fit in
-                memory, at some 20 bytes a row and 130 while it is read; batches should come in order
-                of time.
+                memory, at some 20 bytes a row and 130 while it is read; batches should come in
+                order of time.
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa, for a third of the
                 bytes on disk; ``"float32"`` keeps them.
             storage_options: as for the class.
