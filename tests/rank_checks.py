@@ -416,7 +416,7 @@ def _live(world_size: int) -> LiveTeacher:
         assert not torch.is_grad_enabled()
         return torch.stack([values, values / 2], dim=1)
 
-    return LiveTeacher(_teacher_model(world_size), logits=logits)
+    return LiveTeacher(_teacher_model(world_size), outputs=logits)
 
 
 def check_live_teacher(rank: int, world_size: int) -> None:

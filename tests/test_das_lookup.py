@@ -157,7 +157,7 @@ def test_missing_examples_are_counted_or_refused(store: TeacherStore) -> None:
     assert (counters.asked, counters.present, counters.missing) == (5, 3, 2)
     assert counters.coverage == 0.6
     assert counters.age_seconds == AT + 1 - 1_000  # on average
-    refusing = lookup_of(store, missing="error")
+    refusing = lookup_of(store, missing="raise")
     assert given(refusing({0: AT})) == [0.5]
     with pytest.raises(LookupError, match=r"1 of 2 examples have no output of fm: ids \[7\]") as at:
         refusing({0: AT, 7: AT})
@@ -353,7 +353,7 @@ def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
         ({"tasks": ("buy",)}, r"tasks should be of .* \('label',\), .* received \('buy',\)"),
         ({"tasks": ()}, "tasks should be of"),
         ({"snapshot": {"nobody": 1}}, "snapshot should be of"),
-        ({"missing": "drop"}, "'mask' or 'error'; received 'drop'"),
+        ({"missing": "drop"}, "'mask' or 'raise'; received 'drop'"),
         ({"bad_rows": "drop"}, "'refuse' or 'quarantine'; received 'drop'"),
         ({"max_age_seconds": -1}, "None or from 0; received -1"),
         ({"max_age_seconds": math.nan}, "None or from 0; received nan"),

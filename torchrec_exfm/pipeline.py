@@ -75,20 +75,20 @@ class LiveTeacher:
     Args:
         model: ``model(batch)`` on the user's batch, on the student's device; put into
             evaluation mode.
-        logits: takes what it returns to logits (or predictions of a regression) of shape (B, T)
+        outputs: takes what it returns to logits (or predictions of a regression) of shape (B, T)
             or (B,); the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
     """
 
     def __init__(
-        self, model: nn.Module, *, logits: Callable[[Any], Tensor] = lambda output: output[1][1]
+        self, model: nn.Module, *, outputs: Callable[[Any], Tensor] = lambda output: output[1][1]
     ) -> None:
         self.model = model.eval()
-        self.logits = logits
+        self.outputs = outputs
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """The outputs for a batch that is on the device."""
         with torch.no_grad():
-            return TeacherOutputs(self.logits(self.model(batch)))
+            return TeacherOutputs(self.outputs(self.model(batch)))
 
 
 class TrainPipelineExFM(TrainPipelineSparseDist[Any, Any]):

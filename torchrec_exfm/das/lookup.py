@@ -86,7 +86,7 @@ class TeacherLookup:
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
             output of each example, of those that do not leak.
         missing: what to do if an example has no output: ``"mask"`` (absent, and counted) or
-            ``"error"``.
+            ``"raise"``.
         max_age_seconds: older outputs are masked and counted as stale; None: none is too old.
         bad_rows: what to do with rows in the store that break a rule (leaks, NaN ...):
             ``"refuse"`` (an error that names the file and the rows) or ``"quarantine"`` (left out
@@ -131,7 +131,7 @@ class TeacherLookup:
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
         tasks: Sequence[str] | None = None,
         snapshot: int | Mapping[str, int] | None = None,
-        missing: Literal["mask", "error"] = "mask",
+        missing: Literal["mask", "raise"] = "mask",
         max_age_seconds: float | None = None,
         bad_rows: BadRows = "refuse",
         max_windows: int = 2,
@@ -183,7 +183,7 @@ class TeacherLookup:
         """The outputs of a batch.
 
         Raises:
-            LookupError: for an example without an output, if ``missing="error"``.
+            LookupError: for an example without an output, if ``missing="raise"``.
             StoreError: if the store is damaged, or refused for its rows.
         """
         return self.start(batch).result()
@@ -240,7 +240,7 @@ class TeacherLookup:
         counters.batches += 1
         counters.asked += len(ids)
         absent = ~presence
-        if self._missing == "error" and absent.any():
+        if self._missing == "raise" and absent.any():
             raise LookupError(
                 f"{self.store.url}: {absent.sum()} of {len(ids)} examples have no output of "
                 f"{teacher}: ids {ids[absent][:5].tolist()}, in the windows {needed}; score them "
@@ -405,8 +405,8 @@ def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _check(missing: str, max_age_seconds: float | None, max_windows: int) -> None:
-    if missing not in ("mask", "error"):
-        raise ValueError(f"missing should be 'mask' or 'error'; received {missing!r}")
+    if missing not in ("mask", "raise"):
+        raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
     if max_age_seconds is not None and not max_age_seconds >= 0:
         raise ValueError(f"max_age_seconds should be None or from 0; received {max_age_seconds}")
     if max_windows < 1:
