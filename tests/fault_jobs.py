@@ -17,6 +17,7 @@ import pytest
 import rank_models as rm
 import torch
 import torch.distributed as dist
+from forked import Forked
 from ranks import device
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
@@ -83,6 +84,11 @@ def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> Any
     result = job(rank, world_size, folder)
     dist.destroy_process_group()
     return result
+
+
+def on_ranks(job: Job, world_size: int, folder: Path, attempt: int) -> list[Forked]:
+    """A job as all of its ranks, each a process of its own."""
+    return [Forked(run, job, rank, world_size, folder, attempt) for rank in range(world_size)]
 
 
 def scoring(rank: int, world_size: int, folder: Path) -> None:

@@ -192,18 +192,23 @@ def check_resumed_without_dmp(rank: int, world_size: int) -> None:
         pipeline = TrainPipelineExFM(model, optimizer, device(), teacher=rm.informed)
         return model, optimizer, pipeline
 
-    straight, optimizer, pipeline = new(seed=0)
+    straight, optimizer, first = new(seed=0)
+    resumed, other, second = new(seed=5)
+    assert_goes_on(first, second, batches)
+    rm.assert_same(resumed.state_dict(), straight.state_dict())
+    rm.assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def assert_goes_on(first: Any, second: Any, batches: Sequence[rm.Columns]) -> None:
+    """One pipeline trains to the end, and is saved on its way; the other goes on from there."""
     iterator = iter(batches)
     with rm.shared_folder() as folder:
         for _ in range(3):
-            pipeline.progress(iterator)
-        save_training(folder, pipeline, position={"step": 3})
-        expected = rm.drained(pipeline, iterator)
-        resumed, other, pipeline = new(seed=5)
-        load_training(folder, pipeline)
-    rm.assert_same(rm.drained(pipeline, batches[3:]), expected)
-    rm.assert_same(resumed.state_dict(), straight.state_dict())
-    rm.assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+            first.progress(iterator)
+        save_training(folder, first, position={"step": 3})
+        expected = rm.drained(first, iterator)
+        assert load_training(folder, second) == {"step": 3}
+    rm.assert_same(rm.drained(second, batches[3:]), expected)
 
 
 def check_a_resumed_teacher_equals_straight(rank: int, world_size: int) -> None:
@@ -219,16 +224,9 @@ def check_a_resumed_teacher_equals_straight(rank: int, world_size: int) -> None:
         states = [optimizer.state_dict()["state"] for optimizer in optimizers]
         return [_copied(each) for each in (trainee.model.state_dict(), *states)]
 
-    trainee, pipeline = new(seed=0)
-    iterator = iter(batches)
-    with rm.shared_folder() as folder:
-        for _ in range(3):
-            pipeline.progress(iterator)
-        save_training(folder, pipeline, position={"step": 3})
-        expected = rm.drained(pipeline, iterator)
-        resumed, pipeline = new(seed=5)
-        assert load_training(folder, pipeline) == {"step": 3}
-    rm.assert_same(rm.drained(pipeline, batches[3:]), expected)
+    trainee, first = new(seed=0)
+    resumed, second = new(seed=5)
+    assert_goes_on(first, second, batches)
     rm.assert_same(everything(resumed), everything(trainee))
 
 

@@ -79,10 +79,7 @@ class Attempts:
 
     def _start(self, world_size: int) -> list[Forked]:
         self._started += 1
-        return [
-            Forked(jobs.run, self.job, rank, world_size, self.folder, self._started)
-            for rank in range(world_size)
-        ]
+        return jobs.on_ranks(self.job, world_size, self.folder, self._started)
 
 
 def assert_part_of(rows: Rows, expected: Rows) -> None:

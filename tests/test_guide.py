@@ -1,4 +1,4 @@
-"""What the documents show runs: every block of Python in docs/, page by page, in order."""
+"""What README and docs/ show runs: every block of Python, page by page, in order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-DOCS = Path(__file__).parents[1] / "docs"
+README = Path(__file__).parents[1] / "README.md"
+DOCS = README.with_name("docs")
 FENCE = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "```python" in path.read_text()]
+FOUND = [path for path in (README, *sorted(DOCS.rglob("*.md"))) if path.is_file()]
+PAGES = [path for path in FOUND if "```python" in path.read_text()]
 
 
-def test_the_guide_and_the_formats_show_code() -> None:
+def test_readme_guide_and_formats_show_code() -> None:
+    assert README in PAGES or not README.is_file()
     assert not DOCS.is_dir() or {"guide.md", "formats.md"} <= {path.name for path in PAGES}
 
 

@@ -6,16 +6,12 @@ import doctest
 import importlib
 import json
 import pkgutil
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 import torchrec_exfm
 from torchrec_exfm import das
@@ -196,25 +192,3 @@ def test_docstring_examples_run(example: doctest.DocTest) -> None:
 )
 def test_what_can_be_shown_in_a_line_has_an_example(name: str) -> None:
     assert f"torchrec_exfm.{name}" in {example.name for example in examples()}
-
-
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.skipif(not README.is_file(), reason="README.md is not there")
-def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    text = README.read_text()
-    blocks = python_blocks(text)
-    assert blocks and len(blocks) == text.count("```python")
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    try:
-        for block in blocks:
-            line = text[: text.index(block)].count("\n")
-            exec(compile("\n" * line + block, str(README), "exec"), namespace)
-        assert not dist.is_initialized()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

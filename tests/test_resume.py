@@ -60,10 +60,7 @@ class Attempts:
 
     def _start(self, world_size: int, job: fault_jobs.Job) -> list[Forked]:
         self._started += 1
-        return [
-            Forked(fault_jobs.run, job, rank, world_size, self.folder, self._started)
-            for rank in range(world_size)
-        ]
+        return fault_jobs.on_ranks(job, world_size, self.folder, self._started)
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:

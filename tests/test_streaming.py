@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import stream_jobs as jobs
 import torch
-from forked import Forked
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -54,10 +53,7 @@ class Role:
 
     def start(self) -> None:
         attempt = next(self.attempts)
-        self.processes = [
-            Forked(fault_jobs.run, self.job, rank, self.world_size, self.folder, attempt)
-            for rank in range(self.world_size)
-        ]
+        self.processes = fault_jobs.on_ranks(self.job, self.world_size, self.folder, attempt)
 
     def kill(self) -> bool:
         """Kill all ranks in any order; False if it had ended."""
@@ -334,7 +330,7 @@ def test_two_ranks_stop_waiting_together(tmp_path: Path) -> None:
     """Whatever the clock of one of them says; and are told the same."""
     folder = tmp_path / "waiting"
     jobs.make_store(folder)
-    processes = [Forked(fault_jobs.run, jobs.waiting, rank, 2, folder, 0) for rank in range(2)]
+    processes = fault_jobs.on_ranks(jobs.waiting, 2, folder, 0)
     first, second = (process.result() for process in processes)
     assert "fm should have" in first and "its watermark is 1970-01-01T00:16:40Z" in first
     assert second == first

@@ -407,8 +407,10 @@ def _warn_of_probabilities(outputs: TeacherOutputs, head: AuxiliaryHead) -> None
     """Of the first batch alone, as it waits for the device."""
     for t, (task, regression) in enumerate(zip(head.tasks, head.regressions, strict=True)):
         values = outputs.values[:, :, t][outputs.presence[:, :, t]]
-        inside = bool(((values >= 0) & (values <= 1)).all())
-        if not regression and len(values) >= _TELLING and inside and values.min() < values.max():
+        if regression or len(values) < _TELLING:
+            continue
+        low, high = values.min(), values.max()
+        if 0 <= low < high <= 1:
             warnings.warn(
                 f"the teachers' outputs for the binary task {task!r} should be logits; all of the "
                 f"first {len(values)} lie in [0, 1]: if they are probabilities, take "

@@ -29,7 +29,7 @@ from torchrec_exfm.checkpoint import (
     save_checkpoint,
 )
 from torchrec_exfm.metrics import ExFMMetrics
-from torchrec_exfm.wrapper import ExFMWrapper
+from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 
 __all__ = ["load_training", "save_training"]
 
@@ -210,8 +210,8 @@ def _modules(pipeline: Pipeline) -> dict[str, Any]:
 def _trained(pipeline: Pipeline) -> nn.Module:
     """The wrapper of a student, or a model that has none."""
     model: nn.Module = pipeline._model
-    wrappers = (module for module in model.modules() if isinstance(module, ExFMWrapper))
-    return next(wrappers, model)
+    wrapper = wrapper_in(model)
+    return model if wrapper is None else wrapper
 
 
 def _values(
@@ -221,7 +221,7 @@ def _values(
     states: dict[str, Any],
 ) -> dict[str, Any]:
     """What is no tensor, of all ranks."""
-    numbers = {name: record for each in optimizers for name, record in each.numbers().items()}
+    numbers = _numbers(optimizers)
     gathered = of_each_rank((position, numbers))
     for index, (other, of_rank) in enumerate(gathered):
         numbers |= of_rank
@@ -238,6 +238,11 @@ def _values(
         "states": states,
         "numbers": numbers,
     }
+
+
+def _numbers(optimizers: list[NamedOptimizer]) -> dict[str, dict[str, Any]]:
+    """Of every parameter of this rank."""
+    return {name: record for each in optimizers for name, record in each.numbers().items()}
 
 
 def _names(pipeline: Pipeline) -> dict[str, list[str]]:
@@ -308,7 +313,7 @@ def _check(
                 f"{folder} should be of a run with the {what} {names}; received one with "
                 f"{values['names'][what]}"
             )
-    numbers = {name: record for each in optimizers for name, record in each.numbers().items()}
+    numbers = _numbers(optimizers)
     here = set().union(*of_each_rank([*state, *numbers]))
     there = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     there |= values["numbers"].keys()

@@ -128,13 +128,18 @@ def find_wrapper(model: nn.Module) -> ExFMWrapper:
     Raises:
         ValueError: if there is none.
     """
-    for module in model.modules():
-        if isinstance(module, ExFMWrapper):
-            return module
-    raise ValueError(
-        f"the model should hold an ExFMWrapper; received {type(model).__name__} without one: wrap "
-        "the training module before DistributedModelParallel"
-    )
+    wrapper = wrapper_in(model)
+    if wrapper is None:
+        raise ValueError(
+            f"the model should hold an ExFMWrapper; received {type(model).__name__} without one: "
+            "wrap the training module before DistributedModelParallel"
+        )
+    return wrapper
+
+
+def wrapper_in(model: nn.Module) -> ExFMWrapper | None:
+    """As :func:`find_wrapper`; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, ExFMWrapper)), None)
 
 
 class _Tap:

@@ -10,7 +10,7 @@ and docstrings; its release 0.7 knows no other spelling of a type than ``Optiona
 """
 
 import re
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torchx import specs
 
@@ -50,10 +50,10 @@ def score(
         max_retries: how often the scheduler starts a failed job again; local_cwd never does
         rdzv_port: port on the first node where several nodes meet; a single one takes a free port
     """
-    role = _role(
-        "score",
+    return _app(
+        name,
         script,
-        args,
+        {"score": args},
         j=j,
         image=image,
         resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
@@ -62,7 +62,6 @@ def score(
         max_retries=max_retries,
         rdzv_port=rdzv_port,
     )
-    return specs.AppDef(name=name, roles=[role])
 
 
 def train(
@@ -107,22 +106,18 @@ def train(
     if students:
         _check_one_node(j)
         by_role = _of_students(students, args)
-    roles = [
-        _role(
-            role,
-            script,
-            role_args,
-            j=j,
-            image=image,
-            resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
-            env=env,
-            mounts=mounts,
-            max_retries=max_retries,
-            rdzv_port=rdzv_port,
-        )
-        for role, role_args in by_role.items()
-    ]
-    return specs.AppDef(name=name, roles=roles)
+    return _app(
+        name,
+        script,
+        by_role,
+        j=j,
+        image=image,
+        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        env=env,
+        mounts=mounts,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+    )
 
 
 def stream(
@@ -170,21 +165,17 @@ def stream(
     if scorer:
         by_role["scorer"] = ("--role", "scorer", *args)
     by_role.update(_of_students(students, args, "--role", "student"))
-    roles = [
-        _role(
-            role,
-            script,
-            role_args,
-            j=j,
-            image=image,
-            resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
-            env=env,
-            mounts=mounts,
-            max_retries=max_retries,
-        )
-        for role, role_args in by_role.items()
-    ]
-    return specs.AppDef(name=name, roles=roles)
+    return _app(
+        name,
+        script,
+        by_role,
+        j=j,
+        image=image,
+        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        env=env,
+        mounts=mounts,
+        max_retries=max_retries,
+    )
 
 
 def _check_one_node(j: str) -> None:
@@ -207,6 +198,14 @@ def _of_students(
             f"{', '.join(students) or 'none'}. Write --students A,B"
         )
     return by_role
+
+
+def _app(
+    name: str, script: str, by_role: Dict[str, Tuple[str, ...]], **options: Any
+) -> specs.AppDef:
+    """Roles that run the same script, each with arguments of its own."""
+    roles = [_role(role, script, args, **options) for role, args in by_role.items()]
+    return specs.AppDef(name=name, roles=roles)
 
 
 def _role(

@@ -19,6 +19,8 @@ import torch
 from main import set_up
 from matplotlib import pyplot as plt
 
+from torchrec_exfm.das import Window, train_windows
+
 Array = npt.NDArray[Any]
 
 
@@ -51,14 +53,13 @@ def train(pipeline: Any, feed: Iterator[tuple[slice, Any]], shape: tuple[int, ..
             loaded.append(rows)
             yield batch
 
-    batches_left = batches()
-    while True:
-        try:
-            _, outputs, _ = pipeline.progress(batches_left)
-        except StopIteration:
-            pipeline.detach()
-            return logits
-        logits[loaded.popleft()] = outputs.detach().cpu().numpy()
+    def step(output: Any) -> None:
+        logits[loaded.popleft()] = output[1].detach().cpu().numpy()
+
+    for _ in train_windows(pipeline, [Window(0, 1, batches())], step=step):
+        pass  # one window, however long
+    pipeline.detach()
+    return logits
 
 
 def normalized_entropy(logits: Array, labels: Array) -> float:

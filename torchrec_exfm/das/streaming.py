@@ -228,8 +228,9 @@ def score_windows(
         if window.end_seconds <= before_seconds:
             continue
         before = begins[0]
-        if not _wait(store, teacher, before, timeout_seconds):
-            raise TimeoutError(_late(store, teacher, before, timeout_seconds))
+        late = _wait(store, teacher, before, timeout_seconds)
+        if late is not None:
+            raise TimeoutError(late)
         snapshot = _newest(store, teacher, before)
         if snapshot is not None:
             if snapshot != loaded:
@@ -272,10 +273,10 @@ def wait_for_outputs(
     store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
     for window in windows:
         for writer in writers:
-            if not _wait(store, writer, window.end_seconds, timeout_seconds):
-                late = _late(store, writer, window.end_seconds, timeout_seconds)
-                if on_late == "raise":
-                    raise TimeoutError(late)
+            late = _wait(store, writer, window.end_seconds, timeout_seconds)
+            if late is not None and on_late == "raise":
+                raise TimeoutError(late)
+            if late is not None:
                 warnings.warn(f"{late}; training goes on", TeacherMissingWarning, stacklevel=2)
         lookup.refresh()
         yield window
@@ -348,20 +349,17 @@ def _watermark(store: TeacherStore, writer: str) -> int:
     return on_rank_0(look)
 
 
-def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> bool:
-    """Whether a watermark was there in time, the same on every rank."""
+def _wait(
+    store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float
+) -> str | None:
+    """Until a watermark is there; else what is late, in words, the same on every rank."""
     deadline = time.monotonic() + timeout_seconds
-    while _watermark(store, writer) < before_seconds:
+    while (there := _watermark(store, writer)) < before_seconds:
         if on_rank_0(lambda: time.monotonic() > deadline):
-            return False
+            return (
+                f"{store.url}: {writer} should have its outputs of events before "
+                f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark is "
+                f"{utc(there) if there else 'not there'}: is its job running?"
+            )
         time.sleep(_POLL_SECONDS)
-    return True
-
-
-def _late(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> str:
-    there = on_rank_0(lambda: store.watermark(writer))  # the others have not looked
-    return (
-        f"{store.url}: {writer} should have its outputs of events before {utc(before_seconds)} in "
-        f"the store; after {timeout_seconds:g} s its watermark is "
-        f"{'not there' if there is None else utc(there)}: is its job running?"
-    )
+    return None
