@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import resource
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from forked import Forked
 from ranks import device
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from torchrec_exfm.das import (
     published,
     score,
 )
+from torchrec_exfm.das.arrays import Floats, Ints
 
 START = 1_000_000  # the first event time
 ROWS = 4_320  # examples, one each second
@@ -68,6 +70,45 @@ class Data:
             example_ids=self.ids[positions],
             event_seconds=self.seconds[positions],
         )
+
+
+class Exact:
+    """What a teacher says of each example by its position, in float64, each by itself.
+
+    Float32 sums products in an order that depends on the processor, on where the operands lie in
+    memory and on the row of the batch that an example is in. No order is off by more than
+    ``ROUNDINGS`` times 2^-24 of the same sum of absolute values: fewer roundings lie on any way
+    through the network.
+    """
+
+    ROUNDINGS = 64
+
+    def __init__(self, teacher: nn.Module, data: Data) -> None:
+        absolute = copy.deepcopy(teacher)
+        with torch.no_grad():
+            for parameter in absolute.parameters():
+                parameter.abs_()
+        self.ids = data.ids.numpy()
+        self.outputs, sums = (self._outputs(one, data) for one in (teacher, absolute))
+        self.float32_error = self.ROUNDINGS * 2.0**-24 * sums
+
+    def _outputs(self, teacher: nn.Module, data: Data) -> Floats:
+        batch = data.batch(torch.arange(ROWS))
+        dense = batch.dense_features.double()
+        if all((parameter >= 0).all() for parameter in teacher.parameters()):
+            dense = dense.abs()
+        with torch.no_grad():
+            outputs = copy.deepcopy(teacher).double().model(dense, batch.sparse_features)
+        return outputs.numpy()
+
+    def check(self, example_id: Ints, stored: Floats) -> None:
+        """Each stored value is the float64 one, rounded to float32 and then to bfloat16."""
+        order = np.argsort(self.ids)
+        at = order[np.searchsorted(self.ids, example_id, sorter=order)]
+        exact, error = self.outputs[at], self.float32_error[at]
+        half_a_step = 2.0**-8 * (np.abs(exact) + error)
+        wrong = np.abs(stored - exact) > error + half_a_step
+        assert not wrong.any(), (stored[wrong][:5], exact[wrong][:5])
 
 
 def make_store(folder: Path) -> TeacherStore:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import fault_jobs as fj
+import numpy as np
 import pytest
 import rank_models as rm
 import torch
@@ -31,6 +32,8 @@ from torchrec_exfm.das import (
     TeacherLookup,
     TeacherStore,
     Window,
+    load_snapshot,
+    published,
     score_windows,
     streaming,
     train_teacher,
@@ -148,6 +151,24 @@ def batches(data: Data, rows: Tensor, rank: int, world_size: int) -> Iterator[rm
 def make_store(folder: Path) -> TeacherStore:
     folder.mkdir()
     return fj.make_store(folder)
+
+
+def assert_same_rows(folder: Path, expected: Path) -> None:
+    """The same rows; what was scored is what its snapshot says, to rounding."""
+    rows, others = rows_of(folder), rows_of(expected)
+    assert rows.keys() == others.keys()
+    data, store, exact = Data(), TeacherStore(folder / "store"), dict[int, fj.Exact]()
+    for snapshot in published(store, "fm"):
+        model = rm.two_task_student()
+        load_snapshot(store, snapshot, model)
+        exact[snapshot.version] = fj.Exact(model, data)
+    for id_, (version, logged, outputs) in rows.items():
+        assert (version, logged) == others[id_][:2]
+        if logged:
+            assert outputs == others[id_][2]
+        else:
+            for scored in (outputs, others[id_][2]):
+                exact[version].check(np.array([id_]), np.array([scored]))
 
 
 def rows_of(folder: Path) -> dict[int, tuple[int, bool, list[float]]]:

@@ -21,6 +21,7 @@ from forked import Forked
 
 from torchrec_exfm.das import StoreError, TeacherStore
 from torchrec_exfm.das.rules import Rows
+from torchrec_exfm.das.schema import StoreFormat
 
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 KILLS_A_ROUND = 10
@@ -82,10 +83,22 @@ class Attempts:
         return jobs.on_ranks(self.job, world_size, self.folder, self._started)
 
 
-def assert_part_of(rows: Rows, expected: Rows) -> None:
-    """To the bit."""
+def assert_part_of(job: jobs.Job, rows: Rows, expected: Rows) -> None:
+    """Equal to the bit, but for what was scored in other batches.
+
+    A training that goes on sees the batches that it would have seen. A scoring job makes batches of
+    what is not there yet, and a matrix product's last bits depend on the rows beside: there each
+    value, also of the job that nobody killed, is held against float64.
+    """
+    columns = ["example_id", "event_time", "snapshot", "trained_through", "logged"]
+    if job is jobs.scoring:
+        exact = jobs.Exact(jobs.rm.two_task_student(), jobs.Data())
+        for some in (rows, expected):
+            exact.check(some.example_id, some.outputs)
+    else:
+        columns.append("outputs")
     at = np.searchsorted(expected.example_id, rows.example_id)
-    for name in ("example_id", "outputs", "event_time", "snapshot", "trained_through", "logged"):
+    for name in columns:
         one, other = getattr(rows, name), getattr(expected, name)[at]
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), name)
 
@@ -109,11 +122,11 @@ def spread(
         for number in range(of_round):
             moment = commits * (number + random.random()) / of_round
             attempts.kill_at(moment, 2 * random.random() * seconds / commits)
-            assert_part_of(attempts.rows(), expected)
+            assert_part_of(job, attempts.rows(), expected)
         attempts.finish(last or world_size)
         rows, end = attempts.rows(), attempts.commits()
         assert len(rows) == len(expected)
-        assert_part_of(rows, expected)
+        assert_part_of(job, rows, expected)
         landed += attempts.kills
     attempts.finish(world_size)  # once more: there is nothing left to do
     assert attempts.commits() == end
@@ -121,6 +134,18 @@ def spread(
     print(
         f"\n{job.__name__} on {world_size}: {seconds:.1f} s, killed with {shown} of the rows there"
     )
+
+
+def test_a_value_two_steps_of_bfloat16_off_is_told() -> None:
+    """So that the bound of the next test is none that anything passes."""
+    exact = jobs.Exact(jobs.rm.two_task_student(), jobs.Data())
+    stored = StoreFormat().round(exact.outputs.astype(np.float32))
+    exact.check(exact.ids, stored)
+    assert exact.float32_error.max() < 2.0**-12  # far below a step of bfloat16
+    off = stored.copy()
+    off[7, 1] *= 1 + 2.0**-6
+    with pytest.raises(AssertionError):
+        exact.check(exact.ids, off)
 
 
 def test_a_scoring_job_killed_at_any_moment(tmp_path: Path) -> None:
