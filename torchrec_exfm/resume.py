@@ -100,11 +100,12 @@ def load_training(
     """Take up the newest complete checkpoint of :func:`save_training`, in place.
 
     Every rank must call it, with a pipeline that is set up as it was and has made no step. Training
-    then goes on to the bit on the CPU, with as many ranks as before; with more or fewer it goes on
-    up to rounding, the metrics start anew, and random numbers are this run's own. Give the loader
-    the batches from the position on. What you have written around the pipeline, such as the object
-    of a schedule, is yours to take up; the rates that it had set are there. (Of tables in columns
-    TorchRec keeps the state of row-wise optimizers once a shard: those have to stay as many.)
+    then goes on, on the CPU to the bit where there are as many ranks, and the batches have the
+    shapes and the alignment in memory that they had. With more or fewer ranks the metrics start
+    anew, and random numbers are this run's own. Give the loader the batches from the position on.
+    What you have written around the pipeline, such as the object of a schedule, is yours to take
+    up; the rates that it had set are there. (Of tables in columns TorchRec keeps the state of
+    row-wise optimizers once a shard: those have to stay as many.)
 
     To begin a run from a plain checkpoint of the bare student, load that into
     :func:`~torchrec_exfm.student_state_dict` instead, which also gives such a checkpoint.
