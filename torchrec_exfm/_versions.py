@@ -3,7 +3,7 @@
 FBGEMM 1.n is compiled against torch 2.(n+5), but its wheels tell pip nothing of it; fbgemm-gpu and
 fbgemm-gpu-cpu unpack into the same folder; and torchrec asks for any fbgemm-gpu at all. A set that
 does not fit shows only at import, as an undefined symbol from deep inside. Nothing here imports
-torch, so the answer comes first.
+torch, so the answer comes first. A TorchRec that was not tried may well work: that is a warning.
 
 As a script, ``python -I torchrec_exfm/_versions.py`` prints what is wrong and exits with 1.
 """
@@ -12,29 +12,21 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib import metadata, util
 
 UNKNOWN = "unknown"
-"""The version of what can be imported but is no known release, such as a nightly: never refused."""
+"""The version of what can be imported but has no metadata, as a nightly by another name."""
 
 GONE = "gone"
 """The version of what has metadata but no files, as FBGEMM after its twin was uninstalled."""
 
-_MODULES = {
-    "torch": "torch",
-    "fbgemm-gpu": "fbgemm_gpu",
-    "fbgemm-gpu-cpu": "fbgemm_gpu",
-    "torchrec": "torchrec",
-    "tensordict": "tensordict",
-    "torchmetrics": "torchmetrics",
-    "tqdm": "tqdm",
-    "pyre-extensions": "pyre_extensions",
-    "iopath": "iopath",
-}
 _TWINS = ("fbgemm-gpu", "fbgemm-gpu-cpu")
-_TORCHREC_MINORS = range(6, 10)
 _TORCHREC_NEEDS = ("tensordict", "torchmetrics", "tqdm", "pyre-extensions")
+_NAMES = ("torch", *_TWINS, "torchrec", *_TORCHREC_NEEDS, "iopath")
+_TRIED = ((1, 6), (1, 7), (1, 8), (1, 9))
+_TRIED_RANGE = f"torchrec 1.{_TRIED[0][1]} to 1.{_TRIED[-1][1]}"
 _LAST_TORCHREC_THAT_NEEDS_IOPATH = 7
 _PINS = {"torchmetrics": "torchmetrics==1.0.3"}
 _TESTED_MINOR = 8
@@ -42,27 +34,36 @@ _NEWEST_FBGEMM_MINOR = 9
 
 
 def check() -> None:
-    """Refuse a set of torch, FBGEMM and TorchRec that is known not to work.
+    """Refuse a set of torch, FBGEMM and TorchRec that can't load, and warn of an untried TorchRec.
 
     Raises:
         ImportError: one sentence: what was found, what goes together, what to install.
+
+    Warns:
+        ExFMWarning: one sentence: which versions of TorchRec were tried, and what was found.
     """
-    wrong = explain(installed())
+    versions = installed()
+    wrong, untried = explain(versions), doubt(versions)
     if wrong is not None:
         raise ImportError(wrong)
+    if untried is not None:
+        from torchrec_exfm._warnings import ExFMWarning  # here, as the script can't find it
+
+        warnings.warn(untried, ExFMWarning, stacklevel=3)  # told of the line with the import
 
 
 def installed() -> dict[str, str]:
     """Return the versions by distribution name; what is not installed is absent."""
+    modules = {name: name.removesuffix("-cpu").replace("-", "_") for name in _NAMES}
     versions: dict[str, str] = {}
-    for name, module in _MODULES.items():
+    for name, module in modules.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
         versions[name] = version if _is_importable(module) else GONE
-    seen = {_MODULES[name] for name in versions}
-    for name, module in _MODULES.items():
+    seen = {modules[name] for name in versions}
+    for name, module in modules.items():
         if module not in seen and _is_importable(module):
             seen.add(module)
             versions[name] = UNKNOWN
@@ -74,12 +75,20 @@ def explain(versions: Mapping[str, str]) -> str | None:
 
     Only what is known to be wrong is refused: nightlies, source builds and pairs of releases newer
     than this file pass, unless FBGEMM was built for another torch.
-
-    Args:
-        versions: versions by distribution name, as `installed` returns them.
     """
     wrong = _about_torch(versions) or _about_fbgemm(versions) or _about_torchrec(versions)
     return None if wrong is None else f"torchrec_exfm {wrong}."
+
+
+def doubt(versions: Mapping[str, str]) -> str | None:
+    """Return one sentence on a TorchRec that was not tried, None for one that was."""
+    torchrec = versions.get("torchrec", GONE)
+    if torchrec == GONE or _release(torchrec) in _TRIED:
+        return None
+    return (
+        f"torchrec_exfm was tried with {_TRIED_RANGE}, and goes on with version {torchrec}: "
+        "if that fails, install one of these with `pip install --no-deps`."
+    )
 
 
 def _about_torch(versions: Mapping[str, str]) -> str | None:
@@ -136,21 +145,16 @@ def _about_cuda(torch: str, name: str, fbgemm: str) -> str | None:
 
 def _about_torchrec(versions: Mapping[str, str]) -> str | None:
     torchrec = versions.get("torchrec", GONE)
-    major, minor = _release(torchrec)
-    fbgemm_minor = max(_release(versions.get(name, GONE)) for name in _TWINS)[1]
-    works_with = f"torchrec 1.{_TORCHREC_MINORS[0]} to 1.{_TORCHREC_MINORS[-1]}"
     if torchrec == GONE:
+        fbgemm_minor = max(_release(versions.get(name, GONE)) for name in _TWINS)[1]
         return (
-            f"needs {works_with}, and found none: run {_pip_torchrec(fbgemm_minor)}, "
+            f"needs {_TRIED_RANGE}, and found none: run {_pip_torchrec(fbgemm_minor)}, "
             "as without --no-deps pip may bring another FBGEMM"
         )
-    if torchrec == UNKNOWN or _is_date(torchrec):
+    if _release(torchrec) not in _TRIED:  # so what it needs is not known
         return None
-    if major != 1 or minor not in _TORCHREC_MINORS:
-        return f"works with {works_with}, and found {torchrec}: run {_pip_torchrec(fbgemm_minor)}"
-    needs = list(_TORCHREC_NEEDS)
-    if minor <= _LAST_TORCHREC_THAT_NEEDS_IOPATH:
-        needs.append("iopath")
+    needs_iopath = _release(torchrec)[1] <= _LAST_TORCHREC_THAT_NEEDS_IOPATH
+    needs = (*_TORCHREC_NEEDS, "iopath") if needs_iopath else _TORCHREC_NEEDS
     missing = [name for name in needs if versions.get(name, GONE) == GONE]
     if missing:
         command = _pip(*(_PINS.get(name, name) for name in missing))
@@ -169,10 +173,6 @@ def _release(version: str) -> tuple[int, int]:
     """Return (major, minor), or (-1, -1) where the version does not begin with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
-
-
-def _is_date(version: str) -> bool:
-    return _release(version)[0] >= 2000
 
 
 def _local(version: str) -> str:
@@ -209,7 +209,7 @@ def _replace_fbgemm(names: list[str], torch: str) -> str:
 
 
 def _pip_torchrec(fbgemm_minor: int) -> str:
-    minor = fbgemm_minor if fbgemm_minor in _TORCHREC_MINORS else _TESTED_MINOR
+    minor = fbgemm_minor if (1, fbgemm_minor) in _TRIED else _TESTED_MINOR
     return _pip("--no-deps", f"torchrec==1.{minor}.*")
 
 

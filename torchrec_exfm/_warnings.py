@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ExFMWarning(RuntimeWarning):
-    """Any warning of this package.
+    """Any warning of this package: one of the kinds below, or that a TorchRec was not tried.
 
     Example:
         >>> import warnings
