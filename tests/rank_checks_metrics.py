@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -50,11 +51,11 @@ def _part(whole: Tensor, rank: int, world_size: int) -> Tensor:
 
 
 def _fed(
-    metrics: ExFMMetrics, outputs: list[tuple[Tensor, Tensor]], rank: int, world_size: int
+    metrics: ExFMMetrics, outputs: Sequence[tuple[Tensor, ...]], rank: int, world_size: int
 ) -> ExFMMetrics:
     parts = rm.parts(rank, world_size, steps=len(outputs))
-    for (logits, labels), batch in zip(outputs, parts, strict=True):
-        shares = (_part(whole, rank, world_size) for whole in (logits, labels))
+    for of_step, batch in zip(outputs, parts, strict=True):
+        shares = (_part(whole, rank, world_size) for whole in of_step)
         metrics.update((torch.zeros(()), *shares), rm.logged(batch).to(device()))
     return metrics
 
@@ -68,32 +69,56 @@ def check_metrics(rank: int, world_size: int) -> None:
 
 
 def expected_metrics(
-    outputs: list[tuple[Tensor, Tensor]], data: list[rm.Columns]
+    outputs: Sequence[tuple[Tensor, ...]], data: list[rm.Columns]
 ) -> dict[str, float]:
-    """In float64, from the logits, labels and batches of all ranks at each step."""
-    logits, labels = (torch.cat(parts).double().numpy() for parts in zip(*outputs, strict=True))
-    p, y = 1 / (1 + np.exp(-logits[:, 0])), labels[:, 0]
+    """In float64, from the logits, labels, weights and batches of all ranks at each step."""
+    logits, labels, *weights = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    weight = weights[0] if weights else torch.ones_like(labels)
+    click, stay = (values.numpy() for values in _by_task(logits, labels, weight))
+    return {**binary_figures(*click), "mse/stay": mean_squared_error(*stay), **_reach(data)}
+
+
+def _by_task(*columns: Tensor) -> Tensor:
+    """(T, 3, B) logits, labels and weights in float64."""
+    return torch.stack([column.double() for column in columns]).movedim(-1, 0)
+
+
+def binary_figures(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, float]:
+    """NE, AUC and calibration of logits, labels (NaN: none) and weights."""
+    z, y, w = (values[~np.isnan(y)] for values in (z, y, w))
+    p = 1 / (1 + np.exp(-z))
+    undefined = {"ne/click": np.nan, "auc/click": np.nan, "calibration/click": np.nan}
+    if not (w * y).any():
+        return undefined
+    calibration = (w * p).sum() / (w * y).sum()
+    if not (w * (1 - y)).any():
+        return {**undefined, "calibration/click": calibration}
+    rate = (w * y).sum() / w.sum()
+    of_rate = -(w * (y * np.log(rate) + (1 - y) * np.log(1 - rate))).sum()
     return {
-        "ne/click": _log_loss(p, y) / _log_loss(np.full_like(y, y.mean()), y),
-        "auc/click": _auc(p, y),
-        "calibration/click": p.sum() / y.sum(),
-        "mse/stay": np.square(logits[:, 1] - labels[:, 1]).mean(),
-        **_reach(data),
+        "ne/click": (w * (np.logaddexp(0, z) - y * z)).sum() / of_rate,
+        "auc/click": area_by_pairs(z, y, w),
+        "calibration/click": calibration,
     }
 
 
-def _log_loss(p: np.ndarray, y: np.ndarray) -> float:
-    return float(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean())
+def area_by_pairs(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+    """The weight of the pairs of a positive and a negative that are in order, and half the ties."""
+    weight = np.outer(w * y, w * (1 - y))
+    above = z[:, None] - z[None, :]
+    return float((weight * ((above > 0) + 0.5 * (above == 0))).sum() / weight.sum())
 
 
-def _auc(p: np.ndarray, y: np.ndarray) -> float:
-    """The share of pairs of a positive and a negative that are in order."""
-    above = p[y == 1][:, None] - p[y == 0][None, :]
-    return float(((above > 0) + 0.5 * (above == 0)).mean())
+def mean_squared_error(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+    counted = ~np.isnan(y) & (w > 0)
+    z, y, w = z[counted], y[counted], w[counted]
+    return float((w * np.square(z - y)).sum() / w.sum()) if len(w) else np.nan
 
 
 def _reach(data: list[rm.Columns]) -> dict[str, float]:
     """Coverage, and the mean age of the examples with an output."""
+    if not data:
+        return {}
     presence = torch.cat([batch.presence for batch in data]).numpy()
     ages = torch.cat([batch.age_seconds for batch in data]).double().numpy()
     expected = {}
@@ -104,13 +129,75 @@ def _reach(data: list[rm.Columns]) -> dict[str, float]:
     return expected
 
 
+MISSING = ("first", "second", "both", "batch", "rank", "everything")  # labels of tasks, and others
+
+
+def check_missing_labels(rank: int, world_size: int, which: str) -> None:
+    """Labels that are NaN are left out of their task, whichever they are; not of the coverage."""
+    outputs, half = _outputs(), rm.GLOBAL_SIZE // 2
+    for step, (_, labels) in enumerate(outputs):
+        some = torch.rand(len(labels), generator=torch.Generator().manual_seed(step)) < 0.3
+        if which in ("first", "both"):
+            labels[some, 0] = torch.nan
+        if which in ("second", "both"):
+            labels[some.flip(0), 1] = torch.nan
+        if which == "everything" or (which == "batch" and step == 0):
+            labels.fill_(torch.nan)
+        if which == "rank":
+            labels[half:] = torch.nan  # all that the second of two ranks sees
+    metrics = _fed(_metrics(world_size), outputs, rank, world_size)
+    expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
+    assert np.isnan(expected["ne/click"]) == (which == "everything")
+    assert metrics.compute() == pytest.approx(expected, rel=1e-6, abs=0, nan_ok=True)
+    more = [(logits, labels.nan_to_num(0.0).round()) for logits, labels in _outputs()]
+    found = _fed(metrics, more, rank, world_size).compute()
+    expected = expected_metrics([*outputs, *more], 2 * rm.global_data(steps=STEPS))
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def check_weights(rank: int, world_size: int) -> None:
+    """Of fractions, on top of missing labels, with ties between and within the ranks."""
+    generator = torch.Generator().manual_seed(8)
+    outputs = []
+    for logits, labels in _outputs():
+        labels[torch.rand(labels.shape, generator=generator) < 0.2] = torch.nan
+        weights = torch.randint(4, labels.shape, generator=generator) * 0.7
+        outputs.append(((2 * logits).round() / 2, labels, weights))
+    expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
+    unweighted = expected_metrics([pair[:2] for pair in outputs], rm.global_data(steps=STEPS))
+    assert abs(expected["auc/click"] - unweighted["auc/click"]) > 1e-3
+    found = _fed(_metrics(world_size), outputs, rank, world_size).compute()
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def check_undefined_metrics(rank: int, world_size: int) -> None:
+    """NaN until there are positives and negatives on any rank, and MSE until there is a label."""
+    metrics = _metrics(world_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchmetrics' of no update
+        names = {name for name, value in metrics.compute().items() if np.isnan(value)}
+    assert names == {"ne/click", "auc/click", "calibration/click", "mse/stay"}
+
+    def found(click: float, stay: float) -> set[str]:
+        """What is NaN after a step in which the last rank alone has labels."""
+        labels = torch.tensor([[click, stay]] if rank == world_size - 1 else [[torch.nan] * 2])
+        metrics.update((torch.zeros(()), torch.ones(1, 2).to(device()), labels.to(device())))
+        return {name for name, value in metrics.compute().items() if np.isnan(value)}
+
+    assert found(torch.nan, torch.nan) == names
+    assert found(0.0, torch.nan) == names
+    assert found(torch.nan, 5.0) == names - {"mse/stay"}
+    assert found(1.0, 5.0) == set()
+
+
 def check_window_of_auc(rank: int, world_size: int) -> None:
     """The AUC is of the last examples, the others are of all."""
     outputs = _outputs()
     window = 2 * rm.GLOBAL_SIZE
     found = _fed(_metrics(world_size, window_size=window), outputs, rank, world_size).compute()
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*outputs[-2:], strict=True))
-    assert found["auc/click"] == pytest.approx(_auc(logits[:, 0], labels[:, 0]), rel=1e-6)
+    area = area_by_pairs(logits[:, 0], labels[:, 0], np.ones(window))
+    assert found["auc/click"] == pytest.approx(area, rel=1e-6)
     everything = _fed(_metrics(world_size), outputs, rank, world_size).compute()
     assert found.keys() == everything.keys()
     assert found.pop("auc/click") != everything.pop("auc/click")
@@ -122,9 +209,8 @@ def check_metrics_of_one_task(rank: int, world_size: int) -> None:
     metrics = ExFMMetrics(batch_size=8, device=device())
     logits, labels = torch.tensor([2.0, -1.0]), torch.tensor([1, 0])
     metrics.update((torch.zeros(()), logits.to(device()), labels.to(device())))
-    p, y = 1 / (1 + np.exp(-np.array([2.0, -1.0]))), np.array([1.0, 0.0])
-    ne = _log_loss(p, y) / np.log(2)
-    expected = {"ne/label": ne, "auc/label": 1.0, "calibration/label": p.sum()}
+    expected = binary_figures(np.array([2.0, -1.0]), np.array([1.0, 0.0]), np.ones(2))
+    expected = {name.replace("click", "label"): value for name, value in expected.items()}
     assert metrics.compute() == pytest.approx(expected, rel=1e-6)
 
 
@@ -152,10 +238,7 @@ def check_uneven_batches(rank: int, world_size: int) -> None:
         shares = (_part(whole, rank, world_size) for whole in (logits, labels))
         metrics.update((torch.zeros(()), *shares))
     found = metrics.compute()
-    logits, labels = (torch.cat(parts).double().numpy() for parts in zip(*outputs, strict=True))
-    mse = np.square(logits[:, 1] - labels[:, 1]).mean()
-    assert found["mse/stay"] == pytest.approx(mse, rel=1e-6)
-    assert found["auc/click"] == pytest.approx(_auc(logits[:, 0], labels[:, 0]), rel=1e-6)
+    assert found == pytest.approx(expected_metrics(outputs, []), rel=1e-6)
 
 
 def check_wrong_shapes_are_refused(rank: int, world_size: int) -> None:

@@ -40,6 +40,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_store.check_the_newest_snapshot_that_does_not_leak,),
     (of_store.check_logging_the_training_forward,),
     (of_metrics.check_metrics,),
+    (of_metrics.check_missing_labels, "both"),
+    (of_metrics.check_weights,),
     (of_cuda.check_no_wait_is_added,),
     (of_cuda.check_late_copies_are_waited_for,),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import re
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import das_data as dd
+import numpy as np
 import pytest
 import rank_checks_metrics as of_metrics
 import rank_models as rm
@@ -355,6 +357,62 @@ def test_the_line_names_several_tasks(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"NE={monitor.last['ne/click']:.4f}, " in line
     assert f"MSE={monitor.last['mse/stay']:.4f}, " in line
     assert f"coverage/b/stay={monitor.last['coverage/b/stay']:.4f}" in line
+
+
+# ---- Students of other outputs, and metrics that are not defined ----
+
+
+class ByName(torch.nn.Module):
+    """A student that returns a dict, and some of whose labels are missing."""
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__()
+        self.student = dlrm_train()
+        self.labels = labels
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, (_, logits, _) = self.student(batch)
+        return loss, {"total": loss.detach(), "score": logits.detach(), "clicked": self.labels}
+
+
+def by_name(labels: list[float], **options: Any) -> tuple[TrainPipelineExFM, ExFMMetrics]:
+    wrapper = ExFMWrapper(ByName(torch.tensor(labels)), tap="student.model.over_arch")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=lambda batch: make_teacher(0, 8))
+    return pipeline, ExFMMetrics(batch_size=8, device=CPU, **options)
+
+
+def test_outputs_by_name() -> None:
+    """The metrics are told where they are, and so is the monitor, for the loss as well."""
+    clicked = [1.0, 0.0, torch.nan, 1.0, 0.0, 0.0, torch.nan, 1.0]
+    pipeline, metrics = by_name(
+        clicked, outputs=lambda output: (output["total"], output["score"], output["clicked"])
+    )
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        output = pipeline.progress(batches())
+        monitor.step(output)
+    expected = of_metrics.binary_figures(
+        output["score"].double().flatten().numpy(), np.array(clicked), np.ones(8)
+    )
+    for name, value in expected.items():
+        assert monitor.last[name.replace("click", "label")] == pytest.approx(value, rel=1e-6)
+    assert monitor.last["student_loss"] == float(output["total"])
+
+
+def test_outputs_that_nobody_has_explained() -> None:
+    pipeline, metrics = by_name([1.0] * 8)
+    with pytest.raises(TypeError, match=r"received dict: pass ExFMMetrics\(outputs="):
+        RunMonitor(pipeline, metrics, progress=False).step(pipeline.progress(batches()))
+
+
+def test_metrics_that_are_not_defined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a negative: NaN on the line and on TensorBoard, and no warning."""
+    pipeline, metrics = by_name([1.0] * 8, outputs=lambda output: tuple(output.values()))
+    with RunMonitor(pipeline, metrics, folder=tmp_path) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    assert "NE=nan, AUC=nan, calibration=0." in capsys.readouterr().err
+    found = curves(tmp_path)
+    assert math.isnan(found["ne/label"][8]) and found["calibration/label"][8] > 0
 
 
 # ---- What it costs ----

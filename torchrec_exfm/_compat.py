@@ -7,7 +7,7 @@ what ``checkpoint.py`` marks in itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineContext, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
-from torchrec.metrics.metric_module import RecMetricModule
-from torchrec.metrics.rec_metric import RecMetricComputation
+from torchrec.metrics.auc import LABELS, PREDICTIONS, WEIGHTS, AUCMetric, AUCMetricComputation
+from torchrec.metrics.metrics_namespace import MetricName, MetricPrefix
+from torchrec.metrics.rec_metric import MetricComputationReport, RecMetricComputation
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
 
 from torchrec_exfm._warnings import DistillationWarning
@@ -29,6 +30,7 @@ from torchrec_exfm._warnings import DistillationWarning
 __all__ = [
     "DTensor",
     "ShardedTensor",
+    "TieAwareAUC",
     "TrainPipelineContext",
     "TrainPipelineSparseDist",
     "data_parallel_group",
@@ -128,9 +130,33 @@ def fused_steps(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [counter for counter in found if counter is not None]
 
 
-def metric_computations(module: RecMetricModule) -> Iterator[tuple[str, RecMetricComputation]]:
-    """What computes the metrics, by metric and task."""
-    metrics: Any = module.rec_metrics.rec_metrics
+class TieAwareAUC(AUCMetric):
+    """TorchRec's AUC, which counts equal predictions by the order they came in; here half."""
+
+    class _Computation(AUCMetricComputation):
+        def _compute(self) -> list[MetricComputationReport]:
+            window = (
+                torch.cat(getattr(self, name), -1)[0] for name in (PREDICTIONS, LABELS, WEIGHTS)
+            )
+            area = _area(*window).reshape(1)
+            return [MetricComputationReport(MetricName.AUC, MetricPrefix.WINDOW, area)]
+
+    _computation_class = _Computation
+
+
+def _area(predictions: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """By the weights of the pairs, half of those that are equal; NaN without a pair, or for NaN."""
+    distinct, at = predictions.unique(return_inverse=True)  # in ascending order
+    labels, weights = labels.double(), weights.double()
+    of_labels = torch.stack([weights * labels, weights * (1 - labels)])
+    positive, negative = weights.new_zeros(2, len(distinct)).index_add_(1, at, of_labels)
+    below = negative.cumsum(0) - negative / 2
+    area = positive @ below / (positive.sum() * negative.sum())
+    return torch.where(distinct.isnan().any(), torch.nan, area)
+
+
+def metric_computations(metrics: Iterable[Any]) -> Iterator[tuple[str, RecMetricComputation]]:
+    """What computes TorchRec's metrics, by metric and task."""
     for metric in metrics:
         for task, computation in zip(metric._tasks, metric._metrics_computations, strict=True):
             yield f"{metric._namespace.value}/{task.name}", computation

@@ -1,42 +1,80 @@
-"""What an operator watches: the serving head's NE, AUC and calibration, and the teacher's reach."""
+"""What an operator watches: the serving head's NE, AUC and calibration, and the teacher's reach.
+
+Shapes: B examples, M teachers, T tasks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import nan
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.metrics.metric_module import RecMetricModule, generate_metric_module
-from torchrec.metrics.metrics_config import (
-    MetricsConfig,
-    RecMetricDef,
-    RecMetricEnum,
-    RecTaskInfo,
+from torchrec.metrics.calibration import CalibrationMetric
+from torchrec.metrics.metrics_config import RecTaskInfo
+from torchrec.metrics.metrics_namespace import (
+    MetricName,
+    MetricNamespace,
+    MetricPrefix,
+    compose_metric_key,
 )
-from torchrec.metrics.rec_metric import RecMetricComputation
+from torchrec.metrics.mse import MSEMetric
+from torchrec.metrics.ne import NEMetric
+from torchrec.metrics.rec_metric import RecMetric
 
-from torchrec_exfm._compat import metric_computations, metric_state, set_metric_state
+from torchrec_exfm._compat import (
+    TieAwareAUC,
+    metric_computations,
+    metric_state,
+    set_metric_state,
+)
 from torchrec_exfm._ranks import rank, world_size
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import Task, check_names, check_tasks
+from torchrec_exfm.wrapper import _outline
 
 __all__ = ["ExFMMetrics"]
 
-_BINARY = (RecMetricEnum.NE, RecMetricEnum.AUC, RecMetricEnum.CALIBRATION)
-_REGRESSION = (RecMetricEnum.MSE,)
+_METRICS: dict[str, type[RecMetric]] = {
+    "ne": NEMetric,
+    "auc": TieAwareAUC,
+    "calibration": CalibrationMetric,
+    "mse": MSEMetric,  # of a regression; the others are of a binary task
+}
+
+
+class StepOutput(NamedTuple):
+    """What the metrics count of a step."""
+
+    loss: Tensor
+    logits: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
 
 
 class ExFMMetrics:
     """The student's metrics by ``torchrec.metrics``, and the coverage of the teachers.
 
-    * ``ne/TASK``: normalized entropy, log-loss over the entropy of the base rate.
-    * ``auc/TASK``: over the last ``window_size`` examples; of examples with equal predictions
-      TorchRec counts the order they came in.
-    * ``calibration/TASK``: mean prediction over mean label; 1 is best.
-    * ``mse/TASK``: for tasks of regression, instead of the three above.
+    Of a binary task with the logit z, p = σ(z), the label y and the weight w:
+
+    * ``ne/TASK``: normalized entropy, Σ w l(p, y) / Σ w l(r, y), with the log-loss l and the base
+      rate r = Σ w y / Σ w.
+    * ``auc/TASK``: Σ w⁺ w⁻ ([z⁺ > z⁻] + [z⁺ = z⁻] / 2) / Σ w⁺ w⁻ over the pairs of a positive and
+      a negative among the last ``window_size`` examples. Every example has a place in the window,
+      one without a label or a weight too.
+    * ``calibration/TASK``: Σ w p / Σ w y; 1 is best.
+
+    Of a regression with the prediction z ``mse/TASK``: Σ w (z - y)² / Σ w. Of the teachers, over
+    all examples, whatever their labels and weights:
+
     * ``coverage/TEACHER/TASK``: the share of examples for which the teacher's output was there.
     * ``age_seconds/TEACHER``: mean age of the outputs that were there, where ages are known.
+
+    A label that is NaN is missing: its example is left out of the metrics of that task. A metric
+    that is not defined is NaN: NE and AUC without a positive or without a negative, calibration
+    without a positive, MSE without an example.
 
     Apart from the AUC all are over every example since the start. Give it what ``progress``
     returns in training: those logits were computed before the step's update, so the metrics are
@@ -48,10 +86,23 @@ class ExFMMetrics:
         tasks: the T tasks, in the order of the logits and the labels.
         teachers: the names of the M teachers, in the order of the outputs.
         window_size: examples of all ranks in the window of the AUC.
+        outputs: takes what ``progress`` returns to ``(loss, logits, labels)`` or ``(loss, logits,
+            labels, weights)``: tensors, and a loss of one element. None: it is that already.
 
     Raises:
         ValueError: for tasks or teachers that share a name, or none.
         TypeError: for tasks of another kind.
+
+    Example:
+        >>> metrics = ExFMMetrics(
+        ...     batch_size=4, device=torch.device("cpu"),
+        ...     outputs=lambda output: (output["loss"], output["logits"], output["clicked"]))
+        >>> metrics.update({
+        ...     "loss": torch.tensor(0.7),
+        ...     "logits": torch.tensor([2.0, 0.0, 0.0, 9.0]),
+        ...     "clicked": torch.tensor([1.0, 1.0, 0.0, float("nan")])})
+        >>> metrics.compute()["auc/label"]  # of two pairs one is in order, and one is a tie
+        0.75
     """
 
     def __init__(
@@ -62,76 +113,163 @@ class ExFMMetrics:
         tasks: Sequence[Task] = (Task(),),
         teachers: Sequence[str] = ("teacher",),
         window_size: int = 1_000_000,
+        outputs: Callable[[Any], tuple[Tensor, ...]] | None = None,
     ) -> None:
         check_tasks(tasks)
         self._tasks = tuple(tasks)
         self._teachers = check_names("teachers", teachers)
-        # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task
-        columns = 3 + len(tasks)
-        self._sums = torch.zeros(len(teachers), columns, dtype=torch.float64, device=device)
-        self._modules = [
-            _metric_module(kind, group, batch_size, device, window_size)
-            for kind, group in _by_kind(self._tasks)
-        ]
+        self._outputs = outputs
+        # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task;
+        # of each task: the weight of its labels, of the positive ones, of the negative ones, and 0
+        rows, columns = len(teachers) + len(tasks), 3 + len(tasks)
+        self._sums = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self._reach, self._weights = self._sums.split([len(teachers), len(tasks)])
+        self._metrics = {
+            name: metric(
+                world_size=world_size(),
+                my_rank=rank(),
+                batch_size=batch_size,
+                tasks=[
+                    RecTaskInfo(name=task.name)
+                    for task in tasks
+                    if task.regression == (name == "mse")
+                ],
+                window_size=window_size,
+                compute_on_all_ranks=True,
+            ).to(device)
+            for name, metric in _METRICS.items()
+        }
 
     def update(
-        self, output: tuple[Tensor, Tensor, Tensor], teacher: TeacherOutputs | None = None
+        self,
+        output: Any,
+        teacher: TeacherOutputs | None = None,
+        *,
+        weights: Tensor | None = None,
     ) -> None:
         """Count one step.
 
         Args:
-            output: ``(loss, logits, labels)``, logits and labels (B,), (B, 1) or (B, T).
+            output: what ``progress`` returns, for ``outputs``: logits and labels are (B,), (B, 1)
+                or (B, T), logits of a binary task and predictions of a regression.
             teacher: the step's outputs, such as ``ExFMWrapper.last_teacher``, for the coverage.
+            weights: of the examples, (B,) or (B, T), at least 0: of weight 2 is an example that
+                counts twice, of weight 0 one that is left out. None: those of ``output``, or 1.
 
         Raises:
-            ValueError: if the shapes do not fit the tasks and teachers.
+            ValueError: if the shapes do not fit the tasks and teachers; for a label that is
+                infinite, or a weight that is negative or not finite: on an accelerator, where
+                looking would stop the step, such an example is left out.
+            TypeError: if ``output`` is no ``(loss, logits, labels)`` and ``outputs`` makes none.
         """
-        _, logits, labels = output
-        logits, labels = (self._columns(values) for values in (logits, labels))
+        step = self.step_output(output)
+        logits, labels, weights = self._columns(
+            step if weights is None else step._replace(weights=weights)
+        )
+        if teacher is not None:
+            check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
+            self._count_outputs(teacher)
+        self._weights[:, 0] += weights.sum(0)
+        self._weights[:, 1] += (weights * labels).sum(0)
+        self._weights[:, 2] += (weights * (1 - labels)).sum(0)
+        of_tasks = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
+        predictions = {name: self._by_task(logits) for name in ("auc", "mse")}
+        predictions["ne"] = predictions["calibration"] = self._by_task(logits.sigmoid())
+        for name, metric in self._metrics.items():
+            metric.update(predictions=predictions[name], **of_tasks)
+
+    def step_output(self, output: Any) -> StepOutput:
+        """What ``outputs`` makes of what ``progress`` returns; a TypeError if it is no such."""
+        if isinstance(output, StepOutput):
+            return output
+        found = output if self._outputs is None else self._outputs(output)
+        of_tensors = isinstance(found, (tuple, list)) and all(isinstance(x, Tensor) for x in found)
+        if of_tensors and len(found) in (3, 4) and found[0].numel() == 1:
+            return StepOutput(*found)
+        raise TypeError(
+            f"{'output' if self._outputs is None else 'outputs(output)'} should be tensors (loss, "
+            "logits, labels) or (loss, logits, labels, weights), with a loss of one element; "
+            f"received {_outline(found)}: pass ExFMMetrics(outputs=...), a function that takes "
+            "what progress returns to them"
+        )
+
+    def _columns(self, step: StepOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) logits, labels and weights in double; 0 where label or weight are missing."""
+        logits, labels = (self._matrix(values) for values in (step.logits, step.labels))
         if logits.shape != labels.shape:
             raise ValueError(
                 f"logits and labels should be of one shape; received {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}"
             )
-        columns: dict[str, Tensor] = {}
-        for t, task in enumerate(self._tasks):
-            values = logits[:, t].detach().float()
-            columns[f"{task.name}-prediction"] = values if task.regression else values.sigmoid()
-            columns[f"{task.name}-label"] = labels[:, t].float()
-            columns[f"{task.name}-weight"] = torch.ones_like(values)
-        for module in self._modules:
-            module.update(columns)
-        if teacher is not None:
-            self._update_coverage(teacher)
+        weights = torch.ones_like(labels) if step.weights is None else step.weights.detach()
+        if weights.shape not in (labels.shape, labels.shape[:1]):
+            raise ValueError(
+                f"weights should be of shape {tuple(labels.shape[:1])} or {tuple(labels.shape)}, "
+                f"as the labels; received {tuple(weights.shape)}"
+            )
+        weights = weights.double().view(*weights.shape, *(1,) * (2 - weights.dim()))
+        self._check_contents(labels, weights)
+        counted = labels.isfinite() & weights.isfinite() & (weights > 0)
+        logits, labels, weights = (values.where(counted, 0) for values in (logits, labels, weights))
+        return logits, labels, weights
 
-    def _columns(self, values: Tensor) -> Tensor:
+    def _matrix(self, values: Tensor) -> Tensor:
         if values.dim() not in (1, 2) or values.numel() != values.shape[0] * len(self._tasks):
             raise ValueError(
                 f"logits and labels should be of shape (B, {len(self._tasks)}) for the tasks "
                 f"{[task.name for task in self._tasks]}; received {tuple(values.shape)}"
             )
-        return values.reshape(-1, len(self._tasks))
+        return values.detach().double().reshape(-1, len(self._tasks))
 
-    def _update_coverage(self, teacher: TeacherOutputs) -> None:
-        check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
+    def _check_contents(self, labels: Tensor, weights: Tensor) -> None:
+        if labels.device.type != "cpu":
+            return
+        infinite = labels.isinf().any(0).tolist()
+        if any(infinite):
+            raise ValueError(
+                f"labels of the task {self._tasks[infinite.index(True)].name!r} should be finite, "
+                "or NaN where there is none; received an infinite one: correct it, or make it NaN"
+            )
+        bad = ~(weights.isfinite() & (weights >= 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"weights should be finite numbers >= 0; received {weights[bad][0].item()}: give "
+                "examples to leave out the weight 0"
+            )
+
+    def _by_task(self, values: Tensor) -> dict[str, Tensor]:
+        names = (task.name for task in self._tasks)
+        return dict(zip(names, values.unbind(1), strict=True))
+
+    def _count_outputs(self, teacher: TeacherOutputs) -> None:
         present = teacher.presence
-        self._sums[:, 0] += present.shape[0]
-        self._sums[:, 3:] += present.sum(0)
+        self._reach[:, 0] += present.shape[0]
+        self._reach[:, 3:] += present.sum(0)
         if teacher.age_seconds is not None:
             there = present.any(-1)
-            self._sums[:, 1] += there.sum(0)
-            self._sums[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
+            self._reach[:, 1] += there.sum(0)
+            self._reach[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks; every rank must call it."""
+        sums = self._sums.clone()
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        of_teachers, of_tasks = (
+            sums[: len(self._teachers)].tolist(),
+            sums[len(self._teachers) :].tolist(),
+        )
         results: dict[str, float] = {}
-        for module in self._modules:
-            for key, value in module.compute().items():  # ne-TASK|lifetime_ne and others
-                namespace, _, metric = key.rpartition("|")
-                name, _, task = namespace.partition("-")
-                if metric == ("window_auc" if name == "auc" else f"lifetime_{name}"):
-                    results[f"{name}/{task}"] = float(value)
-        return results | self._coverage()
+        for name, metric in self._metrics.items():
+            prefix = MetricPrefix.WINDOW if name == "auc" else MetricPrefix.LIFETIME
+            found = metric.compute()
+            for task, (weight, positive, negative, *_) in zip(self._tasks, of_tasks, strict=True):
+                key = compose_metric_key(MetricNamespace(name), task.name, MetricName(name), prefix)
+                needed = {"ne": min(positive, negative), "calibration": positive, "mse": weight}
+                if key in found:
+                    defined = needed.get(name, 1.0) > 0
+                    results[f"{name}/{task.name}"] = float(found[key]) if defined else nan
+        return results | self._coverage(of_teachers)
 
     def own_examples(self) -> int:
         """How many examples this rank has counted for the coverage; waits for the device."""
@@ -139,8 +277,8 @@ class ExFMMetrics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of this rank's part of what :meth:`compute` needs; not that of all ranks."""
-        state = {"coverage": self._sums.clone()}
-        for name, computation in self._computations():
+        state = {"sums": self._sums.clone()}
+        for name, computation in metric_computations(self._metrics.values()):
             found = metric_state(computation)
             state |= {f"{name}/{key}": value for key, value in found.items()}
         return state
@@ -152,8 +290,8 @@ class ExFMMetrics:
             ValueError: if it is that of other tasks or teachers.
         """
         self.check_state_dict(state)
-        self._sums.copy_(state["coverage"])
-        for name, computation in self._computations():
+        self._sums.copy_(state["sums"])
+        for name, computation in metric_computations(self._metrics.values()):
             start = f"{name}/"
             found = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
             set_metric_state(computation, found, self._sums.device)
@@ -161,23 +299,17 @@ class ExFMMetrics:
     def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """A ValueError for a state that :meth:`load_state_dict` would not take."""
         here = self.state_dict()
-        if state.keys() != here.keys() or state["coverage"].shape != self._sums.shape:
+        received = state.get("sums", torch.empty(0))
+        if state.keys() != here.keys() or received.shape != self._sums.shape:
             raise ValueError(
-                f"the state should be that of metrics of {self._sums.shape[0]} teachers, with "
-                f"{sorted(here)}; received one of {len(state.get('coverage', ()))} teachers, with "
-                f"{sorted(state)}"
+                f"the state should be that of metrics of {len(self._teachers)} teachers, with sums "
+                f"of shape {tuple(self._sums.shape)} and {sorted(here)}; received one with sums of "
+                f"shape {tuple(received.shape)} and {sorted(state)}"
             )
 
-    def _computations(self) -> Iterator[tuple[str, RecMetricComputation]]:
-        for module in self._modules:
-            yield from metric_computations(module)
-
-    def _coverage(self) -> dict[str, float]:
-        sums = self._sums.clone()
-        if world_size() > 1:
-            dist.all_reduce(sums)
+    def _coverage(self, sums: list[list[float]]) -> dict[str, float]:
         results: dict[str, float] = {}
-        for teacher, row in zip(self._teachers, sums.tolist(), strict=True):
+        for teacher, row in zip(self._teachers, sums, strict=True):
             examples, with_age, age, *present = row
             if examples:
                 for task, count in zip(self._tasks, present, strict=True):
@@ -185,45 +317,3 @@ class ExFMMetrics:
             if with_age:
                 results[f"age_seconds/{teacher}"] = age / with_age
         return results
-
-
-def _by_kind(tasks: tuple[Task, ...]) -> list[tuple[tuple[RecMetricEnum, ...], list[Task]]]:
-    binary = [task for task in tasks if not task.regression]
-    regression = [task for task in tasks if task.regression]
-    return [
-        (kind, group) for kind, group in ((_BINARY, binary), (_REGRESSION, regression)) if group
-    ]
-
-
-def _metric_module(
-    kind: tuple[RecMetricEnum, ...],
-    tasks: list[Task],
-    batch_size: int,
-    device: torch.device,
-    window_size: int,
-) -> RecMetricModule:
-    infos = [
-        RecTaskInfo(
-            name=task.name,
-            label_name=f"{task.name}-label",
-            prediction_name=f"{task.name}-prediction",
-            weight_name=f"{task.name}-weight",
-        )
-        for task in tasks
-    ]
-    config = MetricsConfig(
-        rec_tasks=infos,
-        rec_metrics={
-            metric: RecMetricDef(rec_tasks=infos, window_size=window_size) for metric in kind
-        },
-        compute_on_all_ranks=True,
-    )
-    return generate_metric_module(
-        RecMetricModule,
-        metrics_config=config,
-        batch_size=batch_size,
-        world_size=world_size(),
-        my_rank=rank(),
-        state_metrics_mapping={},
-        device=device,
-    )

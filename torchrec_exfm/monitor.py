@@ -160,15 +160,16 @@ class RunMonitor:
         finally:
             self.close()
 
-    def step(self, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def step(self, output: Any) -> None:
         """Count a step, and write if it is time to; every rank calls it.
 
         Args:
-            output: what ``progress`` has just returned: ``(loss, logits, labels)``.
+            output: what ``progress`` has just returned, for the metrics' ``outputs``.
 
         Raises:
             RuntimeError: if the pipeline has made no step in training.
-            ValueError: if the shapes do not fit the metrics' tasks and teachers.
+            ValueError: as of :meth:`ExFMMetrics.update`.
+            TypeError: as of :meth:`ExFMMetrics.update`.
         """
         losses, teacher = self._wrapper.last_losses, self._wrapper.last_teacher
         if losses is None or teacher is None:
@@ -178,11 +179,11 @@ class RunMonitor:
             )
         if self._own_start is None:
             self._own_start = self._metrics.own_examples()
-        self._metrics.update(output, teacher)
-        loss, logits, _ = output
+        counted = self._metrics.step_output(output)
+        self._metrics.update(counted, teacher)
         there = teacher.presence.any(0).flatten()  # (M T,)
-        self._rows.append(torch.cat([loss.detach().reshape(1), losses, there]))
-        self._own_examples += len(logits)
+        self._rows.append(torch.cat([counted.loss.detach().reshape(1), losses, there]))
+        self._own_examples += len(counted.logits)
         if len(self._rows) == self._every_steps:
             self._write()
 
