@@ -24,12 +24,7 @@ from torchrec.metrics.mse import MSEMetric
 from torchrec.metrics.ne import NEMetric
 from torchrec.metrics.rec_metric import RecMetric
 
-from torchrec_exfm._compat import (
-    TieAwareAUC,
-    metric_computations,
-    metric_state,
-    set_metric_state,
-)
+from torchrec_exfm._compat import TieAwareAUC, metric_computations, metric_state, set_metric_state
 from torchrec_exfm._ranks import rank, world_size
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import Task, check_names, check_tasks
@@ -92,17 +87,6 @@ class ExFMMetrics:
     Raises:
         ValueError: for tasks or teachers that share a name, or none.
         TypeError: for tasks of another kind.
-
-    Example:
-        >>> metrics = ExFMMetrics(
-        ...     batch_size=4, device=torch.device("cpu"),
-        ...     outputs=lambda output: (output["loss"], output["logits"], output["clicked"]))
-        >>> metrics.update({
-        ...     "loss": torch.tensor(0.7),
-        ...     "logits": torch.tensor([2.0, 0.0, 0.0, 9.0]),
-        ...     "clicked": torch.tensor([1.0, 1.0, 0.0, float("nan")])})
-        >>> metrics.compute()["auc/label"]  # of two pairs one is in order, and one is a tie
-        0.75
     """
 
     def __init__(
@@ -123,17 +107,17 @@ class ExFMMetrics:
         # of each task: the weight of its labels, of the positive ones, of the negative ones, and 0
         rows, columns = len(teachers) + len(tasks), 3 + len(tasks)
         self._sums = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        self._reach, self._weights = self._sums.split([len(teachers), len(tasks)])
+        self._coverage_sums, self._label_weights = self._sums.split([len(teachers), len(tasks)])
+        binary, regressions = (
+            [RecTaskInfo(name=task.name) for task in tasks if task.regression == regression]
+            for regression in (False, True)
+        )
         self._metrics = {
             name: metric(
                 world_size=world_size(),
                 my_rank=rank(),
                 batch_size=batch_size,
-                tasks=[
-                    RecTaskInfo(name=task.name)
-                    for task in tasks
-                    if task.regression == (name == "mse")
-                ],
+                tasks=regressions if name == "mse" else binary,
                 window_size=window_size,
                 compute_on_all_ranks=True,
             ).to(device)
@@ -141,11 +125,7 @@ class ExFMMetrics:
         }
 
     def update(
-        self,
-        output: Any,
-        teacher: TeacherOutputs | None = None,
-        *,
-        weights: Tensor | None = None,
+        self, output: Any, teacher: TeacherOutputs | None = None, *, weights: Tensor | None = None
     ) -> None:
         """Count one step.
 
@@ -163,20 +143,18 @@ class ExFMMetrics:
             TypeError: if ``output`` is no ``(loss, logits, labels)`` and ``outputs`` makes none.
         """
         step = self.step_output(output)
-        logits, labels, weights = self._columns(
-            step if weights is None else step._replace(weights=weights)
-        )
+        logits, labels, weights = self._columns(step, step.weights if weights is None else weights)
         if teacher is not None:
             check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
             self._count_outputs(teacher)
-        self._weights[:, 0] += weights.sum(0)
-        self._weights[:, 1] += (weights * labels).sum(0)
-        self._weights[:, 2] += (weights * (1 - labels)).sum(0)
+        of_labels = torch.stack([weights, weights * labels, weights * (1 - labels)], -1)
+        self._label_weights[:, :3] += of_labels.sum(0)
         of_tasks = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
-        predictions = {name: self._by_task(logits) for name in ("auc", "mse")}
-        predictions["ne"] = predictions["calibration"] = self._by_task(logits.sigmoid())
+        probabilities, as_they_are = self._by_task(logits.sigmoid()), self._by_task(logits)
         for name, metric in self._metrics.items():
-            metric.update(predictions=predictions[name], **of_tasks)
+            # not for the AUC, which keeps single precision: there all σ(z) near 1 are equal
+            predictions = probabilities if name in ("ne", "calibration") else as_they_are
+            metric.update(predictions=predictions, **of_tasks)
 
     def step_output(self, output: Any) -> StepOutput:
         """What ``outputs`` makes of what ``progress`` returns; a TypeError if it is no such."""
@@ -193,25 +171,26 @@ class ExFMMetrics:
             "what progress returns to them"
         )
 
-    def _columns(self, step: StepOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) logits, labels and weights in double; 0 where label or weight are missing."""
+    def _columns(self, step: StepOutput, weights: Tensor | None) -> tuple[Tensor, ...]:
+        """(B, T) logits, labels and weights in double; 0 for the examples to leave out."""
         logits, labels = (self._matrix(values) for values in (step.logits, step.labels))
         if logits.shape != labels.shape:
             raise ValueError(
                 f"logits and labels should be of one shape; received {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}"
             )
-        weights = torch.ones_like(labels) if step.weights is None else step.weights.detach()
+        if weights is None:
+            weights = torch.ones_like(labels)
+        weights = torch.as_tensor(weights, dtype=labels.dtype, device=labels.device).detach()
         if weights.shape not in (labels.shape, labels.shape[:1]):
             raise ValueError(
                 f"weights should be of shape {tuple(labels.shape[:1])} or {tuple(labels.shape)}, "
                 f"as the labels; received {tuple(weights.shape)}"
             )
-        weights = weights.double().view(*weights.shape, *(1,) * (2 - weights.dim()))
+        weights = weights if weights.dim() == 2 else weights.unsqueeze(1)
         self._check_contents(labels, weights)
-        counted = labels.isfinite() & weights.isfinite() & (weights > 0)
-        logits, labels, weights = (values.where(counted, 0) for values in (logits, labels, weights))
-        return logits, labels, weights
+        counted = (weights > 0) & (labels.abs() + weights < torch.inf)  # neither of them NaN
+        return tuple(values.where(counted, 0) for values in (logits, labels, weights))
 
     def _matrix(self, values: Tensor) -> Tensor:
         if values.dim() not in (1, 2) or values.numel() != values.shape[0] * len(self._tasks):
@@ -243,33 +222,31 @@ class ExFMMetrics:
 
     def _count_outputs(self, teacher: TeacherOutputs) -> None:
         present = teacher.presence
-        self._reach[:, 0] += present.shape[0]
-        self._reach[:, 3:] += present.sum(0)
+        self._coverage_sums[:, 0] += present.shape[0]
+        self._coverage_sums[:, 3:] += present.sum(0)
         if teacher.age_seconds is not None:
             there = present.any(-1)
-            self._reach[:, 1] += there.sum(0)
-            self._reach[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
+            self._coverage_sums[:, 1] += there.sum(0)
+            self._coverage_sums[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks; every rank must call it."""
         sums = self._sums.clone()
         if world_size() > 1:
             dist.all_reduce(sums)
-        of_teachers, of_tasks = (
-            sums[: len(self._teachers)].tolist(),
-            sums[len(self._teachers) :].tolist(),
-        )
+        rows = sums.tolist()
+        of_tasks = list(zip(self._tasks, rows[len(self._teachers) :], strict=True))
         results: dict[str, float] = {}
         for name, metric in self._metrics.items():
             prefix = MetricPrefix.WINDOW if name == "auc" else MetricPrefix.LIFETIME
             found = metric.compute()
-            for task, (weight, positive, negative, *_) in zip(self._tasks, of_tasks, strict=True):
+            for task, (weight, positive, negative, *_) in of_tasks:
                 key = compose_metric_key(MetricNamespace(name), task.name, MetricName(name), prefix)
                 needed = {"ne": min(positive, negative), "calibration": positive, "mse": weight}
                 if key in found:
                     defined = needed.get(name, 1.0) > 0
                     results[f"{name}/{task.name}"] = float(found[key]) if defined else nan
-        return results | self._coverage(of_teachers)
+        return results | self._coverage(rows[: len(self._teachers)])
 
     def own_examples(self) -> int:
         """How many examples this rank has counted for the coverage; waits for the device."""
