@@ -299,7 +299,7 @@ def test_compaction_keeps_all_rows(tmp_path: Path) -> None:
         store.write(snapshot(number), ids, values, seconds, logged=number == 1)
     before, open_before = dd.all_rows(store), TeacherStore(tmp_path)
     assert len(store.files("fm", 2)) == 5
-    store.table.compact(("fm", 2), properties=store.format.writer_properties())
+    store.table.compact(("fm", 2))
     for reader in (store, TeacherStore(tmp_path), open_before):
         after = dd.all_rows(reader)
         assert [len(reader.files("fm", window)) for window in (2, 3)] == [1, 5]
@@ -315,7 +315,7 @@ def test_a_reader_from_before_a_compaction_finds_the_new_file(tmp_path: Path) ->
     store.write(snapshot(), [9], [0.5], [AT])
     reader = TeacherStore(tmp_path)
     old = reader.files("fm", 2)
-    store.table.compact(("fm", 2), properties=store.format.writer_properties())
+    store.table.compact(("fm", 2))
     for file in old:
         (Path(store.table.url) / file.path).unlink()  # as a vacuum does
     assert sorted(reader.read("fm", 2)[0].example_id.tolist()) == [0, 1, 2, 9]

@@ -277,7 +277,7 @@ def test_polars_and_duckdb_read_the_same(tmp_path: Path) -> None:
         seconds = AT + rng.integers(0, 3 * WINDOW, 1000)
         store.write(snapshot(teacher=teacher), ids, rng.normal(size=(1000, 2)), seconds)
     store.refresh()
-    store.table.compact(("fm", 2), properties=store.format.writer_properties())
+    store.table.compact(("fm", 2))
     ours = dd.all_rows(store)
     columns = ["example_id", *store.format.outputs, "event_time"]
     files = store.table.delta.file_uris()

@@ -185,7 +185,7 @@ def _compact(options: argparse.Namespace) -> int:
     store.refresh()
     files = Counter(file.partition for file in store.table.files())
     for partition in tqdm([p for p, n in files.items() if n > 1], desc="compact", disable=None):
-        store.table.compact(partition, properties=store.format.writer_properties())
+        store.table.compact(partition)
     store.refresh()
     print(f"after: {_size(store)}")
     if hours is not None:

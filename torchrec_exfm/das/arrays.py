@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
@@ -9,24 +10,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-__all__ = [
-    "MICROSECONDS",
-    "AnyArray",
-    "Floats",
-    "Ints",
-    "Mask",
-    "among",
-    "as_floats",
-    "as_int64",
-    "utc",
-]
-
 AnyArray: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 MICROSECONDS = 1_000_000
+
+
+def as_int(value: Any) -> int:
+    """A whole number as an int, of numpy's and torch's too; -1 for what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1
 
 
 def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:

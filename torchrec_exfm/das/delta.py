@@ -45,6 +45,10 @@ class DataFile:
 class Table:
     """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest.
 
+    Attributes:
+        delta: the table of the deltalake library.
+        properties: of the files that are written.
+
     Raises:
         StoreError: if there is none, or none that can be read.
     """
@@ -52,8 +56,9 @@ class Table:
     def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
         self.url = url
         self._options = dict(storage_options or {})
-        self._table = self._load()
-        self._written: DeltaTable | None = None  # the newest version, whichever is read
+        self.delta = self._load()
+        self.properties = WriterProperties()
+        self._newest: DeltaTable | None = None  # to write to, whichever version is read
         self._listed: tuple[int, list[DataFile]] | None = None
 
     @staticmethod
@@ -83,28 +88,16 @@ class Table:
     @property
     def version(self) -> int:
         """Number of the commit that is read."""
-        return self._table.version()
-
-    @property
-    def description(self) -> str | None:
-        """The table's description."""
-        return self._table.metadata().description
-
-    @property
-    def delta(self) -> DeltaTable:
-        """The table of the deltalake library."""
-        return self._table
+        return self.delta.version()
 
     def refresh(self, version: int | None = None) -> None:
         """Go to the newest version, or to ``version``."""
-        self._bring_to(self._table, version)
+        self._bring_to(self.delta, version)
 
     def append(
         self,
         data: pa.Table,
         transaction: tuple[str, int],
-        *,
-        properties: WriterProperties,
         metadata: Mapping[str, str] | None = None,
     ) -> bool:
         """Commit rows, all or none, once for all calls with the same transaction.
@@ -112,7 +105,6 @@ class Table:
         Args:
             data: rows with the table's columns.
             transaction: name and number; there may be a commit for each number, rising.
-            properties: of the files.
             metadata: kept in the log beside the commit.
 
         Returns:
@@ -122,67 +114,60 @@ class Table:
             StoreError: if they can't be written; then none of them is there.
         """
         name, number = transaction
-        properties_of_commit = CommitProperties(
+        commit = CommitProperties(
             custom_metadata=dict(metadata or {}), app_transactions=[Transaction(name, number)]
         )
-        for attempt in range(_ATTEMPTS):
-            if self._written is None:
-                self._written = self._load()
-            self._bring_to(self._written)
-            if _has(self._written, transaction):
+        for _ in range(_ATTEMPTS):
+            if self._newest is None:
+                self._newest = self._load()
+            self._bring_to(self._newest)
+            last = self._newest.transaction_version(name)
+            if last is not None and last >= number:
                 return False
             try:
                 write_deltalake(
-                    self._written,
+                    self._newest,
                     data,
                     mode="append",
-                    writer_properties=properties,
-                    commit_properties=properties_of_commit,
+                    writer_properties=self.properties,
+                    commit_properties=commit,
                 )
                 return True
             except CommitFailedError as error:  # another writer was first: look again
-                if attempt == _ATTEMPTS - 1:
-                    raise self._not_written(error) from error
+                failure = error
             except _ERRORS as error:
                 if self._load().transaction_version(name) == number:
                     return True  # what failed came after the commit: to sum up the log
                 raise self._not_written(error) from error
-        raise AssertionError("unreachable")
-
-    def committed(self, transaction: tuple[str, int]) -> bool:
-        """Whether a transaction is in this version."""
-        return _has(self._table, transaction)
+        raise self._not_written(failure) from failure
 
     def transaction(self, name: str) -> int | None:
         """The highest number of the transactions of a name in this version; None for none."""
-        number: int | None = self._table.transaction_version(name)
-        return number
+        return self.delta.transaction_version(name)
 
-    def delete(self, predicate: str, *, properties: WriterProperties | None = None) -> None:
+    def delete(self, predicate: str) -> None:
         """Delete the rows that fit a predicate, in one commit; files of the rest are rewritten."""
         self.refresh()
         try:
-            self._table.delete(predicate, writer_properties=properties)
+            self.delta.delete(predicate, writer_properties=self.properties)
         except (DeltaError, OSError) as error:
             raise StoreError(f"{self.url}: can't delete ({_one_line(error)})") from error
 
-    def compact(
-        self, partition: tuple[Any, ...] = (), *, properties: WriterProperties | None = None
-    ) -> None:
+    def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
-        columns = self._table.metadata().partition_columns
+        columns = self.delta.metadata().partition_columns
         filters = [(c, "=", str(value)) for c, value in zip(columns, partition, strict=True)]
         self.refresh()
         try:
             if filters:
-                self._table.optimize.z_order(
+                self.delta.optimize.z_order(
                     ["example_id"],
                     partition_filters=filters,
                     target_size=_ONE_FILE,
-                    writer_properties=properties,
+                    writer_properties=self.properties,
                 )
             else:
-                self._table.optimize.compact()
+                self.delta.optimize.compact()
         except (DeltaError, OSError) as error:
             raise StoreError(f"{self.url}: can't compact ({_one_line(error)})") from error
 
@@ -193,7 +178,19 @@ class Table:
             StoreError: if the path of one leaves the table's folder.
         """
         if self._listed is None or self._listed[0] != self.version:
-            self._listed = (self.version, self._list())
+            actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pydict()
+            partition = [f"partition.{name}" for name in self.delta.metadata().partition_columns]
+            columns = ["path", "size_bytes", "num_records", *partition]
+            files = [
+                DataFile(path, size_bytes, rows, tuple(values))
+                for path, size_bytes, rows, *values in zip(
+                    *(actions[name] for name in columns), strict=True
+                )
+            ]
+            for path in actions["path"]:
+                if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", path) or ".." in path.split("/"):
+                    raise self._leaves(path)
+            self._listed = self.version, files
         return self._listed[1]
 
     def read(self, file: DataFile, columns: pa.Schema) -> pa.Table:
@@ -203,8 +200,11 @@ class Table:
             MissingFileError: if it is not there.
             StoreError: if it is cut short or is not a file of this table.
         """
-        self._check_inside(file.path)
         where = f"{self.url}/{file.path}"
+        if "://" not in self.url:  # where a link may lead out of the table
+            root = os.path.realpath(self.url)
+            if not os.path.realpath(where).startswith(root + os.sep):
+                raise self._leaves(file.path)
         try:
             with self._filesystem.open_input_file(file.path) as source:
                 size = source.size()
@@ -265,31 +265,6 @@ class Table:
                 "it without column mapping and deletion vectors"
             )
 
-    def _list(self) -> list[DataFile]:
-        actions = pa.table(self._table.get_add_actions(flatten=True)).to_pydict()
-        partition = self._table.metadata().partition_columns
-        columns = [
-            "path",
-            "size_bytes",
-            "num_records",
-            *(f"partition.{name}" for name in partition),
-        ]
-        files = [
-            DataFile(path, size_bytes, rows, tuple(values))
-            for path, size_bytes, rows, *values in zip(*(actions[c] for c in columns), strict=True)
-        ]
-        for file in files:
-            if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", file.path) or ".." in file.path.split("/"):
-                raise self._leaves(file.path)
-        return files
-
-    def _check_inside(self, path: str) -> None:
-        """Refuse a link that leads out of a local table."""
-        if "://" not in self.url:
-            root = os.path.realpath(self.url)
-            if not os.path.realpath(os.path.join(root, path)).startswith(root + os.sep):
-                raise self._leaves(path)
-
     def _leaves(self, path: str) -> StoreError:
         return StoreError(
             f"{self.url}: the file {path!r} is refused: it is not in the table's folder"
@@ -317,9 +292,7 @@ def normal_url(url: str | Path) -> str:
         raise TypeError(
             f"a store's url should be a string or a Path; received {type(url).__name__}"
         )
-    text = str(url)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
+    text = str(url).removeprefix("file://")
     if "://" not in text:
         if not text:
             raise ValueError("a store's url should be a folder or a URL; received ''")
@@ -331,11 +304,6 @@ def normal_url(url: str | Path) -> str:
             "credentials go into storage_options or the environment"
         )
     return text.rstrip("/")
-
-
-def _has(table: DeltaTable, transaction: tuple[str, int]) -> bool:
-    number = table.transaction_version(transaction[0])
-    return number is not None and number >= transaction[1]
 
 
 def _one_line(error: Exception) -> str:

@@ -239,7 +239,7 @@ class _Job:
         for shard in shards:
             name = shard.name(snapshot)
             new = shard[~among(shard.ids, there)]
-            if self.store.table.committed((name, 0)):
+            if self.store.table.transaction(name) is not None:
                 if self.bad_rows == "quarantine":
                     continue  # what is not there was left out
                 name = f"{name}/{self.store.table.version}"  # its rows have been lost since

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 import shutil
 import time
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from deltalake import WriterProperties
 from torch import nn
 
 from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
-from torchrec_exfm.das.arrays import MICROSECONDS, utc
+from torchrec_exfm.das.arrays import MICROSECONDS, as_int, utc
 from torchrec_exfm.das.delta import StoreError, Table
 from torchrec_exfm.das.schema import TIMESTAMP, check_name
 
@@ -73,10 +71,7 @@ class Snapshot:
         check_name("a teacher", self.teacher)
         for name in ("version", "trained_through_seconds"):
             value = getattr(self, name)
-            try:
-                number = operator.index(value)
-            except TypeError:
-                number = -1
+            number = as_int(value)
             if isinstance(value, bool) or not 0 <= number < 2**40:
                 raise ValueError(
                     f"{name} should be an int in [0, 2^40), times in seconds; received {value!r}"
@@ -216,10 +211,7 @@ def forget_snapshots(
         for _, name in old
         if name is not None and is_plain(name)
     ]
-    store.table.delete(
-        f"teacher = '{teacher}' AND snapshot < {int(before_version)}",
-        properties=store.format.writer_properties(),
-    )
+    store.table.delete(f"teacher = '{teacher}' AND snapshot < {int(before_version)}")
     registry.delete(f"teacher = '{teacher}' AND version < {int(before_version)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -246,7 +238,7 @@ def _commit(
             "checkpoint": checkpoint,
         }
         data = pa.Table.from_pylist([row], schema=SCHEMA)
-        if registry.append(data, (f"snapshot/{teacher}", version), properties=WriterProperties()):
+        if registry.append(data, (f"snapshot/{teacher}", version)):
             if version % 100 == 0:  # each has a file of its own: make them one
                 registry.compact()
             return Snapshot(teacher, version, trained_through_seconds)

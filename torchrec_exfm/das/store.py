@@ -6,7 +6,6 @@ n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation 
 from __future__ import annotations
 
 import json
-import operator
 import time
 import uuid
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from torchrec_exfm.das.arrays import MICROSECONDS, Ints, as_floats, as_int64
+from torchrec_exfm.das.arrays import MICROSECONDS, Ints, as_floats, as_int, as_int64
 from torchrec_exfm.das.delta import DataFile, MissingFileError, StoreError, Table, normal_url
 from torchrec_exfm.das.rules import (
     MAX_SECONDS,
@@ -84,9 +83,10 @@ class TeacherStore:
         self.storage_options = dict(storage_options or {})
         self.table = Table(f"{self.url}/outputs", storage_options)
         try:
-            self.format = StoreFormat.from_json(self.table.description)
+            self.format = StoreFormat.from_json(self.table.delta.metadata().description)
         except ValueError as error:
             raise StoreError(f"{self.table.url}: {error}") from error
+        self.table.properties = self.format.writer_properties()
 
     @classmethod
     def create(
@@ -182,15 +182,10 @@ class TeacherStore:
         )
         if quarantined:
             columns = columns.filter(pa.array(good))
-        committed = self.table.append(
-            columns.take(pa.array(_order(columns))),
-            (shard or f"write/{uuid.uuid4().hex}", 0),
-            properties=self.format.writer_properties(),
-            metadata={"quarantined": json.dumps(quarantined), "teacher": snapshot.teacher}
-            if quarantined
-            else None,
-        )
-        if not committed:
+        note = {"quarantined": json.dumps(quarantined), "teacher": snapshot.teacher}
+        transaction = shard or f"write/{uuid.uuid4().hex}", 0
+        columns = columns.take(pa.array(_order(columns)))
+        if not self.table.append(columns, transaction, note if quarantined else None):
             return WriteReport(written=0, committed=False)
         return WriteReport(written=columns.num_rows, quarantined=quarantined)
 
@@ -210,18 +205,13 @@ class TeacherStore:
         """
         if not writer or not isinstance(writer, str):
             raise ValueError(f"the writer of a watermark should have a name; received {writer!r}")
-        try:
-            second = operator.index(before_seconds)
-        except TypeError:
-            second = -1
+        second = as_int(before_seconds)
         if not 0 <= second < MAX_SECONDS:
             raise ValueError(
                 "before_seconds should be whole seconds since 1970, in [0, 2^40); received "
                 f"{before_seconds!r}"
             )
-        nothing = self.format.schema().empty_table()
-        mark = f"watermark/{writer}", second
-        self.table.append(nothing, mark, properties=self.format.writer_properties())
+        self.table.append(self.format.schema().empty_table(), (f"watermark/{writer}", second))
 
     def watermark(self, writer: str) -> int | None:
         """That of a writer, as of the commit that is read; None if it has none."""

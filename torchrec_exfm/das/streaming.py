@@ -14,7 +14,6 @@ is of a model that has not seen it.
 
 from __future__ import annotations
 
-import operator
 import time
 import warnings
 from collections import deque
@@ -29,7 +28,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
-from torchrec_exfm.das.arrays import utc
+from torchrec_exfm.das.arrays import as_int, utc
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
 from torchrec_exfm.das.rules import MAX_SECONDS
@@ -39,13 +38,7 @@ from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.metrics import ExFMMetrics
 from torchrec_exfm.resume import load_training, save_training
 
-__all__ = [
-    "Window",
-    "score_windows",
-    "train_teacher",
-    "train_windows",
-    "wait_for_outputs",
-]
+__all__ = ["Window", "score_windows", "train_teacher", "train_windows", "wait_for_outputs"]
 
 _POLL_SECONDS = 0.5
 
@@ -70,10 +63,7 @@ class Window:
     data: Iterable[Any]
 
     def __post_init__(self) -> None:
-        try:
-            begin, end = operator.index(self.begin_seconds), operator.index(self.end_seconds)
-        except TypeError:
-            begin = end = -1
+        begin, end = as_int(self.begin_seconds), as_int(self.end_seconds)
         if not 0 <= begin < end < MAX_SECONDS:
             raise ValueError(
                 "a window should begin at 0 or later and end after that, in whole seconds since "
@@ -227,11 +217,8 @@ def score_windows(
         begins.append(window.begin_seconds)
         if window.end_seconds <= before_seconds:
             continue
-        before = begins[0]
-        late = _wait(store, teacher, before, timeout_seconds)
-        if late is not None:
-            raise TimeoutError(late)
-        snapshot = _newest(store, teacher, before)
+        _wait(store, teacher, begins[0], timeout_seconds)
+        snapshot = _newest(store, teacher, begins[0])
         if snapshot is not None:
             if snapshot != loaded:
                 load_snapshot(store, snapshot, model, checkpoints=checkpoints)
@@ -273,10 +260,11 @@ def wait_for_outputs(
     store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
     for window in windows:
         for writer in writers:
-            late = _wait(store, writer, window.end_seconds, timeout_seconds)
-            if late is not None and on_late == "raise":
-                raise TimeoutError(late)
-            if late is not None:
+            try:
+                _wait(store, writer, window.end_seconds, timeout_seconds)
+            except TimeoutError as late:
+                if on_late == "raise":
+                    raise
                 warnings.warn(f"{late}; training goes on", TeacherMissingWarning, stacklevel=2)
         lookup.refresh()
         yield window
@@ -349,17 +337,14 @@ def _watermark(store: TeacherStore, writer: str) -> int:
     return on_rank_0(look)
 
 
-def _wait(
-    store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float
-) -> str | None:
-    """Until a watermark is there; else what is late, in words, the same on every rank."""
+def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> None:
+    """Until a watermark is there; else a TimeoutError, the same on every rank."""
     deadline = time.monotonic() + timeout_seconds
-    while (there := _watermark(store, writer)) < before_seconds:
+    while (watermark := _watermark(store, writer)) < before_seconds:
         if on_rank_0(lambda: time.monotonic() > deadline):
-            return (
+            raise TimeoutError(
                 f"{store.url}: {writer} should have its outputs of events before "
                 f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark is "
-                f"{utc(there) if there else 'not there'}: is its job running?"
+                f"{utc(watermark) if watermark else 'not there'}: is its job running?"
             )
         time.sleep(_POLL_SECONDS)
-    return None
