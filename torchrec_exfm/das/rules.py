@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Floats, Ints, Mask, utc
 
-__all__ = [
-    "MAX_SECONDS",
-    "Rows",
-    "broken_rules",
-    "check_bad_rows",
-    "newest",
-    "repeats",
-    "sift",
-]
+__all__ = ["MAX_SECONDS", "Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 
 MAX_SECONDS = 2**40  # of an event time, some 35,000 years: microseconds of it stay within int64
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one teacher, column by column; n rows, T tasks, times in epoch microseconds.
-
-    Attributes:
-        example_id: (n,).
-        outputs: (n, T).
-        event_time: (n,).
-        snapshot: (n,).
-        trained_through: (n,).
-        logged: (n,).
-        scored_at: (n,).
-    """
+    """Rows of one teacher: outputs (n, T), other columns (n,), times in epoch microseconds."""
 
     example_id: Ints
     outputs: Floats
@@ -57,20 +38,14 @@ class Rows:
     @classmethod
     def concatenate(cls, parts: Sequence[Rows], num_tasks: int) -> Rows:
         """The rows of all parts, in order."""
-        empty = np.empty(0, dtype=np.int64)
-        none = cls(
-            example_id=empty,
-            outputs=np.empty((0, num_tasks), dtype=np.float32),
-            event_time=empty,
-            snapshot=empty,
-            trained_through=empty,
-            logged=np.empty(0, dtype=np.bool_),
-            scored_at=empty,
-        )
         if len(parts) == 1:
             return parts[0]
+        if not parts:
+            ints, bools = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
+            outputs = np.empty((0, num_tasks), dtype=np.float32)
+            return cls(ints, outputs, ints, ints, ints, bools, ints)
         names = [field.name for field in fields(cls)]
-        return cls(*(np.concatenate([getattr(part, n) for part in (none, *parts)]) for n in names))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @property
     def age_seconds(self) -> Floats:
@@ -80,55 +55,42 @@ class Rows:
         return age.astype(np.float32)
 
 
-def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> Iterator[tuple[str, Mask]]:
+def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[str, Mask]:
     """Each rule that is broken, in words, with the rows (n,) that break it.
 
     Args:
         rows: of one teacher.
-        window: the window that they should lie in, or None.
+        window: the window that they should lie in; None: they are those of one write.
         window_seconds: the length of a window.
     """
     seconds = rows.event_time // MICROSECONDS
-    rules: list[tuple[str, Mask]] = [
-        ("have a negative example id", rows.example_id < 0),
-        (
-            "have an output that is NaN or infinite",
-            np.logical_not(np.isfinite(rows.outputs).all(axis=1)),
-        ),
-        (
-            "have an event time outside of [0, 2^40) seconds (milliseconds?)",
-            (seconds < 0) | (seconds >= MAX_SECONDS),
-        ),
-        ("leak: their teacher was trained through their own event time", leaks(rows)),
-    ]
+    rules: dict[str, Mask] = {}
+    if window is None:
+        rules["repeat an example id"] = _repeated(rows.example_id)
+    rules["have a negative example id"] = rows.example_id < 0
+    infinite = np.logical_not(np.isfinite(rows.outputs).all(axis=1))
+    rules["have an output that is NaN or infinite"] = infinite
+    out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
+    rules["have an event time outside of [0, 2^40) seconds (milliseconds?)"] = out_of_range
+    # what was logged in the teacher's training forward was said before it learned the label
+    leaks = (rows.trained_through >= rows.event_time) & ~rows.logged
+    rules["leak: their teacher was trained through their own event time"] = leaks
     if window is not None:
-        outside = seconds // window_seconds != window
-        rules.append((f"lie outside of window {window}", outside))
-    for words, bad in rules:
-        if bad.any():
-            yield words, bad
+        rules[f"lie outside of window {window}"] = seconds // window_seconds != window
+    return {words: bad for words, bad in rules.items() if bad.any()}
 
 
-def leaks(rows: Rows) -> Mask:
-    """The rows (n,) whose teacher may have seen their label.
+def _repeated(ids: Ints) -> Mask:
+    """Which (n,) have been there before."""
+    repeated = np.zeros(len(ids), dtype=np.bool_)
+    if not _rise(np.sort(ids)):  # to sort the ids alone costs a fifth
+        order = np.argsort(ids, kind="stable")
+        repeated[order[1:]] = np.diff(ids[order]) == 0
+    return repeated
 
-    Those whose snapshot was trained through their own event time or later, unless they were
-    logged in the teacher's training forward, before the update.
-    """
-    return (rows.trained_through >= rows.event_time) & ~rows.logged
 
-
-def repeats(rows: Rows) -> Iterator[tuple[str, Mask]]:
-    """The rows of one write whose example has been there before in it."""
-    ids = np.sort(rows.example_id)
-    if (ids[1:] > ids[:-1]).all():  # to sort the ids alone costs a fifth
-        return
-    order = np.argsort(rows.example_id, kind="stable")
-    ids = rows.example_id[order]
-    bad = np.zeros(len(rows), dtype=np.bool_)
-    bad[order[1:]] = ids[1:] == ids[:-1]
-    if bad.any():
-        yield "repeat an example id", bad
+def _rise(ids: Ints) -> bool:
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def newest(rows: Rows) -> Rows:
@@ -136,26 +98,24 @@ def newest(rows: Rows) -> Rows:
 
     Among those of one snapshot what was logged in training, then what was scored last.
     """
-    ids = rows.example_id
-    if (ids[1:] > ids[:-1]).all():  # as they are written
-        return rows
-    ids = np.sort(ids)
-    if (ids[1:] > ids[:-1]).all():
+    if _rise(rows.example_id) or _rise(ids := np.sort(rows.example_id)):
         return rows
     order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
     return rows[order[np.append(ids[1:] != ids[:-1], len(ids) > 0)]]
 
 
-def refuse(where: str, words: str, bad: Mask, rows: Rows) -> str:
+def first_few(values: Any) -> str:
+    """Some of an array's or a list's values, to show."""
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+
+
+def _refusal(where: str, words: str, bad: Mask, rows: Rows) -> str:
     """The sentence that says which rows break a rule."""
     at = np.flatnonzero(bad)
-    shown = at[:_SHOWN]
-    more = ", ..." if len(at) > _SHOWN else ""
-    first = rows[shown[:1]]
+    first = rows[at[:1]]
     return (
-        f"{where}: {len(at)} of {len(rows)} rows {words}: rows "
-        f"{', '.join(map(str, shown))}{more} (example ids "
-        f"{', '.join(map(str, rows.example_id[shown]))}{more}); the first is of "
+        f"{where}: {len(at)} of {len(rows)} rows {words}: rows {first_few(at)} (example ids "
+        f"{first_few(rows.example_id[at])}); the first is of "
         f"{utc(first.event_time[0] // MICROSECONDS)}, from snapshot {first.snapshot[0]}, trained "
         f"through {utc(first.trained_through[0] // MICROSECONDS)}, with outputs "
         f"{first.outputs[0].tolist()}; correct them, or pass bad_rows='quarantine' to leave such "
@@ -164,11 +124,7 @@ def refuse(where: str, words: str, bad: Mask, rows: Rows) -> str:
 
 
 def sift(
-    rows: Rows,
-    broken: Iterable[tuple[str, Mask]],
-    bad_rows: BadRows,
-    where: str,
-    error: type[Exception],
+    rows: Rows, broken: dict[str, Mask], bad_rows: BadRows, where: str, error: type[Exception]
 ) -> tuple[Mask, dict[str, int]]:
     """The rows (n,) that break no rule, and how many of the others break which one first.
 
@@ -177,9 +133,9 @@ def sift(
     """
     good = np.ones(len(rows), dtype=np.bool_)
     quarantined: dict[str, int] = {}
-    for words, bad in broken:
+    for words, bad in broken.items():
         if bad_rows == "refuse":
-            raise error(refuse(where, words, bad, rows))
+            raise error(_refusal(where, words, bad, rows))
         if (bad & good).any():
             quarantined[words] = int((bad & good).sum())
         good &= ~bad

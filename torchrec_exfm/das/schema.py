@@ -37,6 +37,7 @@ __all__ = ["FORMAT_VERSION", "KEYS", "PARTITION", "TIMESTAMP", "StoreFormat", "c
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
 KEYS = ("user_id", "item_id", "category_id")
+OPTIONAL = (*KEYS, "embedding")
 Resolution: TypeAlias = Literal["bfloat16", "float32"]
 
 TIMESTAMP = pa.timestamp("us", "UTC")
@@ -44,13 +45,7 @@ TIMESTAMP = pa.timestamp("us", "UTC")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFormat:
-    """What is fixed when a store is made.
-
-    Args:
-        tasks: names of the teacher's outputs, in order.
-        window_seconds: length of a time window, the unit of partition and look-up.
-        resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error of at
-            most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
+    """What is fixed when a store is made: the arguments of ``TeacherStore.create``.
 
     Raises:
         ValueError: for a wrong value.
@@ -107,25 +102,21 @@ class StoreFormat:
 
     def schema(self) -> pa.Schema:
         """The columns, partition columns included."""
-        required = [
-            ("example_id", pa.int64()),
-            *((name, pa.float32()) for name in self.outputs),
-            ("event_time", TIMESTAMP),
-            ("snapshot", pa.int64()),
-            ("trained_through", TIMESTAMP),
-            ("logged", pa.bool_()),
-            ("scored_at", TIMESTAMP),
-            ("teacher", pa.string()),
-            ("window", pa.int64()),
-        ]
-        optional = [
-            *((name, pa.int64()) for name in KEYS),
-            ("embedding", pa.list_(pa.field("element", pa.float32()))),
-        ]
-        return pa.schema(
-            [pa.field(name, kind, nullable=False) for name, kind in required]
-            + [pa.field(name, kind) for name, kind in optional]
-        )
+        columns = {
+            "example_id": pa.int64(),
+            **dict.fromkeys(self.outputs, pa.float32()),
+            "event_time": TIMESTAMP,
+            "snapshot": pa.int64(),
+            "trained_through": TIMESTAMP,
+            "logged": pa.bool_(),
+            "scored_at": TIMESTAMP,
+            "teacher": pa.string(),
+            "window": pa.int64(),
+            **dict.fromkeys(OPTIONAL, pa.int64()),
+            "embedding": pa.list_(pa.field("element", pa.float32())),
+        }
+        fields = columns.items()
+        return pa.schema([pa.field(name, kind, name in OPTIONAL) for name, kind in fields])
 
     def writer_properties(self) -> WriterProperties:
         """Encodings that fit rows sorted by id: differences, and bytes of equal weight together."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
 from torchrec_exfm.das.delta import DataFile, StoreError
-from torchrec_exfm.das.rules import Rows, broken_rules
+from torchrec_exfm.das.rules import Rows, broken_rules, first_few
 from torchrec_exfm.das.schema import PARTITION, check_name
 from torchrec_exfm.das.snapshots import checkpoint_folder, entries, is_plain, registry_of
 from torchrec_exfm.das.store import TeacherStore
@@ -55,7 +55,7 @@ class Verification:
         self._attempt(self._check_table)
         for teacher, rows in self._unpublished.items():
             text = f"{sum(rows.values())} rows of {teacher} are of versions not published here: "
-            self.notes.append(text + _some(sorted(rows)))
+            self.notes.append(text + first_few(sorted(rows)))
 
     def _violation(self, text: str) -> None:
         self.counts["violations"] += 1
@@ -118,7 +118,7 @@ class Verification:
         store.table.read(file, pa.schema([f for f in store.format.schema() if f.nullable]))
         rows = store.rows_of(file)
         self.counts.update(files=1, rows=len(rows))
-        for words, bad in broken_rules(rows, window, store.format.window_seconds):
+        for words, bad in broken_rules(rows, window, store.format.window_seconds).items():
             self._bad_rows(file, words, bad, rows)
         for version in np.unique(rows.snapshot).tolist():
             of_version = rows.snapshot == version
@@ -136,14 +136,12 @@ class Verification:
         blocks = (ids[start : start + _BLOCK + 1] for start in range(0, len(ids), _BLOCK))
         again = np.unique(np.concatenate([b[1:][np.diff(b) == 0] for b in blocks]))
         if len(again):
-            self._violation(f"{where}: {len(again)} ids are in several windows: {_some(again)}")
+            self._violation(f"{where}: {len(again)} ids are in several windows: {first_few(again)}")
 
     def _bad_rows(self, file: DataFile, words: str, bad: Mask, rows: Rows) -> None:
         if bad.any():
             at = np.flatnonzero(bad)
             text = f"{self._store.table.url}/{file.path}: {len(at)} of {len(rows)} rows {words}: "
-            self._violation(f"{text}rows {_some(at)} (example ids {_some(rows.example_id[at])})")
-
-
-def _some(values: Any) -> str:
-    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+            self._violation(
+                f"{text}rows {first_few(at)} (example ids {first_few(rows.example_id[at])})"
+            )
