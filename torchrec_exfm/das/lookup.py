@@ -148,27 +148,25 @@ class TeacherLookup:
         _check_names("tasks", self.tasks, self.store.tasks)
         _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
         _check_names("snapshot", tuple(pinned), self.teachers)
-        _check(missing, max_age_seconds, max_windows)
+        if missing not in ("mask", "raise"):
+            raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
+        if max_age_seconds is not None and not max_age_seconds >= 0:
+            raise ValueError(
+                f"max_age_seconds should be None or from 0; received {max_age_seconds}"
+            )
+        if max_windows < 1:
+            raise ValueError(f"max_windows should be at least 1; received {max_windows}")
         check_bad_rows(bad_rows)
-        self._columns = [self.store.tasks.index(task) for task in self.tasks]
         self._ids = ids
         self._event_seconds = event_seconds
         self._missing = missing
         self._max_age_seconds = max_age_seconds
         self.counters = {teacher: LookupCounters() for teacher in self.teachers}
         reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
+        options = bad_rows, max_windows, refresh_seconds
         self._windows = {
-            teacher: _Windows(
-                self.store,
-                teacher,
-                self.counters[teacher],
-                reader,
-                snapshot=pinned.get(teacher),
-                bad_rows=bad_rows,
-                max_windows=max_windows,
-                refresh_seconds=refresh_seconds,
-            )
-            for teacher in self.teachers
+            teacher: _Windows(self.store, teacher, counters, reader, pinned.get(teacher), *options)
+            for teacher, counters in self.counters.items()
         }
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-lookup")
 
@@ -215,7 +213,7 @@ class TeacherLookup:
             np.stack(parts, axis=1) for parts in zip(*found, strict=True)
         )
         if self.tasks != self.store.tasks:
-            values = values[:, :, self._columns]
+            values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
         return TeacherOutputs(
             torch.from_numpy(values),
             torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
@@ -301,27 +299,20 @@ class _Windows:
     def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> _Found:
         """The outputs of examples (B,) in the one window needed, or in ``windows`` (B,)."""
         self._refresh()
-        if windows is None and needed:
-            found = self._window(needed[0], needed).index.find(ids)
-        else:
-            found = self._find_in(needed, ids, windows)
+        values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
+        age_seconds = np.zeros(len(ids), dtype=np.float32)
+        presence = np.zeros(len(ids), dtype=np.bool_)
+        for window in needed:
+            rows = slice(None) if windows is None else windows == window
+            found = self._window(window, needed).index.find(ids[rows])
+            values[rows], age_seconds[rows], presence[rows] = found
         self._read_ahead(needed)
-        return found
+        return values, age_seconds, presence
 
     def forget(self) -> None:
         """Forget what was read; what is being read meanwhile is not used."""
         self._held.clear()
         self._reread.clear()
-
-    def _find_in(self, needed: list[int], ids: Ints, windows: Ints | None) -> _Found:
-        values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
-        age_seconds = np.zeros(len(ids), dtype=np.float32)
-        presence = np.zeros(len(ids), dtype=np.bool_)
-        for window in needed:
-            rows = windows == window
-            found = self._window(window, needed).index.find(ids[rows])
-            values[rows], age_seconds[rows], presence[rows] = found
-        return values, age_seconds, presence
 
     def _window(self, window: int, needed: list[int]) -> _Window:
         if window not in self._held:
@@ -402,12 +393,3 @@ def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
             f"{what} should be of those there are, {tuple(known)}, each at most once; received "
             f"{tuple(names)}"
         )
-
-
-def _check(missing: str, max_age_seconds: float | None, max_windows: int) -> None:
-    if missing not in ("mask", "raise"):
-        raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
-    if max_age_seconds is not None and not max_age_seconds >= 0:
-        raise ValueError(f"max_age_seconds should be None or from 0; received {max_age_seconds}")
-    if max_windows < 1:
-        raise ValueError(f"max_windows should be at least 1; received {max_windows}")
