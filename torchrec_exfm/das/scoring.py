@@ -5,6 +5,7 @@ n examples, B of a batch, T tasks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import time
@@ -129,10 +130,8 @@ def score(
     job.report.shared = shared
     total = sum(len(shard.ids) for shard in shards)
     snapshot: Snapshot | None = None
-    with (
-        tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0) as bar,
-        job,
-    ):
+    bar = tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0)
+    with bar, contextlib.closing(job):
         for window, group in itertools.groupby(shards, key=lambda shard: shard.window):
             of_window = list(group)
             if isinstance(teacher, str):
@@ -174,35 +173,26 @@ class _Shard:
         return np.array_split(mine, -(-longest // batch_size))
 
 
+@dataclass
 class _Job:
     """The pass itself: the pipeline, the gathering of its outputs, the commits behind it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        store: TeacherStore,
-        device: torch.device,
-        batch_size: int,
-        outputs: Callable[[Any], Tensor],
-        bad_rows: BadRows,
-    ) -> None:
-        self.store = store
-        self.model = model
-        self.training = model.training
-        self.device = device
-        self.batch_size = batch_size
-        self.outputs = outputs
-        self.bad_rows: BadRows = bad_rows
+    model: nn.Module
+    store: TeacherStore
+    device: torch.device
+    batch_size: int
+    outputs: Callable[[Any], Tensor]
+    bad_rows: BadRows
+
+    def __post_init__(self) -> None:
+        self.training = self.model.training
         self.report = ScoringReport()
         unused = torch.optim.SGD([torch.zeros(1)], lr=0.0)
-        self.pipeline: Any = EvalPipelineSparseDist(model.eval(), unused, device)
+        self.pipeline: Any = EvalPipelineSparseDist(self.model.eval(), unused, self.device)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
         self.writing: Future[WriteReport] | None = None
 
-    def __enter__(self) -> _Job:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.pipeline.reset()
         self.pipeline.detach()
         self.model.train(self.training)
@@ -300,16 +290,14 @@ def _plan(
 ) -> tuple[list[_Shard], int]:
     """The shards in order of windows, every id in one of them; and how many ids came again."""
     all_ids = [as_int64("example_ids", each.example_ids) for each in examples]
-    ids = np.concatenate([np.empty(0, dtype=np.int64), *all_ids])
-    seconds = np.concatenate(
-        [np.empty(0, dtype=np.int64)]
-        + [
-            as_int64("event_seconds", each.event_seconds, len(some))
-            for each, some in zip(examples, all_ids, strict=True)
-        ]
-    )
-    starts = np.cumsum([0, *map(len, all_ids)])
-    source = np.repeat(np.arange(len(examples)), list(map(len, all_ids)))
+    sizes = [len(ids) for ids in all_ids]
+    all_seconds = [
+        as_int64("event_seconds", each.event_seconds, size)
+        for each, size in zip(examples, sizes, strict=True)
+    ]
+    nothing = np.empty(0, dtype=np.int64)
+    ids, seconds = np.concatenate([nothing, *all_ids]), np.concatenate([nothing, *all_seconds])
+    starts, source = np.cumsum([0, *sizes]), np.repeat(np.arange(len(examples)), sizes)
     again = _again(ids, seconds)
     _check_same_on_all_ranks(ids, seconds)
     window = store.window_of(seconds)
@@ -319,28 +307,21 @@ def _plan(
     shards = []
     for group in np.split(kept, turns) if len(kept) else []:
         for part in np.split(group, range(shard_rows, len(group), shard_rows)):
-            k = source[part[0]]
-            shards.append(
-                _Shard(
-                    int(window[part[0]]), examples[k], part - starts[k], ids[part], seconds[part]
-                )
-            )
+            at, k = int(window[part[0]]), source[part[0]]
+            shards.append(_Shard(at, examples[k], part - starts[k], ids[part], seconds[part]))
     return shards, int(again.sum())
 
 
 def _again(ids: Ints, seconds: Ints) -> Mask:
     """Which examples (n,) have the id of an earlier one."""
-    order = np.argsort(ids, kind="stable")
-    same = np.diff(ids[order]) == 0
-    differ = same & (np.diff(seconds[order]) != 0)
-    if differ.any():
-        at = order[1:][differ][0]
+    _, first, each = np.unique(ids, return_index=True, return_inverse=True)
+    differ = ids[seconds != seconds[first[each]]]
+    if len(differ):
         raise ValueError(
-            f"an example id should have one event time; received several for {int(differ.sum())} "
-            f"ids, the first of them {ids[at]}: they may not be ids of the same example"
+            f"an example id should have one event time; received several for {len(set(differ))} "
+            f"ids, the first of them {differ.min()}: they may not be ids of the same example"
         )
-    again = np.zeros(len(ids), dtype=np.bool_)
-    again[order[1:][same]] = True
+    again: Mask = first[each] != np.arange(len(ids))
     return again
 
 
