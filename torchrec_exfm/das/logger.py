@@ -12,7 +12,6 @@ import operator
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,8 @@ class TeacherLogger:
         self._handed_over: list[tuple[Any, Any, Tensor]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
         self._writing: Future[WriteReport] | None = None
-        self._there: dict[int, _Logged] = {}  # the window used last comes last
+        # by window, the one used last last: the ids that are logged there, in order; files read
+        self._logged: dict[int, tuple[Ints, set[str]]] = {}
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -220,25 +220,17 @@ class TeacherLogger:
 
     def _logged_in(self, window: int) -> Ints:
         """The ids that are logged in a window of the store, in rising order."""
-        logged = self._there.pop(window, _Logged())
-        self._there[window] = logged
-        if len(self._there) > _WINDOWS:
-            del self._there[next(iter(self._there))]
+        ids, paths = self._logged.pop(window, (np.empty(0, dtype=np.int64), set[str]()))
         for file in self._store.files(self.teacher, window):
-            if file.path not in logged.files:
+            if file.path not in paths:
                 rows, _ = self._store.read_file(file, bad_rows="quarantine")
-                ids = np.concatenate([logged.ids, rows.example_id[rows.logged]])
-                logged.ids = np.sort(ids, kind="stable")  # of runs in order: they are merged
-                logged.files.add(file.path)
-        return logged.ids
-
-
-@dataclass
-class _Logged:
-    """What is known to be logged in a window: its ids in rising order, and the files read."""
-
-    ids: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    files: set[str] = field(default_factory=set)
+                ids = np.concatenate([ids, rows.example_id[rows.logged]])
+                ids = np.sort(ids, kind="stable")  # of runs in order: they are merged
+                paths.add(file.path)
+        self._logged[window] = ids, paths
+        if len(self._logged) > _WINDOWS:
+            del self._logged[next(iter(self._logged))]
+        return ids
 
 
 def _event(device: torch.device) -> torch.Event | None:
