@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
@@ -29,35 +30,32 @@ class NamedOptimizer(NamedTuple):
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
-    def empty_states(
-        self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]
-    ) -> dict[str, Tensor]:
-        """Tensors to read into, for the sizes and dtypes that were saved of this state."""
+    def empty_states(self, saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+        """Tensors to read into, for those that were saved of this state."""
+        groups = self.optimizer.param_groups
+        # as torch.optim has it: steps are counted on the host unless told otherwise
+        on_device = any(group.get("capturable") or group.get("fused") for group in groups)
         tensors = {}
-        for key, (size, dtype) in saved.items():
+        for key, described in saved.items():
             name, _, last = key.rpartition("/")
             if name in self.parameters:
-                tensors[key] = torch.zeros(size, dtype=dtype, device=self._device(name, last))
+                on_host = last == "step" and not on_device
+                device = "cpu" if on_host else self.parameters[name].device
+                dtype = described.properties.dtype
+                tensors[key] = torch.zeros(described.size, dtype=dtype, device=device)
         return tensors
-
-    def _device(self, name: str, key: str) -> torch.device:
-        """As torch.optim has it: steps are counted on the host unless told otherwise."""
-        groups = self.optimizer.param_groups
-        told = any(group.get("capturable") or group.get("fused") for group in groups)
-        device: torch.device = self.parameters[name].device
-        return torch.device("cpu") if key == "step" and not told else device
 
     def numbers(self) -> dict[str, dict[str, Any]]:
         """Of each parameter the kind of its optimizer, its steps, the numbers of its group."""
-        return {
-            name: {
-                "kind": kind_of(self.optimizer),
-                "steps": [int(counter) for counter in fused_steps(self.optimizer)],
-                "group": _hyperparameters(group),
-            }
-            for group in self.optimizer.param_groups
-            for name in self._names_in(group)
-        }
+        kind = kind_of(self.optimizer)
+        steps = [int(counter) for counter in fused_steps(self.optimizer)]
+        records = {}
+        for group in self.optimizer.param_groups:
+            numbers = {key: _number(value) for key, value in group.items() if key != "params"}
+            numbers = {key: value for key, value in numbers.items() if value is not None}
+            for name in self._names_in(group):
+                records[name] = {"kind": kind, "steps": steps, "group": numbers}
+        return records
 
     def _names_in(self, group: Mapping[str, Any]) -> list[str]:
         ids = {id(parameter) for parameter in group["params"]}
@@ -67,7 +65,11 @@ class NamedOptimizer(NamedTuple):
         """Go on from what was saved; what is fused has read its state in place."""
         for group in self.optimizer.param_groups:
             for name in self._names_in(group)[:1]:
-                _set_hyperparameters(group, numbers[name]["group"])
+                for key, value in numbers[name]["group"].items():
+                    if isinstance(group.get(key), Tensor):
+                        group[key].fill_(value)
+                    else:
+                        group[key] = tuple(value) if isinstance(value, list) else value
                 for counter in fused_steps(self.optimizer):
                     counter.fill_(numbers[name]["steps"][0])
         if self.fused:
@@ -112,24 +114,11 @@ def _parameters(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Any]
     return {f"{prefix}{index}": parameter for index, parameter in enumerate(every)}
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The rates and other numbers of a parameter group."""
-    found = {key: _number(value) for key, value in group.items() if key != "params"}
-    return {key: value for key, value in found.items() if value is not None}
-
-
 def _number(value: Any) -> Any:
+    """A rate or another number of a parameter group, as JSON has it; None for what is none."""
     if isinstance(value, (tuple, list)):
         numbers = [_number(each) for each in value]
         return None if None in numbers else numbers
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _set_hyperparameters(group: Any, numbers: Mapping[str, Any]) -> None:
-    for key, value in numbers.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(value, list) else value

@@ -11,23 +11,19 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
-from torchrec_exfm.checkpoint import (
-    METADATA,
-    load_checkpoint,
-    read_metadata,
-    save_checkpoint,
-)
+from torchrec_exfm.checkpoint import METADATA, load_checkpoint, read_metadata, save_checkpoint
 from torchrec_exfm.metrics import ExFMMetrics
 from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 
@@ -85,11 +81,23 @@ def save_training(
     folder, optimizers = Path(folder), _optimizers(pipeline)
     states = {key: value for each in optimizers for key, value in each.states().items()}
     tensors = {key: value for key, value in states.items() if isinstance(value, Tensor)}
-    plain = {key: _plain(key, states[key]) for key in states if key not in tensors}
-    values = _packed(_values(pipeline, optimizers, dict(position), plain))
-    own = _own(pipeline, metrics)
+    plain = {key: value for key, value in states.items() if key not in tensors}
+    for key, value in plain.items():
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TypeError(
+                "the state of an optimizer should hold tensors and plain values; received "
+                f"{key!r}, of type {type(value).__name__}"
+            )
+    values = json.dumps(_values(pipeline, optimizers, dict(position), plain)).encode()
+    packed = torch.frombuffer(bytearray(values), dtype=torch.uint8)
+    own = {"random": torch.get_rng_state()}
+    if pipeline._device.type == "cuda":
+        own["random.cuda"] = torch.cuda.get_rng_state(pipeline._device)
+    if metrics is not None:
+        own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
+    own = {f"rank{rank()}/{key}": value for key, value in own.items()}
     new = folder / str(on_rank_0(lambda: max(_numbered(folder), default=0) + 1))
-    save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: values})
+    save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: packed})
     on_rank_0(lambda: _prune(folder, keep))
     return new
 
@@ -166,38 +174,46 @@ def load_training(
         )
     checkpoint = Path(folder) / str(newest)
     saved = on_rank_0(lambda: _metadata(checkpoint))
-    values, own = _values_and_own(checkpoint, saved)
+    prefix = f"rank{rank()}/"
+    mine = {
+        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        for key, tensor in saved.items()
+        if key == _VALUES or key.startswith(prefix)
+    }
+    load_checkpoint(checkpoint, mine)
+    values, own = _unpacked(checkpoint, mine[_VALUES]), _below(prefix, mine)
     state = _modules(pipeline)
     for each in optimizers:
         state |= each.states() if each.fused else each.empty_states(saved)
     _check(checkpoint, saved, values, pipeline, optimizers, state)
     as_many = values["ranks"] == world_size()
-    of_metrics = _of_metrics(own if as_many else {}, metrics)
+    saved_metrics = _below("metrics/", own) if as_many else {}
+    if metrics is not None and saved_metrics:
+        metrics.check_state_dict(saved_metrics)
+    elif metrics is not None:
+        warnings.warn(
+            "the metrics start anew: none were saved, or those of another number of ranks",
+            MetricsRestartedWarning,
+            stacklevel=2,
+        )
     load_checkpoint(checkpoint, state)
 
     _trained(pipeline).load_state_dict(_below(_MODEL, state))
     for each in optimizers:
         each.take(state | values["states"], values["numbers"])
-    if metrics is not None and of_metrics:
-        metrics.load_state_dict(of_metrics)
+    if metrics is not None and saved_metrics:
+        metrics.load_state_dict(saved_metrics)
     if as_many:
-        _take_random_state(own, pipeline._device)
+        torch.set_rng_state(own["random"])
+        if pipeline._device.type == "cuda" and "random.cuda" in own:
+            torch.cuda.set_rng_state(own["random.cuda"], pipeline._device)
     position: dict[str, int] = values["position"]
     return position
 
 
 def _optimizers(pipeline: Pipeline) -> list[NamedOptimizer]:
-    of_adapter = getattr(pipeline, "adapter_optimizer", None)
-    return named_optimizers(pipeline._model, pipeline._optimizer, of_adapter)
-
-
-def _plain(key: str, value: Any) -> Any:
-    if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise TypeError(
-            f"the state of an optimizer should hold tensors and plain values; received {key!r}, of "
-            f"type {type(value).__name__}"
-        )
-    return value
+    adapter_optimizer = getattr(pipeline, "adapter_optimizer", None)
+    return named_optimizers(pipeline._model, pipeline._optimizer, adapter_optimizer)
 
 
 def _modules(pipeline: Pipeline) -> dict[str, Any]:
@@ -256,10 +272,6 @@ def _names(pipeline: Pipeline) -> dict[str, list[str]]:
     return {"teachers": list(head.teachers), "tasks": list(head.tasks), "terms": terms}
 
 
-def _packed(values: dict[str, Any]) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
-
-
 def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(bytes(packed.tolist()))
@@ -273,39 +285,24 @@ def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
     return values
 
 
-def _metadata(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name to size and dtype of all that was saved."""
-    described = read_metadata(folder).state_dict_metadata
-    if _VALUES not in described:
+def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Of every tensor that was saved."""
+    saved = cast(dict[str, TensorStorageMetadata], read_metadata(folder).state_dict_metadata)
+    if _VALUES not in saved:
         raise ValueError(
             f"{folder} should hold a training; received another checkpoint; load one of a bare "
             "student into student_state_dict(model)"
         )
-    return {key: (each.size, each.properties.dtype) for key, each in described.items()}  # type: ignore[union-attr]
-
-
-def _values_and_own(
-    folder: Path, saved: Mapping[str, tuple[torch.Size, torch.dtype]]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is no tensor, and what this rank has for itself."""
-    own = {key: _empty(saved[key]) for key in saved if key.startswith(_own_prefix())}
-    packed = _empty(saved[_VALUES])
-    load_checkpoint(folder, {**own, _VALUES: packed})
-    return _unpacked(folder, packed), _below(_own_prefix(), own)
-
-
-def _empty(described: tuple[torch.Size, torch.dtype]) -> Tensor:
-    size, dtype = described
-    return torch.zeros(size, dtype=dtype)
+    return saved
 
 
 def _check(
     folder: Path,
-    saved: Mapping[str, Any],
+    saved: Iterable[str],
     values: Mapping[str, Any],
     pipeline: Pipeline,
     optimizers: list[NamedOptimizer],
-    state: Mapping[str, Any],
+    state: Iterable[str],
 ) -> None:
     """Whether the checkpoint is of this run, or an error that says what differs."""
     for what, names in _names(pipeline).items():
@@ -315,13 +312,13 @@ def _check(
                 f"{values['names'][what]}"
             )
     numbers = _numbers(optimizers)
-    here = set().union(*of_each_rank([*state, *numbers]))
-    there = {key for key in saved if key != _VALUES and not key.startswith("rank")}
-    there |= values["numbers"].keys()
-    if here != there:
+    wanted = set().union(*of_each_rank([*state, *numbers]))
+    received = {key for key in saved if key != _VALUES and not key.startswith("rank")}
+    received |= values["numbers"].keys()
+    if wanted != received:
         raise ValueError(
             f"{folder} should be of a run with this student, these terms, adapter and optimizers; "
-            f"received one without {_some(here - there)} and with {_some(there - here)}"
+            f"received one without {_some(wanted - received)} and with {_some(received - wanted)}"
         )
     for name, record in numbers.items():
         kind = values["numbers"][name]["kind"]
@@ -334,38 +331,8 @@ def _check(
 
 def _some(names: set[str]) -> str:
     """The first few, those of modules before those of optimizers."""
-    found = sorted(names, key=lambda name: (not name.startswith((_MODEL, "adapter/")), name))
-    return f"{found[:5]}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-
-
-def _own(pipeline: Pipeline, metrics: ExFMMetrics | None) -> dict[str, Tensor]:
-    """What a rank has for itself."""
-    own = {"random": torch.get_rng_state()}
-    if pipeline._device.type == "cuda":
-        own["random.cuda"] = torch.cuda.get_rng_state(pipeline._device)
-    if metrics is not None:
-        own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
-    return {_own_prefix() + key: value for key, value in own.items()}
-
-
-def _take_random_state(own: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(own["random"])
-    if device.type == "cuda" and "random.cuda" in own:
-        torch.cuda.set_rng_state(own["random.cuda"], device)
-
-
-def _of_metrics(own: Mapping[str, Tensor], metrics: ExFMMetrics | None) -> dict[str, Tensor]:
-    """What was saved of the metrics, checked; empty, with a warning, if they start anew."""
-    found = _below("metrics/", own)
-    if metrics is not None and found:
-        metrics.check_state_dict(found)
-    elif metrics is not None:
-        warnings.warn(
-            "the metrics start anew: none were saved, or those of another number of ranks",
-            MetricsRestartedWarning,
-            stacklevel=3,
-        )
-    return found
+    ordered = sorted(names, key=lambda name: (not name.startswith((_MODEL, "adapter/")), name))
+    return f"{ordered[:5]}" + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -381,18 +348,11 @@ def _complete(folder: Path) -> list[int]:
 def _prune(folder: Path, keep: int) -> None:
     """Delete what is older than so many complete checkpoints; of each, what completes it first."""
     oldest = _complete(folder)[-keep:][0]
-    for number, path in _numbered(folder).items():
-        if number < oldest and all(_is_ours(file.name) for file in path.iterdir()):
+    for path in [path for number, path in _numbered(folder).items() if number < oldest]:
+        names = [file.name for file in path.iterdir()]
+        if all(name.endswith(".distcp") or name.startswith(METADATA) for name in names):  # ours
             (path / METADATA).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_ours(name: str) -> bool:
-    return name.endswith(".distcp") or name.startswith(METADATA)
-
-
-def _own_prefix() -> str:
-    return f"rank{rank()}/"
 
 
 def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
