@@ -21,34 +21,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view  # not public: see below
+from torch.distributed.checkpoint.utils import _create_file_view  # not public
 from torch.futures import Future
 
 from torchrec_exfm._compat import ShardedTensor
 from torchrec_exfm._ranks import distributed
-
-# ---- What is not public in torch: _create_file_view, and the attributes of storage_data ----
-
-
-def _slice(stream: IO[bytes], offset: int, length: int) -> IO[bytes]:
-    """Some bytes of an open file as a file of their own, read from it as they are needed."""
-    return cast(IO[bytes], _create_file_view(cast(Any, stream), offset, length))
-
-
-def _where_written(result: WriteResult) -> dict[str, Any]:
-    """The file, first byte and length of what DCP's FileSystemWriter wrote."""
-    info = result.storage_data
-    return {"file": info.relative_path, "offset": info.offset, "length": info.length}
-
-
-# ---- End of what is not public ----
 
 __all__ = ["METADATA", "load_checkpoint", "read_metadata", "save_checkpoint"]
 
@@ -150,20 +134,19 @@ class _Writer(dcp.FileSystemWriter):
         return super().prepare_local_plan(plan)
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        written = {result.index: result for of_rank in results for result in of_rank}
+        infos = {result.index: result.storage_data for of_rank in results for result in of_rank}
         tensors = {}
         for key, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, dcp.TensorStorageMetadata)
-            tensors[key] = {
-                "shape": list(tensor.size),
-                "dtype": str(tensor.properties.dtype).removeprefix("torch."),
-                "chunks": [
-                    {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
-                    | _where_written(written[MetadataIndex(key, chunk.offsets)])
-                    for chunk in tensor.chunks
-                    if math.prod(chunk.sizes)
-                ],
-            }
+            chunks: list[dict[str, Any]] = []
+            for chunk in tensor.chunks:
+                if math.prod(chunk.sizes):
+                    info = infos[MetadataIndex(key, chunk.offsets)]  # its attributes are not public
+                    part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
+                    part |= {"file": info.relative_path, "offset": info.offset}
+                    chunks.append(part | {"length": info.length})
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[key] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
         document = {"format": _FORMAT, "version": _VERSION, "tensors": tensors}
         _write_at_once(Path(self.path) / METADATA, json.dumps(document))
 
@@ -264,16 +247,16 @@ def _tensor(
 def _read_chunk(place: _Place) -> Tensor:
     try:
         with place.path.open("rb") as stream:
-            view = _slice(stream, place.offset, place.length)
-            found = torch.load(view, map_location="cpu", weights_only=True, mmap=False)
+            view: Any = _create_file_view(cast(Any, stream), place.offset, place.length)
+            tensor = torch.load(view, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         problem = f"what torch.load with weights_only=True refuses ({type(error).__name__})"
         raise _refusal(place.path, f"hold a tensor at byte {place.offset}", problem) from error
     wanted = f"a tensor {place.dtype} {list(place.sizes)}"
-    received = _described(found) if type(found) is Tensor else f"a {type(found).__name__}"
+    received = _described(tensor) if type(tensor) is Tensor else f"a {type(tensor).__name__}"
     if received != wanted:
         raise _refusal(place.path, f"hold {wanted} at byte {place.offset}", received)
-    return cast(Tensor, found)
+    return cast(Tensor, tensor)
 
 
 def _described(tensor: Any) -> str:
