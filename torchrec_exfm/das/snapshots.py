@@ -24,18 +24,12 @@ if TYPE_CHECKING:
     from torchrec_exfm.das.store import TeacherStore
 
 __all__ = [
-    "SCHEMA",
     "Snapshot",
-    "checkpoint_folder",
-    "create_registry",
-    "entries",
     "forget_snapshots",
-    "is_plain",
     "load_snapshot",
     "newest_snapshot",
     "publish",
     "published",
-    "registry_of",
 ]
 
 SCHEMA = pa.schema(
@@ -47,6 +41,7 @@ SCHEMA = pa.schema(
         pa.field("checkpoint", pa.string()),
     ]
 )
+NUMBERS = pa.schema([f.with_type(pa.int64()) if f.type == TIMESTAMP else f for f in SCHEMA])
 
 
 @dataclass(frozen=True)
@@ -178,11 +173,7 @@ def load_snapshot(
 
 
 def forget_snapshots(
-    store: TeacherStore,
-    teacher: str,
-    before_version: int,
-    *,
-    checkpoints: Path | str | None = None,
+    store: TeacherStore, teacher: str, before_version: int, *, checkpoints: Path | str | None = None
 ) -> int:
     """Delete a teacher's older snapshots: their outputs in the store, entries and checkpoints.
 
@@ -253,9 +244,7 @@ def entries(registry: Table) -> list[tuple[Snapshot, str | None]]:
     """The snapshots, each with the name of its checkpoint's folder."""
     rows = []
     for file in registry.files():
-        data = registry.read(file, SCHEMA)
-        data = data.set_column(2, "trained_through", data["trained_through"].cast(pa.int64()))
-        for row in data.select(["teacher", "version", "trained_through", "checkpoint"]).to_pylist():
+        for row in registry.read(file, NUMBERS).to_pylist():
             seconds = row["trained_through"] // MICROSECONDS
             try:
                 snapshot = Snapshot(row["teacher"], row["version"], seconds)

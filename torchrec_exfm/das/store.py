@@ -108,11 +108,11 @@ class TeacherStore:
         """
         if isinstance(tasks, str):
             raise ValueError(f"tasks should be a tuple of names; received {tasks!r}")
-        wanted = StoreFormat(
-            tasks=tuple(tasks), window_seconds=window_seconds, resolution=resolution
-        )
-        where = f"{normal_url(url)}/outputs"
-        create_registry(normal_url(url), storage_options)
+        names = tuple(tasks)
+        wanted = StoreFormat(tasks=names, window_seconds=window_seconds, resolution=resolution)
+        url = normal_url(url)
+        where = f"{url}/outputs"
+        create_registry(url, storage_options)
         Table.create(where, wanted.schema(), PARTITION, wanted.to_json(), storage_options)
         store = cls(url, storage_options=storage_options)
         if store.format != wanted:
@@ -252,12 +252,16 @@ class TeacherStore:
         check_bad_rows(bad_rows)
         files = self.files(teacher, window)
         try:
-            return self._read(files, bad_rows)
+            parts = [self.read_file(file, bad_rows=bad_rows) for file in files]
         except MissingFileError:  # compaction may have put another in its place
             self.refresh()
             if self.files(teacher, window) == files:
                 raise
-        return self._read(self.files(teacher, window), bad_rows)
+            return self.read(teacher, window, bad_rows=bad_rows)
+        quarantined = Counter[str]()
+        for _, left_out in parts:
+            quarantined.update(left_out)
+        return Rows.concatenate([rows for rows, _ in parts], len(self.tasks)), dict(quarantined)
 
     def read_file(
         self, file: DataFile, *, bad_rows: BadRows = "refuse"
@@ -268,14 +272,6 @@ class TeacherStore:
         where = f"{self.table.url}/{file.path}"
         good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
         return (rows[good] if quarantined else rows), quarantined
-
-    def _read(self, files: list[DataFile], bad_rows: BadRows) -> tuple[Rows, dict[str, int]]:
-        parts, quarantined = [], Counter[str]()
-        for file in files:
-            rows, left_out = self.read_file(file, bad_rows=bad_rows)
-            parts.append(rows)
-            quarantined.update(left_out)
-        return Rows.concatenate(parts, len(self.tasks)), dict(quarantined)
 
     def rows_of(self, file: DataFile) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
@@ -341,10 +337,9 @@ def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any
 def _order(columns: pa.Table) -> Ints:
     """That of windows, and in a window of ids, of which none comes twice."""
     windows, ids = _array(columns, "window"), _array(columns, "example_id")
-    if len(ids) and (windows == windows[0]).all():
-        order: Ints = np.argsort(ids)
-        return order
-    return np.lexsort((ids, windows))
+    in_one = len(ids) and (windows == windows[0]).all()
+    order: Ints = np.argsort(ids) if in_one else np.lexsort((ids, windows))
+    return order
 
 
 def _array(table: pa.Table, name: str) -> Any:
