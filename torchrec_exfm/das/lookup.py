@@ -88,9 +88,7 @@ class TeacherLookup:
         missing: what to do if an example has no output: ``"mask"`` (absent, and counted) or
             ``"raise"``.
         max_age_seconds: older outputs are masked and counted as stale; None: none is too old.
-        bad_rows: what to do with rows in the store that break a rule (leaks, NaN ...):
-            ``"refuse"`` (an error that names the file and the rows) or ``"quarantine"`` (left out
-            and counted).
+        bad_rows: as for :meth:`TeacherStore.read`; what is left out is counted.
         max_windows: how many windows of each teacher to have in memory, the one read ahead
             included.
         refresh_seconds: how often to see whether rows came late into the windows in memory: for so
@@ -207,7 +205,9 @@ class TeacherLookup:
         return ids.copy(), times.copy()  # the loader may use its buffers again
 
     def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
-        needed, windows = self._windows_of(seconds)
+        windows = self.store.window_of(seconds)
+        in_one = len(windows) and windows.min() == windows.max()
+        needed = (windows[:1] if in_one else np.unique(windows)).tolist()
         found = [self._of_teacher(teacher, ids, needed, windows) for teacher in self.teachers]
         values, age_seconds, presence = (
             np.stack(parts, axis=1) for parts in zip(*found, strict=True)
@@ -220,19 +220,7 @@ class TeacherLookup:
             torch.from_numpy(age_seconds),
         )
 
-    def _windows_of(self, seconds: Ints) -> tuple[list[int], Ints | None]:
-        """The windows of a batch, in order; and, if there are several, that of each example."""
-        if not len(seconds):
-            return [], None
-        ends = self.store.window_of(np.array([seconds.min(), seconds.max()]))
-        if ends[0] == ends[1]:
-            return ends[:1].tolist(), None
-        windows = self.store.window_of(seconds)
-        return np.unique(windows).tolist(), windows
-
-    def _of_teacher(
-        self, teacher: str, ids: Ints, needed: list[int], windows: Ints | None
-    ) -> _Found:
+    def _of_teacher(self, teacher: str, ids: Ints, needed: list[int], windows: Ints) -> _Found:
         values, age_seconds, presence = self._windows[teacher].find(ids, needed, windows)
         counters = self.counters[teacher]
         counters.batches += 1
@@ -296,14 +284,14 @@ class _Windows:
         self._refreshed = time.monotonic()
         self._quarantined: dict[int, int] = {}  # rows, by window
 
-    def find(self, ids: Ints, needed: list[int], windows: Ints | None) -> _Found:
-        """The outputs of examples (B,) in the one window needed, or in ``windows`` (B,)."""
+    def find(self, ids: Ints, needed: list[int], windows: Ints) -> _Found:
+        """The outputs of examples (B,) in ``windows`` (B,), which are those needed."""
         self._refresh()
         values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
         for window in needed:
-            rows = slice(None) if windows is None else windows == window
+            rows = slice(None) if len(needed) == 1 else windows == window
             found = self._window(window, needed).index.find(ids[rows])
             values[rows], age_seconds[rows], presence[rows] = found
         self._read_ahead(needed)
