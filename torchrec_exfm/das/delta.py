@@ -133,13 +133,16 @@ class Table:
                     commit_properties=commit,
                 )
                 return True
-            except CommitFailedError as error:  # another writer was first: look again
-                failure = error
             except _ERRORS as error:
+                failure = error
+            if not isinstance(failure, CommitFailedError):  # else another writer was first
                 if self._load().transaction_version(name) == number:
                     return True  # what failed came after the commit: to sum up the log
-                raise self._not_written(error) from error
-        raise self._not_written(failure) from failure
+                break
+        raise StoreError(
+            f"{self.url}: can't be written to, and nothing of this shard was "
+            f"({_one_line(failure)}); mend the cause and write it again"
+        ) from failure
 
     def transaction(self, name: str) -> int | None:
         """The highest number of the transactions of a name in this version; None for none."""
@@ -273,12 +276,6 @@ class Table:
     @functools.cached_property
     def _filesystem(self) -> pa_fs.FileSystem:
         return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
-
-    def _not_written(self, error: Exception) -> StoreError:
-        return StoreError(
-            f"{self.url}: can't be written to, and nothing of this shard was "
-            f"({_one_line(error)}); mend the cause and write it again"
-        )
 
 
 def normal_url(url: str | Path) -> str:
