@@ -62,27 +62,18 @@ def export_student(model: nn.Module) -> nn.Module | None:
     state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
     if rank() != 0:
         return None
-    _materialise(bare)
-    _copy_buffers(wrapper.student, bare)
-    bare.load_state_dict(state)
-    return bare.eval()
-
-
-def _copy_buffers(student: nn.Module, bare: nn.Module) -> None:
-    """What the student holds beside its state now, which may not be what it held when wrapped."""
-    now = dict(student.named_buffers(remove_duplicate=False))
+    for parameter in bare.parameters():  # give them memory; what is shared stays shared
+        memory = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, memory)
+    # what the student holds beside its state now, which may not be what it held when wrapped
+    buffers = dict(wrapper.student.named_buffers(remove_duplicate=False))
     for prefix, module in bare.named_modules(remove_duplicate=False):
         for key, buffer in module._buffers.items():
             name = f"{prefix}.{key}" if prefix else key
-            if buffer is not None and name in now:
-                module._buffers[key] = _gathered(now[name])
-
-
-def _materialise(module: nn.Module) -> None:
-    """Give the parameters memory on the CPU; what is shared stays shared."""
-    for parameter in module.parameters():
-        memory = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, memory)
+            if buffer is not None and name in buffers:
+                module._buffers[key] = _gathered(buffers[name])
+    bare.load_state_dict(state)
+    return bare.eval()
 
 
 def _gathered(value: Any) -> Any:

@@ -142,7 +142,15 @@ class RunMonitor:
         self._writer: SummaryWriter | None = None
         if folder is not None:
             on_rank_0(lambda: _check_folder(Path(folder)))  # its failure is that of every rank
-        self._bar = _bar(total_examples, shown=progress and rank() == 0)
+        self._bar: tqdm[Any] = tqdm(
+            total=total_examples,
+            desc="training",
+            unit="ex",
+            unit_scale=True,
+            mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
+            miniters=1,  # it draws at most when there is news
+            disable=not progress or rank() > 0,
+        )
         self._since = perf_counter()
 
     def __enter__(self) -> RunMonitor:
@@ -304,19 +312,6 @@ def _check_folder(folder: Path) -> None:
             "pip install 'torchrec-exfm[tensorboard]', or pass folder=None for the console alone"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def _bar(total: int | None, *, shown: bool) -> tqdm[Any]:
-    """On stderr; it draws at most when there is news."""
-    return tqdm(
-        total=total,
-        desc="training",
-        unit="ex",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
-        miniters=1,
-        disable=not shown,
-    )
 
 
 def _in_short(scalars: Mapping[str, float]) -> dict[str, str]:

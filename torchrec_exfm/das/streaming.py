@@ -161,7 +161,7 @@ def train_teacher(
         if logger is not None:
             logger.flush()
         last = window.end_seconds - 1
-        newest = _newest(store, teacher)
+        newest = on_rank_0(lambda: newest_snapshot(store, teacher))
         known = newest is not None and newest.trained_through_seconds >= last  # and then killed
         if number % refresh == 0 and not known:
             model = pipeline._model
@@ -218,7 +218,7 @@ def score_windows(
         if window.end_seconds <= before_seconds:
             continue
         _wait(store, teacher, begins[0], timeout_seconds)
-        snapshot = _newest(store, teacher, begins[0])
+        snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=begins[0]))
         if snapshot is not None:
             if snapshot != loaded:
                 load_snapshot(store, snapshot, model, checkpoints=checkpoints)
@@ -314,12 +314,6 @@ def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window
             )
         end = window.end_seconds
         yield window
-
-
-def _newest(
-    store: TeacherStore, teacher: str, before_seconds: int | None = None
-) -> Snapshot | None:
-    return on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=before_seconds))
 
 
 def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
