@@ -129,16 +129,14 @@ def score(
     job = _Job(model, store, device, batch_size, outputs, bad_rows)
     job.report.shared = shared
     total = sum(len(shard.ids) for shard in shards)
-    snapshot: Snapshot | None = None
     bar = tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0)
     with bar, contextlib.closing(job):
         for window, group in itertools.groupby(shards, key=lambda shard: shard.window):
             of_window = list(group)
-            if isinstance(teacher, str):
+            snapshot = teacher
+            if isinstance(snapshot, str):
                 first = min(int(shard.seconds.min()) for shard in of_window)
-                snapshot = _load_newest(model, store, teacher, first, snapshot, checkpoints)
-            else:
-                snapshot = teacher
+                snapshot = job.load_newest(snapshot, first, checkpoints)
             job.score_window(window, of_window, snapshot, bar)
     job.report.quarantined = sum(of_each_rank(job.report.quarantined))
     job.report.fillers = sum(of_each_rank(job.report.fillers))
@@ -155,16 +153,6 @@ class _Shard:
     positions: Ints
     ids: Ints
     seconds: Ints
-
-    def name(self, snapshot: Snapshot) -> str:
-        """The same in every run that is given the same examples."""
-        digest = hashlib.blake2b(self.ids.tobytes(), digest_size=16).hexdigest()
-        return f"score/{snapshot.teacher}/{snapshot.version}/{digest}"
-
-    def __getitem__(self, rows: Mask) -> _Shard:
-        return replace(
-            self, positions=self.positions[rows], ids=self.ids[rows], seconds=self.seconds[rows]
-        )
 
     def pieces(self, batch_size: int) -> list[Ints]:
         """This rank's rows, batch by batch; every rank has as many batches, some may be empty."""
@@ -191,12 +179,34 @@ class _Job:
         self.pipeline: Any = EvalPipelineSparseDist(self.model.eval(), unused, self.device)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
         self.writing: Future[WriteReport] | None = None
+        self.loaded: Snapshot | None = None
 
     def close(self) -> None:
         self.pipeline.reset()
         self.pipeline.detach()
         self.model.train(self.training)
         self.writer.shutdown()
+
+    def load_newest(
+        self, teacher: str, first_seconds: int, checkpoints: Path | str | None
+    ) -> Snapshot:
+        """Load the newest snapshot that has seen none of a window's examples, if it is another."""
+        store = self.store
+        snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
+        if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
+            raise ValueError(
+                f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
+            )
+        if snapshot is None:
+            raise ValueError(
+                f"{store.url}: no published snapshot of {teacher} was trained through a time "
+                f"before {utc(first_seconds)}, of the first example, and a later one would leak: "
+                "publish one, or score later examples"
+            )
+        if snapshot != self.loaded:
+            load_snapshot(store, snapshot, self.model, checkpoints=checkpoints)
+            self.loaded = snapshot
+        return snapshot
 
     def score_window(
         self, window: int, shards: list[_Shard], snapshot: Snapshot, bar: tqdm[Any]
@@ -224,17 +234,21 @@ class _Job:
         """The shards with the examples that are to be scored, as all ranks see it."""
         self.store.refresh(on_rank_0(self.store.refresh))
         rows, _ = self.store.read(snapshot.teacher, window, bad_rows="quarantine")
-        there = np.unique(rows.example_id[rows.snapshot >= snapshot.version])
+        stored = np.unique(rows.example_id[rows.snapshot >= snapshot.version])
         left = []
         for shard in shards:
-            name = shard.name(snapshot)
-            new = shard[~among(shard.ids, there)]
+            # a name that is the same in every run that is given the same examples
+            digest = hashlib.blake2b(shard.ids.tobytes(), digest_size=16).hexdigest()
+            name = f"score/{snapshot.teacher}/{snapshot.version}/{digest}"
             if self.store.table.transaction(name) is not None:
                 if self.bad_rows == "quarantine":
                     continue  # what is not there was left out
                 name = f"{name}/{self.store.table.version}"  # its rows have been lost since
-            if len(new.ids):
-                left.append((name, new))
+            new = ~among(shard.ids, stored)
+            if new.any():
+                ids, seconds = shard.ids[new], shard.seconds[new]
+                rest = replace(shard, positions=shard.positions[new], ids=ids, seconds=seconds)
+                left.append((name, rest))
         return left
 
     def _batches(self, shards: list[_Shard]) -> Iterator[Any]:
@@ -314,14 +328,15 @@ def _plan(
 
 def _again(ids: Ints, seconds: Ints) -> Mask:
     """Which examples (n,) have the id of an earlier one."""
-    _, first, each = np.unique(ids, return_index=True, return_inverse=True)
-    differ = ids[seconds != seconds[first[each]]]
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    earliest = first[inverse]
+    differ = ids[seconds != seconds[earliest]]
     if len(differ):
         raise ValueError(
             f"an example id should have one event time; received several for {len(set(differ))} "
             f"ids, the first of them {differ.min()}: they may not be ids of the same example"
         )
-    again: Mask = first[each] != np.arange(len(ids))
+    again: Mask = earliest != np.arange(len(ids))
     return again
 
 
@@ -336,28 +351,3 @@ def _check_same_on_all_ranks(*arrays: Ints) -> None:
             "examples should be the same on every rank (score() divides them); received others on "
             f"ranks {different} than on rank 0"
         )
-
-
-def _load_newest(
-    model: nn.Module,
-    store: TeacherStore,
-    teacher: str,
-    first_seconds: int,
-    loaded: Snapshot | None,
-    checkpoints: Path | str | None,
-) -> Snapshot:
-    """Load the newest snapshot that has seen none of a window's examples, unless it is loaded."""
-    snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
-    if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
-        raise ValueError(
-            f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
-        )
-    if snapshot is None:
-        raise ValueError(
-            f"{store.url}: no published snapshot of {teacher} was trained through a time before "
-            f"{utc(first_seconds)}, of the first example, and a later one would leak: publish one, "
-            "or score later examples"
-        )
-    if snapshot != loaded:
-        load_snapshot(store, snapshot, model, checkpoints=checkpoints)
-    return snapshot
