@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
@@ -83,26 +84,26 @@ class NamedOptimizer(NamedTuple):
                 self.optimizer.state.setdefault(self.parameters[name], {})[last] = value
 
 
-def named_optimizers(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    adapter_optimizer: torch.optim.Optimizer | None,
-) -> list[NamedOptimizer]:
+def named_optimizers(pipeline: TrainPipelineSparseDist[Any, Any]) -> list[NamedOptimizer]:
     """Every optimizer of a training: those fused into a model's tables, its own, the adapter's."""
     fused = [
-        (f"fused/{name}", each)
-        for combined in fused_optimizers(model)
-        for name, each in single_optimizers(combined)
+        (f"fused/{name}", optimizer)
+        for combined in fused_optimizers(pipeline._model)
+        for name, optimizer in single_optimizers(combined)
     ]
-    known = {id(each) for _, each in fused}
-    dense = [(f"dense/{name}", each) for name, each in single_optimizers(optimizer)]
-    others = [(name, each) for name, each in dense if id(each) not in known]
+    known = {id(optimizer) for _, optimizer in fused}
+    others = [
+        (f"dense/{name}", optimizer)
+        for name, optimizer in single_optimizers(pipeline._optimizer)
+        if id(optimizer) not in known
+    ]
+    adapter_optimizer = getattr(pipeline, "adapter_optimizer", None)
     if adapter_optimizer is not None:
         others.append(("adapter_optimizer/", adapter_optimizer))
     return [
-        NamedOptimizer(each, _parameters(each, prefix), is_fused)
+        NamedOptimizer(optimizer, _parameters(optimizer, prefix), is_fused)
         for pairs, is_fused in ((fused, True), (others, False))
-        for prefix, each in pairs
+        for prefix, optimizer in pairs
     ]
 
 
@@ -110,8 +111,8 @@ def _parameters(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Any]
     """By TorchRec's names where there are any, else by their position."""
     if isinstance(optimizer, KeyedOptimizer):
         return {prefix + name: parameter for name, parameter in optimizer.params.items()}
-    every = [each for group in optimizer.param_groups for each in group["params"]]
-    return {f"{prefix}{index}": parameter for index, parameter in enumerate(every)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {f"{prefix}{index}": parameter for index, parameter in enumerate(parameters)}
 
 
 def _number(value: Any) -> Any:

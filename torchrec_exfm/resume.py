@@ -78,7 +78,7 @@ def save_training(
         raise ValueError(f"keep should be at least 1; received {keep}")
     if not all(type(value) is int for value in position.values()):
         raise TypeError(f"the position should hold whole numbers; received {dict(position)}")
-    folder, optimizers = Path(folder), _optimizers(pipeline)
+    folder, optimizers = Path(folder), named_optimizers(pipeline)
     states = {key: value for each in optimizers for key, value in each.states().items()}
     tensors = {key: value for key, value in states.items() if isinstance(value, Tensor)}
     plain = {key: value for key, value in states.items() if key not in tensors}
@@ -163,7 +163,7 @@ def load_training(
         >>> bool(again == pipeline.progress(batches)[0])
         True
     """
-    optimizers = _optimizers(pipeline)
+    optimizers = named_optimizers(pipeline)
     newest = on_rank_0(lambda: max(_complete(Path(folder)), default=None))
     if newest is None:
         return None
@@ -209,11 +209,6 @@ def load_training(
             torch.cuda.set_rng_state(own["random.cuda"], pipeline._device)
     position: dict[str, int] = values["position"]
     return position
-
-
-def _optimizers(pipeline: Pipeline) -> list[NamedOptimizer]:
-    adapter_optimizer = getattr(pipeline, "adapter_optimizer", None)
-    return named_optimizers(pipeline._model, pipeline._optimizer, adapter_optimizer)
 
 
 def _modules(pipeline: Pipeline) -> dict[str, Any]:

@@ -192,18 +192,17 @@ class TeacherLogger:
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
         outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
         new = self._first_time(ids, seconds)
-        if not new.any():
-            self.logged_before += len(ids)
-            return WriteReport(written=0)
-        report = self._store.write(
-            newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
-            ids[new],
-            outputs.cpu()[torch.from_numpy(new)],
-            seconds[new],
-            shard=f"log/{self._run}/{shard}",
-            logged=True,
-            bad_rows=self._bad_rows,
-        )
+        report = WriteReport(written=0)
+        if new.any():
+            report = self._store.write(
+                newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
+                ids[new],
+                outputs.cpu()[torch.from_numpy(new)],
+                seconds[new],
+                shard=f"log/{self._run}/{shard}",
+                logged=True,
+                bad_rows=self._bad_rows,
+            )
         self.logged_before += len(ids) - int(new.sum())
         return report
 
