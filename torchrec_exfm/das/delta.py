@@ -102,10 +102,8 @@ class Table:
     ) -> bool:
         """Commit rows, all or none, once for all calls with the same transaction.
 
-        Args:
-            data: rows with the table's columns.
-            transaction: name and number; there may be a commit for each number, rising.
-            metadata: kept in the log beside the commit.
+        Of a transaction's name there may be a commit for each number, rising; ``metadata`` is kept
+        in the log beside it.
 
         Returns:
             Whether the rows were committed by this call; False: they were there.

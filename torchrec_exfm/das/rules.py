@@ -58,10 +58,7 @@ class Rows:
 def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[str, Mask]:
     """Each rule that is broken, in words, with the rows (n,) that break it.
 
-    Args:
-        rows: of one teacher.
-        window: the window that they should lie in; None: they are those of one write.
-        window_seconds: the length of a window.
+    The rows are of one teacher, and of one window, or (None) of one write.
     """
     seconds = rows.event_time // MICROSECONDS
     rules: dict[str, Mask] = {}
