@@ -143,12 +143,19 @@ def miscount(store: TeacherStore) -> Path:
 def drop_column(store: TeacherStore) -> Path:
     """A file of the size in the log, in which a column is lacking that may be null."""
     file = newest_file(store)
+    rewrite(
+        file, pq.ParquetFile(file).read().drop_columns("embedding"), Path(store.url) / "outputs"
+    )
+    return file
+
+
+def rewrite(file: Path, rows: pa.Table, table: Path, **options: Any) -> None:
+    """Put other rows into a file, whose size in the log is then right."""
     size = file.stat().st_size
-    pq.write_table(pq.ParquetFile(file).read().drop_columns("embedding"), file)
-    for log in (Path(store.url) / "outputs/_delta_log").glob("*.json"):
+    pq.write_table(rows, file, **options)
+    for log in (table / "_delta_log").glob("*.json"):
         if file.name in log.read_text():
             log.write_text(log.read_text().replace(str(size), str(file.stat().st_size)))
-    return file
 
 
 def widen(store: TeacherStore) -> Path:
@@ -359,6 +366,20 @@ def test_show_json(store: TeacherStore, tmp_path: Path, capsys: pytest.CaptureFi
     assert (fm["rows"], fm["examples"], fm["files"], fm["coverage"]) == (432, 400, 6, 0.8)
     sizes = [file.stat().st_size for file in Path(store.url).glob("outputs/teacher=fm/*/*.parquet")]
     assert fm["bytes"] == sum(sizes) and fm["bytes_per_row"] == sum(sizes) / 432
+
+
+def test_snapshots_whose_times_are_in_nanoseconds(
+    store: TeacherStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown() -> Any:
+        assert main(["show", "--json", store.url]) == 0
+        return json.loads(capsys.readouterr().out)["snapshots"], published(store, "fm")
+
+    before, table = shown(), Path(store.url) / "snapshots"
+    for file in table.glob("*.parquet"):  # as Spark writes them
+        rewrite(file, pq.ParquetFile(file).read(), table, use_deprecated_int96_timestamps=True)
+        assert pq.ParquetFile(file).read().schema.field("trained_through").type.unit == "ns"
+    assert before[1] and shown() == before
 
 
 def test_ages_are_those_of_the_newest_outputs(

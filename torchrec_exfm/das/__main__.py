@@ -19,7 +19,7 @@ from tqdm import tqdm
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, utc
 from torchrec_exfm.das.rules import newest
 from torchrec_exfm.das.schema import FORMAT_VERSION
-from torchrec_exfm.das.snapshots import NUMBERS, forget_snapshots, registry_of
+from torchrec_exfm.das.snapshots import NUMBERS, SCHEMA, forget_snapshots, registry_of
 from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.das.verify import ERRORS, Verification
 
@@ -107,7 +107,8 @@ def _lines(shown: dict[str, Any]) -> Iterator[str]:
 
 def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
     registry, times = registry_of(store), ("trained_through", "published_at")
-    rows = [row for file in registry.files() for row in registry.read(file, NUMBERS).to_pylist()]
+    tables = [registry.read(file, SCHEMA).cast(NUMBERS) for file in registry.files()]
+    rows = [row for table in tables for row in table.to_pylist()]
     rows.sort(key=lambda row: (row["published_at"], row["version"]))
     for row in rows:
         row.update({name: utc(row[name] // MICROSECONDS) for name in times})

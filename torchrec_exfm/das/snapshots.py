@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         pa.field("checkpoint", pa.string()),
     ]
 )
+# times as epoch microseconds: to be cast to after SCHEMA, as files may have them in other units
 NUMBERS = pa.schema([f.with_type(pa.int64()) if f.type == TIMESTAMP else f for f in SCHEMA])
 
 
@@ -244,7 +245,7 @@ def entries(registry: Table) -> list[tuple[Snapshot, str | None]]:
     """The snapshots, each with the name of its checkpoint's folder."""
     rows = []
     for file in registry.files():
-        for row in registry.read(file, NUMBERS).to_pylist():
+        for row in registry.read(file, SCHEMA).cast(NUMBERS).to_pylist():
             seconds = row["trained_through"] // MICROSECONDS
             try:
                 snapshot = Snapshot(row["teacher"], row["version"], seconds)
