@@ -238,24 +238,20 @@ class TeacherLookup:
             counters.stale += int(stale.sum())
             presence = presence & ~stale
         counters.present += int(presence.sum())
-        self._warn_if_nothing(teacher, needed)
-        counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
-        return values, age_seconds, presence
-
-    def _warn_if_nothing(self, teacher: str, needed: list[int]) -> None:
-        counters = self.counters[teacher]
         if counters.batches == _SILENT_BATCHES and not counters.present:
             seconds = self.store.format.window_seconds
             known = self._windows[teacher].known
-            there = f"outputs from {utc(known[0] * seconds)} on" if known else "no outputs at all"
+            stored = f"outputs from {utc(known[0] * seconds)} on" if known else "no outputs at all"
             warnings.warn(
                 f"{self.store.url}: {teacher} has no output for any of the first {counters.asked} "
                 f"examples, whose windows begin with {[utc(w * seconds) for w in needed[:1]]}; of "
-                f"{teacher} there are {there}: are its name, ids, event_seconds and "
+                f"{teacher} there are {stored}: are its name, ids, event_seconds and "
                 "snapshot right?",
                 TeacherMissingWarning,
                 stacklevel=2,
             )
+        counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
+        return values, age_seconds, presence
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,15 @@ def _plan(
     ids, seconds = np.concatenate([nothing, *all_ids]), np.concatenate([nothing, *all_seconds])
     starts, source = np.cumsum([0, *sizes]), np.repeat(np.arange(len(examples)), sizes)
     again = _again(ids, seconds)
-    _check_same_on_all_ranks(ids, seconds)
+    if world_size() > 1:
+        digest = hashlib.blake2b(ids.tobytes() + seconds.tobytes()).hexdigest()
+        digests = of_each_rank(digest)
+        different = [index for index, other in enumerate(digests) if other != digests[0]]
+        if different:
+            raise ValueError(
+                "examples should be the same on every rank (score() divides them); received "
+                f"others on ranks {different} than on rank 0"
+            )
     window = store.window_of(seconds)
     kept = np.flatnonzero(~again)
     kept = kept[np.lexsort((source[kept], window[kept]))]
@@ -338,16 +346,3 @@ def _again(ids: Ints, seconds: Ints) -> Mask:
         )
     again: Mask = earliest != np.arange(len(ids))
     return again
-
-
-def _check_same_on_all_ranks(*arrays: Ints) -> None:
-    if world_size() == 1:
-        return
-    digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    digests = of_each_rank(digest)
-    if len(set(digests)) > 1:
-        different = [index for index, each in enumerate(digests) if each != digests[0]]
-        raise ValueError(
-            "examples should be the same on every rank (score() divides them); received others on "
-            f"ranks {different} than on rank 0"
-        )
