@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 import resource
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import das_data as dd
+import dlrm_reference as reference
 import numpy as np
 import pytest
 import rank_models as rm
@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from forked import Forked
 from ranks import device
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from torchrec.models.dlrm import DLRMTrain
 from tqdm import tqdm
 
 from torchrec_exfm.das import (
@@ -34,13 +35,14 @@ from torchrec_exfm.das import (
     published,
     score,
 )
-from torchrec_exfm.das.arrays import Floats, Ints
+from torchrec_exfm.das.rules import Rows
 
 START = 1_000_000  # the first event time
 ROWS = 4_320  # examples, one each second
 WINDOW = ROWS // 3
 TASKS = tuple(task.name for task in rm.TASKS)
-SHARD = 60  # rows of a commit: of the scoring job, in batches of 30 on any number of ranks
+SHARD = 60  # rows of a commit of the scoring job
+SCORED_AT_ONCE = 25  # at most: batches of 15 on two ranks, of 20 on one
 STEPS = 80  # of the training, with the first LOGGED examples
 LOGGED = 3_200
 CHECKPOINT_STEPS = 5
@@ -63,7 +65,7 @@ class Data:
         keys = [f"f{table}" for table in range(rm.NUM_TABLES)]
         lengths = torch.ones(len(keys) * len(positions), dtype=torch.int32)
         values = self.sparse[positions].t().reshape(-1)
-        return rm.Columns(
+        return rm.where_torch_allocates(
             dense_features=self.dense[positions],
             sparse_features=KeyedJaggedTensor(keys, values, lengths=lengths),
             labels=self.labels[positions],
@@ -72,43 +74,16 @@ class Data:
         )
 
 
-class Exact:
-    """What a teacher says of each example by its position, in float64, each by itself.
-
-    Float32 sums products in an order that depends on the processor, on where the operands lie in
-    memory and on the row of the batch that an example is in. No order is off by more than
-    ``ROUNDINGS`` times 2^-24 of the same sum of absolute values: fewer roundings lie on any way
-    through the network.
-    """
-
-    ROUNDINGS = 64
-
-    def __init__(self, teacher: nn.Module, data: Data) -> None:
-        absolute = copy.deepcopy(teacher)
-        with torch.no_grad():
-            for parameter in absolute.parameters():
-                parameter.abs_()
-        self.ids = data.ids.numpy()
-        self.outputs, sums = (self._outputs(one, data) for one in (teacher, absolute))
-        self.float32_error = self.ROUNDINGS * 2.0**-24 * sums
-
-    def _outputs(self, teacher: nn.Module, data: Data) -> Floats:
-        batch = data.batch(torch.arange(ROWS))
-        dense = batch.dense_features.double()
-        if all((parameter >= 0).all() for parameter in teacher.parameters()):
-            dense = dense.abs()
-        with torch.no_grad():
-            outputs = copy.deepcopy(teacher).double().model(dense, batch.sparse_features)
-        return outputs.numpy()
-
-    def check(self, example_id: Ints, stored: Floats) -> None:
-        """Each stored value is the float64 one, rounded to float32 and then to bfloat16."""
-        order = np.argsort(self.ids)
-        at = order[np.searchsorted(self.ids, example_id, sorter=order)]
-        exact, error = self.outputs[at], self.float32_error[at]
-        half_a_step = 2.0**-8 * (np.abs(exact) + error)
-        wrong = np.abs(stored - exact) > error + half_a_step
-        assert not wrong.any(), (stored[wrong][:5], exact[wrong][:5])
+def assert_said(teacher: DLRMTrain, rows: Rows) -> None:
+    """What was scored is what the teacher says of each example alone, up to rounding."""
+    data = Data()
+    ids, order = data.ids.sort()
+    wanted = torch.tensor(rows.example_id)
+    at = order[torch.searchsorted(ids, wanted)]
+    assert torch.equal(data.ids[at], wanted)
+    batch = data.batch(at)
+    expected = reference.logits_alone(teacher.model, batch.dense_features, batch.sparse_features)
+    reference.assert_said(rows.outputs, expected)
 
 
 def make_store(folder: Path) -> TeacherStore:
@@ -151,7 +126,7 @@ def scoring(rank: int, world_size: int, folder: Path) -> None:
         examples,
         Snapshot("fm", 1, START - 1),
         device=device(),
-        batch_size=SHARD // 2,
+        batch_size=SCORED_AT_ONCE,
         shard_rows=SHARD,
         progress=False,
     )

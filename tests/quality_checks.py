@@ -84,7 +84,8 @@ def check_a_teachers_age() -> None:
     assert np.array_equal(no_snapshots["fresh"], said["fresh"], equal_nan=True)
     part = teach(stream, scored=stream.label == 1)["delay-0"]
     expected = np.where(stream.label == 1, said["delay-0"], np.nan)
-    np.testing.assert_allclose(part, expected, rtol=1e-5)
+    # in other batches: float32 rounds the sums of order 1 that a logit near 0 is the rest of
+    np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
 
 def check_a_student_scores_before_it_trains() -> None:

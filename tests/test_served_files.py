@@ -1,4 +1,4 @@
-"""Files that are served: nothing of the training in them, read without this package, the same bits.
+"""Files that are served: nothing of the training in them, read without this package.
 
 One process trains a student and writes it in every way of examples/serve.py; another, that has no
 torchrec_exfm, reads the files and answers requests (serve_files.py).
@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dlrm_reference as reference
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from torchrec_exfm import (
     export_student,
     student_state_dict,
 )
+from torchrec_exfm.batch import StepInputs
 
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +77,8 @@ def trained() -> Trained:
     optimizer, of_adapter = (torch.optim.Adagrad(m.parameters(), 0.05) for m in (wrapper, adapter))
     for batch in serve.random_batches(32, count=8):
         own = ExFMBatch(batch, TeacherOutputs(torch.randn(32)))
-        own.adapted = adapter_step(adapter, of_adapter, own.teacher, batch.labels)
+        adapted = adapter_step(adapter, of_adapter, own.teacher, batch.labels)
+        own.step_inputs = StepInputs(own.teacher, adapted=adapted)
         optimizer.zero_grad()
         wrapper(own)[0].backward()
         optimizer.step()
@@ -86,7 +89,7 @@ def trained() -> Trained:
         **prefixed("adapter", adapter.state_dict()),
         **prefixed("sum of", {k: optimizer.state[p]["sum"] for k, p in wrapper.named_parameters()}),
         "teacher": own.teacher.values,
-        "adapted": own.adapted,
+        "adapted": adapted,
     }
     return Trained(wrapper.eval(), serve.Flat(bare.model).eval(), left_behind)
 
@@ -167,7 +170,7 @@ def test_the_file_has_the_parameters_of_the_bare_student(
         assert held == expected
 
 
-@every_file
+@pytest.mark.parametrize("file", [file for file in serve.WAYS if file != COMPILED])
 def test_the_outputs_are_those_of_the_wrapper_to_the_bit(
     file: str, answers: Any, trained: Trained, requests: list[serve.Inputs]
 ) -> None:
@@ -179,6 +182,21 @@ def test_the_outputs_are_those_of_the_wrapper_to_the_bit(
             else:
                 expected = trained.wrapper(labelled(request))[1][1][:, None]
         assert output.dtype == expected.dtype and torch.equal(output, expected)
+
+
+@needs_compiler
+def test_compiled_outputs_are_those_of_the_student_up_to_rounding(
+    answers: Any, trained: Trained, requests: list[serve.Inputs]
+) -> None:
+    """The compiler lays out memory, and so the operands of the products, in its own way."""
+    _, outputs = answers[COMPILED]
+    for request, output in zip(requests, outputs, strict=True):
+        batch = labelled(request)
+        reference.assert_said(
+            output.numpy(),
+            reference.logits_alone(trained.bare.model, batch.dense_features, batch.sparse_features),
+        )
+        assert output.dtype == torch.float32
 
 
 def quantized(bare: nn.Module) -> nn.Module:

@@ -246,14 +246,16 @@ def _batches(
         ids = np.empty((len(sparse_names), size), dtype=np.int64)
         for row, name in enumerate(sparse_names):
             ids[row] = stream.sparse[name][rows]
-        dense = np.empty((size, len(dense_names)), dtype=np.float32)
+        dense = torch.empty(
+            size, len(dense_names)
+        )  # aligned alike in every process, unlike numpy's
         for column, name in enumerate(dense_names):
-            dense[:, column] = stream.dense[name][rows]
+            dense.numpy()[:, column] = stream.dense[name][rows]
         columns = stream.label, stream.example_id, stream.time
         yield (
             rows,
             StreamBatch(
-                torch.from_numpy(dense),
+                dense,
                 _one_id_each(sparse_names, ids),
                 *(torch.from_numpy(np.array(column[rows])) for column in columns),
             ),

@@ -9,8 +9,8 @@
 2. The scorer takes a snapshot that is some weeks old, and scores the students' other examples.
 3. Each student trains on a week as soon as its outputs are in the store.
 
-They meet only in the store: each can be killed and started again, and the figures are the same
-whichever is ahead. Each runs alone or on several ranks (torchrun), on CPU or CUDA.
+They meet only in the store: each can be killed and started again, and whichever is ahead, the
+figures are the same up to rounding. Each runs alone or on several ranks (torchrun), on CPU or CUDA.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def score(
 
     The examples are taken window by window, and in a window shard by shard: all ranks score a part
     of the shard, one of them commits it. A job that was killed is started again with the same
-    examples, on any number of ranks: what is in the store is not scored again.
+    examples, on any number of ranks: what is in the store is not scored again. On another number
+    the rest comes together in other batches, which leaves its values the same up to rounding.
 
     Args:
         model: the teacher under ``DistributedModelParallel``, sharded over the ranks.
