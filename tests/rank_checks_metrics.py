@@ -247,7 +247,7 @@ def check_wrong_shapes_are_refused(rank: int, world_size: int) -> None:
     good = torch.zeros(8, 2, device=device())
     for bad in (torch.zeros(8), torch.zeros(8, 3), torch.zeros(8, 2, 1), torch.zeros(())):
         for pair in ((bad, good), (good, bad)):
-            with pytest.raises(ValueError, match=r"shape \(B, 2\) for the tasks"):
+            with pytest.raises(ValueError, match=r"should be of shape \((B|8), 2\)"):
                 metrics.update((torch.zeros(()), *pair))
 
 
@@ -309,7 +309,7 @@ def check_monitor(rank: int, world_size: int) -> None:
         ) as monitor:
             for _ in range(STEPS):
                 output = pipeline.progress(batches)
-                pipeline.teacher_failures += 1
+                pipeline._asking.failures += 1
                 monitor.step(output)
                 loss, logits, labels = (torch.stack(rm.on_every_rank(value)) for value in output)
                 outputs.append((logits.flatten(0, 1).cpu(), labels.flatten(0, 1).cpu()))

@@ -287,7 +287,12 @@ def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> 
         wider = dataclasses.replace(TERMS[1], hidden=(3,))
         refused(
             new_run(world_size, way, terms=(TERMS[0], wider, *TERMS[2:])),
-            r"received one without \['model/exfm.*heads\.1.*\] and with \[\]",
+            r"received one without \['model/exfm.*term_losses\.1.*\] and with \[\]",
+        )
+        plan = "data_parallel" if way != "SGD" else "row_wise"
+        refused(
+            new_run(world_size, way, sharding=plan),
+            r"with these optimizers and this sharding plan; received one without \['dense",
         )
         refused(new_run(world_size, "SGD"), r"without \[\] and with .*momentum1")
         refused(new_run(world_size, way, dense=torch.optim.Adam), "with Adam for .* one with AdamW")

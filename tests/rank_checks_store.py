@@ -25,7 +25,7 @@ from torchrec_exfm import (
     TrainPipelineExFM,
     student_state_dict,
 )
-from torchrec_exfm import pipeline as exfm_pipeline
+from torchrec_exfm import sources as exfm_sources
 from torchrec_exfm.das import (
     Examples,
     Snapshot,
@@ -190,7 +190,7 @@ def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure
     bare = rm.sharded(rm.two_task_student(), world_size)
     plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
     expected = rm.drained(plain, batches), rm.snapshot(bare.model.state_dict())
-    with rm.shared_folder() as name, mock.patch.object(exfm_pipeline, "RETRY_SECONDS", 0.0):
+    with rm.shared_folder() as name, mock.patch.object(exfm_sources, "RETRY_SECONDS", 0.0):
         teacher = failing(Path(name) / "store", failure, rank)
         trainee = rm.sharded(rm.wrapped(), world_size)
         pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
@@ -243,7 +243,7 @@ def check_a_teacher_that_fails_now_and_then(rank: int, world_size: int) -> None:
 
     trainee = rm.sharded(rm.wrapped(), world_size)
     pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
-    with mock.patch.object(exfm_pipeline, "RETRY_SECONDS", 0.0), warnings.catch_warnings():
+    with mock.patch.object(exfm_sources, "RETRY_SECONDS", 0.0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs = rm.drained(pipeline, batches)
     rm.assert_same((outputs, rm.snapshot(trainee.model.state_dict())), expected)

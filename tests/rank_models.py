@@ -47,6 +47,7 @@ from torchrec_exfm import (
 )
 
 GLOBAL_SIZE = 16
+ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
 ROWS = 21  # odd: row-wise shards of two ranks differ in size
 DIM = 8  # two column-wise shards of 4, the smallest
 TAP = "model.over_arch"
@@ -102,7 +103,8 @@ def logged(batch: Columns) -> TeacherOutputs:
 
 def informed(batch: Columns) -> TeacherOutputs:
     """The outputs of teachers who know the labels better than the logged ones, and the student."""
-    truth = torch.stack([batch.labels[:, 0].logit(eps=0.1), batch.labels[:, 1]], dim=1)
+    labels = batch.labels.nan_to_num(0.5)
+    truth = torch.stack([labels[:, 0].logit(eps=0.1), labels[:, 1]], dim=1)
     values = truth.unsqueeze(1) + 0.1 * batch.values
     return TeacherOutputs(values, batch.presence, batch.age_seconds)
 
@@ -161,13 +163,64 @@ def part_of(data: Columns, rank: int, world_size: int) -> Columns:
     wanted[:, rows] = True
     lengths = features.lengths()
     ids = features.values()[wanted.flatten().repeat_interleave(lengths)]
-    columns = {name: part[rows] for name, part in data.columns.items() if name != "sparse_features"}
-    return Columns(sparse_features=_features(ids, lengths[wanted.flatten()]), **columns)
+    columns = {
+        name: part[rows].clone() for name, part in data.columns.items() if name != "sparse_features"
+    }
+    features = _features(ids, lengths[wanted.flatten()])
+    return where_torch_allocates(sparse_features=features, **columns)
+
+
+def where_torch_allocates(**columns: Any) -> Columns:
+    """A batch that no run has at another alignment, so that the bits of two can be compared."""
+    for part in columns.values():
+        parts = [part] if isinstance(part, Tensor) else [part.values(), part.lengths()]
+        assert not any(each.data_ptr() % ALIGNMENT for each in parts)
+    return Columns(**columns)
 
 
 def parts(rank: int, world_size: int, steps: int = 6, seed: int = 0) -> list[Columns]:
     """The batches of a rank."""
     return [part_of(data, rank, world_size) for data in global_data(steps, seed)]
+
+
+def lacking(data: Sequence[Columns], what: str) -> list[Columns]:
+    """The batches without some of their labels, or with weights, some of which are 0."""
+    generator, half = torch.Generator().manual_seed(7), GLOBAL_SIZE // 2
+    batches = []
+    for step, batch in enumerate(data):
+        labels, shape = batch.labels.clone(), batch.labels.shape
+        some = torch.rand(shape, generator=generator) < 0.4
+        missing = {
+            "one task": some & torch.tensor([True, False]),
+            "both tasks": some,
+            "whole batches": torch.full(shape, step % 2 == 0),
+            "one rank": torch.arange(GLOBAL_SIZE).unsqueeze(1).expand(shape) < half,
+            "weights": torch.zeros_like(some),
+            "labels and weights": some,
+        }[what]
+        columns = {"labels": labels.masked_fill(missing, float("nan"))}
+        if "weights" in what:
+            columns["weights"] = torch.randint(0, 4, shape, generator=generator) / 2
+        batches.append(Columns(**(batch.columns | columns)))
+    return batches
+
+
+class LabelledTrain(DLRMTrain):
+    """As DLRMTrain, whose own loss leaves out what has no label; a fixed denominator."""
+
+    def forward(self, batch: Any) -> Any:
+        logits = self.model(batch.dense_features, batch.sparse_features)
+        labels = batch.labels.nan_to_num(0.0)
+        losses = self.loss_fn.forward(logits, labels)
+        loss = torch.where(batch.labels.isnan(), 0.0, losses).mean()
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+def labelled_student(seed: int = 0) -> LabelledTrain:
+    torch.manual_seed(seed)
+    student = LabelledTrain(DLRM(tables(rows=ROWS, dim=DIM), NUM_DENSE, [6, DIM], [5, len(TASKS)]))
+    student.loss_fn = nn.BCEWithLogitsLoss(reduction="none")
+    return student
 
 
 def two_task_student(seed: int = 0) -> DLRMTrain:

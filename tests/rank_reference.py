@@ -9,7 +9,7 @@ import torch
 from rank_models import TAP, TASKS, TEACHERS, Columns, teacher_for
 from torch import Tensor, nn
 
-from torchrec_exfm import DistillationTerm, ExFMWrapper, StudentAdapter
+from torchrec_exfm import ExFMWrapper, StudentAdapter
 
 LIMITS = torch.tensor([float("inf") if task.regression else 15.0 for task in TASKS])
 
@@ -35,12 +35,12 @@ class ByHand:
     ) -> None:
         self.terms = wrapper.auxiliary_head.terms
         self.student = copy.deepcopy(wrapper.student).double()
-        heads = zip(self.terms, wrapper.auxiliary_head.heads, strict=True)
-        mlps = [nn.Identity() if term.serving else head.mlp for term, head in heads]
+        at_work = zip(self.terms, wrapper.auxiliary_head.term_losses, strict=True)
+        mlps = [nn.Identity() if term.serving else one.heads[0].mlp for term, one in at_work]
         self.teacher = teacher_for(self.terms)
         self.leads: list[float] = []
-        columns = sum(len(term.tasks or TASKS) for term in self.terms)
-        self.lost = torch.zeros(2, columns, dtype=torch.float64)
+        widths = [len(term.tasks or TASKS) for term in self.terms]
+        self.lost = [torch.zeros(2, width, dtype=torch.float64) for width in widths]
         self.heads = copy.deepcopy(nn.ModuleList(mlps)).double()
         self.adapters = copy.deepcopy(adapter.mlps).double() if adapter else nn.ModuleList()
         self.optimizer = optimizer(
@@ -58,56 +58,51 @@ class ByHand:
     def step(self, batch: Columns) -> None:
         """The adapter's step, then the student's."""
         batch = Columns(**(batch.columns | {"values": self.teacher(batch).values}))
-        lost: list[Tensor] = []
         adapted = self._step_of_adapter(batch) if len(self.adapters) else None
         dense = batch.dense_features.double()
         self.optimizer.zero_grad()
         loss, _ = self.student(Columns(**(batch.columns | {"dense_features": dense})))
-        for term, head in zip(self.terms, self.heads, strict=True):
-            loss = loss + term.weight * self._loss(term, head, batch, adapted, lost)
+        for k, term in enumerate(self.terms):
+            loss = loss + term.weight * self._loss(k, batch, adapted)
         loss.backward()
         self.optimizer.step()
-        self.lost = 0.99 * self.lost + 0.01 * torch.stack(lost, dim=1)
 
     def weights(self) -> dict[str, Tensor]:
         """By the names of the wrapper's state; the adapter's under ``adapter.``."""
         weights = {f"student.{key}": value for key, value in self.student.state_dict().items()}
         for k, head in enumerate(self.heads):
-            prefix = f"exfm.auxiliary_head.heads.{k}.mlp"
-            weights |= {f"{prefix}.{key}": value for key, value in head.state_dict().items()}
-        if any(term.margin for term in self.terms):
-            weights["exfm.auxiliary_head.lead_losses"] = self.lost
+            prefix = f"exfm.auxiliary_head.term_losses.{k}"
+            mlp = head.state_dict().items()
+            weights |= {f"{prefix}.heads.0.mlp.{key}": value for key, value in mlp}
+            if self.terms[k].margin:
+                weights[f"{prefix}.lead_losses"] = self.lost[k]
         state = self.adapters.state_dict()
         return weights | {f"adapter.mlps.{key}": value for key, value in state.items()}
 
-    def _loss(
-        self,
-        term: DistillationTerm,
-        head: nn.Module,
-        batch: Columns,
-        adapted: Tensor | None,
-        lost: list[Tensor],
-    ) -> Tensor:
-        outputs = head(term.beta * self.shared + (1 - term.beta) * self.shared.detach())
+    def _loss(self, k: int, batch: Columns, adapted: Tensor | None) -> Tensor:
+        term = self.terms[k]
+        outputs = self.heads[k](term.beta * self.shared + (1 - term.beta) * self.shared.detach())
         source = batch.values.double() if adapted is None or not term.adapted else adapted
         m = TEACHERS.index(term.teacher)
         names = [task.name for task in TASKS]
-        losses = []
+        losses, weights = [], _weights(batch)
         for column, name in enumerate(term.tasks or names):
             t = names.index(name)
-            if term.serving:
-                outputs, column = self.serving, t
-            here = batch.presence[:, m, t]
-            target = source[here, m, t]
-            labels = batch.labels[here, t].double()
-            of_target, of_student = self.lost[:, len(lost)].tolist()
-            both = (target, outputs[here, column].detach())
-            means = torch.stack([_mean_loss(t, one, labels) for one in both])
-            lost.append(means if here.any() else self.lost[:, len(lost)])
+            output = self.serving[:, t] if term.serving else outputs[:, column]
+            here = batch.presence[:, m, t] & (weights[:, t] > 0)
+            target, w = source[here, m, t], weights[here, t]
+            of_target, of_student = self.lost[k][:, column].tolist()
+            known = here & ~batch.labels[:, t].isnan()
+            if known.any():
+                both = (source[known, m, t], output[known].detach())
+                labels = batch.labels[known, t].double()
+                means = [_mean_loss(t, one, labels, weights[known, t]) for one in both]
+                self.lost[k][:, column] *= 0.99
+                self.lost[k][:, column] += 0.01 * torch.stack(means)
             if not TASKS[t].regression:
                 target = target.sigmoid()
             target = term.alpha * target
-            loss = _mean_loss(t, outputs[here, column], target)
+            loss = _mean_loss(t, output[here], target, w)
             if term.margin:
                 lead = 1 - of_target / of_student if of_student else 0.0
                 self.leads.append(min(max(lead / term.margin, 0.0), 1.0))
@@ -120,8 +115,10 @@ class ByHand:
         total = torch.zeros((), dtype=torch.float64)
         for m in range(len(TEACHERS)):
             for t in range(len(TASKS)):
-                here = batch.presence[:, m, t]
-                loss = _mean_loss(t, outputs[here, m, t], batch.labels[here, t].double())
+                weights = _weights(batch)[:, t]
+                here = batch.presence[:, m, t] & ~batch.labels[:, t].isnan() & (weights > 0)
+                labels = batch.labels[here, t].double()
+                loss = _mean_loss(t, outputs[here, m, t], labels, weights[here])
                 total = total + loss / len(TASKS)
         parameters = list(self.adapters.parameters())
         with torch.no_grad():
@@ -139,12 +136,20 @@ class ByHand:
         return values + torch.stack(corrections, dim=1)
 
 
-def _mean_loss(task: int, outputs: Tensor, targets: Tensor) -> Tensor:
+def _weights(batch: Columns) -> Tensor:
+    """(B, T), all 1 where the batch has none."""
+    weights = batch.columns.get("weights")
+    return torch.ones(batch.labels.shape).double() if weights is None else weights.double()
+
+
+def _mean_loss(task: int, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Over the outputs that are there; 0 for none."""
     if not len(outputs):
         return outputs.sum()
     if TASKS[task].regression:
-        return (outputs - targets).square().mean()
-    targets = targets.clamp(max=1.0)
-    p = 1 / (1 + torch.exp(-outputs))
-    return -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+        losses = (outputs - targets).square()
+    else:
+        targets = targets.clamp(max=1.0)
+        p = 1 / (1 + torch.exp(-outputs))
+        losses = -(targets * p.log() + (1 - targets) * (1 - p).log())
+    return (weights * losses).sum() / weights.sum()

@@ -138,23 +138,26 @@ def test_no_gradient_comes_from_the_student_or_goes_to_the_teacher() -> None:
     terms = [DistillationTerm(adapted=True)]
     head = AuxiliaryHead(3, terms=terms, tasks=TASKS)
     shared = torch.randn(B, 3, requires_grad=True)
-    head(shared, teacher, adapted)[0].backward()
+    head(shared, teacher, adapted=adapted)[0].backward()
     assert shared.grad is not None and shared.grad.any()
     assert source.grad is None
     assert all(parameter.grad is None for parameter in adapter.parameters())
 
 
 def test_teachers_do_not_influence_one_another() -> None:
-    both, labels = make_adapter(), make_labels()
+    adapter, labels = make_adapter(), make_labels()
     teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.3)
-    outputs, (_, *grads) = both(teacher), gradients(both, teacher, labels)
+    outputs, (_, *grads) = adapter(teacher), gradients(adapter, teacher, labels)
     for m in range(2):
-        single = make_adapter(teachers=1)
-        single.mlps[0].load_state_dict(both.mlps[m].state_dict())
-        alone = TeacherOutputs(teacher.values[:, m : m + 1], teacher.presence[:, m : m + 1])
-        assert torch.equal(single(alone)[:, 0], outputs[:, m])
-        _, *single_grads = gradients(single, alone, labels)
-        assert all(map(torch.equal, single_grads, grads[m * 4 : m * 4 + 4]))
+        values, presence = teacher.values.clone(), teacher.presence.clone()
+        values[:, m] += 1.5
+        presence[::2, m] = True
+        other = TeacherOutputs(values, presence)
+        assert torch.equal(adapter(other)[:, 1 - m], outputs[:, 1 - m])
+        assert not torch.equal(adapter(other)[:, m], outputs[:, m])
+        _, *changed = gradients(adapter, other, labels)
+        same = [torch.equal(*pair) for pair in zip(changed, grads, strict=True)]
+        assert all(same[4 * (1 - m) :][:4]) and not any(same[4 * m :][:4])
 
 
 def test_adapter_step_is_a_plain_step_and_leaves_no_gradient() -> None:

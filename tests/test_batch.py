@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_exfm import ExFMBatch, TeacherOutputs
+from torchrec_exfm.batch import StepInputs
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -74,7 +75,7 @@ def test_is_generic_over_the_users_batch(make: Any) -> None:
     moved = batch.to(CPU)
     assert type(moved.batch) is type(user)
     assert isinstance(batch, Pipelineable) and isinstance(teacher, Pipelineable)
-    assert batch.adapted is None and batch.count is None and batch.fresh_labels is None
+    assert batch.step_inputs == StepInputs(teacher)
 
 
 def test_attributes_and_items_are_the_users_batchs() -> None:
@@ -103,13 +104,11 @@ def test_copy_shares_the_tensors_and_nothing_else() -> None:
 
 def test_copy_keeps_what_the_pipeline_has_set() -> None:
     batch = ExFMBatch(make_hand_batch(), make_teacher())
-    batch.adapted, batch.count = torch.ones(8, 1, 1), torch.ones(1, 1)
-    batch.fresh_labels = torch.ones(8)
-    copied = copy.copy(batch)
-    assert copied.adapted is batch.adapted and copied.count is batch.count
-    assert copied.fresh_labels is batch.fresh_labels
+    batch.step_inputs = StepInputs(batch.teacher, labels=torch.ones(8), counts=torch.ones(2, 1, 1))
+    assert copy.copy(batch).step_inputs is batch.step_inputs
     for again in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
-        assert torch.equal(again.fresh_labels, batch.fresh_labels)
+        assert torch.equal(again.step_inputs.labels, batch.step_inputs.labels)
+        assert again.teacher is again.step_inputs.teacher
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
@@ -137,13 +136,34 @@ def test_a_batch_comes_out_of_a_data_loader_with_workers() -> None:
         assert torch.equal(after.teacher.values, before.teacher.values)
 
 
-@pytest.mark.parametrize(
-    ("user", "absent"),
-    [({"ids": 1}, "dict without to, record_stream, pin_memory"), (torch.ones(2).numpy(), "to, ")],
-)
-def test_a_batch_without_the_methods_is_refused(user: Any, absent: str) -> None:
-    with pytest.raises(TypeError, match=f"should have the methods to, .*received .*{absent}"):
-        ExFMBatch(user, make_teacher())
+class Bare(Pipelineable):
+    """All that a Pipelineable has to have, as TorchRec's own ModelInput."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Bare:
+        return self
+
+    def record_stream(self, stream: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("user", [{"ids": 1}, (1, 2), [torch.ones(2)], Bare()], ids=type)
+def test_any_batch_is_taken_and_its_methods_asked_for_where_they_are_called(user: Any) -> None:
+    batch = ExFMBatch(user, make_teacher())
+    if isinstance(user, Bare):
+        assert batch.to(CPU).batch is user
+        methods = ["pin_memory"]
+    else:
+        key = "ids" if isinstance(user, dict) else 0
+        assert batch[key] is user[key]
+        methods = ["to", "record_stream", "pin_memory"]
+    for name in methods:
+        arguments = {"to": (CPU,), "record_stream": (None,)}.get(name, ())
+        message = f"should have the method {name} .*received {type(user).__name__} without it"
+        with pytest.raises(TypeError, match=message):
+            getattr(batch, name)(*arguments)
+
+
+def test_outputs_of_another_kind_are_refused() -> None:
     with pytest.raises(TypeError, match="should be TeacherOutputs; received Tensor: make it"):
         ExFMBatch(Recording(), torch.ones(2))  # type: ignore[arg-type]
 
@@ -166,28 +186,3 @@ def test_to_cuda_from_pinned_memory(make: Any) -> None:
         if not isinstance(value, Tensor):
             part, before = part.values(), value.values()
         assert part.device == device and torch.equal(part.cpu(), before)
-
-
-def test_a_pending_adapter_step_is_ended_once_whatever_is_copied() -> None:
-    calls: list[int] = []
-
-    def finish() -> torch.Tensor:
-        calls.append(1)
-        return torch.ones(8, 1, 1)
-
-    for again in (copy.copy, copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))):
-        batch = ExFMBatch(make_batch(), make_teacher())
-        batch.adapted = finish
-        calls.clear()
-        copied = again(batch)
-        assert torch.equal(copied.adapted, batch.adapted) and calls == [1]
-
-
-def test_an_error_of_the_adapter_is_not_taken_for_a_missing_attribute() -> None:
-    def finish() -> torch.Tensor:
-        raise AttributeError("of the optimizer")
-
-    batch = ExFMBatch(make_batch(), make_teacher())
-    batch.adapted = finish
-    with pytest.raises(RuntimeError, match="adapter's step failed: of the optimizer"):
-        _ = batch.adapted

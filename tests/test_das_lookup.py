@@ -319,7 +319,7 @@ WRONG = {
         {"ids": lambda batch: batch["id"], "event_seconds": lambda batch: batch["at"]},
         {"id": [1]},
         ValueError,
-        "event_seconds should take the user's batch .* a dict and KeyError: 'at'",
+        "event_seconds should take the user's batch .* received dict and KeyError: 'at'",
     ),
     "float ids": (
         {},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from torchrec_exfm.functional import (
     correct_sampling,
+    masked_count,
     masked_mean,
-    perceptrons,
     scale_gradient,
     scale_label,
     soft_bce_with_logits,
@@ -224,84 +222,6 @@ def test_scale_gradient_by_one_passes_gradcheck() -> None:
 BETAS = [3.0, 0.0, 0.5]
 
 
-def perceptrons_and_input(*widths: int, dtype: torch.dtype = torch.float64) -> Any:
-    """(6, 5) inputs, and the layers of three perceptrons; all with gradient."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
-
-    layers = [
-        ([random(after, before) for _ in BETAS], [random(after) for _ in BETAS])
-        for before, after in itertools.pairwise((5, *widths))
-    ]
-    return random(6, 5), layers
-
-
-def flat(layers: Any) -> list[Tensor]:
-    return [tensor for of_layer in layers for tensors in of_layer for tensor in tensors]
-
-
-def one_by_one(inputs: Tensor, layers: Any) -> Tensor:
-    outputs = []
-    for k, beta in enumerate(BETAS):
-        values = scale_gradient(inputs, beta)
-        for weights, biases in layers[:-1]:
-            values = (values @ weights[k].t() + biases[k]).relu()
-        outputs.append(values @ layers[-1][0][k].t() + layers[-1][1][k])
-    return torch.cat(outputs, dim=1)
-
-
-@pytest.mark.parametrize("widths", [(1,), (2,), (7, 1), (7, 4, 2), (3, 8, 6, 1)])
-def test_perceptrons_are_those_one_by_one_behind_scale_gradient(widths: tuple[int, ...]) -> None:
-    inputs, layers = perceptrons_and_input(*widths)
-    tensors = [inputs, *flat(layers)]
-    together = perceptrons(inputs, layers, BETAS)
-    apart = one_by_one(inputs, layers)
-    torch.testing.assert_close(together, apart)
-    for upstream in (torch.randn_like(apart), torch.ones(1, dtype=apart.dtype).expand_as(apart)):
-        actual = torch.autograd.grad(together, tensors, upstream, retain_graph=True)
-        expected = torch.autograd.grad(apart, tensors, upstream, retain_graph=True)
-        torch.testing.assert_close(actual, expected)
-
-
-def test_perceptrons_pass_gradcheck_where_beta_is_one() -> None:
-    inputs, layers = perceptrons_and_input(4, 2)
-
-    def function(*tensors: Tensor) -> Tensor:
-        parts = [tensors[at : at + 3] for at in range(1, len(tensors), 3)]
-        return perceptrons(tensors[0], list(zip(parts[::2], parts[1::2], strict=True)), [1.0] * 3)
-
-    assert gradcheck(function, (inputs, *flat(layers)))
-
-
-def test_perceptrons_can_not_be_differentiated_twice() -> None:
-    inputs, layers = perceptrons_and_input(4, 2)
-    outputs = perceptrons(inputs, layers, BETAS).square().sum()
-    (gradient,) = torch.autograd.grad(outputs, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-def test_perceptrons_of_no_examples_and_of_an_input_without_gradient() -> None:
-    inputs, layers = perceptrons_and_input(4, 2)
-    for part in (inputs[:0], inputs.detach()):
-        outputs = perceptrons(part, layers, BETAS)
-        assert outputs.shape == (len(part), 6)
-        gradients = torch.autograd.grad(outputs.sum(), flat(layers))
-        assert any(gradient.any() for gradient in gradients) == bool(len(part))
-
-
-def test_perceptrons_under_autocast() -> None:
-    inputs, layers = perceptrons_and_input(4, 2, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs, expected = perceptrons(inputs, layers, BETAS), one_by_one(inputs, layers)
-    assert outputs.dtype == torch.bfloat16
-    torch.testing.assert_close(outputs.float(), expected.float(), rtol=0.02, atol=0.02)
-    outputs.sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in (inputs, *flat(layers)))
-
-
 def test_masked_mean_of_a_part_for_each_task() -> None:
     values = torch.tensor([[1.0, NAN], [2.5, 10.0], [-INF, 0.1]], requires_grad=True)
     mask = torch.tensor([[True, False], [True, True], [False, True]])
@@ -337,3 +257,36 @@ def test_masked_mean_passes_gradcheck() -> None:
     assert gradcheck(lambda v: masked_mean(v, mask), values)
     count = torch.rand(2, 3, dtype=torch.float64, generator=generator)
     assert gradcheck(lambda v: masked_mean(v, mask, count), values)
+
+
+WEIGHTS = [[1.0, 0.0], [2.0, 0.5], [3.0, 1.5]]
+
+
+def test_masked_mean_of_weighted_examples() -> None:
+    values = torch.tensor([[1.0, NAN], [2.5, 10.0], [-INF, 0.1]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, True], [False, True]])
+    means = masked_mean(values, mask, weights=torch.tensor(WEIGHTS))
+    means.sum().backward()
+    np.testing.assert_allclose(float64(means), [(1 + 2 * 2.5) / 3, (5 + 0.15) / 2], rtol=1e-6)
+    expected = [[1 / 3, 0.0], [2 / 3, 0.25], [0.0, 0.75]]
+    np.testing.assert_allclose(float64(values.grad), expected, rtol=1e-6)
+
+
+def test_a_weight_of_zero_leaves_out_and_one_of_two_repeats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, 2, 3, dtype=torch.float64, generator=generator)
+    mask = torch.rand(6, 2, 3, generator=generator) < 0.7
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0, 0.0])
+    rows = weights.int().tolist()
+    repeated = [row for row, times in enumerate(rows) for _ in range(times)]
+    actual = masked_mean(values, mask, weights=weights.view(-1, 1, 1))
+    torch.testing.assert_close(actual, masked_mean(values[repeated], mask[repeated]))
+    count = masked_count(mask, weights.view(-1, 1, 1))
+    assert torch.equal(count, masked_count(mask[repeated]))
+
+
+def test_masked_mean_of_weights_that_are_all_zero() -> None:
+    values = torch.tensor([[INF], [1.0]], requires_grad=True)
+    means = masked_mean(values, torch.tensor([[True], [True]]), weights=torch.zeros(2, 1))
+    means.sum().backward()
+    assert means.tolist() == [0.0] and values.grad.tolist() == [[0.0], [0.0]]

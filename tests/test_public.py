@@ -184,7 +184,7 @@ def test_docstring_examples_run(example: doctest.DocTest) -> None:
         "das.logger.TeacherLogger",
         "das.lookup.TeacherLookup",
         "das.store.TeacherStore",
-        "heads.AuxiliaryHead",
+        "auxiliary.AuxiliaryHead",
         "heads.DistillationHead",
         "monitor.RunMonitor",
         "resume.load_training",

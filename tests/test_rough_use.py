@@ -11,13 +11,18 @@ import torch
 from models import CPU, HandTrain, dlrm_train, hand_train, make_batch, make_hand_batch, make_teacher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineContext
 
 from torchrec_exfm import (
     AuxiliaryHead,
     DistillationTerm,
     DistillationWarning,
     ExFMBatch,
+    ExFMMetrics,
     ExFMWrapper,
+    LiveTeacher,
+    RunMonitor,
     StudentAdapter,
     Task,
     TeacherOutputs,
@@ -101,20 +106,13 @@ def test_heads_are_of_the_students_dtype(dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in wrapper.parameters()} == {dtype}
 
 
-def test_constants_survive_the_meta_device() -> None:
+def test_running_means_survive_the_meta_device() -> None:
     tasks = [Task(name="a"), Task(name="b", regression=True)]
     with torch.device("meta"):
-        head = AuxiliaryHead(4, tasks=tasks, terms=[DistillationTerm(tasks=("b",))])
-        both = AuxiliaryHead(4, tasks=tasks)
+        head = AuxiliaryHead(4, tasks=tasks, terms=[DistillationTerm(serving=True, margin=0.5)])
         adapter = StudentAdapter(tasks=tasks)
-    buffers = [*head.buffers(), *both.buffers(), *adapter.buffers()]
-    assert [values.tolist() for values in buffers] == [
-        [1],
-        [1],
-        [False, True],
-        [15.0, float("inf")],
-        [False, True],
-    ]
+    assert [values.tolist() for values in head.buffers()] == [[[0.0, 0.0]] * 2]
+    assert not list(adapter.buffers())
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 1), (0, 1, 1)])
@@ -172,25 +170,36 @@ def test_an_optimizer_of_the_bare_student_is_told() -> None:
         TrainPipelineExFM(wrapper, bare, CPU)
 
 
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(
+    ("present", "told"),
+    [
+        ([20, 20, 20], False),
+        ([64, 0, 0], True),
+        ([63, 1, 0], True),
+        ([0, 0, 0, 20, 44, 0, 0, 0], True),
+    ],
+    ids=["too few", "the first", "in batches of 63", "late"],
+)
 @pytest.mark.parametrize("regression", [False, True])
-def test_probabilities_for_logits_are_told(size: int, regression: bool) -> None:
-    """Once, of the first batch, where it is large enough to tell."""
-    told = size == 64 and not regression
+def test_probabilities_for_logits_are_told(
+    present: list[int], told: bool, regression: bool
+) -> None:
+    """Once, when enough outputs have come, however late and in however small batches."""
+    told = told and not regression
     tasks = [Task(regression=regression)]
     wrapper = ExFMWrapper(dlrm_train(0), tap="model.over_arch", tasks=tasks)
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    sizes = iter(present)
 
     def columns(batch: Any) -> TeacherOutputs:
-        values = torch.linspace(0, 1, len(batch.labels) + 1)
-        there = torch.arange(len(values)) < size
-        return TeacherOutputs(values[:-1], there[:-1])
+        values = torch.linspace(0, 1, len(batch.labels))
+        return TeacherOutputs(values, torch.arange(len(values)) < next(sizes))
 
     pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=columns)
-    batches = iter([make_batch(step, 80) for step in range(3)])
+    batches = iter([make_batch(step, 80) for step in range(len(present))])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3):
+        for _ in present:
             pipeline.progress(batches)
     of_ours = [str(one.message) for one in caught if one.category is DistillationWarning]
     assert len(of_ours) == told
@@ -203,3 +212,209 @@ def test_logits_are_not_taken_for_probabilities(values: Tensor) -> None:
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
     pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=lambda _: TeacherOutputs(values))
     pipeline.progress(iter([make_batch(0, 80)]))  # warnings are errors here
+
+
+# ---- Autocast ----
+
+
+class Autocast(nn.Module):
+    """A student that sees to its own precision: all of it, or the tapped part, under autocast."""
+
+    def __init__(self, dtype: torch.dtype, part: str) -> None:
+        super().__init__()
+        self.student = dlrm_train(0)
+        self.dtype, self.part = dtype, part
+        if part == "tapped":
+            inner = self.student.model.over_arch
+            inner.forward = self._cast(inner.forward)
+
+    def _cast(self, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with torch.autocast("cpu", self.dtype):
+                return function(*args)
+
+        return call
+
+    def forward(self, batch: Any) -> Any:
+        return self._cast(self.student)(batch) if self.part == "student" else self.student(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", ["step", "student", "tapped", "step and student"])
+def test_autocast_in_any_place(dtype: torch.dtype, part: str) -> None:
+    terms = [
+        DistillationTerm(beta=2.0, hidden=(4,)),
+        DistillationTerm(adapted=True, serving=True, margin=0.5),
+    ]
+
+    def trained(student: nn.Module, tap: str, enabled: bool) -> tuple[list[float], list[Tensor]]:
+        torch.manual_seed(3)
+        wrapper = ExFMWrapper(student, tap=tap, terms=terms)
+        optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+        pipeline = TrainPipelineExFM(
+            wrapper,
+            optimizer,
+            CPU,
+            teacher=lambda batch: make_teacher(0, len(batch.labels), missing=0.3),
+            adapter=StudentAdapter(),
+        )
+        batches, losses = iter([make_batch(step, 32) for step in range(4)]), []
+        for _ in range(4):
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                losses.append(float(pipeline.progress(batches)[0]))
+        assert wrapper.last_losses is not None and wrapper.last_losses.dtype == torch.float32
+        return losses, [value.detach().clone() for value in wrapper.parameters()]
+
+    inner = part.removeprefix("step and ")
+    student = Autocast(dtype, inner)
+    losses, weights = trained(student, "student.model.over_arch", "step" in part)
+    expected, exact = trained(dlrm_train(0), "model.over_arch", False)
+    assert losses == pytest.approx(expected, rel=0.02) and losses != expected
+    for value, reference in zip(weights, exact, strict=True):
+        assert (value - reference).norm() <= 0.05 * reference.norm() + 1e-3
+
+
+# ---- What TorchRec takes ----
+
+
+class Told(nn.Module):
+    """A student that returns its loss and logits in a form of its own."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.student = dlrm_train(0)
+        self.form = form
+
+    def forward(self, batch: Any) -> Any:
+        logits = self.student.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
+        return self.form(loss, logits, batch.labels)
+
+
+FORMS: dict[str, tuple[Any, Any]] = {  # and where the metrics find what they count
+    "a list": (lambda loss, z, y: [loss, (loss.detach(), z.detach(), y)], None),
+    "four": (
+        lambda loss, z, y: (loss, (loss.detach(), z.detach(), y, torch.ones(len(y)))),
+        None,
+    ),
+    "predictions": (
+        lambda loss, z, y: (loss, ({"bce": loss.detach()}, {"logits": z.detach()}, {"labels": y})),
+        lambda output: (output[0]["bce"], output[1]["logits"], output[2]["labels"]),
+    ),
+    "logits": (
+        lambda loss, z, y: (loss, (z.detach(), y)),
+        lambda output: (output[0].mean(), *output),
+    ),
+    "a dict": (
+        lambda loss, z, y: (loss, {"loss": loss.detach(), "logits": z.detach(), "labels": y}),
+        lambda output: tuple(output.values()),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_students_that_return_other_forms(form: str) -> None:
+    returned, outputs = FORMS[form]
+    wrapper = ExFMWrapper(Told(returned), tap="student.model.over_arch")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    pipeline = TrainPipelineExFM(
+        wrapper, optimizer, CPU, teacher=lambda batch: make_teacher(0, len(batch.labels))
+    )
+    metrics = ExFMMetrics(batch_size=8, device=CPU, outputs=outputs)
+    batches = iter([make_batch(step) for step in range(2)])
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        for _ in range(2):
+            monitor.step(pipeline.progress(batches))
+    assert 0 < monitor.last["ne/label"] < 5 and monitor.last["coverage/teacher/label"] == 1
+
+
+def test_a_student_or_a_live_teacher_that_returns_a_dict_is_told_so() -> None:
+    student = Told(lambda loss, z, y: {"loss": loss, "logits": z})
+    wrapper = ExFMWrapper(student, tap="student.model.over_arch")
+    batch = ExFMBatch(make_batch(), make_teacher())
+    with pytest.raises(TypeError, match=r"should return \(loss, \(loss.*received dict"):
+        wrapper(batch)
+    with pytest.raises(ValueError, match=r"outputs should take .*live teacher's .*received dict"):
+        LiveTeacher(student)(make_batch())
+    told = LiveTeacher(student, outputs=lambda output: output["logits"])
+    assert told(make_batch()).values.shape == (8, 1, 1)
+
+
+def test_the_pipeline_is_a_generic_class_with_torchrecs_options_by_position() -> None:
+    seen: list[Any] = []
+    model = ExFMWrapper(dlrm_train(0), tap="model.over_arch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def forward(batch: Any) -> Any:
+        seen.append(batch)
+        return model(batch)
+
+    options = (False, False, TrainPipelineContext, False, forward)
+    pipeline = TrainPipelineExFM[Batch, Any](
+        model, optimizer, CPU, *options, teacher=lambda batch: make_teacher(0, len(batch.labels))
+    )
+    assert pipeline._execute_all_batches is False
+    pipeline.progress(iter([make_batch(step) for step in range(3)]))
+    assert len(seen) == 1 and isinstance(seen[0], ExFMBatch)
+    with pytest.raises(TypeError, match="multiple values for argument 'execute_all_batches'"):
+        TrainPipelineExFM(model, optimizer, CPU, True, execute_all_batches=True)
+
+
+@pytest.mark.parametrize("make", [dict, tuple, list])
+def test_batches_of_any_kind_in_a_plain_loop(make: Any) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Linear(5, 4), nn.Linear(4, 1)
+
+        def forward(self, batch: Any) -> Any:
+            numbers, labels = batch.values() if isinstance(batch, dict) else batch
+            logits = self.head(self.trunk(numbers)).squeeze(-1)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+            return loss, (loss.detach(), logits.detach(), labels)
+
+    parts = {"numbers": torch.randn(8, 5), "labels": torch.ones(8)}
+    wrapper = ExFMWrapper(Plain(), tap="head")
+    batch = parts if make is dict else make(parts.values())
+    loss, _ = wrapper(ExFMBatch(batch, make_teacher()))
+    loss.backward()
+    assert all(value.grad is not None for value in wrapper.parameters())
+
+
+def test_a_failing_teacher_is_not_needed_to_find_wrong_labels() -> None:
+    """Labels tell how many outputs are missing: found at the first batch, before any fault."""
+    wrapper = ExFMWrapper(hand_train(), tap="score")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    pipeline = TrainPipelineExFM(
+        wrapper,
+        optimizer,
+        CPU,
+        teacher=lambda batch: make_teacher(0, len(batch.clicked)),
+        on_teacher_error="mask",
+    )
+    with pytest.raises(ValueError, match=r"labels should take the user's batch .*labels=\.\.\."):
+        pipeline.progress(iter([make_hand_batch()]))
+    assert pipeline.teacher_failures == 0
+
+
+# ---- The wrapper ----
+
+
+def test_a_name_of_the_students_is_pointed_at() -> None:
+    wrapper = ExFMWrapper(dlrm_train(0), tap="model.over_arch")
+    message = (
+        r"'ExFMWrapper' object has no attribute 'model': the student's own is \.student\.model"
+    )
+    with pytest.raises(AttributeError, match=message):
+        _ = wrapper.model.sparse_arch
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = wrapper.nothing
+    assert wrapper.student.model.sparse_arch is not None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_wrapping_twice_is_refused(nested: bool) -> None:
+    wrapper: nn.Module = ExFMWrapper(dlrm_train(0), tap="model.over_arch")
+    wrapper = nn.Sequential(wrapper) if nested else wrapper
+    with pytest.raises(ValueError, match=r"not be wrapped yet; received .*wrap its \.student"):
+        ExFMWrapper(wrapper, tap="student.model.over_arch")

@@ -22,6 +22,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 FREES_FEATURES = (  # since TorchRec 1.7
     "free_features_storage_early" in inspect.signature(TrainPipelineSparseDist.__init__).parameters
 )
+LACKING = ("one task", "both tasks", "whole batches", "one rank", "weights", "labels and weights")
 CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", False),
     (checks.check_weight_zero_is_plain, "dlrm", True),
@@ -39,13 +40,18 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_ranks_agree_with_one, "table_wise", "SGD", "margins"),
     (checks.check_ranks_agree_with_one, "table_wise", "SGD", "margin_without_adapter"),
     (checks.check_ranks_agree_with_one, "table_wise", "Adagrad", "adapted"),
+    *((checks.check_labels_and_weights, what, "margins") for what in LACKING),
+    (checks.check_labels_and_weights, "labels and weights", "margin_without_adapter"),
+    (checks.check_labels_and_weights, "weights", "heads"),
+    (checks.check_nothing_to_learn_moves_no_adapter, True),
+    (checks.check_nothing_to_learn_moves_no_adapter, False),
     (checks.check_without_dmp, False),
     (checks.check_without_dmp, True),
     (checks.check_changed_ids_are_told,),
     (checks.check_tables_left_whole_are_told,),
     (checks.check_untraceable_is_told,),
     (checks.check_costs_of_a_step,),
-    (checks.check_all_reduces_are_hidden,),
+    (checks.check_order_of_all_reduces,),
     (checks.check_adapter_whose_outputs_are_not_read,),
     (checks.check_absent_teacher,),
     (checks.check_ranks_without_ddp_are_told,),

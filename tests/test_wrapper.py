@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from typing import Any
 
@@ -34,6 +35,11 @@ def wrapped(student: Student, *terms: DistillationTerm, seed: int = 0) -> ExFMWr
 
 def supervised(student: Student, seed: int = 0) -> ExFMBatch[Any]:
     return ExFMBatch(student.make_batch(seed, 8), make_teacher(seed, 8, missing=0.3))
+
+
+def adapt(batch: ExFMBatch[Any], adapted: Tensor) -> None:
+    """Give a batch an adapter's outputs."""
+    batch.step_inputs = dataclasses.replace(batch.step_inputs, adapted=adapted)
 
 
 def tapped_input(module: nn.Module, tap: str, batch: Any) -> Tensor:
@@ -69,7 +75,7 @@ def bare_gradients(student: Student, batch: Any) -> dict[str, Tensor]:
 @every_student
 def test_loss_is_the_students_plus_the_weighted_terms(student: Student) -> None:
     wrapper, batch = wrapped(student, *TERMS), supervised(student)
-    batch.adapted = batch.teacher.values - 0.5
+    adapt(batch, batch.teacher.values - 0.5)
     loss, rest = wrapper(batch)
 
     bare = student.factory(0)
@@ -77,11 +83,11 @@ def test_loss_is_the_students_plus_the_weighted_terms(student: Student) -> None:
     shared = tapped_input(bare, student.tap, batch.batch).detach().double().numpy()
     present = batch.teacher.presence.flatten().numpy()
     terms = []
-    for k, source in enumerate((batch.teacher.values, batch.adapted)):
+    for k, source in enumerate((batch.teacher.values, batch.step_inputs.adapted)):
         values = source.flatten().double().numpy()
         labels = np.minimum(TERMS[k].alpha / (1 + np.exp(-values)), 1)
         weights = [
-            p.detach().double().numpy() for p in wrapper.auxiliary_head.heads[k].parameters()
+            p.detach().double().numpy() for p in wrapper.auxiliary_head.term_losses[k].parameters()
         ]
         hidden = shared if k else np.maximum(shared @ weights[0].T + weights[1], 0)
         z = (hidden @ weights[-2].T + weights[-1])[:, 0]
@@ -250,12 +256,17 @@ def test_a_serving_term_is_training_on_mixed_labels(student: Student, adapted: b
     """h(z, y) + w h(z, y') = (1 + w) h(z, (y + w y') / (1 + w))."""
     w = 0.7
     batch = ExFMBatch(student.make_batch(0, 8), make_teacher(0, 8))
-    batch.adapted = 2 * batch.teacher.values - 1
+    adapt(batch, 2 * batch.teacher.values - 1)
     wrapper = wrapped(student, DistillationTerm(serving=True, adapted=adapted, weight=w))
     loss, (_, _, labels) = wrapper(batch)
     loss.backward()
 
-    soft = (batch.adapted if adapted else batch.teacher.values).flatten().double().sigmoid()
+    soft = (
+        (batch.step_inputs.adapted if adapted else batch.teacher.values)
+        .flatten()
+        .double()
+        .sigmoid()
+    )
     mixed = with_labels(batch.batch, ((labels + w * soft) / (1 + w)).float())
     bare_loss, _ = student.factory(0)(mixed)
     assert loss.item() == pytest.approx((1 + w) * bare_loss.item(), rel=1e-6)
@@ -268,11 +279,12 @@ def test_a_serving_term_is_training_on_mixed_labels(student: Student, adapted: b
 def test_heads_beside_a_serving_term(student: Student, order: int) -> None:
     """Their gradients add up, whatever the order; the serving head's is of its own term alone."""
     batch, terms = supervised(student), [SERVING, TERMS[0]]
-    batch.adapted = batch.teacher.values
+    adapt(batch, batch.teacher.values)
     both = wrapped(student, *terms[::order])
     both(batch)[0].backward()
     alone = [wrapped(student, term) for term in terms]
-    alone[1].auxiliary_head.heads[0] = copy.deepcopy(both.auxiliary_head.heads[order == 1])
+    own = both.auxiliary_head.term_losses[order == 1].heads
+    alone[1].auxiliary_head.term_losses[0].heads = copy.deepcopy(own)
     for wrapper in alone:
         wrapper.zero_grad()
         wrapper(batch)[0].backward()
@@ -281,7 +293,8 @@ def test_heads_beside_a_serving_term(student: Student, order: int) -> None:
     expected = {name: of_serving[name] + of_heads[name] - bare[name] for name in bare}
     assert_near(gradients(both.student), expected)
     head = [name for name in bare if name.startswith(student.head)]
-    assert all(torch.equal(both.student.get_parameter(k).grad, of_serving[k]) for k in head)
+    own = {name: both.student.get_parameter(name).grad for name in head}
+    assert_near(own, {name: of_serving[name] for name in head})
     assert not any(torch.equal(of_serving[name], bare[name]) for name in bare)
 
 
@@ -346,7 +359,8 @@ def test_the_taps_of_a_serving_term_leave_nothing_behind(student: Student) -> No
     for mode in (False, True):
         wrapper.train(mode)(batch)
         wrapper.student(batch.batch)
-        assert not any(isinstance(value, Tensor) for value in vars(wrapper.exfm.tap).values())
+        (used,) = wrapper.exfm.taps
+        assert not any(isinstance(value, Tensor) for value in vars(used).values())
     copied = copy.deepcopy(wrapper)
     loss, _ = copied(batch)
     loss.backward()

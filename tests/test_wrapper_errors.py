@@ -73,7 +73,7 @@ def test_a_width_that_cannot_be_told_is_asked_for() -> None:
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_tapped_module_that_does_not_run_once_is_refused(times: int) -> None:
-    message = rf"'head' should run exactly once .* ran {times} times: tap another.*'trunk'"
+    message = rf"'head' should run exactly once .* ran {times} times: tap a module that runs once"
     with pytest.raises(RuntimeError, match=message):
         train(Tower(*[torch.ones(8, 4, requires_grad=True)] * times))
     assert torch.isfinite(train(Tower(torch.ones(8, 4, requires_grad=True))))
@@ -145,14 +145,13 @@ def test_wrong_terms_are_refused_and_the_student_left_as_it_was() -> None:
 def test_a_serving_term_wants_the_serving_head_tapped(tap: str) -> None:
     wrapper = ExFMWrapper(hand_train(), tap=tap, terms=[DistillationTerm(serving=True)])
     message = (
-        r"'teacher/serving'\] teach the serving head, .* of shape \(8, 1\) .*received \(8, 7\): "
-        "let ExFMWrapper tap"
+        rf"output of the tapped module '{tap}' should be the logits of the tasks \['label'\], "
+        r"\(B, 1\); received \(8, 7\): tap the module that gives them, or pass serving_logits"
     )
     with pytest.raises(ValueError, match=message):
         wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 8)))
-    with pytest.raises(ValueError, match=r"teacher outputs .*\(8, 1, 1\).*received \(7, 1, 1\)"):
-        wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 7)))
-    assert not any(isinstance(value, Tensor) for value in vars(wrapper.exfm.tap).values())
+    (used,) = wrapper.exfm.taps
+    assert not any(isinstance(value, Tensor) for value in vars(used).values())
 
 
 def test_a_serving_head_without_gradient_is_told() -> None:

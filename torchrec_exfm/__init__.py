@@ -20,18 +20,17 @@ from torchrec_exfm._warnings import (  # noqa: E402
     TeacherMissingWarning,
 )
 from torchrec_exfm.adapter import StudentAdapter, adapter_step  # noqa: E402
+from torchrec_exfm.auxiliary import AuxiliaryHead  # noqa: E402
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs  # noqa: E402
 from torchrec_exfm.export import export_student, student_state_dict  # noqa: E402
-from torchrec_exfm.heads import (  # noqa: E402
-    AuxiliaryHead,
-    DistillationHead,
-    DistillationTerm,
-    Task,
-)
+from torchrec_exfm.heads import DistillationHead  # noqa: E402
 from torchrec_exfm.metrics import ExFMMetrics  # noqa: E402
 from torchrec_exfm.monitor import RunMonitor  # noqa: E402
-from torchrec_exfm.pipeline import LiveTeacher, TrainPipelineExFM  # noqa: E402
+from torchrec_exfm.pipeline import TrainPipelineExFM  # noqa: E402
 from torchrec_exfm.resume import load_training, save_training  # noqa: E402
+from torchrec_exfm.sources import LiveTeacher  # noqa: E402
+from torchrec_exfm.tasks import Task  # noqa: E402
+from torchrec_exfm.terms import DistillationTerm  # noqa: E402
 from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
 
 __all__ = [

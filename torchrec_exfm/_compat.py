@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineContext, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.metrics.auc import LABELS, PREDICTIONS, WEIGHTS, AUCMetric, AUCMetricComputation
 from torchrec.metrics.metrics_namespace import MetricName, MetricPrefix
@@ -31,7 +31,6 @@ __all__ = [
     "DTensor",
     "ShardedTensor",
     "TieAwareAUC",
-    "TrainPipelineContext",
     "TrainPipelineSparseDist",
     "data_parallel_group",
     "fused_optimizers",
@@ -44,6 +43,7 @@ __all__ = [
     "set_metric_state",
     "sharded_names",
     "single_optimizers",
+    "step_if",
     "tables_left_whole",
 ]
 
@@ -128,6 +128,21 @@ def fused_steps(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     tables = getattr(optimizer, "_emb_module", None)
     found = (getattr(tables, name, None) for name in ("iter", "iter_cpu"))
     return [counter for counter in found if counter is not None]
+
+
+def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
+    """Take an optimizer's step where a condition, a boolean scalar on the device, is true.
+
+    A fused optimizer decides on the device, by the switch with which ``torch.amp.GradScaler`` lets
+    it skip a step; for another the host waits for the value.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        switch: Any = optimizer
+        switch.grad_scale, switch.found_inf = None, (~condition).float()
+        optimizer.step()
+        del switch.grad_scale, switch.found_inf
+    elif condition:
+        optimizer.step()
 
 
 class TieAwareAUC(AUCMetric):

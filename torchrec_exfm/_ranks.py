@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -47,3 +49,25 @@ def on_rank_0(function: Callable[[], T]) -> T:
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]  # type: ignore[return-value]
+
+
+def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Callable[[], None]:
+    """Start to average a tensor over the ranks, in place. Call the returned function to wait."""
+    work = None if group is None else dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait() -> None:
+        if group is not None and work is not None:
+            work.wait()
+            tensor.div_(group.size())
+
+    return wait
+
+
+def average_over(group: dist.ProcessGroup | None, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Average tensors over the ranks of a group, in one all-reduce; None: as they are."""
+    if group is None or not tensors:
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    pieces = (flat / group.size()).split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

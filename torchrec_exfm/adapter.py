@@ -5,15 +5,26 @@ Shapes: B examples, M teachers, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchrec_exfm._compat import step_if
+from torchrec_exfm._ranks import average_over
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
-from torchrec_exfm.functional import masked_mean
-from torchrec_exfm.heads import Task, TaskLoss, check_tasks, checked_labels, constant, mlp
+from torchrec_exfm.heads import mlp
+from torchrec_exfm.tasks import (
+    Task,
+    check_tasks,
+    checked_labels,
+    checked_weights,
+    count_outputs,
+    map_tasks,
+    mean_task_losses,
+    split_missing,
+)
 
 __all__ = ["StudentAdapter", "adapter_step"]
 
@@ -48,8 +59,6 @@ class StudentAdapter(nn.Module):
         [0.5, -1.0]
     """
 
-    limits: Tensor
-
     def __init__(
         self,
         *,
@@ -60,9 +69,7 @@ class StudentAdapter(nn.Module):
         super().__init__()
         check_tasks(tasks)
         self.shape = (num_teachers, len(tasks))
-        self.task_loss = TaskLoss(tasks)
-        limits = [float("inf") if task.regression else LOGIT_LIMIT for task in tasks]
-        self.register_buffer("limits", constant(limits), persistent=False)
+        self.tasks = tuple(tasks)
         self.mlps = nn.ModuleList(
             mlp(2 * len(tasks), hidden, len(tasks)) for _ in range(num_teachers)
         )
@@ -77,7 +84,7 @@ class StudentAdapter(nn.Module):
             ValueError: if the outputs' shape does not fit M and T.
         """
         check_outputs_shape(teacher, self.shape)
-        values = torch.clamp(teacher.values, -self.limits, self.limits)
+        values = map_tasks(self.tasks, _limited, teacher.values)
         inputs = torch.cat([values, teacher.presence.float()], dim=-1)
         corrections = [perceptron(inputs[:, m]) for m, perceptron in enumerate(self.mlps)]
         return values + torch.stack(corrections, dim=1)
@@ -88,23 +95,34 @@ class StudentAdapter(nn.Module):
         teacher: TeacherOutputs,
         labels: Tensor | None,
         count: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """L_SA: mean over present examples and over tasks, summed over teachers.
+        """L_SA: mean over present examples with a label and over tasks, summed over teachers.
 
         Args:
             outputs: (B, M, T), what ``forward`` gave for ``teacher``.
             teacher: says which examples count.
-            labels: (B,) or (B, T), fresh labels.
+            labels: (B,) or (B, T), fresh labels, NaN where one is missing.
             count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
+            weights: (B,) or (B, T), the examples' weights; None: all 1.
 
         Raises:
-            ValueError: if the labels are missing or their shape does not fit.
+            ValueError: if the labels are missing, or a shape does not fit; on the CPU for infinite
+                labels and negative weights.
         """
-        targets = checked_labels(labels, len(outputs), outputs.shape[2])
-        targets = targets.unsqueeze(1).expand_as(outputs)
-        losses = self.task_loss(outputs, targets)
-        total: Tensor = masked_mean(losses, teacher.presence, count).mean(-1).sum()
+        labels = checked_labels(labels, self.tasks, len(outputs)).unsqueeze(1)
+        labels, mask = split_missing(labels, teacher.presence)
+        if weights is not None:
+            weights = checked_weights(weights, self.tasks, len(outputs)).unsqueeze(1)
+        targets = labels.expand_as(outputs)
+        means = mean_task_losses(self.tasks, outputs, targets, mask, weights, count)
+        total: Tensor = means.mean(-1).sum()
         return total
+
+
+def _limited(task: Task, values: Tensor) -> Tensor:
+    return values if task.regression else values.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 def adapter_step(
@@ -114,82 +132,42 @@ def adapter_step(
     labels: Tensor | None,
     *,
     count: Tensor | None = None,
+    weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Algorithm 1, first half: one step of the adapter, then its outputs for the student.
 
-    Under data parallelism every rank must call it, with the same ``count``; the gradients are
-    averaged over ``group`` in one all-reduce.
+    Without any label on any rank the optimizer takes no step. Autocast is off throughout. Under
+    data parallelism every rank must call it, with the same ``count``; the gradients are averaged
+    over ``group`` in one all-reduce.
 
     Args:
         adapter: trained in place.
         optimizer: over the adapter's parameters alone.
         teacher: the step's outputs.
-        labels: (B,) or (B, T), the step's fresh labels.
+        labels: (B,) or (B, T), the step's fresh labels, NaN where one is missing.
         count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
+        weights: (B,) or (B, T), the examples' weights; None: all 1.
         group: the ranks to average over; None: this one alone.
 
     Returns:
         (B, M, T) outputs of the updated adapter, detached.
 
     Raises:
-        ValueError: if labels are missing or a shape does not fit.
+        ValueError: as for :meth:`StudentAdapter.loss`.
     """
-    return start_adapter_step(adapter, optimizer, teacher, labels, count=count, group=group)()
-
-
-def start_adapter_step(
-    adapter: StudentAdapter,
-    optimizer: torch.optim.Optimizer,
-    teacher: TeacherOutputs,
-    labels: Tensor | None,
-    *,
-    count: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Callable[[], Tensor]:
-    """:func:`adapter_step` in two halves: what it returns ends the step that it has begun.
-
-    The gradients are there, and on their way to the other ranks, when this returns; what comes
-    between the two halves hides the way. Autocast is off in both.
-    """
+    if count is None:
+        labels = checked_labels(labels, adapter.tasks, len(teacher.values))
+        count = count_outputs(teacher.presence, labels, weights)[1]
     parameters = list(adapter.parameters())
     exact = torch.autocast(teacher.values.device.type, enabled=False)
     with torch.enable_grad(), exact:
-        loss = adapter.loss(adapter(teacher), teacher, labels, count)
+        loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=weights)
         gradients = torch.autograd.grad(loss, parameters)
-    average = (lambda: gradients) if group is None else _start_average(gradients, group)
-
-    def finish() -> Tensor:
-        for parameter, gradient in zip(parameters, average(), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad(), exact:
-            adapted: Tensor = adapter(teacher)
-        return adapted
-
-    return finish
-
-
-def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to add up a tensor over the ranks, in place; the call of the result waits for it."""
-    work = dist.all_reduce(tensor, group=group, async_op=True)
-
-    def wait() -> Tensor:
-        assert work is not None
-        work.wait()
-        return tensor
-
-    return wait
-
-
-def _start_average(
-    gradients: Sequence[Tensor], group: dist.ProcessGroup
-) -> Callable[[], Sequence[Tensor]]:
-    wait = start_all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), group)
-
-    def average() -> Sequence[Tensor]:
-        pieces = (wait() / group.size()).split([gradient.numel() for gradient in gradients])
-        return [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
-
-    return average
+    for parameter, gradient in zip(parameters, average_over(group, gradients), strict=True):
+        parameter.grad = gradient
+    step_if(optimizer, count.any())  # zero gradients would still move what has momentum
+    optimizer.zero_grad()
+    with torch.no_grad(), exact:
+        adapted: Tensor = adapter(teacher)
+    return adapted

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,10 +52,7 @@ class TeacherOutputs(Pipelineable):
     age_seconds: Tensor | None
 
     def __init__(
-        self,
-        values: Tensor,
-        presence: Tensor | None = None,
-        age_seconds: Tensor | None = None,
+        self, values: Tensor, presence: Tensor | None = None, age_seconds: Tensor | None = None
     ) -> None:
         _check_tensor("teacher outputs", values, floating=True)
         if values.dim() not in (1, 2, 3):
@@ -102,7 +101,7 @@ class TeacherOutputs(Pipelineable):
         _check_tensor("teacher probabilities", probabilities, floating=True)
         outputs = cls(probabilities, presence, age_seconds)
         outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))
-        if outside.device.type == "cpu" and bool(outside.any()):
+        if _any_on_host(outside):
             raise ValueError(
                 "teacher probabilities should be in [0, 1]; received "
                 f"{_describe(outputs.values, outside)}; pass logits to TeacherOutputs(...) instead"
@@ -159,6 +158,21 @@ class TeacherOutputs(Pipelineable):
         return f"TeacherOutputs(values={tuple(self.values.shape)}, device={self.values.device})"
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step's supervision reads: :class:`AuxiliaryHead` says what each is.
+
+    A pipeline makes it once a step, when the batch is on the device. The fields are the arguments
+    of :meth:`torchrec_exfm.AuxiliaryHead.forward`.
+    """
+
+    teacher: TeacherOutputs
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    counts: Tensor | None = None
+    adapted: Tensor | None = None
+
+
 class ExFMBatch(Pipelineable, Generic[BatchT]):
     """The user's batch and what the teachers said of its examples.
 
@@ -166,84 +180,65 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     pipeline or a loop that reads ``batch.sparse_features`` or ``batch["ids"]`` needs no change.
 
     Args:
-        batch: the user's own, with ``to``, ``record_stream`` and ``pin_memory``.
-        teacher: the teachers' outputs for the same examples, in the same order.
+        batch: the user's own. ``to``, ``pin_memory`` and ``record_stream`` are its own methods,
+            needed where they are called; TorchRec's pipelines call the first and the last.
+        teacher: the teachers' outputs for the same examples, in the same order, or on their way.
 
     Attributes:
-        count: (M, T), the denominator of the losses' means, or None. Set by the pipeline.
-        fresh_labels: the labels, for terms with a margin, or None. Set by the pipeline.
+        step_inputs: what the step learns from: the outputs, and what a pipeline adds to them.
 
     Raises:
-        TypeError: if the batch lacks one of the methods, or teacher is no ``TeacherOutputs``.
+        TypeError: if teacher is no ``TeacherOutputs``; in a method that the user's batch lacks.
     """
 
-    def __init__(self, batch: BatchT, teacher: TeacherOutputs) -> None:
-        absent = [
-            name
-            for name in ("to", "record_stream", "pin_memory")
-            if not callable(getattr(batch, name, None))
-        ]
-        if absent:
-            raise TypeError(
-                "the batch should have the methods to, record_stream and pin_memory (see "
-                f"torchrec.streamable.Pipelineable); received {type(batch).__name__} without "
-                f"{', '.join(absent)}"
-            )
-        if not isinstance(teacher, TeacherOutputs):
+    def __init__(self, batch: BatchT, teacher: TeacherOutputs | Future[TeacherOutputs]) -> None:
+        if not isinstance(teacher, (TeacherOutputs, Future)):
             raise TypeError(
                 f"teacher should be TeacherOutputs; received {type(teacher).__name__}: make it "
                 "TeacherOutputs(logits)"
             )
         self.batch = batch
-        self.teacher = teacher
-        self._adapted: Tensor | Callable[[], Tensor] | None = None
-        self.count: Tensor | None = None
-        self.fresh_labels: Tensor | None = None
+        self.step_inputs = StepInputs(cast(TeacherOutputs, teacher))
 
     @property
-    def adapted(self) -> Tensor | None:
-        """(B, M, T), the student adapter's outputs, or None.
-
-        Set by the pipeline, to them or to a function that gives them, which is called the first
-        time that they are read.
-
-        Raises:
-            RuntimeError: if that function ends with an AttributeError.
-        """
-        if callable(self._adapted) and not isinstance(self._adapted, Tensor):
-            try:
-                self._adapted = self._adapted()
-            except AttributeError as error:  # Python would look for the name in the user's batch
-                raise RuntimeError(f"the adapter's step failed: {error}") from error
-        return self._adapted
-
-    @adapted.setter
-    def adapted(self, adapted: Tensor | Callable[[], Tensor] | None) -> None:
-        self._adapted = adapted
+    def teacher(self) -> TeacherOutputs:
+        """The teachers' outputs."""
+        return self.step_inputs.teacher
 
     def to(
         self, device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> ExFMBatch[BatchT]:
         """A copy on ``device``; further arguments go to the user's batch as well."""
-        inner: Any = self.batch
         return ExFMBatch(
-            inner.to(device=device, non_blocking=non_blocking, **kwargs),
-            self.teacher.to(device, non_blocking, **kwargs),
+            self._call("to", device=device, non_blocking=non_blocking, **kwargs),
+            self._map(lambda outputs: outputs.to(device, non_blocking, **kwargs)),
         )
 
     def pin_memory(self) -> ExFMBatch[BatchT]:
         """A copy in page-locked memory."""
-        inner: Any = self.batch
-        return ExFMBatch(inner.pin_memory(), self.teacher.pin_memory())
+        return ExFMBatch(self._call("pin_memory"), self._map(TeacherOutputs.pin_memory))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses these tensors."""
-        inner: Any = self.batch
-        inner.record_stream(stream)
-        self.teacher.record_stream(stream)
+        self._call("record_stream", stream)
+        self._map(lambda outputs: outputs.record_stream(stream))
+
+    def _map(self, function: Callable[[TeacherOutputs], Any]) -> Any:
+        """What a function makes of the outputs; those on their way stay as they are."""
+        teacher = self.teacher
+        return teacher if isinstance(teacher, Future) else function(teacher)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(self.batch, name, None)
+        if not callable(method):
+            raise TypeError(
+                f"the batch should have the method {name} (see torchrec.streamable.Pipelineable); "
+                f"received {type(self.batch).__name__} without it"
+            )
+        return method(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("batch", "_adapted") or name.startswith("__"):
+        if name == "batch" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.batch, name)
 
@@ -251,13 +246,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         inner: Any = self.batch
         return inner[key]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_adapted": self.adapted}
-
     def __copy__(self) -> ExFMBatch[BatchT]:
         copied = ExFMBatch(copy.copy(self.batch), self.teacher)
-        copied.adapted, copied.count = self.adapted, self.count
-        copied.fresh_labels = self.fresh_labels
+        copied.step_inputs = self.step_inputs
         return copied
 
 
@@ -309,10 +300,8 @@ def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
 
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:
-    if values.device.type != "cpu":
-        return
-    bad = presence & ~torch.isfinite(values)
-    if bool(bad.any()):
+    bad = presence & ~values.isfinite()
+    if _any_on_host(bad):
         raise ValueError(
             f"teacher outputs should be finite; received {_describe(values, bad)}; "
             "mark missing outputs in presence"
@@ -320,12 +309,17 @@ def _check_finite(values: Tensor, presence: Tensor) -> None:
 
 
 def _check_ages(age_seconds: Tensor, presence: Tensor) -> None:
-    bad = presence & ~torch.isfinite(age_seconds)
-    if age_seconds.device.type == "cpu" and bool(bad.any()):
+    bad = presence & ~age_seconds.isfinite()
+    if _any_on_host(bad):
         raise ValueError(
             f"age_seconds should be finite where an output is present; received {int(bad.sum())} "
             "that are not; pass None if the ages are not known"
         )
+
+
+def _any_on_host(bad: Tensor) -> bool:
+    """Whether any is true; False on an accelerator, where to look would stop the step."""
+    return bad.device.type == "cpu" and bool(bad.any())
 
 
 def _describe(values: Tensor, bad: Tensor) -> str:

@@ -7,12 +7,10 @@ regression has predictions in its own units instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = [
     "correct_sampling",
@@ -170,117 +168,24 @@ def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
     return scaled
 
 
-class _Perceptrons(torch.autograd.Function):
-    """Each layer's values are in one tensor, as are their gradients, so that nothing is copied."""
-
-    @staticmethod
-    def forward(ctx, inputs, betas, *parameters):  # type: ignore[no-untyped-def]
-        heads = len(betas)
-        (weights, biases), *others = _by_layer(parameters, heads)
-        values = [inputs, torch.addmm(torch.cat(biases), inputs, torch.cat(weights).t())]
-        for weights, biases in others:
-            hidden = values[-1].relu_()
-            values.append(hidden.new_empty(len(hidden), sum(map(len, biases))))
-            columns = (tensor.chunk(heads, dim=1) for tensor in (hidden, values[-1]))
-            for part, output, weight, bias in zip(*columns, weights, biases, strict=True):
-                torch.addmm(bias, part, weight.t(), out=output)
-        ctx.betas = betas
-        ctx.save_for_backward(*values[:-1], *parameters)
-        return values[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        heads, saved = len(ctx.betas), ctx.saved_tensors
-        depth = len(saved) // (2 * heads + 1)
-        inputs, *values = saved[:depth]
-        (first, _), *others = _by_layer(saved[depth:], heads)
-        gradients: list[Tensor] = []
-        for hidden, (weights, _) in zip(reversed(values), reversed(others), strict=True):
-            below, of_weights = torch.empty_like(hidden), []
-            columns = (tensor.chunk(heads, dim=1) for tensor in (grad, hidden, below))
-            for of_output, part, of_part, weight in zip(*columns, weights, strict=True):
-                of_weights.append(of_output.t() @ part)
-                torch.mm(of_output, weight, out=of_part)
-            gradients[:0] = [*of_weights, *grad.sum(0).chunk(heads)]
-            grad = torch.ops.aten.threshold_backward.grad_input(below, hidden, 0, grad_input=below)
-        gradients[:0] = [*(grad.t() @ inputs).chunk(heads), *grad.sum(0).chunk(heads)]
-        if not ctx.needs_input_grad[0]:
-            return None, None, *gradients
-        scaled = [beta * weight for beta, weight in zip(ctx.betas, first, strict=True)]
-        of_inputs = _with_aligned_rows(inputs)
-        return torch.mm(grad, torch.cat(scaled), out=of_inputs), None, *gradients
-
-
-def _with_aligned_rows(like: Tensor) -> Tensor:
-    """Room for (B, D) whose rows begin with a cache line: faster to fill where D is odd."""
-    rows, width = like.shape
-    return like.new_empty(rows, -(-width // 16) * 16)[:, :width]
-
-
-def _by_layer(parameters: tuple[Tensor, ...], heads: int) -> list[tuple[tuple[Tensor, ...], ...]]:
-    """The weights of all heads, their biases, and so for each layer."""
-    return [
-        (parameters[at : at + heads], parameters[at + heads : at + 2 * heads])
-        for at in range(0, len(parameters), 2 * heads)
-    ]
-
-
-def perceptrons(
-    inputs: Tensor,
-    layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
-    betas: Sequence[float],
+def masked_mean(
+    values: Tensor, mask: Tensor, count: Tensor | None = None, *, weights: Tensor | None = None
 ) -> Tensor:
-    """K multi-layer perceptrons of one shape on one input, each with its gradient scaling (GS).
-
-    .. math:: D_k(x) = b_{k,n} + W_{k,n} \\, \\mathrm{relu}(\\dots
-        \\mathrm{relu}(b_{k,1} + W_{k,1} x)), \\quad
-        ∂L/∂x = \\sum_k β_k \\frac{∂L}{∂D_k} \\frac{∂D_k}{∂x}
-
-    The same as ``mlp_k(scale_gradient(x, β_k))`` for each k, side by side, but the first layers are
-    one multiplication, and β multiplies the weights on the way back and not the (B, D) gradient.
-    Can be differentiated once.
-
-    Args:
-        inputs: (B, D).
-        layers: from the first to the last: the K weights (H, D), (H', H) ... and the K biases.
-        betas: K numbers >= 0.
-
-    Returns:
-        (B, K T), the outputs of the first perceptron first.
-
-    Example:
-        >>> import torch
-        >>> x = torch.ones(1, 2, requires_grad=True)
-        >>> layer = [torch.ones(1, 2), 2 * torch.ones(1, 2)], [torch.zeros(1), torch.zeros(1)]
-        >>> y = perceptrons(x, [layer], betas=[5.0, 0.0])
-        >>> y.sum().backward()
-        >>> y.tolist(), x.grad.tolist()
-        ([[2.0, 4.0]], [[5.0, 5.0]])
-    """
-    parameters = [tensor for of_layer in layers for tensors in of_layer for tensor in tensors]
-    kind = inputs.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        inputs, parameters = inputs.to(dtype), [tensor.to(dtype) for tensor in parameters]
-    apply: Callable[..., Tensor] = _Perceptrons.apply
-    return apply(inputs, betas, *parameters)
-
-
-def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """The mean over the examples whose mask is true, per task; 0 where no mask is true.
 
-    .. math:: \\frac{\\sum_b m_b v_b}{\\max(\\sum_b m_b, 1)}
+    .. math:: \\frac{\\sum_b w_b m_b v_b}{\\sum_b w_b m_b}
 
     What is masked out has no influence, not even if it is NaN or infinite, and receives a
-    gradient of 0, so a head stays in the graph on a step without any teacher.
+    gradient of 0, so a head stays in the graph on a step without any teacher. A weight of 0 masks
+    as well; a weight of 2 equals having the example twice.
 
     Args:
         values: (B, ...).
         mask: (B, ...), boolean.
-        count: (...), the denominator if it is not this mask's own count: under data parallelism
-            the global count divided by the number of ranks, so that the average of the ranks'
+        count: (...), the denominator if it is not that of these examples: under data parallelism
+            the global one divided by the number of ranks, so that the average of the ranks'
             gradients is that of the global mean.
+        weights: (B, ...), w >= 0, finite; None: all 1.
 
     Returns:
         (...), one mean per task.
@@ -290,7 +195,14 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
-    total = torch.where(mask, values, 0.0).sum(0)
     if count is None:
-        return total / mask.sum(0).clamp(min=1)
-    return total / torch.where(count > 0, count, 1.0)
+        count = masked_count(mask, weights)
+    if weights is not None:
+        values, mask = weights * values, mask & (weights > 0)
+    smallest = torch.finfo(torch.float32).tiny  # without an example 0 is divided by it
+    return torch.where(mask, values, 0.0).sum(0) / count.clamp(min=smallest)
+
+
+def masked_count(mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum of the weights of the examples whose mask is true: (B, ...) -> (...) floats."""
+    return (mask if weights is None else mask * weights).sum(0, dtype=torch.float32)

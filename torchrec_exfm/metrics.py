@@ -26,9 +26,9 @@ from torchrec.metrics.rec_metric import RecMetric
 
 from torchrec_exfm._compat import TieAwareAUC, metric_computations, metric_state, set_metric_state
 from torchrec_exfm._ranks import rank, world_size
+from torchrec_exfm._user import outline
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
-from torchrec_exfm.heads import Task, check_names, check_tasks
-from torchrec_exfm.wrapper import _outline
+from torchrec_exfm.tasks import Task, check_names, check_tasks, checked_labels, checked_weights
 
 __all__ = ["ExFMMetrics"]
 
@@ -142,7 +142,7 @@ class ExFMMetrics:
                 looking would stop the step, such an example is left out.
             TypeError: if ``output`` is no ``(loss, logits, labels)`` and ``outputs`` makes none.
         """
-        step = self.step_output(output)
+        step = self._step_output(output)
         logits, labels, weights = self._columns(step, step.weights if weights is None else weights)
         if teacher is not None:
             check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
@@ -156,7 +156,7 @@ class ExFMMetrics:
             predictions = probabilities if name in ("ne", "calibration") else as_they_are
             metric.update(predictions=predictions, **of_tasks)
 
-    def step_output(self, output: Any) -> StepOutput:
+    def _step_output(self, output: Any) -> StepOutput:
         """What ``outputs`` makes of what ``progress`` returns; a TypeError if it is no such."""
         if isinstance(output, StepOutput):
             return output
@@ -167,54 +167,25 @@ class ExFMMetrics:
         raise TypeError(
             f"{'output' if self._outputs is None else 'outputs(output)'} should be tensors (loss, "
             "logits, labels) or (loss, logits, labels, weights), with a loss of one element; "
-            f"received {_outline(found)}: pass ExFMMetrics(outputs=...), a function that takes "
+            f"received {outline(found)}: pass ExFMMetrics(outputs=...), a function that takes "
             "what progress returns to them"
         )
 
     def _columns(self, step: StepOutput, weights: Tensor | None) -> tuple[Tensor, ...]:
         """(B, T) logits, labels and weights in double; 0 for the examples to leave out."""
-        logits, labels = (self._matrix(values) for values in (step.logits, step.labels))
-        if logits.shape != labels.shape:
+        logits, tasks = step.logits, self._tasks
+        if logits.dim() not in (1, 2) or logits.numel() != len(logits) * len(tasks):
             raise ValueError(
-                f"logits and labels should be of one shape; received {tuple(logits.shape)} and "
-                f"{tuple(labels.shape)}"
+                f"logits should be of shape (B, {len(tasks)}) for the tasks "
+                f"{[task.name for task in tasks]}; received {tuple(logits.shape)}"
             )
-        if weights is None:
-            weights = torch.ones_like(labels)
-        weights = torch.as_tensor(weights, dtype=labels.dtype, device=labels.device).detach()
-        if weights.shape not in (labels.shape, labels.shape[:1]):
-            raise ValueError(
-                f"weights should be of shape {tuple(labels.shape[:1])} or {tuple(labels.shape)}, "
-                f"as the labels; received {tuple(weights.shape)}"
-            )
-        weights = weights if weights.dim() == 2 else weights.unsqueeze(1)
-        self._check_contents(labels, weights)
+        logits = logits.detach().double().reshape(-1, len(tasks))
+        labels = checked_labels(step.labels, tasks, len(logits))
+        weights = torch.ones_like(labels) if weights is None else weights
+        weights = checked_weights(weights, tasks, len(logits)).to(labels.device)
         counted = (weights > 0) & (labels.abs() + weights < torch.inf)  # neither of them NaN
-        return tuple(values.where(counted, 0) for values in (logits, labels, weights))
-
-    def _matrix(self, values: Tensor) -> Tensor:
-        if values.dim() not in (1, 2) or values.numel() != values.shape[0] * len(self._tasks):
-            raise ValueError(
-                f"logits and labels should be of shape (B, {len(self._tasks)}) for the tasks "
-                f"{[task.name for task in self._tasks]}; received {tuple(values.shape)}"
-            )
-        return values.detach().double().reshape(-1, len(self._tasks))
-
-    def _check_contents(self, labels: Tensor, weights: Tensor) -> None:
-        if labels.device.type != "cpu":
-            return
-        infinite = labels.isinf().any(0).tolist()
-        if any(infinite):
-            raise ValueError(
-                f"labels of the task {self._tasks[infinite.index(True)].name!r} should be finite, "
-                "or NaN where there is none; received an infinite one: correct it, or make it NaN"
-            )
-        bad = ~(weights.isfinite() & (weights >= 0))
-        if bool(bad.any()):
-            raise ValueError(
-                f"weights should be finite numbers >= 0; received {weights[bad][0].item()}: give "
-                "examples to leave out the weight 0"
-            )
+        columns = (logits, labels.double(), weights.double())
+        return tuple(values.detach().where(counted, 0) for values in columns)
 
     def _by_task(self, values: Tensor) -> dict[str, Tensor]:
         names = (task.name for task in self._tasks)

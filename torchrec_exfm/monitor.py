@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import on_rank_0, rank, world_size
-from torchrec_exfm.heads import AuxiliaryHead
+from torchrec_exfm.auxiliary import AuxiliaryHead
 from torchrec_exfm.metrics import ExFMMetrics
 from torchrec_exfm.pipeline import TrainPipelineExFM
 from torchrec_exfm.wrapper import find_wrapper
@@ -111,7 +111,7 @@ class RunMonitor:
 
     def __init__(
         self,
-        pipeline: TrainPipelineExFM,
+        pipeline: TrainPipelineExFM[Any, Any],
         metrics: ExFMMetrics,
         *,
         folder: Path | str | None = None,
@@ -187,7 +187,7 @@ class RunMonitor:
             )
         if self._own_start is None:
             self._own_start = self._metrics.own_examples()
-        counted = self._metrics.step_output(output)
+        counted = self._metrics._step_output(output)
         self._metrics.update(counted, teacher)
         there = teacher.presence.any(0).flatten()  # (M T,)
         self._rows.append(torch.cat([counted.loss.detach().reshape(1), losses, there]))
@@ -252,7 +252,7 @@ class _Terms:
     def __init__(self, head: AuxiliaryHead) -> None:
         self.head = head
         self._losses = _distinct([f"distillation_loss/{term.name}" for term in head.terms])
-        columns = [(term, task) for term in head.terms for task in term.tasks or head.tasks]
+        columns = [(term, task) for term in head.terms for task in term.tasks or head.task_names]
         self._leads = _distinct(
             [
                 "/".join(["lead", term.teacher, *["adapted"] * term.adapted, "serving", task])
@@ -271,7 +271,7 @@ class _Terms:
         there = there.view(len(rows), len(head.teachers), len(head.tasks)) > 0
         means = {"student_loss": float(student.mean())}
         for k, (name, term) in enumerate(zip(self._losses, head.terms, strict=True)):
-            tasks = [head.tasks.index(task) for task in term.tasks or head.tasks]
+            tasks = [head.task_names.index(task) for task in term.tasks or head.task_names]
             counted = there[:, head.teachers.index(term.teacher), tasks].any(-1)
             if counted.any():
                 means[name] = float(of_terms[counted, k].mean())
@@ -289,7 +289,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [name if times[name] == 1 else f"{name}#{at}" for at, name in enumerate(names)]
 
 
-def _lookup_counters(pipeline: TrainPipelineExFM, teachers: Sequence[str]) -> dict[str, int]:
+def _lookup_counters(
+    pipeline: TrainPipelineExFM[Any, Any], teachers: Sequence[str]
+) -> dict[str, int]:
     """What a look-up has counted on this rank, by the names of the wrapper's teachers."""
     loaded = sys.modules.get("torchrec_exfm.das.lookup")  # by whoever has made a look-up
     if loaded is None or not isinstance(pipeline._teacher, loaded.TeacherLookup):

@@ -108,12 +108,13 @@ def load_training(
     """Take up the newest complete checkpoint of :func:`save_training`, in place.
 
     Every rank must call it, with a pipeline that is set up as it was and has made no step. Training
-    then goes on, on the CPU to the bit where there are as many ranks, and the batches have the
-    shapes and the alignment in memory that they had. With more or fewer ranks the metrics start
-    anew, and random numbers are this run's own. Give the loader the batches from the position on.
-    What you have written around the pipeline, such as the object of a schedule, is yours to take
-    up; the rates that it had set are there. (Of tables in columns TorchRec keeps the state of
-    row-wise optimizers once a shard: those have to stay as many.)
+    then goes on as if it had not stopped: on the CPU to the bit, with the same batches (alike
+    aligned in memory too), as many ranks as before and the same kind of machine, and elsewhere up
+    to rounding. With more or fewer ranks the metrics start anew, and random numbers are this run's
+    own. Give the loader the batches from the position on. What you have written around the
+    pipeline, such as the object of a schedule, is yours to take up; the rates that it had set are
+    there. (Of tables in columns TorchRec keeps the state of row-wise optimizers once a shard: those
+    have to stay as many.)
 
     To begin a run from a plain checkpoint of the bare student, load that into
     :func:`~torchrec_exfm.student_state_dict` instead, which also gives such a checkpoint.
@@ -264,7 +265,7 @@ def _names(pipeline: Pipeline) -> dict[str, list[str]]:
         return {"teachers": [], "tasks": [], "terms": []}
     head = trained.auxiliary_head
     terms = [term.name for term in head.terms]
-    return {"teachers": list(head.teachers), "tasks": list(head.tasks), "terms": terms}
+    return {"teachers": list(head.teachers), "tasks": list(head.task_names), "terms": terms}
 
 
 def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
@@ -311,9 +312,11 @@ def _check(
     received = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     received |= values["numbers"].keys()
     if wanted != received:
+        of_model = any(name.startswith((_MODEL, "adapter/")) for name in wanted ^ received)
+        same = "this student, these terms and adapter", "these optimizers and this sharding plan"
         raise ValueError(
-            f"{folder} should be of a run with this student, these terms, adapter and optimizers; "
-            f"received one without {_some(wanted - received)} and with {_some(received - wanted)}"
+            f"{folder} should be of a run with {same[not of_model]}; received one without "
+            f"{_some(wanted - received)} and with {_some(received - wanted)}"
         )
     for name, record in numbers.items():
         kind = values["numbers"][name]["kind"]

@@ -6,18 +6,19 @@ Shapes: B examples, D width of the shared representation, M teachers, T tasks, K
 from __future__ import annotations
 
 import copy
-import inspect
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_exfm._compat import sharded_names
-from torchrec_exfm._warnings import DistillationWarning
+from torchrec_exfm._user import outline, read
+from torchrec_exfm.auxiliary import AuxiliaryHead, ByTasks, by_tasks
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
-from torchrec_exfm.heads import AuxiliaryHead, DistillationTerm, Task
+from torchrec_exfm.tap import Tap, remove_taps, tapped_module, tapped_width
+from torchrec_exfm.tasks import Task, check_tasks, pick_columns
+from torchrec_exfm.terms import DistillationTerm
 
 __all__ = ["ExFMWrapper"]
 
@@ -40,18 +41,24 @@ class ExFMWrapper(nn.Module):
     returns what the student returns.
 
     Args:
-        student: ``forward(batch) -> (loss, (loss, logits, labels))``, as ``DLRMTrain``.
+        student: ``forward(batch) -> (loss, (loss, logits, labels))``, as ``DLRMTrain``. Only the
+            loss has to be where it is: what comes second is passed on as it is.
         tap: the name, below ``student``, of the submodule whose first argument is the shared
             representation, (B, D): usually the one after the interaction, ``"model.over_arch"``
             in a ``DLRMTrain``. For terms with ``serving=True`` its output is the logits, (B, T).
+            Where tasks have towers of their own, as under a shared bottom, MMoE or PLE: a mapping
+            from each task, or a tuple of tasks that share one, to its tower,
+            ``{"click": "towers.click", "buy": "towers.buy"}``.
         terms: what is distilled, see :class:`DistillationTerm`.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs and of the labels.
         in_features: D; None: that of the first ``nn.Linear`` in the tapped module.
+        serving_logits: takes what the student returns to its logits, (B, T) or (B,), with their
+            gradient, for terms with ``serving=True``; None: they are the tapped module's output.
 
     Raises:
-        ValueError: if ``tap`` is no submodule, or its width can't be told; for wrong terms; for
-            a student that is sharded already.
+        ValueError: if ``tap`` is no submodule that can be tapped, or its width can't be told; for
+            wrong terms; for a student that is sharded or wrapped already.
         TypeError: for terms or tasks of another kind.
     """
 
@@ -59,32 +66,35 @@ class ExFMWrapper(nn.Module):
         self,
         student: nn.Module,
         *,
-        tap: str,
+        tap: str | ByTasks[str],
         terms: Sequence[DistillationTerm] = (DistillationTerm(),),
         teachers: Sequence[str] = ("teacher",),
         tasks: Sequence[Task] = (Task(),),
         in_features: int | None = None,
+        serving_logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if sharded_names(student):
-            raise ValueError(
-                f"the student should not be sharded yet; received {type(student).__name__} with "
-                f"the sharded {sharded_names(student)}: wrap it before DistributedModelParallel"
-            )
-        tapped = _tapped_module(student, tap)
-        width = _width(tapped, tap) if in_features is None else in_features
+        _check_bare(student)
+        groups = by_tasks("tap", tap, check_tasks(tasks))
+        modules = [tapped_module(student, name) for _, name in groups]
+        widths: dict[str | tuple[str, ...], int] = {
+            names: tapped_width(module, name) if in_features is None else in_features
+            for (names, name), module in zip(groups, modules, strict=True)
+        }
         with torch.random.fork_rng(devices=[]):  # the student's initialisation stays as it was
-            heads = AuxiliaryHead(width, terms=terms, teachers=teachers, tasks=tasks)
-        weight = next(tapped.parameters(), None)
+            heads = AuxiliaryHead(widths, terms=terms, teachers=teachers, tasks=tasks)
+        weight = next(modules[0].parameters(), None)
         if weight is not None and not weight.is_meta:
             heads.to(device=weight.device, dtype=weight.dtype)
-        _remove_taps(student)
+        remove_taps(student)
         self.bare_student = (_without_weights(student),)  # a tuple: no submodule, no state
         self.student = student
-        self.exfm = _Supervision(heads, _Tap(tap, tapped, width, _candidates(student)))
-        tapped.register_forward_pre_hook(self.exfm.tap, with_kwargs=True)
-        if any(term.serving for term in terms):
-            tapped.register_forward_hook(self.exfm.tap.keep_output)
+        keeps_output = serving_logits is None and any(term.serving for term in heads.terms)
+        taps = [
+            Tap(name, module, widths[names], names, keeps_output)
+            for (names, name), module in zip(groups, modules, strict=True)
+        ]
+        self.exfm = _Supervision(heads, taps, serving_logits)
 
     def forward(self, batch: Any) -> Any:
         """See the class.
@@ -92,19 +102,30 @@ class ExFMWrapper(nn.Module):
         Raises:
             TypeError: in training, for a batch that is no ExFMBatch, or a student whose outputs are
                 not of the contract.
-            RuntimeError: in training, if the tapped module does not run exactly once.
-            ValueError: in training, if the tapped module's input is not (B, D), or what the terms
+            RuntimeError: in training, if a tapped module does not run exactly once.
+            ValueError: in training, if a tapped module's input is not (B, D), or what the terms
                 need is missing or of another shape.
 
         Warns:
-            DistillationWarning: if the tapped module's input or output carries no gradient.
+            DistillationWarning: if a tapped module's input or output carries no gradient.
         """
-        self.exfm.tap.open()
+        for tap in self.exfm.taps:
+            tap.open()
         outputs = self.student(batch.batch if isinstance(batch, ExFMBatch) else batch)
         if self.training:
             return self.exfm(outputs, batch)
-        self.exfm.tap.clear()
+        for tap in self.exfm.taps:
+            tap.clear()
         return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if name.startswith("__") or not hasattr(student, name):
+                raise
+            raise AttributeError(f"{error}: the student's own is .student.{name}") from None
 
     @property
     def auxiliary_head(self) -> AuxiliaryHead:
@@ -142,147 +163,87 @@ def wrapper_in(model: nn.Module) -> ExFMWrapper | None:
     return next((module for module in model.modules() if isinstance(module, ExFMWrapper)), None)
 
 
-class _Tap:
-    """A forward pre-hook that keeps the first argument of the tapped module.
-
-    For terms of the serving head also a hook that keeps its output.
-    """
-
-    def __init__(self, name: str, tapped: nn.Module, width: int, candidates: list[str]) -> None:
-        self.name = name
-        self.argument = next(iter(inspect.signature(tapped.forward).parameters), "")
-        self.width = width
-        self.candidates = candidates
-        self._value: Any = None
-        self._output: Any = None
-        self._calls = 0
-        self._open = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._open:  # the student runs by itself, or once more in backward
-            return
-        only = next(iter(kwargs.values())) if len(kwargs) == 1 else None
-        self._value = args[0] if args else kwargs.get(self.argument, only)
-        self._calls += 1
-
-    def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook: keeps what the tapped module returns, as it is now."""
-        if self._open:
-            self._output = output.clone() if isinstance(output, Tensor) else output
-
-    def open(self) -> None:
-        """Keep what comes, from now until the tap is cleared."""
-        self.clear()
-        self._open = True
-
-    def clear(self) -> None:
-        """Forget, and close."""
-        self._value, self._output, self._calls, self._open = None, None, 0, False
-
-    def take(self) -> tuple[Tensor, Any]:
-        """The representation of this forward, and the output if it was kept; clears the tap."""
-        value, output, calls = self._value, self._output, self._calls
-        self.clear()
-        if calls != 1:
-            raise RuntimeError(
-                f"the tapped module {self.name!r} should run exactly once in the student's "
-                f"forward; it ran {calls} times: tap another module, such as {self.candidates}"
-            )
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != self.width:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the first argument of the tapped module {self.name!r} should be a tensor of "
-                f"shape (B, {self.width}); received {shape}: pass in_features, or tap another "
-                f"module, such as {self.candidates}"
-            )
-        for what, tensor in (("input", value), ("output", output)):
-            if torch.is_grad_enabled() and isinstance(tensor, Tensor) and not tensor.requires_grad:
-                warnings.warn(
-                    f"the {what} of the tapped module {self.name!r} carries no gradient, so "
-                    "nothing of the teacher reaches the network below it; with activation "
-                    "checkpointing around the tap use use_reentrant=False",
-                    DistillationWarning,
-                    stacklevel=2,
-                )
-        return value, output
-
-
 class _Supervision(nn.Module):
     """Adds the heads' loss to the student's: a leaf of the pipeline's tracing, run as it is."""
 
-    def __init__(self, auxiliary_head: AuxiliaryHead, tap: _Tap) -> None:
+    def __init__(
+        self,
+        auxiliary_head: AuxiliaryHead,
+        taps: Sequence[Tap],
+        serving_logits: Callable[[Any], Tensor] | None,
+    ) -> None:
         super().__init__()
         self.auxiliary_head = auxiliary_head
-        self.tap = tap
+        self.taps = tuple(taps)
+        self.serving_logits = serving_logits
         self.last_losses: Tensor | None = None
         self.last_teacher: TeacherOutputs | None = None
 
     def forward(self, outputs: Any, batch: Any) -> tuple[Tensor, Any]:
-        if not isinstance(batch, ExFMBatch):
-            raise TypeError(
-                f"training should be given an ExFMBatch; received {type(batch).__name__}: let "
-                "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
+        try:
+            if not isinstance(batch, ExFMBatch):
+                raise TypeError(
+                    f"training should be given an ExFMBatch; received {type(batch).__name__}: let "
+                    "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
+                )
+            loss, rest = _checked_contract(outputs)
+            has_heads = not all(term.serving for term in self.auxiliary_head.terms)
+            shared = [tap.take_input(learns=has_heads) for tap in self.taps]
+            added, self.last_losses = self.auxiliary_head(
+                shared, serving=self._serving(outputs), **vars(batch.step_inputs)
             )
-        loss, rest = _checked_contract(outputs)
-        shared, serving = self.tap.take()
-        added, self.last_losses = self.auxiliary_head(
-            shared, batch.teacher, batch.adapted, batch.count, serving, batch.fresh_labels
-        )
+        finally:
+            for tap in self.taps:
+                tap.clear()
         self.last_teacher = batch.teacher
         return loss + added, rest
 
+    def _serving(self, outputs: Any) -> Any:
+        """The serving head's logits, (B, T) where they are of several taps; None if not needed."""
+        if not any(term.serving for term in self.auxiliary_head.terms):
+            return None
+        if self.serving_logits is not None:
+            return self._told_logits(outputs)
+        logits = [tap.take_output() for tap in self.taps]
+        names = [name for tap in self.taps for name in tap.tasks]
+        order = [names.index(name) for name in self.auxiliary_head.task_names]
+        return pick_columns(logits[0] if len(logits) == 1 else torch.cat(logits, dim=1), order)
+
+    def _told_logits(self, outputs: Any) -> Tensor:
+        assert self.serving_logits is not None
+        what = "what the student returns to its logits"
+        logits: Tensor = read("serving_logits", self.serving_logits, outputs, "ExFMWrapper", what)
+        if torch.is_grad_enabled() and isinstance(logits, Tensor) and not logits.requires_grad:
+            raise ValueError(
+                "serving_logits should give logits with their gradient, which terms with "
+                "serving=True send to the serving head; received some without: return them from "
+                "the student's forward without .detach(), or tap the module that computes them"
+            )
+        return logits
+
+
+def _check_bare(student: nn.Module) -> None:
+    if wrapper_in(student) is not None:
+        raise ValueError(
+            f"the student should not be wrapped yet; received {type(student).__name__} that is or "
+            "holds an ExFMWrapper, as when a notebook's cell is run again: wrap its .student"
+        )
+    if sharded_names(student):
+        raise ValueError(
+            f"the student should not be sharded yet; received {type(student).__name__} with "
+            f"the sharded {sharded_names(student)}: wrap it before DistributedModelParallel"
+        )
+
 
 def _checked_contract(outputs: Any) -> tuple[Tensor, Any]:
-    if isinstance(outputs, tuple) and len(outputs) == 2:
+    if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
         loss = outputs[0]
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss, outputs[1]
     raise TypeError(
         "the student's forward should return (loss, (loss, logits, labels)) with a loss of one "
-        f"element, as torchrec.models.dlrm.DLRMTrain; received {_outline(outputs)}"
+        f"element, as torchrec.models.dlrm.DLRMTrain; received {outline(outputs)}"
     )
-
-
-def _outline(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(_outline(item) for item in value)})"
-    return type(value).__name__
-
-
-def _tapped_module(student: nn.Module, tap: str) -> nn.Module:
-    modules = dict(student.named_modules())
-    if tap not in modules or not tap:
-        raise ValueError(
-            f"tap should name a submodule of {type(student).__name__}; received {tap!r}; "
-            f"candidates: {_candidates(student)}"
-        )
-    tapped: nn.Module = modules[tap]
-    return tapped
-
-
-def _width(tapped: nn.Module, tap: str) -> int:
-    for module in tapped.modules():
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    raise ValueError(
-        f"the width of the shared representation can't be told from the tapped module {tap!r} "
-        f"({type(tapped).__name__}), which has no nn.Linear: pass in_features"
-    )
-
-
-def _candidates(student: nn.Module) -> list[str]:
-    """Submodules that hold linear layers and no embedding tables."""
-    return [
-        name
-        for name, module in student.named_modules()
-        if name
-        and any(isinstance(child, nn.Linear) for child in module.modules())
-        and not any(
-            isinstance(child, (nn.Embedding, nn.EmbeddingBag)) for child in module.modules()
-        )
-    ]
 
 
 def _without_weights(module: nn.Module) -> nn.Module | Exception:
@@ -296,15 +257,3 @@ def _without_weights(module: nn.Module) -> nn.Module | Exception:
     except Exception as error:  # whatever the user's attributes raise; told at export
         return error
     return bare
-
-
-def _remove_taps(student: nn.Module) -> None:
-    """Drop the hooks of an earlier wrapper around the same student."""
-    for module in student.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tap):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _Tap):
-                del module._forward_hooks[key]

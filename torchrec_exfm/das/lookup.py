@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from torchrec_exfm._user import read
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64, utc
@@ -360,14 +361,8 @@ class _Windows:
 
 
 def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
-    try:
-        return function(batch)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{name} should take the user's batch to its {name.replace('_', ' ')}; received a "
-            f"{type(batch).__name__} and {type(error).__name__}: {error}: pass {name}=..., a "
-            "function of the batch, to TeacherLookup"
-        ) from error
+    what = f"the user's batch to its {name.replace('_', ' ')}"
+    return read(name, function, batch, "TeacherLookup", what)
 
 
 def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -1,0 +1,105 @@
+"""What a train pipeline is set up with, looked at before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrec_exfm._compat import tables_left_whole
+from torchrec_exfm._warnings import DistillationWarning, NotPipelinedWarning
+from torchrec_exfm.adapter import StudentAdapter
+from torchrec_exfm.auxiliary import AuxiliaryHead
+from torchrec_exfm.sources import AsyncTeacher, LiveTeacher
+
+
+def check_teacher(
+    teacher: object, head: AuxiliaryHead, model: nn.Module, options: dict[str, Any]
+) -> None:
+    """Raise unless it is a kind of teacher, other than the student, of the head's names."""
+    known = teacher is None or callable(teacher) or isinstance(teacher, AsyncTeacher)
+    if isinstance(teacher, nn.Module) or not known:
+        raise TypeError(
+            "teacher should be None, a function of the batch, a TeacherLookup, or "
+            f"LiveTeacher(module); received {type(teacher).__name__}"
+        )
+    if isinstance(teacher, LiveTeacher) and any(each is teacher.model for each in model.modules()):
+        raise ValueError("the live teacher should be another model; received the student's own")
+    if isinstance(teacher, LiveTeacher) and options.get("free_features_storage_early"):
+        raise ValueError(
+            "free_features_storage_early should be False with a LiveTeacher, which reads the "
+            "features after TorchRec would have freed them; received True"
+        )
+    # A look-up's teachers and tasks should be the wrapper's; one alone may have another name.
+    for what, names in (("teachers", head.teachers), ("tasks", head.task_names)):
+        given = tuple(getattr(teacher, what, names))
+        if len(given) != len(names) or (len(names) > 1 and given != names):
+            raise ValueError(
+                f"the look-up should be of the wrapper's {what}, {names}, in this order; received "
+                f"{given}"
+            )
+
+
+def check_on_error(on_teacher_error: str, teacher: object) -> None:
+    """Raise unless it is a known way to go on, with a teacher that may fail on one rank alone."""
+    if on_teacher_error not in ("raise", "mask"):
+        raise ValueError(
+            f"on_teacher_error should be 'raise' or 'mask'; received {on_teacher_error!r}"
+        )
+    if on_teacher_error == "mask" and (teacher is None or isinstance(teacher, LiveTeacher)):
+        raise ValueError(
+            "on_teacher_error should be 'raise' without a teacher, and with a LiveTeacher, whose "
+            "ranks have to fail together; received 'mask'"
+        )
+
+
+def warn_of_tables(model: nn.Module) -> None:
+    whole = tables_left_whole(model)
+    if whole:
+        warnings.warn(
+            f"the embeddings {whole} are not sharded, although the model is under "
+            "DistributedModelParallel: make the sharding plan of the wrapped model, whose names "
+            "begin with 'student.'",
+            NotPipelinedWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_optimizer(optimizer: torch.optim.Optimizer, head: AuxiliaryHead) -> None:
+    """Where it would never train the heads, from which the network below learns."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [p for p in head.parameters() if not hasattr(p, "_in_backward_optimizers")]
+    if own and not any(id(parameter) in held for parameter in own):
+        warnings.warn(
+            "the optimizer should hold the parameters of the distillation heads; received one "
+            "without: make it of the wrapped model's parameters",
+            DistillationWarning,
+            stacklevel=3,
+        )
+
+
+def check_adapter(
+    head: AuxiliaryHead,
+    adapter: StudentAdapter | None,
+    adapter_optimizer: torch.optim.Optimizer | None,
+) -> None:
+    if adapter is None and adapter_optimizer is not None:
+        raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
+    adapted = [term.name for term in head.terms if term.adapted]
+    if adapted and adapter is None:
+        raise ValueError(
+            f"the terms {adapted} learn from a student adapter, and received none: pass "
+            "adapter=StudentAdapter() to TrainPipelineExFM"
+        )
+    if adapter is not None and not adapted:
+        raise ValueError(
+            "no term learns from the adapter: give the wrapper a DistillationTerm(adapted=True), "
+            "or pass no adapter"
+        )
+    expected = (len(head.teachers), len(head.tasks))
+    if adapter is not None and adapter.shape != expected:
+        raise ValueError(
+            f"the adapter should be for (teachers, tasks) = {expected}; received {adapter.shape}"
+        )

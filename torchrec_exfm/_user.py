@@ -1,0 +1,32 @@
+"""What users' functions and modules give: read with an error that says what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def read(name: str, function: Callable[[Any], Any], value: Any, owner: str, what: str) -> Any:
+    """Call a function that a user gave to ``owner`` as the argument ``name``.
+
+    Raises:
+        ValueError: if it does not fit the value; ``what`` it should take to what.
+    """
+    try:
+        return function(value)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{name} should take {what}; received {outline(value)} and {type(error).__name__}: "
+            f"{error}: pass {name}=..., a function of it, to {owner}"
+        ) from error
+
+
+def outline(value: Any) -> str:
+    """A value's structure, for messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(outline(item) for item in value)})"
+    return type(value).__name__

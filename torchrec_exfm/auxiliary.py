@@ -1,0 +1,233 @@
+"""The auxiliary head: a loop over terms, each a teacher taught to a head.
+
+Shapes: B examples, D width of a shared representation, M teachers, T tasks, K terms, U tasks of a
+term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_exfm.batch import StepInputs, TeacherOutputs
+from torchrec_exfm.tasks import (
+    Task,
+    check_kinds,
+    check_names,
+    check_tasks,
+    checked_labels,
+    checked_weights,
+    count_outputs,
+)
+from torchrec_exfm.terms import DistillationTerm, TermLoss
+
+__all__ = ["AuxiliaryHead"]
+
+Value = TypeVar("Value")
+ByTasks: TypeAlias = Mapping[str | tuple[str, ...], Value]
+
+
+class AuxiliaryHead(nn.Module):
+    """The auxiliary head (AH): all that meets the teachers' labels (arXiv 2502.17494, eq. 3-5).
+
+    .. math:: L_D = \\sum_k w_k \\frac{1}{T_k} \\sum_t
+        \\mathrm{mean}_{b\\text{ present}} \\; h(D_k(x_b)_t,
+        \\min(α_k σ(y_{F,b,t} + \\log r_{F,k} - \\log r_{S,t}), 1))
+
+    r_F and r_S are the negative sampling rates of the teacher's data and of the student's, 1 unless
+    given: :class:`DistillationTerm` and :class:`Task`. Logits of adapted terms are not moved, nor
+    are predictions of a regression.
+
+    The sum of K terms, each with a :class:`DistillationHead` D_k of its own. The shared
+    representation x receives the gradient of L_D (times β_k); the serving head, which is no part of
+    this, receives none, but for terms with ``serving=True``, whose D_k is the serving head. Every
+    head is in the graph on every step: missing outputs are masked. The mean of a term with a
+    ``margin`` is multiplied by how far its teacher leads: :class:`DistillationTerm`.
+
+    Args:
+        in_features: D, the width of the shared representation. Where tasks have representations
+            of their own: a mapping from a task, or a tuple of tasks, to the width of theirs; a term
+            over several of them has a head on each.
+        terms: the K terms.
+        teachers: the names of the M teachers, in the order of the outputs.
+        tasks: the T tasks, in the order of the outputs.
+
+    Raises:
+        ValueError: for no terms, a term with an unknown teacher or task, or a term over a
+            regression with a ``negative_sampling_rate`` other than 1; for a mapping without each
+            task once.
+        TypeError: for terms or tasks of another kind.
+
+    Example:
+        >>> ah = AuxiliaryHead(8, terms=[DistillationTerm(weight=2.0)])
+        >>> loss, of_each_term = ah(torch.zeros(3, 8), TeacherOutputs(torch.zeros(3)))
+    """
+
+    def __init__(
+        self,
+        in_features: int | ByTasks[int],
+        *,
+        terms: Sequence[DistillationTerm] = (DistillationTerm(),),
+        teachers: Sequence[str] = ("teacher",),
+        tasks: Sequence[Task] = (Task(),),
+    ) -> None:
+        super().__init__()
+        check_kinds("terms", terms, DistillationTerm)
+        if not terms:
+            raise ValueError("terms should hold at least one DistillationTerm; received none")
+        self.task_names = check_tasks(tasks)
+        self.tasks = tuple(tasks)
+        self.teachers = check_names("teachers", teachers)
+        self.terms = tuple(terms)
+        taps = [
+            ([self.task_names.index(name) for name in names], width)
+            for names, width in by_tasks("in_features", in_features, self.task_names)
+        ]
+        self._num_taps = len(taps)
+        for term in terms:
+            self._check_term(term)
+        self.term_losses = nn.ModuleList(
+            TermLoss(term, self.teachers.index(term.teacher), tasks, taps) for term in terms
+        )
+
+    def _check_term(self, term: DistillationTerm) -> None:
+        if term.teacher not in self.teachers:
+            raise ValueError(
+                f"a term's teacher should be one of {list(self.teachers)}; received "
+                f"{term.teacher!r}"
+            )
+        names = self.task_names
+        covered = names if term.tasks is None else term.tasks
+        if not set(covered) <= set(names) or len(set(covered)) != len(covered) or not covered:
+            raise ValueError(
+                f"a term's tasks should be distinct and among {list(names)}; received "
+                f"{list(covered)}"
+            )
+
+    @property
+    def lead_losses(self) -> list[Tensor]:
+        """The running means of terms with a margin, of target and student, each (2, U)."""
+        terms: Any = self.term_losses
+        return [term.lead_losses for term in terms if term.lead_losses is not None]
+
+    @property
+    def leads(self) -> Tensor:
+        """What multiplies the loss of each task of each term, one after the other, on the CPU.
+
+        In [0, 1] for terms with a margin, 1 for others.
+        """
+        terms: Any = self.term_losses
+        return torch.cat([term.lead.cpu() for term in terms])
+
+    def forward(
+        self,
+        shared: Tensor | Sequence[Tensor],
+        teacher: TeacherOutputs,
+        *,
+        serving: Tensor | None = None,
+        adapted: Tensor | None = None,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms.
+
+        Args:
+            shared: (B, D), with gradient; one for each entry where ``in_features`` is a mapping.
+            teacher: the outputs for the same B examples.
+            serving: (B, T), or (B,) for one task, the serving head's outputs, with gradient;
+                needed by terms with ``serving=True``.
+            adapted: (B, M, T), the student adapter's outputs, without gradient; needed by terms
+                with ``adapted=True``.
+            labels: (B, T), or (B,) for one task, fresh labels, NaN where one is missing; needed by
+                terms with a margin, in training. Their running means take in this step's after it:
+                under data parallelism average ``lead_losses`` over the ranks then.
+            weights: (B, T), or (B,) for all tasks, the examples' weights; None: all 1.
+            counts: (2, M, T), the denominators of the means: of the outputs, and of those with a
+                label. See ``count`` of :func:`torchrec_exfm.functional.masked_mean`.
+
+        Returns:
+            L_D as a scalar, and the K unweighted losses, detached.
+
+        Raises:
+            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted``, ``serving``
+                or ``labels`` are needed and not there; for labels or weights of another shape, and
+                on the CPU for infinite labels and negative weights.
+        """
+        shared = [shared] if isinstance(shared, Tensor) else list(shared)
+        size = len(shared[0])
+        self._check_outputs(teacher, size)
+        if any(term.serving for term in self.terms):
+            serving = self._checked_serving(serving, size)
+        if any(term.adapted for term in self.terms):
+            self._check_adapted(adapted, teacher)
+        needs_labels = self.training and bool(self.lead_losses)
+        labels = checked_labels(labels, self.tasks, size) if needs_labels else None
+        if weights is not None:
+            weights = checked_weights(weights, self.tasks, size)
+        if counts is None:
+            counts = count_outputs(teacher.presence, labels, weights)
+        inputs = StepInputs(teacher, labels, weights, counts, adapted)
+        pairs = [term(shared, serving, inputs) for term in self.term_losses]
+        taught, losses = zip(*pairs, strict=True)
+        return sum(taught[1:], taught[0]), torch.stack(losses)
+
+    def _check_outputs(self, teacher: TeacherOutputs, size: int) -> None:
+        expected = (size, len(self.teachers), len(self.tasks))
+        if teacher.values.shape != expected:
+            raise ValueError(
+                f"teacher outputs should be of shape {expected} (examples, teachers "
+                f"{list(self.teachers)}, tasks {list(self.task_names)}); received "
+                f"{tuple(teacher.values.shape)}"
+            )
+
+    def _checked_serving(self, serving: Tensor | None, size: int) -> Tensor:
+        """(B, T)."""
+        shape = tuple(serving.shape) if isinstance(serving, Tensor) else type(serving).__name__
+        expected = (size, len(self.tasks))
+        fits = shape == expected or (shape == expected[:1] and expected[1] == 1)
+        if not isinstance(serving, Tensor) or not fits:
+            names = [term.name for term in self.terms if term.serving]
+            raise ValueError(
+                f"the terms {names} teach the serving head, whose outputs should be of shape "
+                f"{expected} (examples, tasks {list(self.task_names)}); received {shape}: let "
+                "ExFMWrapper tap the module that gives the logits, or tell it where the student's "
+                "output has them (serving_logits=...)"
+            )
+        return serving.reshape(expected)
+
+    def _check_adapted(self, adapted: Tensor | None, teacher: TeacherOutputs) -> None:
+        if adapted is None:
+            names = [term.name for term in self.terms if term.adapted]
+            raise ValueError(
+                f"the terms {names} learn from a student adapter's outputs and there are none: "
+                "give TrainPipelineExFM an adapter"
+            )
+        if adapted.shape != teacher.values.shape:
+            raise ValueError(
+                "adapted outputs should be of the teacher's shape "
+                f"{tuple(teacher.values.shape)}; received {tuple(adapted.shape)}"
+            )
+
+
+def by_tasks(
+    what: str, value: Value | ByTasks[Value], tasks: Sequence[str]
+) -> list[tuple[tuple[str, ...], Value]]:
+    """Groups of tasks and what each has: one group of all tasks, or those of a mapping.
+
+    Raises:
+        ValueError: for a mapping without each task once.
+    """
+    if not isinstance(value, Mapping):
+        return [(tuple(tasks), value)]
+    groups = [((key,) if isinstance(key, str) else tuple(key), each) for key, each in value.items()]
+    named = [name for names, _ in groups for name in names]
+    if sorted(named) != sorted(tasks):
+        raise ValueError(
+            f"{what} should name each of the tasks {list(tasks)} once, alone or in a tuple; "
+            f"received {named}"
+        )
+    return groups

@@ -1,0 +1,197 @@
+"""What student and teacher predict, and the checks of what comes with it.
+
+Shapes: B examples, T tasks. A label that is NaN is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_exfm.functional import (
+    check_sampling_rate,
+    masked_count,
+    masked_mean,
+    soft_bce_with_logits,
+    squared_error,
+)
+
+__all__ = ["Task"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One output of student and teacher: a binary label, or a quantity to regress.
+
+    Args:
+        name: what errors and metrics call it.
+        regression: False: labels in {0, 1}, outputs are logits, loss of cross entropy.
+            True: labels and outputs in the task's units, loss of squared error.
+        negative_sampling_rate: r_S, the share of the negatives that the student's own training
+            data keeps, in (0, 1]. Teachers' logits are moved by log r_F - log r_S, from the rate
+            of their data to this one: see :class:`~torchrec_exfm.DistillationTerm`.
+
+    Raises:
+        ValueError: if the rate is outside (0, 1], or is not 1 and the task is a regression.
+    """
+
+    name: str = "label"
+    regression: bool = False
+    negative_sampling_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
+        if self.regression and self.negative_sampling_rate != 1:
+            raise ValueError(
+                "negative_sampling_rate of a regression, which has no negatives, should be 1; "
+                f"received {self.negative_sampling_rate}"
+            )
+
+
+def map_tasks(tasks: Sequence[Task], function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """Apply ``function(task, ...)`` to each task's columns, (..., T) -> (..., T).
+
+    Tasks that differ in nothing but their names take one call for all of them.
+    """
+    if len({(task.regression, task.negative_sampling_rate) for task in tasks}) == 1:
+        return function(tasks[0], *columns)
+    by_task = zip(tasks, *(tensor.unbind(-1) for tensor in columns), strict=True)
+    return torch.stack([function(task, *column) for task, *column in by_task], dim=-1)
+
+
+def mean_task_losses(
+    tasks: Sequence[Task],
+    outputs: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Each task's mean loss: cross entropy where it is binary, squared error where it is not.
+
+    Args:
+        tasks: the T tasks.
+        outputs: (B, ..., T) logits or predictions; they alone receive gradient.
+        targets: (B, ..., T) probabilities or predictions.
+        mask: (B, ..., T), which examples count.
+        weights: (B, ..., T), see :func:`torchrec_exfm.functional.masked_mean`.
+        count: (..., T), see there.
+
+    Returns:
+        (..., T).
+    """
+    return masked_mean(map_tasks(tasks, _loss, outputs, targets), mask, count, weights=weights)
+
+
+def _loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+    return (squared_error if task.regression else soft_bce_with_logits)(outputs, targets)
+
+
+def pick_columns(values: Tensor, columns: Sequence[int]) -> Tensor:
+    """Some of the last dimension; no index is sent to the device."""
+    if list(columns) == list(range(values.shape[-1])):
+        return values
+    return torch.stack([values[..., column] for column in columns], dim=-1)
+
+
+def split_missing(labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels with 0 for the missing ones, and the mask without them."""
+    missing = labels.isnan()
+    return labels.masked_fill(missing, 0.0), mask & ~missing
+
+
+def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Add up the weights of the examples that have an output, and of those with a label as well.
+
+    Args:
+        presence: (B, M, T), which outputs are there.
+        labels: (B, T), NaN where one is missing; None: count no labels.
+        weights: (B, T), or (B,) for all tasks; None: all 1.
+
+    Returns:
+        (2, M, T), or (1, M, T) without labels.
+    """
+    masks = [presence]
+    if labels is not None:
+        masks.append(presence & ~labels.isnan().unsqueeze(1))
+    if weights is not None:
+        weights = weights.reshape(len(weights), 1, -1)
+    return torch.stack([masked_count(mask, weights) for mask in masks])
+
+
+def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
+    """Return fresh labels, (B, T) or for one task (B,), as (B, T) floats; NaN is missing.
+
+    Raises:
+        ValueError: for another shape, or none; for an infinite label. The contents of a tensor on
+            an accelerator are not looked at, as that would stop the step.
+    """
+    labels = _columns("labels", labels, tasks, batch_size)
+    _check_values("labels", "finite, or NaN where one is missing", labels.isinf(), labels, tasks)
+    return labels
+
+
+def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> Tensor:
+    """Return example weights, (B, T) or for all tasks at once (B,), as (B, T) floats.
+
+    Raises:
+        ValueError: for another shape; for a weight that is negative, infinite or NaN, on the CPU.
+    """
+    if isinstance(weights, Tensor) and weights.shape == (batch_size,):
+        weights = weights.unsqueeze(1).expand(batch_size, len(tasks))
+    weights = _columns("weights", weights, tasks, batch_size)
+    wrong = (weights < 0) | ~weights.isfinite()
+    _check_values("weights", "finite numbers >= 0", wrong, weights, tasks)
+    return weights
+
+
+def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
+    """(B, T) floats out of (B, T) or, for one task, (B,)."""
+    shapes = [(batch_size, len(tasks)), *[(batch_size,)] * (len(tasks) == 1 or what == "weights")]
+    expected = " or ".join(map(str, shapes))
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"{what} should be a tensor of shape {expected}; received {type(values).__name__}: "
+            f"tell TrainPipelineExFM where they are ({what}=...)"
+        )
+    if tuple(values.shape) not in shapes:
+        raise ValueError(
+            f"{what} should be of shape {expected}; received {tuple(values.shape)}, beside "
+            f"{batch_size} logits or teacher outputs for the tasks {[task.name for task in tasks]}"
+            ": one of the two is of other examples or tasks"
+        )
+    return values.float().reshape(batch_size, len(tasks))
+
+
+def _check_values(
+    what: str, expected: str, wrong: Tensor, values: Tensor, tasks: Sequence[Task]
+) -> None:
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not bool(wrong.any()):
+        return  # to look would stop the step on an accelerator, and break a compiled graph
+    example, task = wrong.nonzero()[0].tolist()
+    raise ValueError(
+        f"{what} should be {expected}; received {values[example, task].item()} for example "
+        f"{example}, task {tasks[task].name!r} ({int(wrong.sum())} such values)"
+    )
+
+
+def check_kinds(what: str, values: Sequence[object], kind: type) -> None:
+    """Raise a TypeError unless it is a sequence of that kind."""
+    if not isinstance(values, (tuple, list)) or any(not isinstance(v, kind) for v in values):
+        raise TypeError(f"{what} should be a sequence of {kind.__name__}; received {values!r}")
+
+
+def check_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Return the tasks' names; raise unless they are tasks, at least one, of distinct names."""
+    check_kinds("tasks", tasks, Task)
+    return check_names("tasks", [task.name for task in tasks])
+
+
+def check_names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names; raise a ValueError unless there is at least one, and each once."""
+    if isinstance(names, str) or not names or len(set(names)) != len(names):
+        raise ValueError(f"{what} should be distinct names, at least one; received {names!r}")
+    return tuple(names)

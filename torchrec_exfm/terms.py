@@ -1,0 +1,246 @@
+"""A term of the distillation loss: one teacher, taught to one head.
+
+Shapes: B examples, D width of a shared representation, M teachers, T tasks, U tasks of a term.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_exfm.batch import StepInputs
+from torchrec_exfm.functional import check_sampling_rate, scale_label
+from torchrec_exfm.heads import DistillationHead
+from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns, split_missing
+
+__all__ = ["DistillationTerm"]
+
+LEAD_DECAY = 0.99  # of the running means that tell whether a teacher leads, per step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTerm:
+    """One term of the loss: one teacher, taught to one head (arXiv 2502.17494, eq. 3-5, 7).
+
+    Args:
+        teacher: the teacher's name.
+        adapted: learn from the student adapter's re-calibrated outputs in the place of the
+            teacher's own.
+        serving: teach the serving head itself, without a head of its own: the tapped module's
+            output, (B, T) or (B,), is taken as its logits (not probabilities; or predictions).
+            Meant for ``adapted``: the adapter has learnt the teacher's bias away on fresh labels.
+            Without, the teacher's bias goes right into what is served.
+        tasks: the names of the tasks it covers; None: all. Terms over different tasks give each
+            task its own α, β and w.
+        alpha: α, label scaling: multiplies the soft label, which is then clipped at 1 (or the
+            prediction of a regression, unclipped).
+        beta: β, gradient scaling: multiplies this head's gradient into the backbone.
+        weight: w, multiplies the term in the loss, and so every gradient of it.
+        hidden: widths of the head's hidden layers; () for a linear head.
+        margin: ρ, for terms of the serving head: the lead over the student at which the term has
+            its whole weight. Each task's loss is multiplied by clip((1 - L_T / L_S) / ρ, 0, 1), L_T
+            and L_S being running means of what its target and the serving head lose on the fresh
+            labels: a teacher that has grown no better than the student teaches it no more. None:
+            the weight holds whatever the teacher is worth.
+        negative_sampling_rate: r_F, the share of the negatives that the teacher's training data
+            kept, in (0, 1]. The soft label of a binary task is σ(z + log r_F - log r_S), r_S being
+            the task's: the teacher's logit z as if it had learnt from the student's data. Where
+            both are sampled alike, give both or neither. An adapted term needs none: the adapter
+            learns from the student's own labels. Neither does a regression.
+
+    Raises:
+        ValueError: if α is not positive, if β or w is negative, or one is not finite; if the rate
+            is outside (0, 1], or is not 1 and the term is adapted; for a β or hidden layers of a
+            term of the serving head; for a margin that is not positive, or of another term.
+        TypeError: if ``hidden`` or ``tasks`` is no tuple.
+    """
+
+    teacher: str = "teacher"
+    adapted: bool = False
+    serving: bool = False
+    tasks: tuple[str, ...] | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    weight: float = 1.0
+    hidden: tuple[int, ...] = (128,)
+    margin: float | None = None
+    negative_sampling_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("beta", self.beta), ("weight", self.weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} should be a finite number >= 0; received {value}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+        if self.serving and (self.beta != 1 or self.hidden != type(self).hidden):
+            raise ValueError(
+                "a term of the serving head has no head of its own and no gradient to scale: leave "
+                f"hidden and beta as they are; received hidden={self.hidden}, beta={self.beta}"
+            )
+        if self.margin is not None and not (self.serving and 0 < self.margin < math.inf):
+            raise ValueError(
+                "margin should be None, or a number > 0 of a term with serving=True; received "
+                f"margin={self.margin}, serving={self.serving}"
+            )
+        check_sampling_rate("negative_sampling_rate", self.negative_sampling_rate)
+        if self.adapted and self.negative_sampling_rate != 1:
+            raise ValueError(
+                "negative_sampling_rate of an adapted term should be 1, as the adapter learns from "
+                "the student's own labels and needs no correction; received "
+                f"{self.negative_sampling_rate}"
+            )
+        for name, names in (("hidden", self.hidden), ("tasks", self.tasks)):
+            if names is not None and not isinstance(names, (tuple, list)):
+                raise TypeError(f"{name} should be a tuple; received {names!r}")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden should be widths of at least 1; received {self.hidden}")
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, what it is learnt through, and the tasks if not all."""
+        through = [name for name in ("adapted", "serving") if getattr(self, name)]
+        return "/".join([self.teacher, *through, *(self.tasks or ())])
+
+
+class TermLoss(nn.Module):
+    """A term at work: its heads, its loss, and how far its teacher leads.
+
+    Args:
+        term: what it is.
+        teacher: the position of its teacher among the M.
+        tasks: all T tasks.
+        taps: for each shared representation the positions of its tasks, and its width D.
+    """
+
+    lead_losses: Tensor | None
+
+    def __init__(
+        self,
+        term: DistillationTerm,
+        teacher: int,
+        tasks: Sequence[Task],
+        taps: Sequence[tuple[list[int], int]],
+    ) -> None:
+        super().__init__()
+        names = [task.name for task in tasks]
+        self.term = term
+        self.teacher = teacher
+        self.columns = [names.index(name) for name in term.tasks or names]
+        self.tasks = [tasks[t] for t in self.columns]
+        self.loss = partial(mean_task_losses, self.tasks)
+        self._shifts = [self._shift(task) for task in self.tasks]
+        covered = [[t for t in self.columns if t in of_tap] for of_tap, _ in taps]
+        order = list(itertools.chain(*covered))
+        self._order = [order.index(t) for t in self.columns]
+        self._taps = [] if term.serving else [i for i, columns in enumerate(covered) if columns]
+        self.heads = nn.ModuleList(
+            DistillationHead(
+                taps[i][1], num_tasks=len(covered[i]), hidden=term.hidden, beta=term.beta
+            )
+            for i in self._taps
+        )
+        means = torch.zeros(2, len(self.columns), device="cpu") if term.margin else None
+        self.register_buffer("lead_losses", means)
+
+    def forward(
+        self, shared: Sequence[Tensor], serving: Tensor | None, inputs: StepInputs
+    ) -> tuple[Tensor, Tensor]:
+        """The term's loss as it is taught, w and lead in it, and as it is, detached."""
+        outputs = self._outputs(shared, serving)
+        presence = self._pick(inputs.teacher.presence[:, self.teacher])
+        values = self._values(inputs, presence)
+        targets = map_tasks(self.tasks, self._soft_label, values).to(outputs.dtype)
+        weights = None if inputs.weights is None else self._pick(inputs.weights)
+        counts = self._pick(cast(Tensor, inputs.counts)[:, self.teacher])
+        means = self.loss(outputs, targets, presence, weights, counts[0])
+        loss = taught = means.mean()
+        if self.lead_losses is not None:
+            taught = (self.lead * means).mean()
+            if self.training and inputs.labels is not None:
+                both = torch.stack([values, outputs.detach().to(values.dtype)], dim=1)
+                labels, labelled = split_missing(self._pick(inputs.labels), presence)
+                self._update_means(both, labels, labelled, weights, counts[1])
+        w = self.term.weight
+        return taught if w == 1 else w * taught, loss.detach()
+
+    @property
+    def lead(self) -> Tensor:
+        """What multiplies the loss of each task, (U,): in [0, 1] with a margin, 1 without."""
+        if self.lead_losses is None or self.term.margin is None:
+            return torch.ones(len(self.columns))
+        teacher_loss, student_loss = self.lead_losses
+        lead = (1 - teacher_loss / student_loss) / self.term.margin
+        return torch.where(teacher_loss < student_loss, lead, 0.0).clamp(0, 1)
+
+    @torch.no_grad()
+    def _update_means(
+        self, both: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None, count: Tensor
+    ) -> None:
+        """Take what targets and outputs, (B, 2, U), lose on the labels into the running means."""
+        assert self.lead_losses is not None
+        labels, mask = labels.unsqueeze(1).expand_as(both), mask.unsqueeze(1)
+        weights = None if weights is None else weights.unsqueeze(1)
+        losses = self.loss(both, labels, mask, weights, count).to(self.lead_losses.dtype)
+        usable = (count > 0) & losses.isfinite().all(0)  # an overflow would stay for ever
+        losses = torch.where(usable, losses, self.lead_losses)
+        self.lead_losses.lerp_(losses, 1 - LEAD_DECAY)
+
+    def _outputs(self, shared: Sequence[Tensor], serving: Tensor | None) -> Tensor:
+        """(B, U) in float32 or more."""
+        if serving is not None and self.term.serving:
+            # Without weight not even zeros go back: they could change how a gradient lies in memory
+            outputs = self._pick(serving if self.term.weight else serving.detach())
+        else:
+            parts = [head(shared[i]) for i, head in zip(self._taps, self.heads, strict=True)]
+            outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            outputs = pick_columns(outputs, self._order)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def _values(self, inputs: StepInputs, presence: Tensor) -> Tensor:
+        """(B, U) logits or predictions, as if learnt from the student's data."""
+        if not self.term.adapted or inputs.adapted is None:
+            values = self._pick(inputs.teacher.values[:, self.teacher])
+        else:
+            values = torch.where(presence, self._pick(inputs.adapted[:, self.teacher]), 0.0)
+        if not any(self._shifts):
+            return values
+        return map_tasks(self.tasks, lambda task, column: column + self._shift(task), values)
+
+    def _soft_label(self, task: Task, values: Tensor) -> Tensor:
+        alpha = self.term.alpha
+        if task.regression:
+            return values if alpha == 1 else alpha * values
+        return values.sigmoid() if alpha == 1 else scale_label(values.sigmoid(), alpha)
+
+    def _shift(self, task: Task) -> float:
+        """From the rate of the teacher's data to that of the student's: log r_F - log r_S."""
+        if self.term.adapted:
+            return 0.0
+        rate = self.term.negative_sampling_rate
+        if task.regression and rate != 1:
+            raise ValueError(
+                f"negative_sampling_rate of the term {self.term.name!r} over the regression "
+                f"{task.name!r} should be 1; received {rate}: give the binary tasks a term of "
+                "their own"
+            )
+        return math.log(rate) - math.log(task.negative_sampling_rate)
+
+    def _pick(self, values: Tensor) -> Tensor:
+        """(..., T) -> (..., U)."""
+        return pick_columns(values, self.columns)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move and convert as any module, but keep the running means in float32."""
+        before = self.lead_losses
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        after = self.lead_losses
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.lead_losses = before.to(after.device)
+        return self
