@@ -45,6 +45,7 @@ from torchrec_exfm import (
     export_student,
     student_state_dict,
 )
+from torchrec_exfm.batch import StepInputs
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "examples"))
 
@@ -111,7 +112,8 @@ def trained(keys: list[str], batches: Sequence[Batch]) -> ExFMWrapper:
     optimizer, of_adapter = (torch.optim.Adagrad(m.parameters(), 0.02) for m in (wrapper, adapter))
     for own in batches:
         batch = ExFMBatch(own, TeacherOutputs(own.logits))
-        batch.adapted = adapter_step(adapter, of_adapter, batch.teacher, own.labels)
+        adapted = adapter_step(adapter, of_adapter, batch.teacher, own.labels)
+        batch.step_inputs = StepInputs(batch.teacher, adapted=adapted)
         optimizer.zero_grad()
         wrapper(batch)[0].backward()
         optimizer.step()

@@ -256,9 +256,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"The multiplications of the heads, timed apart, are a part of {common.cell(matmuls)} of "
         f"the plain step on one rank, as the student's own layers are small: about "
         f"{common.cell(1 + matmuls)} is what ExFM with these heads should take, whatever the rest. "
-        "The rest is meant to be nothing: the heads are one function forward and backward, which "
-        "copies nothing between layers and scales gradients by way of the weights; one loss over "
-        "all terms; the all-reduces behind other work. Launches differ by more than it amounts to, "
+        "The rest is meant to be small: each term is a head and a loss of its own, whose "
+        "operations the tests bound, and a β other than 1 multiplies the gradient of the shared "
+        "representation once a head. Launches differ by more than it amounts to, "
         "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
         "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
     )
