@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineContext
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_exfm import (
     AuxiliaryHead,
@@ -418,3 +420,40 @@ def test_wrapping_twice_is_refused(nested: bool) -> None:
     wrapper = nn.Sequential(wrapper) if nested else wrapper
     with pytest.raises(ValueError, match=r"not be wrapped yet; received .*wrap its \.student"):
         ExFMWrapper(wrapper, tap="student.model.over_arch")
+
+
+# ---- Gradient clipping ----
+
+
+def clipped(module: nn.Module) -> GradientClippingOptimizer:
+    return GradientClippingOptimizer(sgd(module), GradientClipping.NORM, max_gradient=0.1)
+
+
+def sgd(module: nn.Module) -> KeyedOptimizerWrapper:
+    parameters = dict(module.named_parameters())
+    return KeyedOptimizerWrapper(parameters, lambda some: torch.optim.SGD(some, lr=0.1))
+
+
+def test_heads_that_are_clipped_apart_leave_the_students_steps_alone() -> None:
+    """At a β of 0 the student is the bare one; clipped together it takes smaller steps."""
+
+    def moved(kind: str) -> float:
+        student = hand_train()
+        before = [value.detach().clone() for value in student.parameters()]
+        torch.manual_seed(1)
+        wrapper = ExFMWrapper(student, tap="score", terms=[DistillationTerm(beta=0.0)])
+        optimizer: Any = clipped(student if kind == "bare" else wrapper)
+        if kind == "apart":
+            heads = ("heads", sgd(wrapper.auxiliary_head))
+            optimizer = CombinedOptimizer([clipped(student), heads])
+        for step in range(5):
+            batch = make_hand_batch(step, 64)
+            outputs = TeacherOutputs(5 * make_teacher(step, 64).values)
+            optimizer.zero_grad()
+            wrapper(ExFMBatch(batch, outputs))[0].backward()
+            optimizer.step()
+        pairs = zip(student.parameters(), before, strict=True)
+        return sum(float((value.detach() - start).square().sum()) for value, start in pairs)
+
+    assert moved("apart") == pytest.approx(moved("bare"), rel=1e-6)
+    assert moved("together") < 0.8 * moved("bare")
