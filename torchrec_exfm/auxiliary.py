@@ -86,10 +86,9 @@ class AuxiliaryHead(nn.Module):
             ([self.task_names.index(name) for name in names], width)
             for names, width in by_tasks("in_features", in_features, self.task_names)
         ]
-        self._num_taps = len(taps)
         for term in terms:
             self._check_term(term)
-        self.term_losses = nn.ModuleList(
+        self.term_losses: Any = nn.ModuleList(
             TermLoss(term, self.teachers.index(term.teacher), tasks, taps) for term in terms
         )
 
@@ -110,8 +109,7 @@ class AuxiliaryHead(nn.Module):
     @property
     def lead_losses(self) -> list[Tensor]:
         """The running means of terms with a margin, of target and student, each (2, U)."""
-        terms: Any = self.term_losses
-        return [term.lead_losses for term in terms if term.lead_losses is not None]
+        return [term.lead_losses for term in self.term_losses if term.lead_losses is not None]
 
     @property
     def leads(self) -> Tensor:
@@ -119,8 +117,7 @@ class AuxiliaryHead(nn.Module):
 
         In [0, 1] for terms with a margin, 1 for others.
         """
-        terms: Any = self.term_losses
-        return torch.cat([term.lead.cpu() for term in terms])
+        return torch.cat([term.lead.cpu() for term in self.term_losses])
 
     def forward(
         self,

@@ -147,27 +147,27 @@ class ExFMMetrics:
         if teacher is not None:
             check_outputs_shape(teacher, (len(self._teachers), len(self._tasks)))
             self._count_outputs(teacher)
-        of_labels = torch.stack([weights, weights * labels, weights * (1 - labels)], -1)
-        self._label_weights[:, :3] += of_labels.sum(0)
-        of_tasks = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
-        probabilities, as_they_are = self._by_task(logits.sigmoid()), self._by_task(logits)
+        label_weights = torch.stack([weights, weights * labels, weights * (1 - labels)], -1)
+        self._label_weights[:, :3] += label_weights.sum(0)
+        columns = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
+        probabilities, predictions = self._by_task(logits.sigmoid()), self._by_task(logits)
         for name, metric in self._metrics.items():
             # not for the AUC, which keeps single precision: there all σ(z) near 1 are equal
-            predictions = probabilities if name in ("ne", "calibration") else as_they_are
-            metric.update(predictions=predictions, **of_tasks)
+            values = probabilities if name in ("ne", "calibration") else predictions
+            metric.update(predictions=values, **columns)
 
     def _step_output(self, output: Any) -> StepOutput:
         """What ``outputs`` makes of what ``progress`` returns; a TypeError if it is no such."""
         if isinstance(output, StepOutput):
             return output
-        found = output if self._outputs is None else self._outputs(output)
-        of_tensors = isinstance(found, (tuple, list)) and all(isinstance(x, Tensor) for x in found)
-        if of_tensors and len(found) in (3, 4) and found[0].numel() == 1:
-            return StepOutput(*found)
+        parts = output if self._outputs is None else self._outputs(output)
+        are_tensors = isinstance(parts, (tuple, list)) and all(isinstance(x, Tensor) for x in parts)
+        if are_tensors and len(parts) in (3, 4) and parts[0].numel() == 1:
+            return StepOutput(*parts)
         raise TypeError(
             f"{'output' if self._outputs is None else 'outputs(output)'} should be tensors (loss, "
             "logits, labels) or (loss, logits, labels, weights), with a loss of one element; "
-            f"received {outline(found)}: pass ExFMMetrics(outputs=...), a function that takes "
+            f"received {outline(parts)}: pass ExFMMetrics(outputs=...), a function that takes "
             "what progress returns to them"
         )
 
@@ -210,13 +210,13 @@ class ExFMMetrics:
         results: dict[str, float] = {}
         for name, metric in self._metrics.items():
             prefix = MetricPrefix.WINDOW if name == "auc" else MetricPrefix.LIFETIME
-            found = metric.compute()
+            computed = metric.compute()
             for task, (weight, positive, negative, *_) in of_tasks:
                 key = compose_metric_key(MetricNamespace(name), task.name, MetricName(name), prefix)
                 needed = {"ne": min(positive, negative), "calibration": positive, "mse": weight}
-                if key in found:
+                if key in computed:
                     defined = needed.get(name, 1.0) > 0
-                    results[f"{name}/{task.name}"] = float(found[key]) if defined else nan
+                    results[f"{name}/{task.name}"] = float(computed[key]) if defined else nan
         return results | self._coverage(rows[: len(self._teachers)])
 
     def own_examples(self) -> int:

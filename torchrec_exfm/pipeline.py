@@ -197,8 +197,7 @@ class TrainPipelineExFM(TrainPipelineSparseDist[In, Out]):
         if self.adapter is not None or self._head.lead_losses:
             labels = checked_labels(_read("labels", self._labels, batch.batch), tasks, size)
         if self._weights is not None:
-            weights = _read("weights", self._weights, batch.batch)
-            weights = checked_weights(weights, tasks, size)
+            weights = checked_weights(_read("weights", self._weights, batch.batch), tasks, size)
         counts = count_outputs(teacher.presence, labels, weights)
         wait = start_all_reduce(counts, self._group)
 
@@ -206,10 +205,15 @@ class TrainPipelineExFM(TrainPipelineSparseDist[In, Out]):
             wait()
             adapted = None
             if self.adapter is not None and self.adapter_optimizer is not None:
-                pair, count, group = (self.adapter, self.adapter_optimizer), counts[1], self._group
                 with record_function("## adapter_step ##"):
                     adapted = adapter_step(
-                        *pair, teacher, labels, count=count, weights=weights, group=group
+                        self.adapter,
+                        self.adapter_optimizer,
+                        teacher,
+                        labels,
+                        count=counts[1],
+                        weights=weights,
+                        group=self._group,
                     )
             return StepInputs(teacher, labels, weights, counts, adapted)
 

@@ -312,10 +312,11 @@ def _check(
     received = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     received |= values["numbers"].keys()
     if wanted != received:
-        of_model = any(name.startswith((_MODEL, "adapter/")) for name in wanted ^ received)
-        same = "this student, these terms and adapter", "these optimizers and this sharding plan"
+        what = "these optimizers and this sharding plan"
+        if any(name.startswith((_MODEL, "adapter/")) for name in wanted ^ received):
+            what = "this student, these terms and adapter"
         raise ValueError(
-            f"{folder} should be of a run with {same[not of_model]}; received one without "
+            f"{folder} should be of a run with {what}; received one without "
             f"{_some(wanted - received)} and with {_some(received - wanted)}"
         )
     for name, record in numbers.items():

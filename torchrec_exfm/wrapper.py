@@ -199,7 +199,7 @@ class _Supervision(nn.Module):
         return loss + added, rest
 
     def _serving(self, outputs: Any) -> Any:
-        """The serving head's logits, (B, T) where they are of several taps; None if not needed."""
+        """The serving head's logits, (B, T); None where no term needs them."""
         if not any(term.serving for term in self.auxiliary_head.terms):
             return None
         if self.serving_logits is not None:
