@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -157,50 +157,49 @@ def check_ranks_agree_with_one(
     """Ranks with very different presence train as one process on all the data would."""
     rule = getattr(torch.optim, optimizer)
     options = {"lr": 0.2} if optimizer == "SGD" else {"lr": 0.05, "eps": 1e-3}
-    terms = TERMS[kind]
-    adapter = _adapter_of(terms)
-    reference = ByHand(rm.wrapped(terms=terms), adapter, rule, adapter_lr=0.1, **options)
-    for data in rm.global_data():
-        reference.step(data)
-
-    trainee = rm.sharded(
-        rm.wrapped(terms=terms), world_size, sharding=sharding, fused=rule, dense=rule, **options
-    )
-    teacher = rm.teacher_for(terms)
-    pipeline = rm.pipeline_of(trainee, teacher=teacher, adapter=adapter, **_sgd(adapter))
-    rm.drained(pipeline, rm.parts(rank, world_size))
-
-    _check_leads(find_wrapper(trainee.model), reference, world_size)
-    state = {f"adapter.{k}": v for k, v in adapter.state_dict().items()} if adapter else {}
-    state |= trainee.model.state_dict()
-    rm.assert_near_whole(state, reference.weights())
+    data = rm.global_data()
+    _agree(rank, world_size, kind, data, rm.two_task_student, sharding, rule, **options)
 
 
 def check_labels_and_weights(rank: int, world_size: int, what: str, kind: str) -> None:
     """Missing labels, and weights, as one process on all data with the examples cut out."""
+    data = rm.lacking(rm.global_data(), what)
+    weights = (lambda batch: batch.weights) if "weights" in what else None
+    outputs = _agree(rank, world_size, kind, data, rm.labelled_student, weights=weights, lr=0.2)
+    assert len(outputs) == len(data) and all(output[0].isfinite() for output in outputs)
+
+
+def _agree(
+    rank: int,
+    world_size: int,
+    kind: str,
+    data: Sequence[rm.Columns],
+    student: Callable[[], nn.Module],
+    sharding: str = "table_wise",
+    rule: type[torch.optim.Optimizer] = torch.optim.SGD,
+    weights: Callable[[Any], Tensor] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Train on all ranks and by hand, and compare; what the ranks' pipeline returned."""
     terms = TERMS[kind]
     adapter = _adapter_of(terms)
-    data = rm.lacking(rm.global_data(), what)
-    reference = ByHand(
-        rm.wrapped(rm.labelled_student(), terms=terms),
-        adapter,
-        torch.optim.SGD,
-        adapter_lr=0.1,
-        lr=0.2,
-    )
+    wrapper = rm.wrapped(student(), terms=terms)
+    reference = ByHand(wrapper, adapter, rule, adapter_lr=0.1, **options)
     for batch in data:
         reference.step(batch)
 
-    trainee = rm.sharded(rm.wrapped(rm.labelled_student(), terms=terms), world_size)
-    options = {"teacher": rm.teacher_for(terms), "adapter": adapter, **_sgd(adapter)}
-    if "weights" in what:
-        options["weights"] = lambda batch: batch.weights
-    pipeline = rm.pipeline_of(trainee, **options)
+    wrapper = rm.wrapped(student(), terms=terms)
+    trainee = rm.sharded(wrapper, world_size, sharding=sharding, fused=rule, dense=rule, **options)
+    teacher = rm.teacher_for(terms)
+    pipeline = rm.pipeline_of(
+        trainee, teacher=teacher, adapter=adapter, weights=weights, **_sgd(adapter)
+    )
     outputs = rm.drained(pipeline, [rm.part_of(batch, rank, world_size) for batch in data])
-    assert len(outputs) == len(data) and all(output[0].isfinite() for output in outputs)
+
     _check_leads(find_wrapper(trainee.model), reference, world_size)
     state = {f"adapter.{k}": v for k, v in adapter.state_dict().items()} if adapter else {}
     rm.assert_near_whole(state | trainee.model.state_dict(), reference.weights())
+    return outputs
 
 
 def check_nothing_to_learn_moves_no_adapter(rank: int, world_size: int, fused: bool) -> None:
