@@ -1,14 +1,21 @@
-"""Numpy arrays by kind, whole numbers from what users have, and times one can read."""
+"""Numpy arrays of what users have: whole numbers, times and floats, none changed on the way.
+
+What is null or masked is refused everywhere, and so is a time that is no second of 1970 to 2199.
+"""
 
 from __future__ import annotations
 
+import numbers
 import operator
-from datetime import datetime, timezone
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, timedelta, timezone
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -16,6 +23,17 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 MICROSECONDS = 1_000_000
+# The year 2200. A bound at the year 9999 would let the centiseconds of today through: the year 7650
+MAX_SECONDS = 7_258_118_400
+
+_PLAUSIBLE_SECONDS = range(631_152_000, 4_102_444_800)  # of 1990 to 2099
+_UNITS = {
+    "milliseconds": 10**3,
+    "microseconds": 10**6,
+    "nanoseconds": 10**9,
+    "centiseconds": 10**2,
+    "deciseconds": 10,
+}
 
 
 def as_int(value: Any) -> int:
@@ -27,35 +45,91 @@ def as_int(value: Any) -> int:
 
 
 def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:
-    """Whole numbers (a tensor, array or sequence) as int64 (n,), none changed on the way.
+    """Convert whole numbers (a tensor, array, series or sequence) to int64 (n,).
 
     Raises:
         TypeError: for another dtype.
-        ValueError: for another shape, or a number above 2^63 - 1.
+        ValueError: for another shape, nulls, or a number above 2^63 - 1.
     """
-    array = _on_host(values)
+    array = _on_host(what, values)
     if array.dtype.kind not in "iu" and array.shape != (0,):
-        raise TypeError(
-            f"{what} should be whole numbers (int64); received {array.dtype}"
-            + (", which may not hold every number above 2^53" if array.dtype.kind == "f" else "")
-            + ": convert where they come from"
-        )
+        raise TypeError(f"{what} should be whole numbers (int64); received {_kind(array)}")
     _check_shape(what, array, None if rows is None else (rows,), 1)
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{what} should be below 2^63; received {array.max()}")
     return array.astype(np.int64, copy=False)
 
 
-def as_floats(what: str, values: Any, shape: tuple[int, int]) -> Floats:
-    """Floating-point numbers (a tensor, array or sequence) as float32 of a shape (n, k).
-
-    For k = 1 the shape (n,) will do.
+def as_seconds(what: str, values: Any, rows: int | None = None) -> Ints:
+    """Convert epoch seconds, as :func:`as_int64` does, if all lie in [0, ``MAX_SECONDS``).
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for another shape.
+        TypeError: for another dtype, timestamps among them.
+        ValueError: for another shape, nulls, or a time out of range, with its likely unit.
     """
-    array = _on_host(values)
+    seconds = as_int64(what, values, rows)
+    if len(seconds) and not 0 <= (least := seconds.min()) <= (most := seconds.max()) < MAX_SECONDS:
+        received = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        raise ValueError(
+            f"{what} should be seconds since 1970, in [0, {MAX_SECONDS:,}); received {received}: "
+            + likely_unit(int(most))
+        )
+    return seconds
+
+
+def as_second(what: str, value: Any) -> int:
+    """Convert one time, as :func:`as_seconds` does.
+
+    Raises:
+        TypeError: for another kind, timestamps among them.
+        ValueError: for several, a null, or a time out of range, with its likely unit.
+    """
+    array = _on_host(what, value)
+    if array.ndim:
+        raise ValueError(f"{what} should be one time; received an array of shape {array.shape}")
+    return int(as_seconds(what, array[None])[0])
+
+
+def likely_unit(time: int) -> str:
+    """Guess the unit of a time that is no second in [0, ``MAX_SECONDS``); say what to do."""
+    if time < MAX_SECONDS:
+        return "some are before 1970"
+    for unit, divisor in _UNITS.items():
+        if time // divisor in _PLAUSIBLE_SECONDS:
+            return f"{unit}? divide by {divisor:,}"
+    return "of another unit?"
+
+
+def check_duration(what: str, seconds: Any) -> None:
+    """Refuse what is no length of time.
+
+    Raises:
+        ValueError: for NaN, a negative number, or what is no number.
+    """
+    if not isinstance(seconds, numbers.Real) or not float(seconds) >= 0:
+        raise ValueError(f"{what} should be a number of seconds from 0; received {seconds!r}")
+
+
+def as_floats(
+    what: str, values: Any, shape: tuple[int, int], columns: Sequence[str] = ()
+) -> Floats:
+    """Convert floating-point numbers (a tensor, array or sequence) to float32 of a shape (n, k).
+
+    For k = 1 the shape (n,) will do. What has names for its columns (a DataFrame, an Arrow table, a
+    structured array, a mapping) is taken by name, in the order of ``columns``. The name of a series
+    and an index count for nothing: they say where values come from, not what they are for.
+
+    Raises:
+        TypeError: for another dtype; for named columns where ``columns`` has no names.
+        ValueError: for another shape, other names, or nulls.
+    """
+    names = column_names(values)
+    if names is not None:
+        _check_columns(what, names, columns)
+        one = (shape[0], 1)
+        parts = [as_floats(f"{name}, of {what}", values[name], one) for name in columns]
+        return np.concatenate(parts, axis=1)
+    array = _on_host(what, values)
     if array.dtype.kind != "f" and array.size:
         raise TypeError(f"{what} should be floating-point numbers; received {array.dtype}")
     if array.ndim == 1 and shape[1] == 1:
@@ -63,6 +137,17 @@ def as_floats(what: str, values: Any, shape: tuple[int, int]) -> Floats:
     _check_shape(what, array, shape, 2)
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused
         return array.astype(np.float32, copy=False)
+
+
+def column_names(values: Any) -> list[Any] | None:
+    """The names of the columns of a frame, table, structured array or mapping; None for others."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        names = None if isinstance(values, Tensor) else values.dtype.names
+    elif isinstance(values, Mapping):
+        names = values
+    else:  # an Arrow table has both, and its columns are arrays
+        names = getattr(values, "column_names", getattr(values, "columns", None))
+    return None if names is None else list(names)
 
 
 def among(values: Ints, ordered: Ints) -> Mask:
@@ -82,13 +167,91 @@ def utc(seconds: float) -> str:
         return f"second {seconds}"
 
 
-def _on_host(values: Any) -> AnyArray:
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    tensor = values.detach().cpu()
-    floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
-    array: AnyArray = (tensor.float() if floating else tensor).numpy()
+def _on_host(what: str, values: Any) -> AnyArray:
+    """An array of the values.
+
+    Raises:
+        ValueError: for nulls, and what lies under a mask.
+    """
+    if (nulls := _nulls(values)) is not None:
+        _check_nulls(what, nulls)
+    if isinstance(values, MaskedTensor):
+        values = values.get_data()
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+        floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
+        array: AnyArray = (tensor.float() if floating else tensor).numpy()
+    else:
+        array = np.asarray(values)
+    if array.dtype == object:
+        nulls = np.array([_is_null(value) for value in array.flat], np.bool_).reshape(array.shape)
+        _check_nulls(what, nulls)
     return array
+
+
+def _nulls(values: Any) -> AnyArray | None:
+    """Which entries an array of its own kind has as null or masked; None if it can't have any."""
+    if isinstance(values, MaskedTensor):
+        return ~np.asarray(values.get_mask().cpu())
+    if isinstance(values, np.ma.MaskedArray):
+        return None if values.dtype.names else np.ma.getmaskarray(values)
+    if isinstance(values, (Tensor, np.ndarray)):
+        return None
+    if isinstance(values, (list, tuple)):
+        # numpy drops the masks of arrays in a list; to look at the kinds first costs a tenth
+        plain = set(map(type, values)) <= {int, float}
+        return None if plain else np.array([_holds_masked(value) for value in values], np.bool_)
+    if hasattr(values, "is_null"):  # Arrow, Polars
+        return np.asarray(values.is_null())
+    own_dtype = not isinstance(getattr(values, "dtype", None), np.dtype)
+    if hasattr(values, "isna") and own_dtype:  # pandas: in numpy's dtypes a NaN is a number
+        return np.asarray(values.isna())
+    return None
+
+
+def _holds_masked(values: Any) -> bool:
+    if isinstance(values, np.ma.MaskedArray):
+        return bool(np.ma.getmaskarray(values).any())
+    return isinstance(values, (list, tuple)) and any(map(_holds_masked, values))
+
+
+def _is_null(value: object) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas is optional
+
+
+def _check_nulls(what: str, nulls: AnyArray) -> None:
+    if nulls.any():
+        rows = np.flatnonzero(nulls.reshape(len(nulls), -1).any(1)) if nulls.ndim else [0]
+        raise ValueError(
+            f"{what} should have no nulls and nothing masked; received {len(rows)} such rows: "
+            f"{', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''}: fill them in, or "
+            "leave them out"
+        )
+
+
+def _kind(array: AnyArray) -> str:
+    """What an array holds, and how to make whole numbers of it."""
+    first = array.flat[0] if array.dtype == object and array.size else None
+    kind = str(array.dtype) if first is None else type(first).__name__
+    for code, of_datetime, name in (("M", date, "datetime64"), ("m", timedelta, "timedelta64")):
+        if array.dtype.kind == code or isinstance(first, of_datetime):
+            return f"{kind}: np.asarray(values, '{name}[s]').astype('int64') makes seconds of it"
+    if array.dtype.kind == "f":
+        kind += ", which may not hold every number above 2^53"
+    return f"{kind}: convert where they come from"
+
+
+def _check_columns(what: str, names: list[Any], columns: Sequence[str]) -> None:
+    if not columns:
+        raise TypeError(
+            f"{what} should have no names for its columns; received {names}: pass an array, such "
+            "as frame.to_numpy()"
+        )
+    if Counter(names) != Counter(columns):
+        raise ValueError(
+            f"{what}: the columns should be named {tuple(columns)}, in any order; received "
+            f"{tuple(names)}: rename or select them, or pass an array in the order of the tasks"
+        )
 
 
 def _check_shape(what: str, array: AnyArray, shape: tuple[int, ...] | None, dims: int) -> None:

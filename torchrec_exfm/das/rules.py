@@ -8,13 +8,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from torchrec_exfm.das.arrays import MICROSECONDS, Floats, Ints, Mask, utc
+from torchrec_exfm.das.arrays import (
+    MAX_SECONDS,
+    MICROSECONDS,
+    Floats,
+    Ints,
+    Mask,
+    likely_unit,
+    utc,
+)
 
 __all__ = ["MAX_SECONDS", "Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
-
-MAX_SECONDS = 2**40  # of an event time, some 35,000 years: microseconds of it stay within int64
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     infinite = np.logical_not(np.isfinite(rows.outputs).all(axis=1))
     rules["have an output that is NaN or infinite"] = infinite
     out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
-    rules["have an event time outside of [0, 2^40) seconds (milliseconds?)"] = out_of_range
+    unit = likely_unit(int(seconds.max(initial=0)))
+    rules[f"have an event time outside of [0, {MAX_SECONDS:,}) seconds ({unit})"] = out_of_range
     # what was logged in the teacher's training forward was said before it learned the label
     leaks = (rows.trained_through >= rows.event_time) & ~rows.logged
     rules["leak: their teacher was trained through their own event time"] = leaks
