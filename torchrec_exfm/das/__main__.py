@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import dataset
 from tqdm import tqdm
 
-from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, utc
+from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
 from torchrec_exfm.das.rules import newest
 from torchrec_exfm.das.schema import FORMAT_VERSION
 from torchrec_exfm.das.snapshots import NUMBERS, SCHEMA, forget_snapshots, registry_of
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except ERRORS as error:
+    except (*ERRORS, TypeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -153,11 +153,13 @@ def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
     time = "event_seconds" if "event_seconds" in data.schema.names else "event_time"
     if missing := {"example_id", time}.difference(data.schema.names):
         raise ValueError(f"{path}: lacks the columns {sorted(missing)}: has {data.schema.names}")
-    table = data.to_table(columns=["example_id", time]).drop_null()
-    seconds = table[time].cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
-    windows = store.window_of(seconds.to_numpy())
+    table = data.to_table(columns=["example_id", time])
+    times = table[time]
+    if pa.types.is_timestamp(times.type):
+        times = times.cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
+    windows = store.window_of(as_seconds(f"{path}: {time}", times))
     order = np.argsort(windows, kind="stable")
-    return table["example_id"].cast(pa.int64()).to_numpy()[order], windows[order]
+    return as_int64(f"{path}: example_id", table["example_id"])[order], windows[order]
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -127,13 +127,16 @@ class TeacherLogger:
 
         Raises:
             StoreError: if an earlier shard could not be written.
-            ValueError: for bad rows in an earlier shard.
+            TypeError: for ids and times of another dtype.
+            ValueError: for bad rows in an earlier shard; for nulls.
         """
         if outputs.dim() not in (1, 2):
             raise ValueError(
                 f"outputs should be of shape (B, T) or (B,); received {tuple(outputs.shape)}"
             )
-        self._rows.append((_copy(ids), _copy(event_seconds), outputs.detach().clone()))
+        self._rows.append(
+            (_copy("ids", ids), _copy("event_seconds", event_seconds), outputs.detach().clone())
+        )
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -241,6 +244,6 @@ def _event(device: torch.device) -> torch.Event | None:
     return event
 
 
-def _copy(values: Any) -> Any:
-    """So that a loader may use its buffers again."""
-    return values.clone() if isinstance(values, Tensor) else np.array(values)
+def _copy(what: str, values: Any) -> Any:
+    """So that a loader may use its buffers again; a tensor on a device is not waited for."""
+    return values.clone() if isinstance(values, Tensor) else as_int64(what, values).copy()

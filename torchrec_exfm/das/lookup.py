@@ -20,10 +20,19 @@ import torch
 from torchrec_exfm._user import read
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.das.arrays import Floats, Ints, Mask, as_int64, utc
+from torchrec_exfm.das.arrays import (
+    Floats,
+    Ints,
+    Mask,
+    as_int64,
+    as_second,
+    as_seconds,
+    check_duration,
+    utc,
+)
 from torchrec_exfm.das.delta import DataFile
 from torchrec_exfm.das.index import WindowIndex
-from torchrec_exfm.das.rules import MAX_SECONDS, BadRows, check_bad_rows, newest
+from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["LookupCounters", "TeacherLookup"]
@@ -149,10 +158,10 @@ class TeacherLookup:
         _check_names("snapshot", tuple(pinned), self.teachers)
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
-        if max_age_seconds is not None and not max_age_seconds >= 0:
-            raise ValueError(
-                f"max_age_seconds should be None or from 0; received {max_age_seconds}"
-            )
+        if max_age_seconds is not None:
+            check_duration("max_age_seconds", max_age_seconds)
+        if refresh_seconds is not None:
+            check_duration("refresh_seconds", refresh_seconds)
         if max_windows < 1:
             raise ValueError(f"max_windows should be at least 1; received {max_windows}")
         check_bad_rows(bad_rows)
@@ -193,14 +202,11 @@ class TeacherLookup:
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
         seconds = _taken("event_seconds", self._event_seconds, batch)
+        what = "the event_seconds of a batch"
         if np.ndim(seconds) == 0:
-            seconds = np.full(len(ids), np.asarray(seconds))
-        times = as_int64("the event_seconds of a batch", seconds, len(ids))
-        if len(ids) and not 0 <= times.min() <= times.max() < MAX_SECONDS:
-            raise ValueError(
-                "the event_seconds of a batch should be seconds since 1970, in [0, 2^40); received "
-                f"{times.min()} to {times.max()}: are they of another unit?"
-            )
+            times = np.full(len(ids), as_second(what, seconds))
+        else:
+            times = as_seconds(what, seconds, len(ids))
         if len(ids) and ids.min() < 0:
             raise ValueError(f"the example ids should be at least 0; received {ids.min()}")
         return ids.copy(), times.copy()  # the loader may use its buffers again

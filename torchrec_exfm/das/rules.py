@@ -18,7 +18,7 @@ from torchrec_exfm.das.arrays import (
     utc,
 )
 
-__all__ = ["MAX_SECONDS", "Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
+__all__ = ["Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 

@@ -23,7 +23,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
-from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64, utc
+from torchrec_exfm.das.arrays import MAX_SECONDS, Ints, Mask, among, as_int64, utc
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
@@ -193,7 +193,10 @@ class _Job:
     ) -> Snapshot:
         """Load the newest snapshot that has seen none of a window's examples, if it is another."""
         store = self.store
-        snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=first_seconds))
+        before = min(
+            max(first_seconds, 0), MAX_SECONDS - 1
+        )  # times out of range are write's to say
+        snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=before))
         if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
             raise ValueError(
                 f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"

@@ -16,7 +16,7 @@ from torch import nn
 
 from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
-from torchrec_exfm.das.arrays import MICROSECONDS, as_int, utc
+from torchrec_exfm.das.arrays import MICROSECONDS, as_int, as_second, utc
 from torchrec_exfm.das.delta import StoreError, Table
 from torchrec_exfm.das.schema import TIMESTAMP, check_name
 
@@ -56,6 +56,7 @@ class Snapshot:
             example of that time or before may have taught it its label.
 
     Raises:
+        TypeError: for a time of another kind.
         ValueError: for a wrong value.
     """
 
@@ -65,14 +66,12 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         check_name("a teacher", self.teacher)
-        for name in ("version", "trained_through_seconds"):
-            value = getattr(self, name)
-            number = as_int(value)
-            if isinstance(value, bool) or not 0 <= number < 2**40:
-                raise ValueError(
-                    f"{name} should be an int in [0, 2^40), times in seconds; received {value!r}"
-                )
-            object.__setattr__(self, name, number)  # an int, of numpy's and torch's too
+        version = as_int(self.version)
+        if isinstance(self.version, bool) or not 0 <= version < 2**40:
+            raise ValueError(f"version should be an int in [0, 2^40); received {self.version!r}")
+        through = as_second("trained_through_seconds", self.trained_through_seconds)
+        object.__setattr__(self, "version", version)  # an int, of numpy's and torch's too
+        object.__setattr__(self, "trained_through_seconds", through)
 
     def __str__(self) -> str:
         through = utc(self.trained_through_seconds)
@@ -103,6 +102,7 @@ def publish(
             own folder, which has to be a local (or mounted) one.
 
     Raises:
+        TypeError: for a time of another kind.
         ValueError: for a wrong value; if the store is on an object store and no folder is given.
         StoreError: if it can't be written.
     """
@@ -127,7 +127,14 @@ def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
 def newest_snapshot(
     store: TeacherStore, teacher: str, *, before_seconds: int | None = None
 ) -> Snapshot | None:
-    """The newest snapshot, of those trained through times before ``before_seconds`` if given."""
+    """The newest snapshot, of those trained through times before ``before_seconds`` if given.
+
+    Raises:
+        TypeError: for a time of another kind.
+        ValueError: for a time out of range.
+    """
+    if before_seconds is not None:
+        before_seconds = as_second("before_seconds", before_seconds)
     allowed = [
         snapshot
         for snapshot in published(store, teacher)

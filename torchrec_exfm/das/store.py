@@ -17,9 +17,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from torchrec_exfm.das.arrays import MICROSECONDS, Ints, as_floats, as_int, as_int64
+from torchrec_exfm.das.arrays import (
+    MAX_SECONDS,
+    MICROSECONDS,
+    Ints,
+    as_floats,
+    as_int64,
+    as_second,
+    column_names,
+)
 from torchrec_exfm.das.delta import DataFile, MissingFileError, StoreError, Table, normal_url
-from torchrec_exfm.das.rules import MAX_SECONDS, BadRows, Rows, broken_rules, check_bad_rows, sift
+from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import KEYS, OPTIONAL, PARTITION, Resolution, StoreFormat
 from torchrec_exfm.das.snapshots import Snapshot, create_registry
 
@@ -146,7 +154,8 @@ class TeacherStore:
             snapshot: who said it.
             example_ids: (n,) whole numbers in [0, 2^63), none twice.
             outputs: (n, T), or (n,) for one task: logits of binary tasks, not probabilities
-                (``torch.logit`` makes them), else predictions.
+                (``torch.logit`` makes them), else predictions. Columns with names (a DataFrame, an
+                Arrow table) are taken by name: those of the tasks, in any order.
             event_seconds: (n,) event times of the examples, epoch seconds.
             shard: a name for this piece of work: a second write of the same name does nothing.
                 None: a name of its own.
@@ -190,17 +199,13 @@ class TeacherStore:
             before_seconds: event time, epoch seconds.
 
         Raises:
+            TypeError: for a time of another kind.
             ValueError: for a wrong value.
             StoreError: if it can't be written.
         """
         if not writer or not isinstance(writer, str):
             raise ValueError(f"the writer of a watermark should have a name; received {writer!r}")
-        second = as_int(before_seconds)
-        if not 0 <= second < MAX_SECONDS:
-            raise ValueError(
-                "before_seconds should be whole seconds since 1970, in [0, 2^40); received "
-                f"{before_seconds!r}"
-            )
+        second = as_second("before_seconds", before_seconds)
         self.table.append(self.format.schema().empty_table(), (f"watermark/{writer}", second))
 
     def watermark(self, writer: str) -> int | None:
@@ -291,11 +296,12 @@ class TeacherStore:
         n = len(ids)
         seconds = as_int64("event_seconds", event_seconds, n)
         what = f"outputs of {n} examples for the tasks {self.tasks}"
-        values = as_floats(what, outputs, (n, len(self.tasks)))
+        values = as_floats(what, outputs, (n, len(self.tasks)), self.tasks)
         return Rows(
             example_id=ids,
             outputs=self.format.round(values),
-            event_time=seconds.clip(-1, 8 * MAX_SECONDS) * MICROSECONDS,  # within int64
+            # within int64, and milliseconds can be told
+            event_time=seconds.clip(-1, 1_000 * MAX_SECONDS) * MICROSECONDS,
             snapshot=np.full(n, snapshot.version),
             trained_through=np.full(n, snapshot.trained_through_seconds * MICROSECONDS),
             logged=np.full(n, bool(logged)),
@@ -316,10 +322,12 @@ class TeacherStore:
 
 
 def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any) -> dict[str, Any]:
-    keys = keys or {}
-    if unknown := sorted(set(keys) - set(KEYS)):
-        raise ValueError(f"keys should be among {KEYS}; received {unknown}")
-    columns: dict[str, Any] = {name: as_int64(name, keys[name], rows) for name in keys}
+    keys = {} if keys is None else keys
+    names = column_names(keys)
+    if names is None or not set(names) <= set(KEYS):
+        received = type(keys).__name__ if names is None else sorted(map(str, {*names} - {*KEYS}))
+        raise ValueError(f"keys should be among {KEYS}; received {received}")
+    columns: dict[str, Any] = {name: as_int64(name, keys[name], rows) for name in names}
     if embeddings is not None:
         width = np.shape(embeddings)[-1] if np.ndim(embeddings) == 2 else 0
         if not width:

@@ -28,10 +28,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
-from torchrec_exfm.das.arrays import as_int, utc
+from torchrec_exfm.das.arrays import as_second, check_duration, utc
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
-from torchrec_exfm.das.rules import MAX_SECONDS
 from torchrec_exfm.das.scoring import score
 from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, publish
 from torchrec_exfm.das.store import TeacherStore
@@ -55,7 +54,8 @@ class Window:
             on every rank.
 
     Raises:
-        ValueError: if it does not end after it begins, or these are not whole seconds.
+        TypeError: for times of another kind.
+        ValueError: if it does not end after it begins; for times out of range.
     """
 
     begin_seconds: int
@@ -63,12 +63,10 @@ class Window:
     data: Iterable[Any]
 
     def __post_init__(self) -> None:
-        begin, end = as_int(self.begin_seconds), as_int(self.end_seconds)
-        if not 0 <= begin < end < MAX_SECONDS:
-            raise ValueError(
-                "a window should begin at 0 or later and end after that, in whole seconds since "
-                f"1970, below 2^40; received {self.begin_seconds!r} and {self.end_seconds!r}"
-            )
+        begin = as_second("begin_seconds", self.begin_seconds)
+        end = as_second("end_seconds", self.end_seconds)
+        if begin >= end:
+            raise ValueError(f"a window should end after it begins; received {begin} and {end}")
         object.__setattr__(self, "begin_seconds", begin)  # an int, of numpy's and torch's too
         object.__setattr__(self, "end_seconds", end)
 
@@ -209,6 +207,7 @@ def score_windows(
         TimeoutError: if the teacher's watermark does not come in time.
     """
     _check_count("delay", delay, 0)
+    check_duration("timeout_seconds", timeout_seconds)
     begins: deque[int] = deque(maxlen=delay + 1)
     loaded: Snapshot | None = None
     writer = f"{teacher}/scores"
@@ -255,6 +254,7 @@ def wait_for_outputs(
     """
     if on_late not in ("raise", "mask"):
         raise ValueError(f"on_late should be 'raise' or 'mask'; received {on_late!r}")
+    check_duration("timeout_seconds", timeout_seconds)
     writers = lookup.teachers if writers is None else writers
     writers = (writers,) if isinstance(writers, str) else tuple(writers)
     store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
