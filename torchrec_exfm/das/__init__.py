@@ -19,10 +19,11 @@ from torchrec_exfm.das.delta import StoreError
 from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
+from torchrec_exfm.das.schema import Snapshot
 from torchrec_exfm.das.scoring import Examples, ScoringReport, score
 from torchrec_exfm.das.snapshots import (
-    Snapshot,
-    forget_snapshots,
+    ForgetReport,
+    forget,
     load_snapshot,
     newest_snapshot,
     publish,
@@ -39,6 +40,7 @@ from torchrec_exfm.das.streaming import (
 
 __all__ = [
     "Examples",
+    "ForgetReport",
     "LookupCounters",
     "ScoringReport",
     "Snapshot",
@@ -48,7 +50,7 @@ __all__ = [
     "TeacherStore",
     "Window",
     "WriteReport",
-    "forget_snapshots",
+    "forget",
     "hash_ids",
     "load_snapshot",
     "newest_snapshot",

@@ -1,13 +1,14 @@
-"""Look at a teacher store, verify it, compact it: ``python -m torchrec_exfm.das``."""
+"""Look at a teacher store, verify it, forget, compact: ``python -m torchrec_exfm.das``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from pyarrow import dataset
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
-from torchrec_exfm.das.rules import newest
-from torchrec_exfm.das.schema import FORMAT_VERSION
-from torchrec_exfm.das.snapshots import NUMBERS, SCHEMA, forget_snapshots, registry_of
+from torchrec_exfm.das.rules import Rows, newest
+from torchrec_exfm.das.schema import FORMAT_VERSION, SNAPSHOT_NUMBERS, SNAPSHOTS
+from torchrec_exfm.das.snapshots import forget
 from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.das.verify import ERRORS, Verification
 
@@ -63,8 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     text += f"below {_KEPT_HOURS}, jobs that read an older version may miss files and fail"
     add("--vacuum-hours", type=int, metavar="H", help=text)
     add("--repair", action="store_true", help="before, give up data files that are missing")
-    add("--forget", metavar="TEACHER", help="before, delete this teacher's snapshots and outputs")
-    add("--before", type=int, metavar="VERSION", help="of versions lower than this")
+    add = command(_forget, "forget", "Delete a teacher's versions, or what it said before a time.")
+    add("teacher", metavar="TEACHER", help="its name")
+    text = "delete outputs, snapshots and checkpoints of these, as 3 or 3,5-9"
+    add("--versions", metavar="VERSIONS", type=_versions, help=text)
+    text = "delete the outputs in windows that ended by then, of all versions: 2026-01-31 (UTC), "
+    text += "2026-01-31T06:00:00Z or epoch seconds"
+    add("--before", metavar="TIME", type=_time, help=text)
     add("--checkpoints", **folder)
     return parser
 
@@ -78,7 +84,6 @@ def _show(options: argparse.Namespace) -> int:
     shown: dict[str, Any] = {"url": store.url, "commit": store.table.version}
     shown["format"] = {"version": FORMAT_VERSION, **asdict(store.format)}
     shown["snapshots"] = _snapshots(store)
-    store.format = replace(store.format, tasks=store.tasks[:1])  # one output is read, not all
     shown["outputs"] = [_outputs(store, teacher, asked) for teacher in store.teachers()]
     shown["quarantined"] = dict(left_out)
     print(json.dumps(shown, indent=2) if options.json else "\n".join(_lines(shown)))
@@ -99,15 +104,21 @@ def _lines(shown: dict[str, Any]) -> Iterator[str]:
         yield "  {rows:,} rows of {examples:,} examples".format(**row)
         yield "  ages {min:,.0f} s to {max:,.0f} s, median {median:,.0f} s".format(**row["ages"])
         yield "  {bytes:,} bytes in {files:,} files, {bytes_per_row:,.1f} a row".format(**row)
+        whose = "the examples asked for" if "coverage" in row else "these examples"
         if "coverage" in row:
-            yield f"  coverage {row['coverage']:.2%} of the examples asked for"
+            yield f"  coverage {row['coverage']:.2%} of {whose}"
+        for version in row["versions"]:
+            means = ", ".join(f"{task} {mean:.4g}" for task, mean in version["mean_output"].items())
+            line = "  version {version}: {rows:,} rows in {windows} window(s), {first} to {last}"
+            yield line.format(**version)
+            yield f"    coverage {version['coverage']:.2%} of {whose}, mean output {means}"
     for words, rows in shown["quarantined"].items():
         yield f"left out when written, as they {words}: {rows:,} rows"
 
 
 def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
-    registry, times = registry_of(store), ("trained_through", "published_at")
-    tables = [registry.read(file, SCHEMA).cast(NUMBERS) for file in registry.files()]
+    registry, times = store.registry, ("trained_through", "published_at")
+    tables = [registry.read(file, SNAPSHOTS).cast(SNAPSHOT_NUMBERS) for file in registry.files()]
     rows = [row for table in tables for row in table.to_pylist()]
     rows.sort(key=lambda row: (row["published_at"], row["version"]))
     for row in rows:
@@ -116,35 +127,71 @@ def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass
+class _Version:
+    """What there is of one version of a teacher."""
+
+    rows: int = 0
+    covered: int = 0
+    windows: list[int] = field(default_factory=list)
+    output_sums: Any = 0.0
+
+    def add(self, window: int, rows: Rows, asked: Ints | None) -> None:
+        self.rows += len(rows)
+        ids = np.unique(rows.example_id)
+        self.covered += len(ids) if asked is None else int(among(asked, ids).sum())
+        self.windows.append(window)
+        self.output_sums = self.output_sums + rows.outputs.sum(axis=0, dtype=np.float64)
+
+    def shown(self, store: TeacherStore, version: int, examples: int) -> dict[str, Any]:
+        means = (self.output_sums / self.rows).tolist()
+        return {
+            "version": version,
+            "rows": self.rows,
+            "windows": len(self.windows),
+            "first": utc(self.windows[0] * store.format.window_seconds),
+            "last": utc(self.windows[-1] * store.format.window_seconds),
+            "mean_output": dict(zip(store.tasks, means, strict=True)),
+            "coverage": self.covered / max(examples, 1),
+        }
+
+
 def _outputs(store: TeacherStore, teacher: str, asked: tuple[Ints, Ints] | None) -> dict[str, Any]:
     """What there is of a teacher; ages are those of the newest output of each example."""
     covered, counts = 0, np.zeros(len(_AGES) + 1, dtype=np.int64)  # of ages between two of _AGES
-    windows = store.windows(teacher)
+    versions = defaultdict[int, _Version](_Version)
+    windows, ids = store.windows(teacher), None
     for window in windows:
-        found = newest(store.read(teacher, window, bad_rows="quarantine")[0])
-        steps = np.searchsorted(_AGES, found.age_seconds, side="right")
-        counts += np.bincount(steps, minlength=len(counts))
+        rows, _ = store.read(teacher, window, bad_rows="quarantine")
         if asked is not None:
-            of_window = slice(*np.searchsorted(asked[1], [window, window + 1]))
-            covered += int(among(asked[0][of_window], np.sort(found.example_id)).sum())
+            ids = asked[0][slice(*np.searchsorted(asked[1], [window, window + 1]))]
+        for version in np.unique(rows.snapshot).tolist():
+            versions[version].add(window, rows[rows.snapshot == version], ids)
+        won = newest(rows)
+        steps = np.searchsorted(_AGES, won.age_seconds, side="right")
+        counts += np.bincount(steps, minlength=len(counts))
+        if ids is not None:
+            covered += int(among(ids, np.sort(won.example_id)).sum())
     n = int(counts.sum())
     ranks = np.searchsorted(np.cumsum(counts), [min(n, 1), (n + 1) // 2, n])
     ages = np.append(0, _AGES)[ranks].tolist()
     files = [file for file in store.table.files() if file.partition[0] == teacher]
-    size, rows = sum(file.size_bytes for file in files), sum(file.rows or 0 for file in files)
+    size, row_count = sum(file.size_bytes for file in files), sum(file.rows or 0 for file in files)
+    whole = n if asked is None else len(asked[0])
     shown = {
         "teacher": teacher,
         "windows": len(windows),
         "first": utc(windows[0] * store.format.window_seconds),
         "last": utc(windows[-1] * store.format.window_seconds),
-        "rows": rows,
+        "rows": row_count,
         "examples": n,
         "ages": dict(zip(("min", "median", "max"), ages, strict=True)),
         "bytes": size,
         "files": len(files),
-        "bytes_per_row": size / max(rows, 1),
+        "bytes_per_row": size / max(row_count, 1),
+        "versions": [versions[v].shown(store, v, whole) for v in sorted(versions)],
     }
-    return shown if asked is None else {**shown, "coverage": covered / max(len(asked[0]), 1)}
+    return shown if asked is None else {**shown, "coverage": covered / max(whole, 1)}
 
 
 def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
@@ -163,8 +210,8 @@ def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    store = TeacherStore(options.url)
-    found = Verification(store, tqdm.write, options.checkpoints)
+    store = TeacherStore(options.url, checkpoints=options.checkpoints)
+    found = Verification(store, tqdm.write)
     for note in found.notes:
         print(f"note: {note}")
     counts = ", ".join(f"{count:,} {what}" for what, count in found.counts.items())
@@ -172,26 +219,45 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if found.counts["violations"] else 0
 
 
+def _forget(options: argparse.Namespace) -> int:
+    store = TeacherStore(options.url, checkpoints=options.checkpoints)
+    print(f"before: {_size(store)}")
+    choice = {"versions": options.versions, "before_seconds": options.before}
+    report = forget(store, options.teacher, **choice)
+    print(f"forgotten: {report.rows:,} rows and {report.snapshots} snapshots of {options.teacher}")
+    print(f"after: {_size(store)}; `compact --vacuum-hours H` removes files from the disk")
+    return 0
+
+
+def _versions(text: str) -> list[int]:
+    """Versions from ``3`` or ``3,5-9``."""
+    bounds = [part.partition("-") for part in text.split(",")]
+    return [v for first, _, last in bounds for v in range(int(first), int(last or first) + 1)]
+
+
+def _time(text: str) -> int:
+    """Epoch seconds from themselves, or from a date and time in UTC."""
+    if text.isdecimal():
+        return int(text)
+    time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return int((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp())
+
+
 def _compact(options: argparse.Namespace) -> int:
     store, hours = TeacherStore(options.url), options.vacuum_hours
-    if (options.forget is None) != (options.before is None):
-        raise ValueError("--forget TEACHER and --before VERSION should be given together")
     if hours is not None and hours < 0:
         raise ValueError(f"--vacuum-hours should be at least 0; received {hours}")
     print(f"before: {_size(store)}")
     if options.repair:
-        missing = store.table.delta.repair()["files_removed"]
+        missing = store.table.repair()
         print(f"given up: {len(missing)} files that were missing {', '.join(missing)}".rstrip())
-    if options.forget is not None:
-        forget_snapshots(store, options.forget, options.before, checkpoints=options.checkpoints)
     store.refresh()
     files = Counter(file.partition for file in store.table.files())
     for partition in tqdm([p for p, n in files.items() if n > 1], desc="compact", disable=None):
         store.table.compact(partition)
-    store.refresh()
     print(f"after: {_size(store)}")
     if hours is not None:
-        removed = store.table.delta.vacuum(hours, False, hours >= _KEPT_HOURS)
+        removed = store.table.vacuum(hours, enforce=hours >= _KEPT_HOURS)
         print(f"removed {len(removed):,} files that were no part of it for {hours} hours")
     return 0
 

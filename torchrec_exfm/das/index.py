@@ -116,7 +116,7 @@ class WindowIndex:
 
     def _fill(self, example_ids: Ints, values: Floats, age_seconds: Floats) -> None:
         """Put the rows in order of their keys, block by block, and count them by bucket."""
-        order = np.argsort(_mix(example_ids))
+        order = np.argsort(mix(example_ids))
         for first in range(0, len(order), _BLOCK):
             chosen = order[first : first + _BLOCK]
             block = self._records[first : first + len(chosen)]
@@ -130,11 +130,11 @@ class WindowIndex:
         np.cumsum(self._starts, out=self._starts)
 
     def _bucket(self, example_ids: Ints) -> Ints:
-        buckets: Ints = (_mix(example_ids) >> self._shift).view(np.int64)
+        buckets: Ints = (mix(example_ids) >> self._shift).view(np.int64)
         return buckets
 
 
-def _mix(example_ids: Ints) -> npt.NDArray[np.uint64]:
+def mix(example_ids: Ints) -> npt.NDArray[np.uint64]:
     """The ids' keys: MurmurHash3's finaliser but for its last step, which leaves the top bits."""
     keys = example_ids.view(np.uint64)
     for factor in _FACTORS:

@@ -8,7 +8,9 @@ B examples, T tasks.
 
 from __future__ import annotations
 
+import copy
 import operator
+import os
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64
+from torchrec_exfm.das.delta import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
-from torchrec_exfm.das.schema import check_name
-from torchrec_exfm.das.snapshots import Snapshot, newest_snapshot
+from torchrec_exfm.das.schema import Snapshot, check_name
+from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["TeacherLogger"]
@@ -95,12 +98,13 @@ class TeacherLogger:
         self.written = 0
         self.quarantined = 0
         self.logged_before = 0
-        self._store = TeacherStore(store.url, storage_options=store.storage_options)
+        self._store = copy.copy(store)
         self._ids = ids
         self._event_seconds = event_seconds
         self._outputs = outputs
         self._shard_rows = shard_rows
         self._bad_rows: BadRows = bad_rows
+        self._process = os.getpid()
         self._run = uuid.uuid4().hex
         self._shards = 0
         self._rows: list[tuple[Any, Any, Tensor]] = []
@@ -179,6 +183,7 @@ class TeacherLogger:
             self.quarantined += sum(report.quarantined.values())
 
     def _hand_over(self) -> None:
+        check_process(self._process)
         self._wait()
         if self._rows:
             self._handed_over, self._rows, self._count = self._rows, [], 0
@@ -222,10 +227,14 @@ class TeacherLogger:
 
     def _logged_in(self, window: int) -> Ints:
         """The ids that are logged in a window of the store, in rising order."""
-        ids, paths = self._logged.pop(window, (np.empty(0, dtype=np.int64), set[str]()))
-        for file in self._store.files(self.teacher, window):
+        nothing = np.empty(0, dtype=np.int64), set[str]()
+        ids, paths = self._logged.pop(window, nothing)
+        files = self._store.files(self.teacher, window)
+        if not paths <= {file.path for file in files}:  # compacted, or forgotten
+            ids, paths = nothing
+        for file in files:
             if file.path not in paths:
-                rows, _ = self._store.read_file(file, bad_rows="quarantine")
+                rows = self._store.read_file(file)
                 ids = np.concatenate([ids, rows.example_id[rows.logged]])
                 ids = np.sort(ids, kind="stable")  # of runs in order: they are merged
                 paths.add(file.path)

@@ -5,10 +5,13 @@ B examples, M teachers, T tasks.
 
 from __future__ import annotations
 
+import copy
+import functools
 import operator
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -24,13 +27,14 @@ from torchrec_exfm.das.arrays import (
     Floats,
     Ints,
     Mask,
+    among,
     as_int64,
     as_second,
     as_seconds,
     check_duration,
     utc,
 )
-from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.delta import DataFile, check_process
 from torchrec_exfm.das.index import WindowIndex
 from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
 from torchrec_exfm.das.store import TeacherStore
@@ -95,6 +99,8 @@ class TeacherLookup:
         tasks: which of the store's tasks, in the order of the wrapper's; None: all.
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
             output of each example, of those that do not leak.
+        exclude: versions whose outputs are passed over (of all teachers, or by name), as those of a
+            bad snapshot: an older one's are found in their place, if there are any.
         missing: what to do if an example has no output: ``"mask"`` (absent, and counted) or
             ``"raise"``.
         max_age_seconds: older outputs are masked and counted as stale; None: none is too old.
@@ -104,6 +110,9 @@ class TeacherLookup:
         refresh_seconds: how often to see whether rows came late into the windows in memory: for so
             long a look-up may miss them. None: never (what is read depends on the store alone, not
             on time).
+
+    A look-up that is pickled is made anew where it arrives, with counters of its own: hand it to
+    spawned processes, not to forked ones.
 
     Attributes:
         counters: for each teacher, :class:`LookupCounters` since the look-up was made.
@@ -139,6 +148,7 @@ class TeacherLookup:
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
         tasks: Sequence[str] | None = None,
         snapshot: int | Mapping[str, int] | None = None,
+        exclude: Collection[int] | Mapping[str, Collection[int]] = (),
         missing: Literal["mask", "raise"] = "mask",
         max_age_seconds: float | None = None,
         bad_rows: BadRows = "refuse",
@@ -147,15 +157,32 @@ class TeacherLookup:
     ) -> None:
         if not isinstance(store, TeacherStore):
             raise TypeError(f"store should be a TeacherStore; received {type(store).__name__}")
-        self.store = TeacherStore(store.url, storage_options=store.storage_options)
+        self._arguments: dict[str, Any] = {
+            "ids": ids,
+            "event_seconds": event_seconds,
+            "tasks": tasks,
+            "snapshot": snapshot,
+            "exclude": exclude,
+            "missing": missing,
+            "max_age_seconds": max_age_seconds,
+            "bad_rows": bad_rows,
+            "max_windows": max_windows,
+            "refresh_seconds": refresh_seconds,
+        }
+        self._process = os.getpid()
+        self.store = copy.copy(store)
         self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         self.tasks = self.store.tasks if tasks is None else tuple(tasks)
         pinned: Mapping[str, int | None] = (
             snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(self.teachers, snapshot)
         )
+        excluded: Mapping[str, Collection[int]] = (
+            exclude if isinstance(exclude, Mapping) else dict.fromkeys(self.teachers, exclude)
+        )
         _check_names("tasks", self.tasks, self.store.tasks)
         _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
         _check_names("snapshot", tuple(pinned), self.teachers)
+        _check_names("exclude", tuple(excluded), self.teachers)
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
         if max_age_seconds is not None:
@@ -171,18 +198,36 @@ class TeacherLookup:
         self._max_age_seconds = max_age_seconds
         self.counters = {teacher: LookupCounters() for teacher in self.teachers}
         reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
-        options = bad_rows, max_windows, refresh_seconds
         self._windows = {
-            teacher: _Windows(self.store, teacher, counters, reader, pinned.get(teacher), *options)
+            teacher: _Windows(
+                self.store,
+                teacher,
+                counters,
+                reader,
+                pinned.get(teacher),
+                _versions(excluded.get(teacher, ())),
+                bad_rows,
+                max_windows,
+                refresh_seconds,
+            )
             for teacher, counters in self.counters.items()
         }
+        self._reader = reader
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-lookup")
 
     def start(self, batch: Any) -> Future[TeacherOutputs]:
         """Begin the look-up of a batch on the host; the future gives its outputs, on the host.
 
         The ids and times are taken from the batch before this returns.
+
+        Raises:
+            StoreError: in a process that was forked from the one that made the look-up.
+            ValueError: for a batch that has none; for a look-up that was closed.
         """
+        check_process(self._process)
+        if self._closed:
+            raise ValueError("a look-up should be used before close(); received a batch after it")
         return self._thread.submit(self._look_up, *self._keys(batch))
 
     def __call__(self, batch: Any) -> TeacherOutputs:
@@ -196,8 +241,27 @@ class TeacherLookup:
 
     def refresh(self) -> None:
         """Forget the windows in memory, so that the next look-up reads what the store has then."""
+        check_process(self._process)
         for windows in self._windows.values():
             self._thread.submit(windows.forget).result()
+
+    def close(self) -> None:
+        """End its threads, and let the windows in memory go; look-ups that were started end."""
+        if self._process == os.getpid() and not self._closed:
+            self._closed = True
+            self._thread.shutdown()
+            self._reader.shutdown()
+            self._windows.clear()
+
+    def __enter__(self) -> TeacherLookup:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(TeacherLookup, **self._arguments)
+        return make, (self.store, self.teachers)
 
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
@@ -276,6 +340,7 @@ class _Windows:
     counters: LookupCounters
     reader: ThreadPoolExecutor
     snapshot: int | None
+    excluded: Ints
     bad_rows: BadRows
     max_windows: int
     refresh_seconds: float | None
@@ -350,6 +415,8 @@ class _Windows:
         self.counters.quarantined = sum(self._quarantined.values())
         if self.snapshot is not None:
             rows = rows[rows.snapshot == self.snapshot]
+        if len(self.excluded):
+            rows = rows[~among(rows.snapshot, self.excluded)]
         rows = newest(rows)
         index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
         del rows
@@ -371,9 +438,19 @@ def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
     return read(name, function, batch, "TeacherLookup", what)
 
 
+def _versions(versions: Collection[int]) -> Ints:
+    if isinstance(versions, (str, int)):
+        raise TypeError(f"exclude should be a collection of versions; received {versions!r}")
+    return np.sort(as_int64("exclude", list(versions)))
+
+
 def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names) or (not names and what != "snapshot"):
+    if (
+        unknown
+        or len(set(names)) < len(names)
+        or (not names and what not in ("snapshot", "exclude"))
+    ):
         raise ValueError(
             f"{what} should be of those there are, {tuple(known)}, each at most once; received "
             f"{tuple(names)}"

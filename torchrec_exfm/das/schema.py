@@ -21,6 +21,7 @@ Timestamps are in UTC, of microseconds. The table's description holds the rest a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -30,17 +31,39 @@ import numpy as np
 import pyarrow as pa
 from deltalake import ColumnProperties, WriterProperties
 
-from torchrec_exfm.das.arrays import Floats
+from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
 
-__all__ = ["FORMAT_VERSION", "KEYS", "PARTITION", "TIMESTAMP", "StoreFormat", "check_name"]
+__all__ = [
+    "FORMAT_VERSION",
+    "KEYS",
+    "PARTITION",
+    "TIMESTAMP",
+    "Snapshot",
+    "StoreFormat",
+    "check_name",
+]
 
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
+MAX_TASKS = 1_000
 KEYS = ("user_id", "item_id", "category_id")
 OPTIONAL = (*KEYS, "embedding")
 Resolution: TypeAlias = Literal["bfloat16", "float32"]
 
 TIMESTAMP = pa.timestamp("us", "UTC")
+SNAPSHOTS = pa.schema(
+    [
+        pa.field("teacher", pa.string(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+        pa.field("trained_through", TIMESTAMP, nullable=False),
+        pa.field("published_at", TIMESTAMP, nullable=False),
+        pa.field("checkpoint", pa.string()),
+    ]
+)
+# times as epoch microseconds: to be cast to after SNAPSHOTS, as files may have them in other units
+SNAPSHOT_NUMBERS = pa.schema(
+    [f.with_type(pa.int64()) if f.type == TIMESTAMP else f for f in SNAPSHOTS]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +81,10 @@ class StoreFormat:
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks should be names without repeats; received {self.tasks}")
+        if len(self.tasks) > MAX_TASKS:
+            raise ValueError(
+                f"tasks should be at most {MAX_TASKS}: each is a column; received {len(self.tasks)}"
+            )
         for task in self.tasks:
             check_name("a task", task)
         if not isinstance(self.window_seconds, int) or self.window_seconds < 1:
@@ -76,7 +103,8 @@ class StoreFormat:
 
     def to_json(self) -> str:
         """The table's description."""
-        return json.dumps({"torchrec_exfm": {"format_version": FORMAT_VERSION, **asdict(self)}})
+        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({"torchrec_exfm": {**fields, "digest": _digest(fields)}})
 
     @classmethod
     def from_json(cls, text: str | None) -> StoreFormat:
@@ -87,14 +115,17 @@ class StoreFormat:
         """
         try:
             fields: dict[str, Any] = json.loads(text or "")["torchrec_exfm"]
-            version = fields.pop("format_version")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            digest, version = fields.pop("digest", None), fields["format_version"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError("is a Delta table, but not a teacher store") from None
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"is of format version {version}, and this version of torchrec_exfm reads version "
                 f"{FORMAT_VERSION}: upgrade torchrec_exfm, or choose another store"
             )
+        if digest not in (None, _digest(fields)):
+            raise ValueError("has a description that is damaged: it is not what was written")
+        del fields["format_version"]
         try:
             return cls(**{**fields, "tasks": tuple(fields["tasks"])})
         except (ValueError, KeyError, TypeError) as error:
@@ -141,6 +172,22 @@ class StoreFormat:
         finite: Floats = np.where(np.isfinite(values), rounded.view(np.float32), values)
         return finite
 
+    def alike(self, one: Floats, other: Floats) -> Mask:
+        """Whether outputs (n, T) are the same up to rounding: of the arithmetic, and the store's.
+
+        |one - other| <= step |other| + 2^-16 max |other|, with a step of 2^-7 for bfloat16, where
+        two neighbours may be that far apart, and of 2^-14 for float32.
+        """
+        step = 2.0 ** (-7 if self.resolution == "bfloat16" else -14)
+        size = np.abs(other)
+        alike: Mask = np.abs(one - other) <= step * size + 2.0**-16 * size.max(axis=0, initial=0)
+        return alike
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
 
 def check_name(what: str, name: object) -> str:
     """The name of a task or teacher, fit for a column and a folder; a ValueError if it is not."""
@@ -150,3 +197,36 @@ def check_name(what: str, name: object) -> str:
             f"the last two, at most 100; received {name!r}"
         )
     return name
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of a teacher, and how far it was trained.
+
+    Args:
+        teacher: its name.
+        version: a whole number from 0, higher for newer; :func:`publish` counts from 1.
+        trained_through_seconds: the last event time that it was trained on, epoch seconds: an
+            example of that time or before may have taught it its label.
+
+    Raises:
+        TypeError: for a time of another kind.
+        ValueError: for a wrong value.
+    """
+
+    teacher: str
+    version: int
+    trained_through_seconds: int
+
+    def __post_init__(self) -> None:
+        check_name("a teacher", self.teacher)
+        version = as_int(self.version)
+        if isinstance(self.version, bool) or not 0 <= version < 2**40:
+            raise ValueError(f"version should be an int in [0, 2^40); received {self.version!r}")
+        through = as_second("trained_through_seconds", self.trained_through_seconds)
+        object.__setattr__(self, "version", version)  # an int, of numpy's and torch's too
+        object.__setattr__(self, "trained_through_seconds", through)
+
+    def __str__(self) -> str:
+        through = utc(self.trained_through_seconds)
+        return f"{self.teacher} version {self.version}, trained through {through}"

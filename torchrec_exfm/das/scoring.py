@@ -6,13 +6,13 @@ n examples, B of a batch, T tasks.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from tqdm import tqdm
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm.das.arrays import MAX_SECONDS, Ints, Mask, among, as_int64, utc
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
-from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot
+from torchrec_exfm.das.schema import Snapshot
+from torchrec_exfm.das.snapshots import load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
 __all__ = ["Examples", "ScoringReport", "score"]
@@ -80,7 +81,6 @@ def score(
     outputs: Callable[[Any], Tensor] = lambda output: output[1],
     shard_rows: int = 2**18,
     bad_rows: BadRows = "refuse",
-    checkpoints: Path | str | None = None,
     progress: bool = True,
 ) -> ScoringReport:
     """Score examples into a store, each once; called by all ranks, with the same examples.
@@ -105,7 +105,6 @@ def score(
             ``(loss, logits, labels)``.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
-        checkpoints: as for :func:`load_snapshot`.
         progress: show a bar with rows a second and the time left, on rank 0.
 
     Raises:
@@ -125,7 +124,7 @@ def score(
             f"examples should be a list of Examples; received {type(examples).__name__}"
         )
     started = time.perf_counter()
-    store = TeacherStore(store.url, storage_options=store.storage_options)
+    store = copy.copy(store)
     shards, shared = _plan(examples, store, shard_rows)
     job = _Job(model, store, device, batch_size, outputs, bad_rows)
     job.report.shared = shared
@@ -137,7 +136,7 @@ def score(
             snapshot = teacher
             if isinstance(snapshot, str):
                 first = min(int(shard.seconds.min()) for shard in of_window)
-                snapshot = job.load_newest(snapshot, first, checkpoints)
+                snapshot = job.load_newest(snapshot, first)
             job.score_window(window, of_window, snapshot, bar)
     job.report.quarantined = sum(of_each_rank(job.report.quarantined))
     job.report.fillers = sum(of_each_rank(job.report.fillers))
@@ -188,9 +187,7 @@ class _Job:
         self.model.train(self.training)
         self.writer.shutdown()
 
-    def load_newest(
-        self, teacher: str, first_seconds: int, checkpoints: Path | str | None
-    ) -> Snapshot:
+    def load_newest(self, teacher: str, first_seconds: int) -> Snapshot:
         """Load the newest snapshot that has seen none of a window's examples, if it is another."""
         store = self.store
         before = min(
@@ -208,7 +205,7 @@ class _Job:
                 "publish one, or score later examples"
             )
         if snapshot != self.loaded:
-            load_snapshot(store, snapshot, self.model, checkpoints=checkpoints)
+            load_snapshot(store, snapshot, self.model)
             self.loaded = snapshot
         return snapshot
 
@@ -241,18 +238,17 @@ class _Job:
         stored = np.unique(rows.example_id[rows.snapshot >= snapshot.version])
         left = []
         for shard in shards:
-            # a name that is the same in every run that is given the same examples
-            digest = hashlib.blake2b(shard.ids.tobytes(), digest_size=16).hexdigest()
-            name = f"score/{snapshot.teacher}/{snapshot.version}/{digest}"
-            if self.store.table.transaction(name) is not None:
-                if self.bad_rows == "quarantine":
-                    continue  # what is not there was left out
-                name = f"{name}/{self.store.table.version}"  # its rows have been lost since
             new = ~among(shard.ids, stored)
+            if self.bad_rows == "quarantine":  # what would leak is not scored to be left out then
+                leaks = shard.seconds <= snapshot.trained_through_seconds
+                self.report.quarantined += int((new & leaks).sum()) if rank() == 0 else 0
+                new &= ~leaks
             if new.any():
                 ids, seconds = shard.ids[new], shard.seconds[new]
+                # a name that is the same in every run that finds the same left
+                digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
                 rest = replace(shard, positions=shard.positions[new], ids=ids, seconds=seconds)
-                left.append((name, rest))
+                left.append((f"score/{digest}", rest))
         return left
 
     def _batches(self, shards: list[_Shard]) -> Iterator[Any]:

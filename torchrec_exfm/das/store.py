@@ -5,6 +5,7 @@ n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
@@ -21,17 +22,37 @@ from torchrec_exfm.das.arrays import (
     MAX_SECONDS,
     MICROSECONDS,
     Ints,
+    Mask,
     as_floats,
     as_int64,
     as_second,
     column_names,
 )
-from torchrec_exfm.das.delta import DataFile, MissingFileError, StoreError, Table, normal_url
+from torchrec_exfm.das.delta import (
+    Commit,
+    DataFile,
+    MissingFileError,
+    StoreError,
+    Table,
+    normal_url,
+)
+from torchrec_exfm.das.index import mix
 from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
-from torchrec_exfm.das.schema import KEYS, OPTIONAL, PARTITION, Resolution, StoreFormat
-from torchrec_exfm.das.snapshots import Snapshot, create_registry
+from torchrec_exfm.das.schema import (
+    KEYS,
+    OPTIONAL,
+    PARTITION,
+    SNAPSHOTS,
+    Resolution,
+    Snapshot,
+    StoreFormat,
+)
 
 __all__ = ["TeacherStore", "WriteReport"]
+
+_MAX_WINDOWS = (
+    1_000  # of one write: each has a file of its own, and some 300 KiB until it is closed
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +60,16 @@ class WriteReport:
     """What became of the rows of one write.
 
     Attributes:
-        written: rows that are in the store now.
+        written: rows that this write has put into the store.
         quarantined: rows left out, by the rule that they break.
-        committed: False if the same shard had been written before: then nothing was done.
+        committed: False if there was nothing to do: the shard had been written before.
+        stored_before: rows that were in the store already, by an earlier write of the shard.
     """
 
     written: int
     quarantined: dict[str, int] = field(default_factory=dict)
     committed: bool = True
+    stored_before: int = 0
 
 
 class TeacherStore:
@@ -60,6 +83,11 @@ class TeacherStore:
     Args:
         url: a local folder, or ``s3://``, ``gs://``, ``az://`` ..., as deltalake takes them.
         storage_options: of deltalake, credentials among them; they are kept in memory only.
+        checkpoints: the folder of its snapshots' checkpoints, which all ranks share; None: in the
+            store's own folder, if that is a local (or mounted) one.
+
+    A store that is pickled, or copied, travels by its URL and is opened anew: hand it to spawned
+    processes, not to forked ones, in which the library can't run.
 
     Raises:
         StoreError: if there is no store, or it is damaged or of another format version.
@@ -77,16 +105,32 @@ class TeacherStore:
     """
 
     def __init__(
-        self, url: str | Path, *, storage_options: Mapping[str, str] | None = None
+        self,
+        url: str | Path,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+        checkpoints: Path | str | None = None,
     ) -> None:
         self.url = normal_url(url)
         self.storage_options = dict(storage_options or {})
-        self.table = Table(f"{self.url}/outputs", storage_options)
+        if checkpoints is None and "://" not in self.url:
+            checkpoints = Path(self.url) / "checkpoints"
+        self.checkpoints = None if checkpoints is None else Path(checkpoints)
+        self.table = Table(f"{self.url}/outputs", PARTITION, self.storage_options)
         try:
             self.format = StoreFormat.from_json(self.table.delta.metadata().description)
         except ValueError as error:
             raise StoreError(f"{self.table.url}: {error}") from error
         self.table.properties = self.format.writer_properties()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options: dict[str, Any] = {"storage_options": self.storage_options, "checkpoints": self.checkpoints}
+        return functools.partial(TeacherStore, **options), (self.url,)
+
+    @functools.cached_property
+    def registry(self) -> Table:
+        """The table of the published snapshots."""
+        return Table(f"{self.url}/snapshots", (), self.storage_options)
 
     @classmethod
     def create(
@@ -97,6 +141,7 @@ class TeacherStore:
         window_seconds: int = 86_400,
         resolution: Resolution = "bfloat16",
         storage_options: Mapping[str, str] | None = None,
+        checkpoints: Path | str | None = None,
     ) -> TeacherStore:
         """Make a store, or open the one that is there, which must be of the same format.
 
@@ -109,6 +154,7 @@ class TeacherStore:
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error
                 of at most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
             storage_options: as for the class.
+            checkpoints: as for the class.
 
         Raises:
             StoreError: if there is one of another format, or it can't be made.
@@ -120,9 +166,9 @@ class TeacherStore:
         wanted = StoreFormat(tasks=names, window_seconds=window_seconds, resolution=resolution)
         url = normal_url(url)
         where = f"{url}/outputs"
-        create_registry(url, storage_options)
+        Table.create(f"{url}/snapshots", SNAPSHOTS, (), "snapshots of teachers", storage_options)
         Table.create(where, wanted.schema(), PARTITION, wanted.to_json(), storage_options)
-        store = cls(url, storage_options=storage_options)
+        store = cls(url, storage_options=storage_options, checkpoints=checkpoints)
         if store.format != wanted:
             raise StoreError(
                 f"{where}: is a store of {store.format}, and {wanted} was asked for: open it with "
@@ -157,8 +203,9 @@ class TeacherStore:
                 (``torch.logit`` makes them), else predictions. Columns with names (a DataFrame, an
                 Arrow table) are taken by name: those of the tasks, in any order.
             event_seconds: (n,) event times of the examples, epoch seconds.
-            shard: a name for this piece of work: a second write of the same name does nothing.
-                None: a name of its own.
+            shard: a name for this piece of work, among those of the snapshot: written again with
+                the same rows (ids and times; outputs up to rounding) only those are written that
+                have gone from the store since. None: a name of its own.
             logged: said in the teacher's own training forward, before its update.
             keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers.
             embeddings: (n, K) floating point.
@@ -169,24 +216,99 @@ class TeacherStore:
             TypeError: for a wrong kind or dtype.
             ValueError: for a wrong shape; for bad rows: negative or doubled ids, NaN or infinite
                 outputs, event times out of range, and leaks (the snapshot was trained through the
-                event time of the example or later, and the output was not logged).
+                event time of the example or later, and the output was not logged); if the shard was
+                written with other rows; for rows of more than 1,000 windows.
             StoreError: if the rows can't be written; then none is.
         """
         check_bad_rows(bad_rows)
-        rows = self._to_write(snapshot, example_ids, outputs, event_seconds, logged)
-        optional = _optional_columns(len(rows), keys, embeddings)
-        columns = self._columns(snapshot.teacher, rows, optional)
-        broken = broken_rules(rows, None, self.format.window_seconds)
+        offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged)
+        optional = _optional_columns(len(offered), keys, embeddings)
+        columns = self._columns(snapshot.teacher, offered, optional)
+        broken = broken_rules(offered, None, self.format.window_seconds)
         where = f"{self.url}: nothing was written"
-        good, quarantined = sift(rows, broken, bad_rows, where, ValueError)
+        good, quarantined = sift(offered, broken, bad_rows, where, ValueError)
+        rows = offered[good] if quarantined else offered
+        windows = np.unique(self.window_of(rows.event_time // MICROSECONDS))
+        if len(windows) > _MAX_WINDOWS:
+            raise ValueError(
+                f"{where}: the rows should be of at most {_MAX_WINDOWS} windows; received "
+                f"{len(windows)}: write them in order of time, a part at a time, or create the "
+                "store with a larger window_seconds"
+            )
         if quarantined:
             columns = columns.filter(pa.array(good))
-        note = {"quarantined": json.dumps(quarantined), "teacher": snapshot.teacher}
-        transaction = shard or f"write/{uuid.uuid4().hex}", 0
-        columns = columns.take(pa.array(_order(columns)))
-        if not self.table.append(columns, transaction, note if quarantined else None):
-            return WriteReport(written=0, committed=False)
-        return WriteReport(written=columns.num_rows, quarantined=quarantined)
+        notes = {"teacher": snapshot.teacher, "quarantined": json.dumps(quarantined)}
+        transaction = _transaction(snapshot, shard, offered)
+        there = np.zeros(len(rows), dtype=np.bool_)
+
+        def prepare() -> Commit | None:
+            nonlocal there
+            last = self.table.transaction(transaction[0])
+            if last is not None:
+                there = self._written_before(snapshot, transaction, last, rows, windows)
+                if there.all():
+                    return None
+            data = columns.filter(pa.array(~there)) if there.any() else columns
+            data = data.take(pa.array(_order(data)))
+            return Commit(
+                lambda properties: self.table.append(data, properties),
+                transaction,
+                notes if quarantined else {},
+            )
+
+        made = self.table.commit("can't be written to, and nothing of this shard was", prepare)
+        return WriteReport(
+            written=int((~there).sum()) if made is not None else 0,
+            quarantined=quarantined if made is not None else {},
+            committed=made is not None,
+            stored_before=int(there.sum()),
+        )
+
+    def _written_before(
+        self, snapshot: Snapshot, transaction: tuple[str, int], last: int, rows: Rows, windows: Ints
+    ) -> Mask:
+        """Which rows (n,) of a shard are in the store; an error if it was written with others."""
+        name, number = transaction
+        none = np.zeros(len(rows), dtype=np.bool_)
+        if not len(rows):
+            return none
+        if last != number:
+            if not any(self._may_hold(file, snapshot) for file in self.table.files()):
+                return none  # all that was written by this name is gone
+            raise ValueError(
+                f"{self.url}: nothing was written: {name!r}, a shard of {snapshot}, should have "
+                f"the rows it was written with, {_summary(last)}; received {_summary(number)}: "
+                "give other rows another name, or publish what said them as another version"
+            )
+        stored = Rows.concatenate(
+            [self.read(snapshot.teacher, window, bad_rows="quarantine")[0] for window in windows],
+            len(self.tasks),
+        )
+        stored = stored[(stored.snapshot == snapshot.version) & (stored.logged == rows.logged[:1])]
+        if not len(stored):
+            return none
+        order = np.argsort(stored.example_id)
+        at = np.searchsorted(stored.example_id[order], rows.example_id).clip(max=len(order) - 1)
+        same = stored[order[at]]
+        there: Mask = same.example_id == rows.example_id
+        differ: Mask = there & ~self.format.alike(same.outputs, rows.outputs).all(axis=1)
+        if differ.any():
+            first = np.flatnonzero(differ)[0]
+            raise ValueError(
+                f"{self.url}: nothing was written: {name!r}, a shard of {snapshot}, should have "
+                f"the outputs that it was written with; received others for {differ.sum()} of "
+                f"{len(rows)} examples: of example {rows.example_id[first]} there are "
+                f"{same.outputs[first].tolist()}, and these are {rows.outputs[first].tolist()}: "
+                "publish what said them as another version, or forget this one before"
+            )
+        return there
+
+    @staticmethod
+    def _may_hold(file: DataFile, snapshot: Snapshot) -> bool:
+        """Whether a file may hold rows of a snapshot, by what the log says of it."""
+        if file.partition[0] != snapshot.teacher:
+            return False
+        return file.snapshots is None or file.snapshots[0] <= snapshot.version <= file.snapshots[1]
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
         """Say that a writer has written all that it will of events before a time.
@@ -206,7 +328,16 @@ class TeacherStore:
         if not writer or not isinstance(writer, str):
             raise ValueError(f"the writer of a watermark should have a name; received {writer!r}")
         second = as_second("before_seconds", before_seconds)
-        self.table.append(self.format.schema().empty_table(), (f"watermark/{writer}", second))
+        name = f"watermark/{writer}"
+
+        def prepare() -> Commit | None:
+            last = self.table.transaction(name)
+            if last is not None and last >= second:
+                return None
+            nothing = self.format.schema().empty_table()
+            return Commit(lambda made: self.table.append(nothing, made), (name, second))
+
+        self.table.commit("the watermark can't be written", prepare)
 
     def watermark(self, writer: str) -> int | None:
         """That of a writer, as of the commit that is read; None if it has none."""
@@ -257,28 +388,22 @@ class TeacherStore:
         check_bad_rows(bad_rows)
         files = self.files(teacher, window)
         try:
-            parts = [self.read_file(file, bad_rows=bad_rows) for file in files]
+            parts = [self.read_file(file) for file in files]
         except MissingFileError:  # compaction may have put another in its place
             self.refresh()
             if self.files(teacher, window) == files:
                 raise
             return self.read(teacher, window, bad_rows=bad_rows)
-        quarantined = Counter[str]()
-        for _, left_out in parts:
-            quarantined.update(left_out)
-        return Rows.concatenate([rows for rows, _ in parts], len(self.tasks)), dict(quarantined)
+        left_out = Counter[str]()
+        for number, (file, rows) in enumerate(zip(files, parts, strict=True)):
+            broken = broken_rules(rows, window, self.format.window_seconds)
+            where = f"{self.table.url}/{file.path}"
+            good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
+            left_out.update(quarantined)
+            parts[number] = rows[good] if quarantined else rows
+        return Rows.concatenate(parts, len(self.tasks)), dict(left_out)
 
-    def read_file(
-        self, file: DataFile, *, bad_rows: BadRows = "refuse"
-    ) -> tuple[Rows, dict[str, int]]:
-        """As :meth:`read`, for one of :meth:`files`."""
-        rows = self.rows_of(file)
-        broken = broken_rules(rows, file.partition[1], self.format.window_seconds)
-        where = f"{self.table.url}/{file.path}"
-        good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
-        return (rows[good] if quarantined else rows), quarantined
-
-    def rows_of(self, file: DataFile) -> Rows:
+    def read_file(self, file: DataFile) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
         names = [field.name for field in fields(Rows) if field.name != "outputs"]
         schema = self.format.schema()
@@ -319,6 +444,20 @@ class TeacherStore:
         }
         schema = self.format.schema()
         return pa.table([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
+
+
+def _transaction(snapshot: Snapshot, shard: str | None, rows: Rows) -> tuple[str, int]:
+    """The name of a shard in the log, and a number that stands for its rows, in any order."""
+    if shard is None:
+        return f"write/{uuid.uuid4().hex}", 0
+    digest = mix(rows.example_id + mix(2 * rows.event_time + rows.logged).view(np.int64)).sum()
+    number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
+    return f"shard/{snapshot.teacher}/{snapshot.version}/{shard}", number
+
+
+def _summary(number: int) -> str:
+    """What the number of a shard's transaction tells of its rows."""
+    return f"{number >> 32} of the digest {number & (2**32 - 1):08x}"
 
 
 def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ is of a model that has not seen it.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import deque
@@ -29,10 +30,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import as_second, check_duration, utc
+from torchrec_exfm.das.delta import StoreError
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
+from torchrec_exfm.das.schema import Snapshot
 from torchrec_exfm.das.scoring import score
-from torchrec_exfm.das.snapshots import Snapshot, load_snapshot, newest_snapshot, publish
+from torchrec_exfm.das.snapshots import load_snapshot, newest_snapshot, publish
 from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.metrics import ExFMMetrics
 from torchrec_exfm.resume import load_training, save_training
@@ -124,7 +127,6 @@ def train_teacher(
     logger: TeacherLogger | None = None,
     step: Callable[[Any], None] = lambda output: None,
     folder: Path | str | None = None,
-    checkpoints: Path | str | None = None,
 ) -> Iterator[Window]:
     """:func:`train_windows` for a teacher: after each window what it said is logged, and published.
 
@@ -139,7 +141,6 @@ def train_teacher(
         logger: attached to the model; None: nothing is logged, a scorer sees to all.
         step: as for :func:`train_windows`.
         folder: as for :func:`train_windows`.
-        checkpoints: as for :func:`publish`.
 
     Raises:
         ValueError: as :func:`train_windows`, :meth:`TeacherLogger.flush` and :func:`publish`; if
@@ -163,7 +164,7 @@ def train_teacher(
         known = newest is not None and newest.trained_through_seconds >= last  # and then killed
         if number % refresh == 0 and not known:
             model = pipeline._model
-            publish(store, teacher, model, trained_through_seconds=last, checkpoints=checkpoints)
+            publish(store, teacher, model, trained_through_seconds=last)
         _advance(store, teacher, window.end_seconds)
         yield window
 
@@ -177,7 +178,6 @@ def score_windows(
     device: torch.device,
     delay: int = 0,
     timeout_seconds: float = 600.0,
-    checkpoints: Path | str | None = None,
     **options: Any,
 ) -> Iterator[Window]:
     """Score the students' examples of window after window by a teacher's snapshots, as they come.
@@ -198,7 +198,6 @@ def score_windows(
         delay: for how many windows a snapshot is on its way from its teacher to here; of those
             given: the first may have the newest snapshot before it.
         timeout_seconds: how long to wait for the teacher.
-        checkpoints: as for :func:`publish`.
         options: as for :func:`score`.
 
     Raises:
@@ -220,7 +219,7 @@ def score_windows(
         snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=begins[0]))
         if snapshot is not None:
             if snapshot != loaded:
-                load_snapshot(store, snapshot, model, checkpoints=checkpoints)
+                load_snapshot(store, snapshot, model)
             loaded = snapshot
             score(model, store, list(window.data), snapshot, device=device, **options)
         _advance(store, writer, window.end_seconds)
@@ -257,7 +256,7 @@ def wait_for_outputs(
     check_duration("timeout_seconds", timeout_seconds)
     writers = lookup.teachers if writers is None else writers
     writers = (writers,) if isinstance(writers, str) else tuple(writers)
-    store = TeacherStore(lookup.store.url, storage_options=lookup.store.storage_options)
+    store = copy.copy(lookup.store)
     for window in windows:
         for writer in writers:
             try:
@@ -334,11 +333,23 @@ def _watermark(store: TeacherStore, writer: str) -> int:
 def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> None:
     """Until a watermark is there; else a TimeoutError, the same on every rank."""
     deadline = time.monotonic() + timeout_seconds
-    while (watermark := _watermark(store, writer)) < before_seconds:
+
+    def look() -> str | None:
+        """What is wrong so far; the store may be out of reach for a while."""
+        try:
+            store.refresh()
+            watermark = store.watermark(writer)
+        except StoreError as error:
+            return f"could not be read: {error}"
+        if (watermark or 0) >= before_seconds:
+            return None
+        return f"is {'not there' if watermark is None else utc(watermark)}: is its job running?"
+
+    while (wrong := on_rank_0(look)) is not None:
         if on_rank_0(lambda: time.monotonic() > deadline):
             raise TimeoutError(
                 f"{store.url}: {writer} should have its outputs of events before "
-                f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark is "
-                f"{utc(watermark) if watermark else 'not there'}: is its job running?"
+                f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark "
+                f"{wrong}"
             )
         time.sleep(_POLL_SECONDS)

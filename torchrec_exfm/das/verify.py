@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from tqdm import tqdm
 
 from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
-from torchrec_exfm.das.delta import DataFile, StoreError
+from torchrec_exfm.das.delta import DataFile, StoreError, Table
 from torchrec_exfm.das.rules import Rows, broken_rules, first_few
-from torchrec_exfm.das.schema import PARTITION, check_name
-from torchrec_exfm.das.snapshots import checkpoint_folder, entries, is_plain, registry_of
+from torchrec_exfm.das.schema import check_name
+from torchrec_exfm.das.snapshots import checkpoint_folder, entries
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["ERRORS", "Verification"]
@@ -33,7 +32,6 @@ class Verification:
     Args:
         store: what to read.
         say: called with a sentence for each violation, which names the file and the rows.
-        checkpoints: as for :func:`~torchrec_exfm.das.load_snapshot`.
 
     Attributes:
         counts: of violations, and of the files, rows, snapshots and checkpoints that were read.
@@ -44,14 +42,13 @@ class Verification:
         self,
         store: TeacherStore,
         say: Callable[[str], object],
-        checkpoints: Path | str | None = None,
     ) -> None:
         self.counts = Counter(files=0, rows=0, snapshots=0, checkpoints=0, violations=0)
         self.notes: list[str] = []
         self._store, self._say = store, say
         self._published: dict[tuple[str, int], int] = {}  # trained through, in seconds
         self._unpublished = defaultdict[str, Counter[int]](Counter)  # rows, by version
-        self._attempt(self._check_snapshots, checkpoints)
+        self._attempt(self._check_snapshots)
         self._attempt(self._check_table)
         for teacher, rows in self._unpublished.items():
             text = f"{sum(rows.values())} rows of {teacher} are of versions not published here: "
@@ -68,22 +65,25 @@ class Verification:
         except ERRORS as error:
             self._violation(str(error))
 
-    def _check_snapshots(self, checkpoints: Path | str | None) -> None:
-        if unseen := checkpoints is None and "://" in self._store.url:
+    def _check_snapshots(self) -> None:
+        if (checkpoints := self._store.checkpoints) is None:
             self.notes.append("checkpoints were not looked for: their folder was not given")
-        for snapshot, name in entries(registry_of(self._store)):
+        self._check_log(self._store.registry)
+        for snapshot, name in entries(self._store):
             self.counts["snapshots"] += 1
             self._published[snapshot.teacher, snapshot.version] = snapshot.trained_through_seconds
-            if name is not None and not is_plain(name):
-                self._violation(f"the checkpoint {name!r} of {snapshot}, has no safe name")
-            elif name is not None and not unseen:
-                folder = checkpoint_folder(self._store, checkpoints) / snapshot.teacher / name
-                self.counts["checkpoints"] += self._attempt(read_metadata, folder) is not None
+            if name is not None and checkpoints is not None:
+                folder = self._attempt(checkpoint_folder, self._store, snapshot.teacher, name)
+                read = folder is not None and self._attempt(read_metadata, folder) is not None
+                self.counts["checkpoints"] += read
+
+    def _check_log(self, table: Table) -> None:
+        for words in table.damaged_log_files():
+            self._violation(words)
 
     def _check_table(self) -> None:
         table = self._store.table
-        if tuple(table.delta.metadata().partition_columns) != PARTITION:
-            raise StoreError(f"{table.url}: is not partitioned by {PARTITION}: its rows are unread")
+        self._check_log(table)
         if differing := {*pa.schema(table.delta.schema())} ^ {*self._store.format.schema()}:
             self._violation(f"{table.url}: not as in the format: {sorted(map(str, differing))}")
         for teacher in self._store.teachers():
@@ -116,7 +116,7 @@ class Verification:
     def _check_file(self, file: DataFile) -> Rows:
         store, (teacher, window) = self._store, file.partition
         store.table.read(file, pa.schema([f for f in store.format.schema() if f.nullable]))
-        rows = store.rows_of(file)
+        rows = store.read_file(file)
         self.counts.update(files=1, rows=len(rows))
         for words, bad in broken_rules(rows, window, store.format.window_seconds).items():
             self._bad_rows(file, words, bad, rows)
