@@ -366,7 +366,7 @@ def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
         if rank == 0:  # rows that are lost, and given up, are scored again
             lost = store.files("a", store.windows("a")[1])[0]
             (Path(name) / "store" / "outputs" / lost.path).unlink()
-            store.table.delta.repair()
+            store.table.repair()
             missing[0] = lost.rows
         dist.broadcast_object_list(missing)
         again = score(model, store, three_students(examples), snapshot, **options)

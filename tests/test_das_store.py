@@ -248,9 +248,8 @@ def test_planted_rows_are_refused_on_read(tmp_path: Path, kind: str) -> None:
     columns, words = PLANTED[kind]
     store = new_store(tmp_path)
     dd.plant(store, **columns)
-    store.write(snapshot(), [9], [0.5], [AT])
     planted = dd.only_file(store)
-    store.refresh()
+    store.write(snapshot(), [9], [0.5], [AT])
     with pytest.raises(StoreError, match=words) as caught:
         store.read("fm", 2)
     text = dd.sentence(caught.value)

@@ -105,6 +105,7 @@ def test_the_public_names_are_frozen() -> None:
     ]
     assert das.__all__ == [
         "Examples",
+        "ForgetReport",
         "LookupCounters",
         "ScoringReport",
         "Snapshot",
@@ -114,7 +115,7 @@ def test_the_public_names_are_frozen() -> None:
         "TeacherStore",
         "Window",
         "WriteReport",
-        "forget_snapshots",
+        "forget",
         "hash_ids",
         "load_snapshot",
         "newest_snapshot",

@@ -88,7 +88,11 @@ class Table:
         self._process = os.getpid()
         self._listed: tuple[int, list[DataFile]] | None = None
         with self._reading_log("can't be opened"):
-            self.delta = DeltaTable(url, storage_options=self._options)
+            try:
+                self.delta = DeltaTable(url, storage_options=self._options)
+            except TableNotFoundError:
+                words = "there is no store; TeacherStore.create makes one"
+                raise StoreError(f"{url}: {words}") from None
         summed_up = (version for version, path in self._log_files() if path.endswith(".parquet"))
         self._whole_through = max(summed_up, default=-1)  # no commit up to it has lost a line
         self._check()
@@ -255,7 +259,7 @@ class Table:
     def _data_file(self, actions: Mapping[str, Sequence[Any]], row: int) -> DataFile:
         path = unquote(actions["path"][row])  # the log has it percent-encoded
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", path) or ".." in path.split("/"):
-            raise self._refusal(path)
+            raise self._refusal(actions["path"][row])
         values = tuple(actions[f"partition.{name}"][row] for name in self.partition)
         folders = [f"{name}={value}" for name, value in zip(self.partition, values, strict=True)]
         written = [unquote(folder) for folder in path.split("/")[: len(folders)]]
@@ -284,22 +288,20 @@ class Table:
         where = f"{self.url}/{file.path}"
         self._check_inside(file.path)
         with telling(where, "can't be read", self._options):
-            try:
-                with self._filesystem.open_input_file(file.path) as source:
-                    size = source.size()
-                    if size != file.size_bytes:
-                        raise StoreError(
-                            f"{where}: is of {size} bytes and the table's log says "
-                            f"{file.size_bytes}: it was cut short or replaced; restore it, or "
-                            "write its rows anew"
-                        )
-                    rows = pq.ParquetFile(source).read(columns=columns.names, use_threads=False)
-            except FileNotFoundError as error:
+            if self._filesystem.get_file_info(file.path).type != pa_fs.FileType.File:
                 raise MissingFileError(
                     f"{where}: is missing, and the table's log has it; restore it, or give its "
                     "rows up with `python -m torchrec_exfm.das compact URL --repair` and write "
                     "them anew"
-                ) from error
+                )
+            with self._filesystem.open_input_file(file.path) as source:
+                size = source.size()
+                if size != file.size_bytes:
+                    raise StoreError(
+                        f"{where}: is of {size} bytes and the table's log says {file.size_bytes}: "
+                        "it was cut short or replaced; restore it, or write its rows anew"
+                    )
+                rows = pq.ParquetFile(source).read(columns=columns.names, use_threads=False)
             if rows.schema.names != columns.names:
                 absent = [name for name in columns.names if name not in rows.schema.names]
                 raise StoreError(f"{where}: lacks the columns {absent}: it is not of this table")
@@ -338,7 +340,7 @@ class Table:
         self._check_inside(path)
         try:
             with (
-                telling(self.url, "its log can't be read", self._options),
+                telling("its text", "can't be read", self._options),
                 contextlib.suppress(FileNotFoundError),  # cleaned up since it was listed
                 self._filesystem.open_input_file(path) as source,
             ):
@@ -409,9 +411,12 @@ class Table:
             with self._telling(failure):
                 yield
         except StoreError as error:
-            for words in self.damaged_log_files():
-                raise StoreError(f"{words}; restore it from a copy") from error
-            raise
+            damaged = []
+            with contextlib.suppress(StoreError):  # there may be no log at all
+                damaged = [*self.damaged_log_files()]
+            if not damaged or isinstance(error, _ConflictError):
+                raise
+            raise StoreError(f"{damaged[0]}; restore it from a copy") from error
 
 
 class _ConflictError(StoreError):
@@ -440,8 +445,6 @@ def telling(
     """Raise the libraries' errors as a StoreError: what could not be done, where, and why."""
     try:
         yield
-    except TableNotFoundError:
-        raise StoreError(f"{where}: there is no store; TeacherStore.create makes one") from None
     except BaseException as error:
         # what panics in the library is no Exception, and would end threads without a word
         if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
@@ -455,7 +458,10 @@ def lost_lines(text: bytes) -> str | None:
     actions = [json.loads(line) for line in text.splitlines()]
     if not actions:
         return "is an empty commit: its lines were lost"
-    info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+    if not all(isinstance(action, dict) for action in actions):
+        return "is no commit: its lines should be JSON objects"
+    infos = [action["commitInfo"] for action in actions if "commitInfo" in action]
+    info: dict[str, Any] = infos[0] if infos else {}
     metrics = info.get("operationMetrics", {})
     adds = [action["add"] for action in actions if "add" in action]
     stats = [json.loads(add.get("stats") or "{}") for add in adds]
@@ -465,8 +471,9 @@ def lost_lines(text: bytes) -> str | None:
         "numFilesAdded": len(adds),
         "num_removed_files": sum("remove" in action for action in actions),
         "numFilesRemoved": sum("remove" in action for action in actions),
-        "num_added_rows": sum(each.get("numRecords", 0) for each in stats),
     }
+    if all("numRecords" in each for each in stats):
+        there["num_added_rows"] = sum(each["numRecords"] for each in stats)
     for name, count in there.items():
         if metrics.get(name, count) != count:
             return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"

@@ -124,7 +124,10 @@ class TeacherStore:
         self.table.properties = self.format.writer_properties()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options: dict[str, Any] = {"storage_options": self.storage_options, "checkpoints": self.checkpoints}
+        options: dict[str, Any] = {
+            "storage_options": self.storage_options,
+            "checkpoints": self.checkpoints,
+        }
         return functools.partial(TeacherStore, **options), (self.url,)
 
     @functools.cached_property
