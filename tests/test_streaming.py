@@ -399,7 +399,7 @@ def test_watermarks(tmp_path: Path) -> None:
     store.advance_watermark("a", 10)
     other.advance_watermark("a", 7)  # never falls
     other.advance_watermark("b", 5)
-    assert (store.watermark("a"), other.watermark("a")) == (None, None)  # as of what is read
+    assert (store.watermark("a"), store.watermark("b")) == (10, None)  # as of what is read
     store.refresh()
     assert (store.watermark("a"), store.watermark("b")) == (10, 5)
     assert not list(tmp_path.rglob("*.parquet"))
