@@ -10,7 +10,6 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
+
+from torchrec_exfm.das.urls import normal_url
 
 __all__ = ["Commit", "DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
 
@@ -495,31 +496,6 @@ def _properties(commit: Commit, mark: str) -> CommitProperties:
         notes["transaction"] = f"{name}={number}"
         transactions.append(Transaction(name, number))
     return CommitProperties(custom_metadata=notes, app_transactions=transactions)
-
-
-def normal_url(url: str | Path) -> str:
-    """A local folder as its absolute path, ``file://`` URLs too; other URLs as they are.
-
-    Raises:
-        TypeError: for no string or path.
-        ValueError: for an empty one, or a URL with credentials or with ``..`` in it.
-    """
-    if not isinstance(url, (str, Path)):
-        raise TypeError(
-            f"a store's url should be a string or a Path; received {type(url).__name__}"
-        )
-    text = str(url).removeprefix("file://")
-    if "://" not in text:
-        if not text:
-            raise ValueError("a store's url should be a folder or a URL; received ''")
-        return str(Path(text).expanduser().absolute())
-    place = text.split("://", 1)[1]
-    if "@" in place.split("/")[0] or "?" in place or ".." in place.split("/"):
-        raise ValueError(
-            "a store's url should be SCHEME://BUCKET/PATH, without credentials, query and '..': "
-            "credentials go into storage_options or the environment"
-        )
-    return text.rstrip("/")
 
 
 def _one_line(error: BaseException) -> str:

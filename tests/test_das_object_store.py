@@ -1,0 +1,131 @@
+"""A teacher store on an object store: S3, of a server that fails as they do."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import das_data as dd
+import numpy as np
+import pytest
+from das_data import AT, WINDOW, snapshot
+from s3_server import S3Server, s3_server
+
+from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore, newest_snapshot, publish
+
+IDS = np.arange(3)
+OUTPUTS = {0: [0.5], 1: [1.5], 2: [2.5]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a folder of the test's own."""
+    server.set_faults()
+    server.requests()
+    yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
+    server.set_faults()
+
+
+def new_store(url: str, server: S3Server) -> TeacherStore:
+    return TeacherStore.create(
+        url, window_seconds=WINDOW, resolution="float32", storage_options=server.storage_options
+    )
+
+
+def write(store: TeacherStore, at: int = AT) -> None:
+    store.write(snapshot(), IDS, IDS + np.float32(0.5), np.full(3, at))
+
+
+def test_a_store_is_written_read_and_looked_up(server: S3Server, url: str) -> None:
+    store = new_store(url, server)
+    write(store)
+    assert dd.by_id(store) == OUTPUTS
+    lookup = TeacherLookup(store, "fm", ids=lambda batch: batch, event_seconds=lambda _: AT)
+    found = lookup([2, 0, 9])
+    assert found.values[:, 0, 0].tolist()[:2] == [2.5, 0.5]
+    assert found.presence[:, 0, 0].tolist() == [True, True, False]
+
+
+def test_snapshots_are_published(server: S3Server, url: str) -> None:
+    store = new_store(url, server)
+    published = [publish(store, "fm", None, trained_through_seconds=s) for s in (5, 6)]
+    assert newest_snapshot(store, "fm") == published[1]
+
+
+def test_slow_replies_and_errors_are_passed_over(server: S3Server, url: str) -> None:
+    server.set_faults(failing=0.3, latency_seconds=0.005)
+    store = new_store(url, server)
+    write(store)
+    write(store, AT + WINDOW)
+    store.refresh()
+    for window in (2, 3):
+        assert store.read("fm", window)[0].example_id.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("status", [500, 503, 0], ids=["500", "503", "closed"])
+def test_rows_are_there_once_if_the_reply_is_lost(server: S3Server, url: str, status: int) -> None:
+    store = new_store(url, server)
+    server.set_faults(lost_replies=1, lost_status=status)
+    write(store)
+    assert dd.by_id(store) == OUTPUTS  # which fails for a row that is there twice
+
+
+def test_several_writers_lose_nothing(server: S3Server, url: str) -> None:
+    new_store(url, server)
+    server.set_faults(failing=0.05)
+
+    def write_five(writer: int) -> None:
+        store = TeacherStore(url, storage_options=server.storage_options)
+        for piece in range(5):
+            store.write(snapshot(), [10 * writer + piece], [0.5], [AT])
+
+    threads = [threading.Thread(target=write_five, args=(writer,)) for writer in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    server.set_faults()
+    store = TeacherStore(url, storage_options=server.storage_options)
+    assert set(dd.by_id(store)) == {
+        10 * writer + piece for writer in range(3) for piece in range(5)
+    }
+
+
+def test_a_long_log_is_listed_in_pages(server: S3Server, url: str) -> None:
+    store = new_store(url, server)
+    for window in range(4):
+        write(store, AT + window * WINDOW)
+    server.set_faults(page=2)
+    opened = TeacherStore(url, storage_options=server.storage_options)
+    assert opened.windows("fm") == [2, 3, 4, 5]
+    assert any("continuation-token" in request for request in server.requests())
+
+
+def test_a_store_that_fails_is_one_sentence(server: S3Server, url: str) -> None:
+    store = new_store(url, server)
+    write(store)
+    store.refresh()
+    server.set_faults(failing=1.0, status=500)
+    for act in (lambda: store.read("fm", 2), lambda: write(store), lambda: store.refresh()):
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="500 Internal Server Error") as caught:
+            act()
+        assert url in dd.sentence(caught.value)
+        assert time.monotonic() - started < 5
+
+
+def test_what_was_written_is_there_for_whoever_has_the_options(server: S3Server, url: str) -> None:
+    write(new_store(url, server))
+    wrong = {**server.storage_options, "aws_endpoint_url": "http://127.0.0.1:1", "max_retries": "0"}
+    with pytest.raises(StoreError, match="can't be opened"):
+        TeacherStore(url, storage_options=wrong)
+    opened = TeacherStore(f"{url}/", storage_options=server.storage_options)
+    assert dd.by_id(opened) == OUTPUTS

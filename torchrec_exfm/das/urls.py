@@ -1,0 +1,70 @@
+"""Where a store is: a folder, or a URL that holds no credentials."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["is_container", "normal_url"]
+
+# In an object store: no character in which a URL may carry a secret (@ ? # % ;), and none at which
+# the library panics ([ \ ] ^ |). Of two spellings of a place, as of a percent-encoded one, one is
+# enough.
+_PATH = r"(?:/(?!\.{1,2}(?:/|$))[\w\-.=+,:~!*'() ]*)*"
+_HOST = r"[\w\-.]+(?::\d{1,5})?"
+_URL = re.compile(rf"([a-z][a-z0-9+.-]*)://(?:([^/@]*)@)?({_HOST})?({_PATH})", re.IGNORECASE)
+_SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_CONTAINER = re.compile(r"(?=.{3,63}$)[a-z0-9](?:-?[a-z0-9])*")
+_UNTAKEN = re.compile(r"[\[\\\]^|\x00-\x1f]|%[0-9a-fA-F]{2}")  # of a local folder, by the library
+
+
+def normal_url(url: str | Path) -> str:
+    """Return a local folder as its absolute path, ``file://`` URLs too; other URLs as they are.
+
+    What is refused is not repeated: it may hold credentials.
+
+    Raises:
+        TypeError: for no string or path.
+        ValueError: for an empty one; for a URL in which credentials have a place (user, query,
+            fragment, also percent-encoded), or with ``..`` in it; for characters that the library
+            can't take.
+    """
+    if not isinstance(url, (str, Path)):
+        raise TypeError(
+            f"a store's url should be a string or a Path; received {type(url).__name__}"
+        )
+    text = str(url)
+    if not text:
+        raise ValueError("a store's url should be a folder or a URL; received ''")
+    if "://" in text or _SCHEME.match(text):
+        return _normal_remote(text)
+    if _UNTAKEN.search(text):
+        raise ValueError(
+            "a store's url should be a folder without control characters, [ \\ ] ^ | and "
+            "percent-encoding (%20), which Delta Lake can't take; received one with them: rename it"
+        )
+    return str(Path(text).expanduser().absolute())
+
+
+def is_container(name: str) -> bool:
+    """Whether a name is one of a container of Azure: nothing else may stand before its ``@``."""
+    return _CONTAINER.fullmatch(name) is not None
+
+
+def _normal_remote(text: str) -> str:
+    parts = _URL.fullmatch(text)
+    if parts is not None:
+        scheme, container, host, path = parts.groups()
+        scheme = scheme.lower()
+        if scheme == "file" and container is None and host in (None, "localhost") and path:
+            return str(Path(path).absolute())
+        of_azure = scheme in ("abfs", "abfss") and is_container(container or "")
+        if host is not None and scheme != "file" and (container is None or of_azure):
+            place = f"{container}@{host}" if container else host
+            return f"{scheme}://{place}{path.rstrip('/')}"
+    raise ValueError(
+        "a store's url should be a folder, SCHEME://BUCKET/PATH or abfss://CONTAINER@ACCOUNT/PATH, "
+        "the last two of letters, digits, blanks and -_.=+,:~!*'() without '..'; received another, "
+        "which is not repeated, as it may hold credentials: they go into storage_options or the "
+        "environment (a folder with a ':' in its name: as an absolute path)"
+    )
