@@ -382,6 +382,11 @@ def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
             ("JSON as values", lambda t: t.update(values=torch.tensor([255]).byte())),
             ("JSON as values", lambda t: t.update(values=t["values"][:-1])),
             ("JSON as values", lambda t: t.update(values=torch.ones(2, 2))),
+            ("JSON as values", lambda t: t.update(values=torch.ones(2).bfloat16())),
+            (
+                "state of random numbers",
+                lambda t: [t.pop(key) for key in list(t) if key.startswith(mine)],
+            ),
             ("state of random numbers", lambda t: t.pop(mine + "random")),
             ("state of random numbers", lambda t: t.update({mine + "random": torch.ones(7)})),
             ("state of random numbers", lambda t: t[mine + "random"].fill_(1)),

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
@@ -198,21 +198,9 @@ def load_training(
     checkpoint = Path(folder) / str(newest)
     metadata = open_checkpoint(checkpoint)
     saved = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    if _VALUES not in saved:
-        raise ValueError(
-            f"{checkpoint} should hold a training; received another checkpoint; load one of a bare "
-            "student into student_state_dict(model)"
-        )
-    prefix = f"rank{rank()}/"
-    mine = {
-        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
-        for key, tensor in saved.items()
-        if key == _VALUES or key.startswith(prefix)
-    }
-    load_checkpoint(checkpoint, mine, metadata)
-    values = on_every_rank(lambda: _unpacked(checkpoint, mine[_VALUES]))
-    own = _below(prefix, mine) if values["ranks"] == world_size() else {}
-    saved_metrics = _below("metrics/", own) if metrics is not None else {}
+    values, own = _values_and_own(checkpoint, metadata)
+    as_many = values["ranks"] == world_size()
+    saved_metrics = _below("metrics/", own) if as_many and metrics is not None else {}
     state = _modules(pipeline)
     for each in optimizers:
         state |= each.states() if each.fused else each.empty_states(saved)
@@ -222,7 +210,7 @@ def load_training(
     def check() -> None:
         _check_run(checkpoint, saved, values, pipeline, needed)
         _check_numbers(checkpoint, saved, values, numbers)
-        if own:
+        if as_many:
             _check_random(checkpoint, own, pipeline._device)
         if metrics is not None and saved_metrics:
             _check_metrics(checkpoint, saved_metrics, metrics)
@@ -241,7 +229,7 @@ def load_training(
             MetricsRestartedWarning,
             stacklevel=2,
         )
-    if own:
+    if as_many:
         torch.set_rng_state(own["random"])
         if pipeline._device.type == "cuda" and "random.cuda" in own:
             torch.cuda.set_rng_state(own["random.cuda"], pipeline._device)
@@ -305,10 +293,28 @@ def _names(pipeline: Pipeline) -> dict[str, list[str]]:
     return {"teachers": list(head.teachers), "tasks": list(head.task_names), "terms": terms}
 
 
+def _values_and_own(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what is no tensor, and what this rank has for itself."""
+    saved, prefix = metadata.state_dict_metadata, f"rank{rank()}/"
+    if _VALUES not in saved:
+        raise ValueError(
+            f"{folder} should hold a training; received another checkpoint; load one of a bare "
+            "student into student_state_dict(model)"
+        )
+    tensors = {
+        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        for key, tensor in cast(dict[str, TensorStorageMetadata], saved).items()
+        if key == _VALUES or key.startswith(prefix)
+    }
+    load_checkpoint(folder, tensors, metadata)
+    values = on_every_rank(lambda: _unpacked(folder, tensors[_VALUES]))
+    return values, _below(prefix, tensors)
+
+
 def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(packed.numpy().tobytes())
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise refusal(folder, "hold JSON as values of a training", f"{error!r:.80}") from error
     if not fits(values, _KINDS):
         raise refusal(folder, "hold values of a training", f"others: {values!r:.80}")
@@ -374,10 +380,12 @@ def _form(value: Any) -> Any:
 
 def _check_random(folder: Path, own: Mapping[str, Tensor], device: torch.device) -> None:
     """Check that the state of random numbers is one, on a generator that nobody uses."""
-    devices = {"random": torch.device("cpu"), "random.cuda": device}
+    generators = {"random": torch.Generator()}
+    if device.type == "cuda" and "random.cuda" in own:
+        generators["random.cuda"] = torch.Generator(device)
     try:
-        for key in own.keys() & devices.keys() if device.type == "cuda" else ("random",):
-            torch.Generator(devices[key]).set_state(own[key])
+        for key, generator in generators.items():
+            generator.set_state(own[key])
     except (KeyError, RuntimeError, TypeError) as error:
         raise refusal(folder, "hold the state of random numbers", f"{error!r:.80}") from error
 
