@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from torchrec_exfm import checkpoint
-from torchrec_exfm.checkpoint import fits, load_checkpoint, read_metadata, save_checkpoint
+from torchrec_exfm import _manifest, checkpoint
+from torchrec_exfm._manifest import fits
+from torchrec_exfm.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 
 DATA = "__0_0.distcp"
 
@@ -442,7 +443,7 @@ def test_covers_as_cells_count_them() -> None:
         expected = set(counts.values()) == {1} and not outside
         expected &= all(all(sizes) for _, sizes in boxes)
         covers += expected
-        assert checkpoint._covered_once(shape, chunks_of(boxes)) is expected, (shape, boxes)
+        assert _manifest._covered_once(shape, chunks_of(boxes)) is expected, (shape, boxes)
     assert covers > 300
 
 

@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
 from torchrec_exfm.checkpoint import (
-    METADATA,
-    fits,
     load_checkpoint,
     on_every_rank,
     open_checkpoint,
-    refusal,
     save_checkpoint,
 )
 from torchrec_exfm.metrics import ExFMMetrics
