@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ import pytest
 import rank_models as rm
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import device
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,9 +31,11 @@ def check_checkpoint_across_ranks(rank: int, world_size: int, sharding: str, oth
     with rm.shared_folder() as name:
         folder = Path(name)
         save_checkpoint(folder / "ranks", saved)
-        assert not (folder / "ranks" / ".metadata").exists()
         load_checkpoint(folder / "ranks", loaded)
         rm.assert_same(rm.snapshot(loaded), rm.snapshot(_student_of(world_size, other)))
+        by_dcp = _other_student(world_size, other)
+        dcp.load(by_dcp, checkpoint_id=folder / "ranks")
+        rm.assert_same(rm.snapshot(by_dcp), rm.snapshot(loaded))
 
         if rank == 0:
             _through_one_process(folder)
@@ -59,6 +64,9 @@ def _through_one_process(folder: Path) -> None:
     with mock.patch.object(dist, "is_initialized", lambda: False):
         load_checkpoint(folder / "ranks", whole)
         rm.assert_same(whole, rm.two_task_student().state_dict())
+        by_dcp = {key: torch.zeros_like(value) for key, value in whole.items()}
+        dcp.load(by_dcp, checkpoint_id=folder / "ranks", no_dist=True)
+        rm.assert_same(by_dcp, whole)
         save_checkpoint(folder / "one", whole)
 
 
@@ -105,8 +113,80 @@ def check_checkpoint_errors_reach_every_rank(rank: int, world_size: int) -> None
         with pytest.raises(ValueError, match=r"'a' should be .*\[3\]; received .*\[2\]"):
             load_checkpoint(folder, {"a": torch.ones(3 if last else 2)})
         if rank == 0:
-            (chunk,) = json.loads((folder / "metadata.json").read_text())["tensors"]["a"]["chunks"]
+            document = json.loads((folder / "metadata.json").read_text())
+            (chunk,) = document["tensors"]["a"]["chunks"]
             (folder / chunk["file"]).write_bytes(os.urandom(chunk["length"]))
         dist.barrier()
+        with pytest.raises(ValueError, match=r"should have the SHA-256 .{64}; received .{64};"):
+            load_checkpoint(folder, {"a": torch.ones(2)})
+        seal(folder)
         with pytest.raises(ValueError, match=r"received what torch\.load"):
             load_checkpoint(folder, {"a": torch.ones(2)})
+
+
+def seal(folder: Path) -> None:
+    """Let the digests in metadata.json fit the files; every rank must call it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        document = json.loads((folder / "metadata.json").read_text())
+        for name, record in document["files"].items():
+            data = (folder / name).read_bytes()
+            record.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        document.pop("sha256")
+        sealed = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+        (folder / "metadata.json").write_text(json.dumps(document | {"sha256": sealed}))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def check_damage_on_one_rank_is_refused_on_all(rank: int, world_size: int) -> None:
+    """A flipped bit of any file, and a chunk that only the last rank reads: nothing is copied."""
+    student = _student_of(world_size, "row_wise")
+    loaded = _other_student(world_size, "row_wise")
+    before = rm.snapshot(loaded)
+
+    def refused(told: str) -> None:
+        with pytest.raises(ValueError, match=told):
+            load_checkpoint(folder, loaded)
+        rm.assert_same(rm.snapshot(loaded), before)
+
+    with rm.shared_folder() as name:
+        folder = Path(name) / "new"
+        save_checkpoint(folder, student)
+        files = sorted(folder.iterdir())
+        assert len(files) == world_size + 2
+        for index, file in enumerate(files):
+            whole = file.read_bytes()
+            dist.barrier()
+            if rank == 0:
+                bit = 8 * (len(whole) // (index + 2))
+                flipped = bytearray(whole)
+                flipped[bit // 8] ^= 1 << index
+                file.write_bytes(flipped)
+            dist.barrier()
+            refused(r"SHA-256|be JSON")
+            dist.barrier()
+            if rank == 0:
+                file.write_bytes(whole)
+            dist.barrier()
+        if rank == 0:  # what only the last rank reads, and torch.load refuses
+            file = folder / f"__{world_size - 1}_0.distcp"
+            file.write_bytes(bytes(file.stat().st_size))
+        dist.barrier()
+        seal(folder)
+        refused(r"received what torch\.load")
+
+
+def check_a_failed_save_is_removed_on_every_rank(rank: int, world_size: int) -> None:
+    """Where the last rank alone can't write."""
+    state = {f"{each}": torch.zeros(100 * (each + 1)) for each in range(world_size)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with rm.shared_folder() as name:
+        if rank == world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save_checkpoint(Path(name) / "new", state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        dist.barrier()
+        assert not list(Path(name).iterdir())

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import os
+import random
+import resource
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import rank_models as rm
@@ -31,7 +36,7 @@ from torchrec_exfm import (
     save_training,
 )
 from torchrec_exfm._compat import fused_steps, single_optimizers
-from torchrec_exfm.checkpoint import save_checkpoint
+from torchrec_exfm.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from torchrec_exfm.wrapper import find_wrapper
 
 TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
@@ -254,7 +259,7 @@ def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
             (folder / "x").mkdir()
         dist.barrier()
         assert load_training(folder, run.pipeline) == {"step": 20}
-        assert save(40) == ["2", "2025", "2026", "3", "x"]
+        assert save(40) == ["2", "2025", "2026", "x"]
         assert load_training(folder, run.pipeline) == {"step": 40}
         assert save(50, keep=1) == ["2025", "2027", "x"]
         with pytest.raises(ValueError, match="keep should be at least 1; received 0"):
@@ -264,6 +269,192 @@ def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
         if world_size > 1:
             with pytest.raises(ValueError, match="the same on every rank"):
                 save(60 + rank)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save(70)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        dist.barrier()
+        assert sorted(path.name for path in folder.iterdir()) == ["2025", "2027", "x"]
+        older = folder / "2027" / "metadata.json"
+        if rank == 0:
+            older.write_text('{"format": "torchrec_exfm.checkpoint", "version": 1, "tensors": {}}')
+        dist.barrier()
+        with pytest.raises(ValueError, match="an older one without digests"):
+            load_training(folder, run.pipeline)
+
+
+def check_links_and_files_among_checkpoints(rank: int, world_size: int) -> None:
+    """What has a number and is no folder is not loaded from, written to, deleted or in the way."""
+    run = new_run(world_size, "SGD")
+    with rm.shared_folder() as name:
+        outside, folder, link = (Path(name) / each for each in ("outside", "run", "link"))
+        save_training(outside, run.pipeline, position={"step": 7})
+        if rank == 0:
+            folder.mkdir()
+            link.symlink_to(folder)
+            (folder / "1").symlink_to(outside / "1")
+            (folder / "3").touch()
+            (folder / "4").symlink_to(outside / "none")
+            (folder / "9").symlink_to(outside / "1")
+            (folder / ("9" * 255)).touch()
+            (folder / "٣").mkdir()
+        dist.barrier()
+        before = {path.name: path.read_bytes() for path in (outside / "1").iterdir()}
+        assert load_training(link, run.pipeline) is None
+        numbers = [
+            int(save_training(link, run.pipeline, position={"step": step}, keep=1).name)
+            for step in range(3)
+        ]
+        assert numbers == [2, 5, 6]
+        assert load_training(link, run.pipeline) == {"step": 2}
+        dist.barrier()
+        found = {path.name for path in folder.iterdir()}
+        assert found == {"1", "3", "4", "6", "9", "9" * 255, "٣"}
+        assert {path.name: path.read_bytes() for path in (outside / "1").iterdir()} == before
+
+
+def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
+    """What is no tensor, with digests that fit it: before anything is changed, on any rank."""
+    way = "RowWiseAdagrad"
+    run = new_run(world_size, way)
+    run.step(iter(rm.parts(rank, world_size)))
+    other = new_run(world_size, way, seed=5)
+    before = other.everything()
+
+    def refused(told: str, change: Any) -> None:
+        change_tensors(folder / "1", change)
+        with pytest.raises(ValueError, match=told):
+            load_training(folder, other.pipeline, metrics=other.metrics)
+        rm.assert_same(other.everything(), before)
+
+    def of_values(change: Any) -> Any:
+        def changed(tensors: dict[str, Tensor]) -> None:
+            values = json.loads(bytes(tensors["values"].tolist()))
+            tensors["values"] = torch.tensor(list(json.dumps(change(values)).encode())).byte()
+
+        return changed
+
+    def put(*path: str, value: Any) -> Any:
+        def change(values: dict[str, Any]) -> Any:
+            record = values
+            for key in path[:-1]:
+                record = record[key]
+            record[path[-1]] = value
+            return values
+
+        return of_values(change)
+
+    with rm.shared_folder() as name:
+        folder = Path(name)
+        save_training(folder, run.pipeline, position={"step": 1}, metrics=run.metrics)
+        mine = f"rank{world_size - 1}/"  # wrong on one rank
+        saved = change_tensors(folder / "1", lambda tensors: None)
+        numbers = json.loads(bytes(saved["values"].tolist()))["numbers"]
+        fused = next(key for key in numbers if key.startswith("fused"))
+        dense = next(key for key in numbers if key.startswith("dense"))
+        state = next(key for key in saved if key.startswith("dense"))
+        wrong = "hold values of a training; received others"
+        deep = torch.tensor(list(b"[" * 100_000)).byte()
+        for told, change in [
+            (wrong, of_values(lambda values: [])),
+            *(
+                (wrong, of_values(lambda v, key=key: v.pop(key) and v))
+                for key in ("names", "ranks")
+            ),
+            (wrong, of_values(lambda v: {key: v[key] for key in v if key != "states"})),
+            (wrong, put("position", value={"step": "7"})),
+            (wrong, put("position", value=[7])),
+            (wrong, put("names", "tasks", value="click")),
+            (wrong, put("numbers", dense, value={"kind": "AdamW"})),
+            (wrong, put("numbers", dense, "group", "lr", value="7")),
+            (wrong, put("states", value={state: [7]})),
+            ("values of version 1; received 2", put("version", value=2)),
+            ("each state of an optimizer once", put("states", value={state: 7})),
+            ("hold numbers of 'dense", put("numbers", dense, "group", "betas", value=[0.5])),
+            ("hold numbers of 'dense", put("numbers", dense, "group", "betas", value=0.5)),
+            ("hold numbers of 'dense", put("numbers", dense, "group", "params", value=[1])),
+            ("hold numbers of 'fused", put("numbers", fused, "steps", value=[])),
+            ("hold numbers of 'fused", put("numbers", fused, "steps", value=[2**63])),
+            ("JSON as values", lambda t: t.update(values=deep)),
+            ("JSON as values", lambda t: t.update(values=torch.tensor([255]).byte())),
+            ("JSON as values", lambda t: t.update(values=t["values"][:-1])),
+            ("JSON as values", lambda t: t.update(values=torch.ones(2, 2))),
+            ("JSON as values", lambda t: t.update(values=torch.ones(2).bfloat16())),
+            (
+                "state of random numbers",
+                lambda t: [t.pop(key) for key in list(t) if key.startswith(mine)],
+            ),
+            ("state of random numbers", lambda t: t.pop(mine + "random")),
+            ("state of random numbers", lambda t: t.update({mine + "random": torch.ones(7)})),
+            ("state of random numbers", lambda t: t[mine + "random"].fill_(1)),
+            ("state should be that of metrics", lambda t: t.pop(mine + "metrics/sums")),
+            (
+                "hold metrics with '.*sizes' of",
+                lambda t: t.update(
+                    {key: t[key][None] for key in t if key.startswith(mine) and "sizes" in key}
+                ),
+            ),
+            (
+                "hold metrics with '.*' of",
+                lambda t: [t[key].sub_(1) for key in t if key.startswith(mine) and "sizes" in key],
+            ),
+            (
+                "hold metrics with '.*updates' of",
+                lambda t: t.update(
+                    {key: torch.ones(3) for key in t if key.startswith(mine) and "updates" in key}
+                ),
+            ),
+        ]:
+            refused(told, lambda t, change=change: (t.clear(), t.update(_copied(saved)), change(t)))
+        change_tensors(folder / "1", lambda t: (t.clear(), t.update(_copied(saved))))
+        position = load_training(folder, other.pipeline, metrics=other.metrics)
+        assert position == {"step": 1}
+
+
+def change_tensors(folder: Path, change: Any) -> dict[str, Tensor]:
+    """Let one process write a checkpoint again, with other tensors; what there are now."""
+    saved = {
+        key: torch.zeros(each.size, dtype=each.properties.dtype)
+        for key, each in read_metadata(folder).state_dict_metadata.items()
+    }
+    with mock.patch.object(dist, "is_initialized", lambda: False):
+        load_checkpoint(folder, saved)
+        dist.barrier() if dist.get_world_size() > 1 else None
+        change(saved)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+            save_checkpoint(folder, saved)
+    dist.barrier()
+    return saved
+
+
+def check_flipped_bits_of_values(rank: int, world_size: int) -> None:
+    """Of 200 in what is no tensor none is loaded in silence, and none loaded half."""
+    run, other = new_run(world_size, "SGD"), new_run(world_size, "SGD", seed=5)
+    before = other.everything()
+    with rm.shared_folder() as name:
+        folder = Path(name)
+        save_training(folder, run.pipeline, position={"step": 1})
+        (place,) = read_metadata(folder / "1").storage_data["values"]
+        whole = place.path.read_bytes()
+        dist.barrier()
+        generator = random.Random(0)
+        for count in range(200):
+            bit = generator.randrange(8 * place.offset, 8 * (place.offset + place.length))
+            if rank == 0:
+                flipped = bytearray(whole)
+                flipped[bit // 8] ^= 1 << bit % 8
+                place.path.write_bytes(flipped)
+            dist.barrier()
+            with pytest.raises(ValueError, match="should have the SHA-256"):
+                load_training(folder, other.pipeline)
+            dist.barrier()
+            if count % 50 == 0:
+                rm.assert_same(other.everything(), before)
+        rm.assert_same(other.everything(), before)
 
 
 def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> None:
@@ -300,7 +491,10 @@ def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> 
         plain.pipeline._optimizer = torch.optim.AdamW(plain.trainee.model.parameters())
         refused(plain, r"without \['dense/0'.* and with \['dense/exfm")
         hidden = StudentAdapter(num_teachers=2, tasks=rm.TASKS, hidden=(7,))
-        refused(new_run(world_size, way, adapter=hidden), r"'adapter/mlps.*\[7\]; received .*\[5\]")
+        refused(
+            new_run(world_size, way, adapter=hidden),
+            r"'adapter/mlps.*\[7, 4\]; received .*\[5, 4\]",
+        )
         metrics = ExFMMetrics(batch_size=8, device=device(), tasks=rm.TASKS[:1])
         refused(
             new_run(world_size, way)._replace(metrics=metrics), "should be that of metrics of 1"
@@ -309,7 +503,7 @@ def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> 
             for file in (folder / "1").glob("*.distcp"):
                 os.truncate(file, file.stat().st_size // 2)
         dist.barrier()
-        refused(new_run(world_size, way), r"distcp should hold \d+ bytes .*received \d+ bytes")
+        refused(new_run(world_size, way), r"distcp should hold \d+ bytes; received \d+ bytes")
         save_checkpoint(folder / "2", {"a": torch.zeros(2)})
         refused(new_run(world_size, way), "2 should hold a training; received another checkpoint")
 

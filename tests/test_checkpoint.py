@@ -1,21 +1,35 @@
-"""Checkpoints: what goes in comes out, what is wrong is told, and nothing is unpickled."""
+"""Checkpoints: what goes in comes out, what is wrong is told, and nothing is unpickled.
+
+A change that is not meant to be told by a digest alone is sealed: the digests are made to fit it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
+import math
 import os
 import pickle
+import random
+import resource
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
+from torchrec_exfm import _manifest, checkpoint
+from torchrec_exfm._manifest import fits
+from torchrec_exfm.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 
 DATA = "__0_0.distcp"
 
@@ -102,12 +116,17 @@ def refused(folder: Path, kind: type[Exception] = ValueError, **given: Tensor) -
     return message
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change metadata.json."""
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Change metadata.json, and let its digests fit what there is."""
     path = folder / "metadata.json"
     document = json.loads(path.read_text())
+    for name, record in document["files"].items():
+        data = (folder / name).read_bytes()
+        record.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     change(document)
-    path.write_text(json.dumps(document))
+    document.pop("sha256")
+    sealed = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+    path.write_text(json.dumps(document | {"sha256": sealed}))
 
 
 def chunk_of(document: dict[str, Any], key: str = "a") -> dict[str, Any]:
@@ -145,13 +164,36 @@ def test_a_part_of_a_checkpoint(folder: Path) -> None:
 
 
 def test_files(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == [DATA, "metadata.json"]
-    tensor = json.loads((folder / "metadata.json").read_text())["tensors"]["a"]
+    assert sorted(path.name for path in folder.iterdir()) == [".metadata", DATA, "metadata.json"]
+    document = json.loads((folder / "metadata.json").read_text())
+    tensor = document["tensors"]["a"]
     (chunk,) = tensor.pop("chunks")
     length = chunk.pop("length")
     assert tensor == {"shape": [3, 2], "dtype": "float32"}
     assert chunk == {"offsets": [0, 0], "sizes": [3, 2], "file": DATA, "offset": 0}
     assert 0 < length < (folder / DATA).stat().st_size
+    for name in (DATA, ".metadata"):
+        data = (folder / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert document["files"].pop(name) == {"size": len(data), "sha256": digest}
+    assert not document["files"]
+
+
+def test_another_tool_reads_it(tmp_path: Path) -> None:
+    """DCP itself, in a process that knows nothing of this package."""
+    saved = state()
+    save_checkpoint(tmp_path / "checkpoint", saved)
+    torch.save(saved, tmp_path / "saved")
+    program = """
+import sys, torch, torch.distributed.checkpoint as dcp
+saved = torch.load("saved")
+loaded = {key: torch.zeros_like(value) for key, value in saved.items()}
+dcp.load(loaded, checkpoint_id="checkpoint", no_dist=True)
+for key, value in saved.items():
+    torch.testing.assert_close(loaded[key], value, rtol=0, atol=0, equal_nan=True)
+assert "torchrec_exfm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("value", [3, "text", None, {"inner": torch.ones(1)}, nn.Linear(1, 1)])
@@ -181,14 +223,44 @@ def test_a_save_that_is_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(os, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, {"a": torch.ones(3, 2), "b": torch.ones(3)})
-    assert (tmp_path / DATA).exists()
-    assert "did not end" in refused(tmp_path, FileNotFoundError)
+            save_checkpoint(tmp_path / "new", {"a": torch.ones(3, 2), "b": torch.ones(3)})
+    assert not (tmp_path / "new").exists()
+    assert "did not end" in refused(tmp_path / "new", FileNotFoundError)
 
-    save_checkpoint(tmp_path, pair())
+    save_checkpoint(tmp_path / "new", pair())
     loaded = zeros(pair())
-    load_checkpoint(tmp_path, loaded)
+    load_checkpoint(tmp_path / "new", loaded)
     torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
+
+
+def test_a_save_that_was_killed(tmp_path: Path) -> None:
+    """Files are there, and metadata.json is not; a link among them is replaced, not followed."""
+    save_checkpoint(tmp_path / "new", {"a": torch.ones(3, 2), "b": torch.ones(3)})
+    for name in ("metadata.json", ".metadata"):
+        (tmp_path / "new" / name).unlink()
+    assert "did not end" in refused(tmp_path / "new", FileNotFoundError)
+    (tmp_path / "new" / DATA).rename(tmp_path / "outside")
+    before = (tmp_path / "outside").read_bytes()
+    (tmp_path / "new" / DATA).symlink_to(tmp_path / "outside")
+
+    save_checkpoint(tmp_path / "new", pair())
+    loaded = zeros(pair())
+    load_checkpoint(tmp_path / "new", loaded)
+    torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
+    assert (tmp_path / "outside").read_bytes() == before
+
+
+def test_a_full_disk_is_freed(tmp_path: Path) -> None:
+    """As far as a limit on the size of a file is one; what others have there stays."""
+    (tmp_path / "notes.txt").touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, {"a": torch.ones(10), "b": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_metadata_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +273,16 @@ def test_metadata_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         fsync(descriptor)
 
     def looked(source: Any, target: Any) -> None:
-        assert synced == [DATA, Path(source).name]
+        assert synced == [DATA, ".metadata.tmp", Path(source).name]
         assert json.loads(Path(source).read_text())["tensors"].keys() == pair().keys()
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", told)
     monkeypatch.setattr(os, "replace", looked)
     save_checkpoint(tmp_path, pair())
-    assert synced[2:] == [tmp_path.name]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [DATA, "metadata.json"]
+    assert synced[3:] == [tmp_path.name]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".metadata", DATA, "metadata.json"]
 
 
 def test_states_that_do_not_fit(folder: Path) -> None:
@@ -247,37 +320,49 @@ def test_metadata_cut_anywhere(folder: Path) -> None:
 
 
 HUGE = 2**63
+KINDS = "describe files and tensors"
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda d: d.update(format="other"), "version 1; received ('other', 1)"),
-        (lambda d: d.update(version=2), "version 1; received ('torchrec_exfm.checkpoint', 2)"),
-        (lambda d: d.update(version=True), "'version', of type int; received True"),
-        (lambda d: d.pop("version"), "'version', of type int; received None"),
-        (lambda d: d.update(tensors=[]), "'tensors', of type dict"),
+        (lambda d: d.update(format="other"), "version 2; received ('other', 2)"),
+        (lambda d: d.update(version=3), "version 2; received ('torchrec_exfm.checkpoint', 3)"),
+        (lambda d: d.update(version=[]), "version 2; received ('torchrec_exfm.checkpoint', [])"),
+        (lambda d: d.pop("version"), "a format and a version; received KeyError('version')"),
+        (lambda d: d.update(version=1), "an older one without digests, which is not read any more"),
+        (lambda d: d.update(tensors=[]), KINDS),
+        (lambda d: d.pop("files"), KINDS),
+        (lambda d: d["files"].update({DATA: None}), KINDS),
+        (lambda d: d["files"][DATA].update(size="7"), KINDS),
+        (lambda d: d["files"][DATA].update(size=7), f"{DATA} should hold 7 bytes; received"),
+        (lambda d: d["files"][DATA].update(sha256="7"), f"{DATA} should have the SHA-256 7;"),
+        (lambda d: d["files"].pop(DATA), "'a' should be in the files that are described"),
         (lambda d: d["tensors"].pop("a"), "'a' should be a tensor torch.float32 [3, 2]; received"),
-        (lambda d: d["tensors"].update(a=None), "'a' should have 'shape'"),
-        (lambda d: d["tensors"]["a"].update(shape=[3, 2.0]), "'a' should have counts as 'shape'"),
-        (lambda d: d["tensors"]["a"].update(shape=[3, True]), "'a' should have counts as 'shape'"),
-        (lambda d: d["tensors"]["a"].update(shape=[-3, -2]), "'a' should have counts as 'shape'"),
-        (lambda d: d["tensors"]["a"].update(shape=[HUGE, 2]), "'a' should have counts as 'shape'"),
+        (lambda d: d["tensors"].update(a=None), KINDS),
+        (lambda d: d["tensors"]["a"].update(shape=[3, 2.0]), KINDS),
+        (lambda d: d["tensors"]["a"].update(shape=[3, True]), KINDS),
+        (lambda d: d["tensors"]["a"].update(shape=[-3, -2]), KINDS),
+        (lambda d: d["tensors"]["a"].update(shape=[HUGE, 2]), KINDS),
+        (lambda d: d["tensors"]["a"].update(shape=[1] * 65), KINDS),
         (lambda d: d["tensors"]["a"].update(shape=[3, 3]), "chunks that cover [3, 3] once"),
-        (lambda d: d["tensors"]["a"].update(dtype="float"), "'a' should be of a dtype of torch"),
+        (lambda d: d["tensors"]["a"].update(dtype="float33"), KINDS),
+        (lambda d: d["tensors"]["a"].update(dtype=[]), KINDS),
         (lambda d: d["tensors"]["a"].update(dtype="int32"), "received a tensor torch.int32"),
         (lambda d: d["tensors"]["a"].update(chunks=[]), "cover [3, 2] once; received []"),
-        (lambda d: d["tensors"]["a"].update(chunks=[7]), "'a' should have 'sizes'"),
+        (lambda d: d["tensors"]["a"].update(chunks=[7]), KINDS),
         (lambda d: chunk_of(d).update(sizes=[2, 2]), "cover [3, 2] once; received [(0, 0, 2, 2)]"),
         (lambda d: chunk_of(d).update(sizes=[3]), "cover [3, 2] once"),
         (lambda d: chunk_of(d).update(offsets=[1, 0]), "cover [3, 2] once"),
         (lambda d: chunk_of(d).update(sizes=[0, 2]), "cover [3, 2] once"),
-        (lambda d: chunk_of(d).update(offset=-1), "from byte -1 on"),
-        (lambda d: chunk_of(d).update(length=0), "hold 0 bytes"),
-        (lambda d: chunk_of(d).update(length=HUGE), f"hold {HUGE} bytes"),
-        (lambda d: chunk_of(d).update(offset=0.0), "'offset', of type int; received 0.0"),
-        (lambda d: chunk_of(d).update(file=None), "'file', of type str"),
-        (lambda d: chunk_of(d).update(file="__9_0.distcp"), "__9_0.distcp should be a file"),
+        (lambda d: chunk_of(d).update(sizes=[2**40, 2]), "bytes for chunks of [1099511627776, 2]"),
+        (lambda d: chunk_of(d).update(offset=-1), KINDS),
+        (lambda d: chunk_of(d).update(length=0), "bytes for chunks of [3, 2]; received 0"),
+        (lambda d: chunk_of(d).update(length=HUGE - 1), f"have {HUGE - 1} bytes of {DATA}"),
+        (lambda d: chunk_of(d).update(offset=1), "from byte 1 on; received"),
+        (lambda d: chunk_of(d).update(offset=0.0), KINDS),
+        (lambda d: chunk_of(d).update(file=None), KINDS),
+        (lambda d: chunk_of(d).update(file="__9_0.distcp"), "described; received '__9_0.distcp'"),
     ],
 )
 def test_metadata_that_is_wrong(folder: Path, change: Callable[..., Any], told: str) -> None:
@@ -285,29 +370,134 @@ def test_metadata_that_is_wrong(folder: Path, change: Callable[..., Any], told: 
     assert told in refused(folder)
 
 
+def test_kinds() -> None:
+    kind = {"a": [int], "b": {str: (str, [float])}, "c": lambda value: value == 7}
+    value = {"a": [1], "b": {"x": "y", "z": [0.5]}, "c": 7, "more": None}
+    assert fits(value, kind)
+    wrongs = ({"a": [True]}, {"a": (1,)}, {"b": []}, {"b": {"x": 1}}, {"c": 8})
+    assert not any(fits({**value, **wrong}, kind) for wrong in wrongs)
+    assert not fits({"a": [1], "b": {}}, kind)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("name", [DATA, ".metadata", "metadata.json"])
+def test_flipped_bits(folder: Path, name: str, sealed: bool) -> None:
+    """Of 200 none changes a value in silence; of those in data that are sealed as well, some do."""
+    saved, whole = pair(), (folder / name).read_bytes()
+    described = (folder / "metadata.json").read_bytes()
+    if sealed and name == "metadata.json":
+        pytest.skip("a digest of its own can't be made to fit every change")
+    generator, refusals = random.Random(0), 0
+    for bit in (generator.randrange(8 * len(whole)) for _ in range(200)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(flipped)
+        if sealed:
+            edit(folder)
+        loaded = zeros(saved)
+        try:
+            load_checkpoint(folder, loaded)
+        except (ValueError, FileNotFoundError):
+            refusals += 1
+            assert not any(value.any() for value in loaded.values()), bit
+        else:
+            assert sealed or all(loaded[key].equal(saved[key]) for key in saved), bit
+        (folder / "metadata.json").write_bytes(described)
+    assert (refusals == 200) is not sealed
+
+
+def test_every_flipped_bit_of_metadata(folder: Path) -> None:
+    whole, expected = (folder / "metadata.json").read_bytes(), read_metadata(folder)
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "metadata.json").write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            assert read_metadata(folder) == expected, bit
+
+
+def chunks_of(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[ChunkStorageMetadata]:
+    return [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in boxes]
+
+
+def test_covers_as_cells_count_them() -> None:
+    """Random boxes, compared with how often each cell is in one."""
+    generator, covers = random.Random(0), 0
+    for _ in range(2000):
+        shape = [generator.randint(1, 3) for _ in range(generator.randint(1, 3))]
+        boxes = []
+        for _ in range(generator.randint(1, 3)):
+            at = [generator.randrange(size + 1) for size in shape]
+            boxes.append((at, [generator.randint(0, 3) for _ in shape]))
+        if generator.random() < 0.5:  # a cover, by a cut
+            cut = generator.randint(0, shape[0])
+            rest = [0] * (len(shape) - 1), shape[1:]
+            boxes = [([0, *rest[0]], [cut, *rest[1]])]
+            boxes.append(([cut, *rest[0]], [shape[0] - cut, *rest[1]]))
+        counts = dict.fromkeys(itertools.product(*map(range, shape)), 0)
+        for at, sizes in boxes:
+            ranges = (range(a, a + size) for a, size in zip(at, sizes, strict=True))
+            for cell in itertools.product(*ranges):
+                counts[cell] = counts.get(cell, 0) + 1
+        outside = len(counts) > math.prod(shape)
+        expected = set(counts.values()) == {1} and not outside
+        expected &= all(all(sizes) for _, sizes in boxes)
+        covers += expected
+        assert _manifest._covered_once(shape, chunks_of(boxes)) is expected, (shape, boxes)
+    assert covers > 300
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_many_chunks_are_checked_in_linear_time(folder: Path, across: bool) -> None:
+    """20,000 of one element; before, a quarter of them took minutes."""
+    count = 20_000
+
+    def change(document: dict[str, Any]) -> None:
+        chunk = chunk_of(document) | {"sizes": [1, 1], "length": 4}
+        document["tensors"]["a"] = {
+            "shape": [1, count] if across else [count, 1],
+            "dtype": "float32",
+            "chunks": [
+                chunk | {"offsets": [0, i] if across else [i, 0], "offset": 4 * i}
+                for i in range(count)
+            ],
+        }
+
+    edit(folder, change)
+    started = time.monotonic()
+    assert f"have 4 bytes of {DATA}" in refused(folder)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_deep_json(folder: Path, depth: int) -> None:
+    for value in ("[" * depth + "]" * depth, '{"a":' * depth + "7" + "}" * depth):
+        (folder / "metadata.json").write_text(f'{{"format": 1, "version": 2, "files": {value}}}')
+        assert "metadata.json should " in refused(folder)
+
+
 def test_chunks_that_overlap(tmp_path: Path) -> None:
     """As many elements as there should be, of which some come twice and others never."""
     whole = torch.zeros(4, 2)
-    save_checkpoint(tmp_path, {"a": whole, "half": whole[:2]})
+    save_checkpoint(tmp_path, {"a": whole, "one": whole[:2], "two": whole[2:]})
 
     def change(document: dict[str, Any], first: int, second: int) -> None:
-        half = chunk_of(document, "half")
+        halves = chunk_of(document, "one"), chunk_of(document, "two")
         starts = ([first, 0], [second, 0])
-        document["tensors"]["a"]["chunks"] = [half | {"offsets": start} for start in starts]
+        document["tensors"] = {"a": document["tensors"]["a"]}
+        document["tensors"]["a"]["chunks"] = [
+            half | {"offsets": start} for half, start in zip(halves, starts, strict=True)
+        ]
 
+    described = (tmp_path / "metadata.json").read_bytes()
     edit(tmp_path, lambda document: change(document, 2, 0))
     load_checkpoint(tmp_path, {"a": torch.ones(4, 2)})
+    (tmp_path / "metadata.json").write_bytes(described)
     edit(tmp_path, lambda document: change(document, 1, 0))
     assert "cover [4, 2] once" in refused(tmp_path, a=torch.ones(4, 2))
-
-    def with_an_empty_one(document: dict[str, Any]) -> None:
-        chunk = chunk_of(document)
-        document["tensors"]["a"]["chunks"] = [chunk | {"sizes": [0, 2]}, chunk]
-
-    shutil.rmtree(tmp_path)
-    save_checkpoint(tmp_path, {"a": whole})
-    edit(tmp_path, with_an_empty_one)
-    assert "cover [4, 2] once" in refused(tmp_path, a=torch.ones(4, 2))
+    (tmp_path / "metadata.json").write_bytes(described)
+    edit(tmp_path, lambda d: chunk_of(d, "two").update(offset=chunk_of(d, "one")["offset"]))
+    assert "bytes of __0_0.distcp from byte" in refused(tmp_path, a=torch.ones(4, 2))
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -318,27 +508,36 @@ def test_names_that_lead_out_of_the_folder(folder: Path, absolute: bool) -> None
     (folder / "inner").mkdir()
     shutil.copy(folder / DATA, folder / "inner" / DATA)
     names = [str(outside)] if absolute else ["../outside", f"inner/{DATA}", f"./{DATA}", "..", ""]
+    described = (folder / "metadata.json").read_bytes()
     for name in names:
-        edit(folder, lambda document, name=name: chunk_of(document).update(file=name))
+
+        def change(document: dict[str, Any], name: str = name) -> None:
+            document["files"][name] = document["files"].pop(DATA)
+            for key in pair():
+                chunk_of(document, key).update(file=name)
+
+        edit(folder, change)
         assert f"plain name; received {name!r}" in refused(folder)
+        (folder / "metadata.json").write_bytes(described)
 
 
-@pytest.mark.parametrize("name", [DATA, "metadata.json"])
-def test_links(folder: Path, name: str) -> None:
-    outside = folder.parent / "outside"
-    (folder / name).rename(outside)
-    (folder / name).symlink_to(outside)
-    assert f"{name} should be a file in its folder; received a link to {outside}" in refused(folder)
+@pytest.mark.parametrize("name", [DATA, ".metadata", "metadata.json"])
+@pytest.mark.parametrize("where", ["outside", "inside", "itself"])
+def test_links(folder: Path, name: str, where: str) -> None:
+    target = folder.parent / "outside" if where == "outside" else folder / where
+    (folder / name).rename(target)
+    (folder / name).symlink_to(name if where == "itself" else target)
+    if (name, where) == ("metadata.json", "itself"):
+        assert name in refused(folder, FileNotFoundError)
+    else:
+        assert f"{name} should be a regular file; received a link" in refused(folder)
 
-    outside.rename(folder / "inside")
-    (folder / name).unlink()
-    (folder / name).symlink_to("inside")
-    load_checkpoint(folder, zeros(pair()))
 
-    (folder / name).unlink()
-    (folder / name).symlink_to(name)
-    kind = FileNotFoundError if name == "metadata.json" else ValueError
-    assert name in refused(folder, kind)
+def test_a_link_to_the_folder(folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    loaded = zeros(pair())
+    load_checkpoint(folder.parent / "link", loaded)
+    torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lost", [1, 100, 3000])
@@ -353,11 +552,14 @@ def test_data_that_is_missing(folder: Path) -> None:
     (folder / DATA).unlink()
     assert f"{folder / DATA} should be a file; received none" in refused(folder)
     (folder / DATA).mkdir()
-    assert f"{folder / DATA} should be a file; received none" in refused(folder)
+    assert f"{folder / DATA} should be a regular file; received a link, a folder" in refused(folder)
+    (folder / DATA).rmdir()
+    os.mkfifo(folder / DATA)  # which would not end to be read
+    assert f"{folder / DATA} should be a regular file; received a link, a folder" in refused(folder)
 
 
 def put(folder: Path, write: Callable[[Any], None]) -> None:
-    """Let the data of "a" be what a function writes."""
+    """Let the data of "a" be what a function writes, and let the digests fit."""
     with (folder / DATA).open("r+b") as stream:
         stream.seek(0, os.SEEK_END)
         offset = stream.tell()
@@ -384,7 +586,7 @@ def test_data_of_something_else(folder: Path, value: Any, told: str) -> None:
 
 
 def test_data_that_is_as_good(folder: Path) -> None:
-    """What the tests above put there is refused for what it is."""
+    """What the test above puts there is refused for what it is."""
     put(folder, lambda stream: torch.save(torch.full((3, 2), 5.0), stream))
     loaded = zeros(pair())
     load_checkpoint(folder, loaded)
@@ -437,7 +639,9 @@ def test_malicious_metadata_of_dcp(
     flag = tmp_path / "flag"
     for name in (".metadata", "__0.metadata"):
         (folder / name).write_bytes(pickle.dumps(Bomb(flag)))
+    assert ".metadata should hold " in refused(folder)
     if whole:
+        edit(folder)
         loaded = zeros(pair())
         load_checkpoint(folder, loaded)
         torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
@@ -450,6 +654,18 @@ def test_malicious_metadata_of_dcp(
     pickle.loads((folder / ".metadata").read_bytes())
     assert flag.exists()
     unpickled.clear()
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 30, 2**30])
+def test_what_is_not_kept_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "_MAX_KEPT_BYTES", kept_bytes)
+    loaded = zeros(pair())
+    load_checkpoint(folder, loaded)
+    torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)
+    put(folder, lambda stream: torch.save([7], stream))
+    assert "received a list" in refused(folder)
 
 
 def test_memory_maps_as_the_default(folder: Path) -> None:

@@ -227,7 +227,7 @@ LATER = {"event_time": (START + DAY + 5) * 10**6, "window": START // DAY + 1}
         ),
         (lambda s: forget_checkpoint(s, "metadata.json"), "should hold metadata.json"),
         (lambda s: forget_checkpoint(s, "__0_0.distcp"), "should be a file; received none"),
-        (cut_checkpoint, "bytes from byte"),
+        (cut_checkpoint, "bytes; received"),
         (lead_away, "is refused: it may leave"),
     ],
 )

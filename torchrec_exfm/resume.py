@@ -8,8 +8,10 @@ tensor, as JSON in bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,13 +19,19 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
-from torchrec_exfm.checkpoint import METADATA, load_checkpoint, read_metadata, save_checkpoint
+from torchrec_exfm.checkpoint import (
+    load_checkpoint,
+    on_every_rank,
+    open_checkpoint,
+    save_checkpoint,
+)
 from torchrec_exfm.metrics import ExFMMetrics
 from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 
@@ -34,6 +42,17 @@ Pipeline: TypeAlias = "TrainPipelineSparseDist[Any, Any]"
 _MODEL = "model/"
 _VALUES = "values"
 _VERSION = 1
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {  # of what is no tensor
+    "version": int,
+    "ranks": int,
+    "position": {str: int},
+    "names": {"teachers": [str], "tasks": [str], "terms": [str]},
+    "states": {str: (*_NUMBER, bool, str, type(None))},
+    "numbers": {
+        str: {"kind": str, "steps": [int], "group": {str: (*_NUMBER, [(*_NUMBER, [_NUMBER])])}}
+    },
+}
 
 
 def save_training(
@@ -51,11 +70,12 @@ def save_training(
     means that margins are measured by), the adapter, the state and the numbers (rates and so on)
     of every optimizer, the position, the random numbers' state of each rank, and the metrics; no
     gradients, so where they are accumulated, call it after the optimizer's step. A process killed
-    meanwhile leaves a folder that :func:`load_training` passes over.
+    meanwhile leaves a folder that :func:`load_training` passes over, and the next save deletes; a
+    save that fails, as on a full disk, removes what it has written.
 
     Args:
         folder: that of the run's checkpoints, which all ranks see; each gets a folder of its own
-            there, named by a number that counts up.
+            there, named by a number that counts up. Links and files of such names are left alone.
         pipeline: that of the run: a student's, or TorchRec's own of a teacher.
         position: where the stream goes on, in numbers of yours, the same on every rank: the
             batches for which ``progress`` has returned, not those that the pipeline has asked for.
@@ -96,7 +116,7 @@ def save_training(
     if metrics is not None:
         own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
     own = {f"rank{rank()}/{key}": value for key, value in own.items()}
-    new = folder / str(on_rank_0(lambda: max(_numbered(folder), default=0) + 1))
+    new = folder / str(on_rank_0(lambda: _next_number(folder)))
     save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: packed})
     on_rank_0(lambda: _prune(folder, keep))
     return new
@@ -128,9 +148,9 @@ def load_training(
         The position that was saved, or None if there is no complete checkpoint.
 
     Raises:
-        ValueError: if the checkpoint is of another run, naming what differs, or is damaged; if the
-            pipeline has batches in flight already. Nothing was changed then, unless the damage is
-            in the bytes of a tensor, which is found as they are read.
+        ValueError: if the checkpoint is of another run, naming what differs, or is damaged, if by
+            a bit; if the pipeline has batches in flight already. Nothing was changed then, on any
+            rank.
 
     Warns:
         MetricsRestartedWarning: if there are metrics and they have to start anew.
@@ -174,36 +194,39 @@ def load_training(
             f"{len(pipeline.batches)}; load into a new one, before its first step"
         )
     checkpoint = Path(folder) / str(newest)
-    saved = on_rank_0(lambda: _metadata(checkpoint))
-    prefix = f"rank{rank()}/"
-    mine = {
-        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
-        for key, tensor in saved.items()
-        if key == _VALUES or key.startswith(prefix)
-    }
-    load_checkpoint(checkpoint, mine)
-    values, own = _unpacked(checkpoint, mine[_VALUES]), _below(prefix, mine)
+    metadata = open_checkpoint(checkpoint)
+    saved = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+    values, own = _values_and_own(checkpoint, metadata)
+    as_many = values["ranks"] == world_size()
+    saved_metrics = _below("metrics/", own) if as_many and metrics is not None else {}
     state = _modules(pipeline)
     for each in optimizers:
         state |= each.states() if each.fused else each.empty_states(saved)
-    _check(checkpoint, saved, values, pipeline, optimizers, state)
-    as_many = values["ranks"] == world_size()
-    saved_metrics = _below("metrics/", own) if as_many else {}
-    if metrics is not None and saved_metrics:
-        metrics.check_state_dict(saved_metrics)
-    elif metrics is not None:
-        warnings.warn(
-            "the metrics start anew: none were saved, or those of another number of ranks",
-            MetricsRestartedWarning,
-            stacklevel=2,
-        )
-    load_checkpoint(checkpoint, state)
+    numbers = _numbers(optimizers)
+    needed = set().union(*of_each_rank([*state, *numbers]))
+
+    def check() -> None:
+        _check_run(checkpoint, saved, values, pipeline, needed)
+        _check_numbers(checkpoint, saved, values, numbers)
+        if as_many:
+            _check_random(checkpoint, own, pipeline._device)
+        if metrics is not None and saved_metrics:
+            _check_metrics(checkpoint, saved_metrics, metrics)
+
+    on_every_rank(check)
+    load_checkpoint(checkpoint, state, metadata)
 
     _trained(pipeline).load_state_dict(_below(_MODEL, state))
     for each in optimizers:
         each.take(state | values["states"], values["numbers"])
     if metrics is not None and saved_metrics:
         metrics.load_state_dict(saved_metrics)
+    elif metrics is not None:
+        warnings.warn(
+            "the metrics start anew: none were saved, or those of another number of ranks",
+            MetricsRestartedWarning,
+            stacklevel=2,
+        )
     if as_many:
         torch.set_rng_state(own["random"])
         if pipeline._device.type == "cuda" and "random.cuda" in own:
@@ -268,64 +291,114 @@ def _names(pipeline: Pipeline) -> dict[str, list[str]]:
     return {"teachers": list(head.teachers), "tasks": list(head.task_names), "terms": terms}
 
 
-def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(bytes(packed.tolist()))
-        version = values["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} should hold values of a training; received {error!r}"
-        ) from error
-    if version != _VERSION:
-        raise ValueError(f"{folder} should be of version {_VERSION}; received {version!r}")
-    return values
-
-
-def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Of every tensor that was saved."""
-    saved = cast(dict[str, TensorStorageMetadata], read_metadata(folder).state_dict_metadata)
+def _values_and_own(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what is no tensor, and what this rank has for itself."""
+    saved, prefix = metadata.state_dict_metadata, f"rank{rank()}/"
     if _VALUES not in saved:
         raise ValueError(
             f"{folder} should hold a training; received another checkpoint; load one of a bare "
             "student into student_state_dict(model)"
         )
-    return saved
+    tensors = {
+        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        for key, tensor in cast(dict[str, TensorStorageMetadata], saved).items()
+        if key == _VALUES or key.startswith(prefix)
+    }
+    load_checkpoint(folder, tensors, metadata)
+    values = on_every_rank(lambda: _unpacked(folder, tensors[_VALUES]))
+    return values, _below(prefix, tensors)
 
 
-def _check(
+def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(packed.numpy().tobytes())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise refusal(folder, "hold JSON as values of a training", f"{error!r:.80}") from error
+    if not fits(values, _KINDS):
+        raise refusal(folder, "hold values of a training", f"others: {values!r:.80}")
+    if values["version"] != _VERSION:
+        raise refusal(folder, f"hold values of version {_VERSION}", f"{values['version']}")
+    return values
+
+
+def _check_run(
     folder: Path,
     saved: Iterable[str],
     values: Mapping[str, Any],
     pipeline: Pipeline,
-    optimizers: list[NamedOptimizer],
-    state: Iterable[str],
+    needed: set[str],
 ) -> None:
-    """Whether the checkpoint is of this run, or an error that says what differs."""
+    """Check that the checkpoint is of this run, or say what differs."""
     for what, names in _names(pipeline).items():
         if values["names"][what] != names:
             raise ValueError(
                 f"{folder} should be of a run with the {what} {names}; received one with "
                 f"{values['names'][what]}"
             )
-    numbers = _numbers(optimizers)
-    wanted = set().union(*of_each_rank([*state, *numbers]))
     received = {key for key in saved if key != _VALUES and not key.startswith("rank")}
     received |= values["numbers"].keys()
-    if wanted != received:
+    if needed != received:
         what = "these optimizers and this sharding plan"
-        if any(name.startswith((_MODEL, "adapter/")) for name in wanted ^ received):
+        if any(name.startswith((_MODEL, "adapter/")) for name in needed ^ received):
             what = "this student, these terms and adapter"
         raise ValueError(
             f"{folder} should be of a run with {what}; received one without "
-            f"{_some(wanted - received)} and with {_some(received - wanted)}"
+            f"{_some(needed - received)} and with {_some(received - needed)}"
         )
+
+
+def _check_numbers(
+    folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> None:
+    """Check that the optimizers, of which these numbers are, can take those that were saved."""
+    if twice := values["states"].keys() & saved.keys():
+        raise refusal(folder, "hold each state of an optimizer once", f"{_some(twice)} twice")
     for name, record in numbers.items():
-        kind = values["numbers"][name]["kind"]
-        if record["kind"] != kind:
+        found = values["numbers"][name]
+        if record["kind"] != found["kind"]:
             raise ValueError(
                 f"{folder} should be of a run with {record['kind']} for {name!r}; received one "
-                f"with {kind}"
+                f"with {found['kind']}"
             )
+        same_form = all(
+            _form(value) == _form(found["group"].get(key, value))
+            for key, value in record["group"].items()
+        )
+        counts = len(found["steps"]) >= len(record["steps"]) and all(
+            0 <= count < 2**63 for count in found["steps"]
+        )
+        if not same_form or not counts or "params" in found["group"]:
+            raise refusal(folder, f"hold numbers of {name!r} such as {record}", f"{found!r:.200}")
+
+
+def _form(value: Any) -> Any:
+    """What a number of a group has to agree in: a single one, or a list of so many."""
+    return [_form(each) for each in value] if isinstance(value, (list, tuple)) else None
+
+
+def _check_random(folder: Path, own: Mapping[str, Tensor], device: torch.device) -> None:
+    """Check that the state of random numbers is one, on a generator that nobody uses."""
+    generators = {"random": torch.Generator()}
+    if device.type == "cuda" and "random.cuda" in own:
+        generators["random.cuda"] = torch.Generator(device)
+    try:
+        for key, generator in generators.items():
+            generator.set_state(own[key])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise refusal(folder, "hold the state of random numbers", f"{error!r:.80}") from error
+
+
+def _check_metrics(folder: Path, saved: Mapping[str, Tensor], metrics: ExFMMetrics) -> None:
+    """Check that metrics can take a state: of their dtypes and shapes, but for parts of windows."""
+    metrics.check_state_dict(saved)
+    for key, here in metrics.state_dict().items():
+        tensor, sizes = saved[key], saved.get(f"{key}.sizes")
+        form, wanted = ((each.dtype, list(each.shape)) for each in (tensor, here))
+        if sizes is not None or key.endswith(".sizes"):
+            form[1][-1:] = wanted[1][-1:] = [-1]
+        parts = sizes is None or (int(sizes.sum()) == tensor.shape[-1] and bool((sizes >= 0).all()))
+        if form != wanted or not parts:
+            raise refusal(folder, f"hold metrics with {key!r} of {wanted}", f"{form}")
 
 
 def _some(names: set[str]) -> str:
@@ -335,9 +408,20 @@ def _some(names: set[str]) -> str:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """Checkpoints, complete or not."""
+    """Checkpoints, complete or not. A link is none: it may lead out of the folder."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return {int(path.name): path for path in paths if path.name.isdecimal() and path.is_dir()}
+    return {
+        int(path.name): path
+        for path in paths
+        if re.fullmatch("[1-9][0-9]{,17}", path.name) and path.is_dir() and not path.is_symlink()
+    }
+
+
+def _next_number(folder: Path) -> int:
+    number = max(_numbered(folder), default=0) + 1
+    while os.path.lexists(folder / str(number)):  # a file or a link, of others
+        number += 1
+    return number
 
 
 def _complete(folder: Path) -> list[int]:
@@ -345,13 +429,16 @@ def _complete(folder: Path) -> list[int]:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete what is older than so many complete checkpoints; of each, what completes it first."""
-    oldest = _complete(folder)[-keep:][0]
-    for path in [path for number, path in _numbered(folder).items() if number < oldest]:
-        names = [file.name for file in path.iterdir()]
-        if all(name.endswith(".distcp") or name.startswith(METADATA) for name in names):  # ours
-            (path / METADATA).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete all but the newest complete checkpoints; of each, what completes it first."""
+    kept = _complete(folder)[-keep:]
+    ours = (".distcp", ".metadata", ".metadata.tmp", METADATA, f"{METADATA}.tmp")
+    for path in [path for number, path in _numbered(folder).items() if number not in kept]:
+        with contextlib.suppress(OSError):  # the new checkpoint is complete all the same
+            names = sorted(os.listdir(path), key=lambda name: name != METADATA)
+            if all(name.endswith(ours) for name in names):
+                for name in names:
+                    (path / name).unlink()
+                path.rmdir()
 
 
 def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

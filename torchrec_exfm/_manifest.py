@@ -1,0 +1,265 @@
+"""metadata.json: what a checkpoint holds, where, and digests of all its files.
+
+``torch.distributed.checkpoint`` (DCP) describes its files in a pickle, ``.metadata``, and whoever
+reads a pickle runs what it says. So ``metadata.json`` says the same for us::
+
+    {"format": "torchrec_exfm.checkpoint", "version": 2,
+     "files": {"__0_0.distcp": {"size": 1308, "sha256": "5d41..."}, ".metadata": {...}},
+     "tensors": {"over.weight": {"shape": [8, 4], "dtype": "float32", "chunks": [
+         {"offsets": [0, 0], "sizes": [8, 4], "file": "__0_0.distcp", "offset": 0, "length": 1308}
+     ]}},
+     "sha256": "9b74..."}
+
+A chunk begins at ``offsets`` in the tensor and at byte ``offset`` in the file. The chunks of a
+tensor are disjoint and cover it; a tensor of no elements has none. The last digest is that of
+``json.dumps`` of all the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+
+__all__ = ["METADATA", "Place", "document_of", "fits", "read_metadata", "refusal"]
+
+METADATA = "metadata.json"
+_FORMAT = "torchrec_exfm.checkpoint"
+_VERSION = 2
+_MAX_METADATA_BYTES = 2**28  # some 2 million chunks
+_PRIME = 2**61 - 1
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
+
+
+def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what was saved, as metadata.json holds it."""
+    tensors = {}
+    for key, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, dcp.TensorStorageMetadata)
+        chunks: list[dict[str, Any]] = []
+        for chunk in tensor.chunks:
+            if math.prod(chunk.sizes):
+                info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]  # not public
+                part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
+                part |= {"file": info.relative_path, "offset": info.offset}
+                chunks.append(part | {"length": info.length})
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        tensors[key] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
+    document = {"format": _FORMAT, "version": _VERSION, "files": files, "tensors": tensors}
+    return document | {"sha256": _digest(document)}
+
+
+def read_metadata(folder: Path, share: slice = slice(None)) -> dcp.Metadata:
+    """Read what a checkpoint holds, and where (``storage_data``: a place for each chunk, by key).
+
+    Args:
+        folder: of a checkpoint.
+        share: of its files, those whose digests are compared; sizes are for all of them.
+
+    Raises:
+        FileNotFoundError: if there is no ``metadata.json``.
+        ValueError: if the files are not what it says, or can't be.
+    """
+    path = folder / METADATA
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} should hold {METADATA}, which save_checkpoint writes last; received none; "
+            "load another checkpoint, since this is none or its save did not end"
+        )
+    document = _parsed(path)
+    paths = {
+        name: _check_file(folder, name, record["size"])
+        for name, record in document["files"].items()
+    }
+    metadata = dcp.Metadata({}, storage_data={})
+    for key, record in document["tensors"].items():
+        tensor, places = _tensor(f"{path}: {key!r}", record, paths)
+        metadata.state_dict_metadata[key] = tensor
+        metadata.storage_data[key] = places
+    _check_places(path, document["files"], itertools.chain(*metadata.storage_data.values()))
+    for name in list(paths)[share]:
+        wanted, received = document["files"][name]["sha256"], _digest_of_file(paths[name])
+        if received != wanted:
+            raise refusal(paths[name], f"have the SHA-256 {wanted}", received)
+    return metadata
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _dims(value: Any) -> bool:
+    return fits(value, [_count]) and len(value) <= 64
+
+
+_CHUNK = {"offsets": _dims, "sizes": _dims, "file": str, "offset": _count, "length": _count}
+_TENSOR = {"shape": _dims, "dtype": tuple(_DTYPES).__contains__, "chunks": [_CHUNK]}
+_DOCUMENT = {"files": {str: {"size": _count, "sha256": str}}, "tensors": {str: _TENSOR}}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """Parse a metadata.json; a ValueError for one that save_checkpoint would not write."""
+    _check_file(path.parent, path.name)
+    if path.stat().st_size > _MAX_METADATA_BYTES:
+        raise refusal(path, f"have at most {_MAX_METADATA_BYTES} bytes", f"{path.stat().st_size}")
+    try:
+        document = json.loads(path.read_bytes())
+        version = document["format"], document["version"]
+        digest = document.pop("sha256", None)
+        received = _digest(document)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise refusal(path, "be JSON with a format and a version", f"{error!r:.80}") from error
+    if version == (_FORMAT, 1):
+        raise ValueError(
+            f"{path} should be of version {_VERSION} of its format; received version 1, an older "
+            "one without digests, which is not read any more; begin anew, or load it with the "
+            "version of the package that wrote it"
+        )
+    if version != (_FORMAT, _VERSION):
+        raise refusal(path, f"be of the format {_FORMAT}, version {_VERSION}", f"{version!r:.80}")
+    if received != digest:
+        raise refusal(path, f"have the SHA-256 that it says, {digest!r:.80}", received)
+    if not fits(document, _DOCUMENT):
+        raise refusal(path, "describe files and tensors", "values of other kinds")
+    return cast(dict[str, Any], document)
+
+
+class Place(NamedTuple):
+    """Where a chunk is, and what it should be."""
+
+    path: Path
+    offset: int
+    length: int
+    sizes: torch.Size
+    dtype: torch.dtype
+
+
+def _tensor(
+    what: str, record: Mapping[str, Any], paths: Mapping[str, Path]
+) -> tuple[dcp.TensorStorageMetadata, list[Place]]:
+    shape, dtype = torch.Size(record["shape"]), _DTYPES[record["dtype"]]
+    chunks: list[dcp.ChunkStorageMetadata] = []
+    places: list[Place] = []
+    for chunk in record["chunks"]:
+        file, offsets, sizes = (
+            chunk["file"],
+            torch.Size(chunk["offsets"]),
+            torch.Size(chunk["sizes"]),
+        )
+        if file not in paths:
+            raise refusal(what, "be in the files that are described", repr(file))
+        if math.prod(sizes) * dtype.itemsize > chunk["length"]:
+            raise refusal(what, f"have bytes for chunks of {list(sizes)}", f"{chunk['length']}")
+        chunks.append(dcp.ChunkStorageMetadata(offsets, sizes))
+        places.append(Place(paths[file], chunk["offset"], chunk["length"], sizes, dtype))
+    if not _covered_once(shape, chunks):
+        received = f"{[(*chunk.offsets, *chunk.sizes) for chunk in chunks]!r:.80}"
+        raise refusal(what, f"have chunks that cover {list(shape)} once", received)
+    return dcp.TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks), places
+
+
+def _covered_once(shape: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadata]) -> bool:
+    """Whether the chunks are disjoint, not empty, and cover the shape, in linear time.
+
+    Each dimension's positions get random weights F, and a box the product of the differences
+    F(end) - F(start). That is a measure, so a cover adds up to the whole. For other boxes the
+    difference is a polynomial of F that is not 0, and is 0 at random F modulo a prime p with a
+    probability of at most dims / p (Schwartz and Zippel). ``random`` could be guessed, and would
+    move the state that training depends on.
+    """
+    weights = defaultdict[tuple[int, int], int](lambda: secrets.randbelow(_PRIME))
+
+    def measure(offsets: Sequence[int], sizes: Sequence[int]) -> int:
+        bounds = enumerate(zip(offsets, sizes, strict=True))
+        return math.prod(weights[d, start + n] - weights[d, start] for d, (start, n) in bounds)
+
+    if not all(len(c.offsets) == len(c.sizes) == len(shape) and all(c.sizes) for c in chunks):
+        return False
+    covered = sum(measure(chunk.offsets, chunk.sizes) for chunk in chunks)
+    return (covered - measure([0] * len(shape), shape)) % _PRIME == 0
+
+
+def _check_places(path: Path, files: Mapping[str, Any], places: Iterator[Place]) -> None:
+    """Check that the chunks lie within files, and none in another's bytes."""
+    ordered = sorted(places, key=lambda place: (place.path, place.offset))
+    for place, following in itertools.zip_longest(ordered, ordered[1:]):
+        same_file = following is not None and following.path == place.path
+        end = following.offset if same_file else files[place.path.name]["size"]
+        if place.offset + place.length > end:
+            raise refusal(
+                path,
+                f"have {place.length} bytes of {place.path.name} from byte {place.offset} on",
+                f"{end - place.offset}",
+            )
+
+
+def _check_file(folder: Path, name: str, size: int | None = None) -> Path:
+    """The path of a regular file of the folder itself: no link, which could lead out of it."""
+    path = folder / name
+    if name in ("", ".", "..") or os.path.basename(name) != name:
+        raise refusal(f"a file of {folder}", "have a plain name", repr(name))
+    try:
+        status = path.lstat()
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise refusal(path, "be a file", "none") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise refusal(path, "be a regular file", "a link, a folder or another thing")
+    if size is not None and status.st_size != size:
+        raise refusal(path, f"hold {size} bytes", f"{status.st_size} bytes")
+    return path
+
+
+def _digest_of_file(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as stream:
+        while length := stream.readinto(buffer):
+            digest.update(buffer[:length])
+    return digest.hexdigest()
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether what JSON parsed to is of a kind.
+
+    A kind is a type, a predicate, ``(one, or another)``, ``[of each]``, ``{str: of each}`` or
+    ``{name: of this field}``, which may have others beside it.
+    """
+    if isinstance(kind, type):
+        return type(value) is kind  # True is no int
+    if isinstance(kind, tuple):
+        return any(fits(value, each) for each in kind)
+    if isinstance(kind, list):
+        return type(value) is list and all(fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict) and str in kind:
+        return type(value) is dict and all(fits(each, kind[str]) for each in value.values())
+    if isinstance(kind, dict):
+        return type(value) is dict and all(
+            name in value and fits(value[name], each) for name, each in kind.items()
+        )
+    return bool(kind(value))
+
+
+def refusal(what: object, should: str, received: str) -> ValueError:
+    """The error for what is damaged or foreign."""
+    return ValueError(
+        f"{what} should {should}; received {received}; load a checkpoint as save_checkpoint left it"
+    )
