@@ -28,6 +28,11 @@ _ATTEMPTS = 20
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
 _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
 _LOG = "_delta_log"
+_FORKED = (
+    "a store should be used in the process that has opened it; received a use in one that was "
+    "forked from it: start workers with multiprocessing_context='spawn' or 'forkserver' (of a "
+    "DataLoader): stores and look-ups travel there by their URLs"
+)
 
 
 class StoreError(RuntimeError):
@@ -146,7 +151,8 @@ class Table:
                 another writer was faster. None: there is nothing to do.
 
         Returns:
-            What the log says of the commit; None if there was nothing to do.
+            What the log says of the commit, if its reply was lost, or else nothing; None if there
+            was nothing to do.
 
         Raises:
             StoreError: if it can't be made; then nothing of it is there, unless the text says that
@@ -167,7 +173,7 @@ class Table:
                 if made is None and not conflict:
                     raise
             else:
-                made = self._commit_since(self.version - 1, mark) or {}
+                made = {}
             if made is not None:
                 return made
         raise AssertionError("unreachable")
@@ -192,15 +198,18 @@ class Table:
 
     def delete(self, predicate: str) -> int:
         """Delete the rows that fit a predicate, in one commit, and return how many there were."""
+        metrics: dict[str, Any] = {}
 
         def act(properties: CommitProperties) -> None:
-            self.delta.delete(
-                predicate, writer_properties=self.properties, commit_properties=properties
+            metrics.update(
+                self.delta.delete(
+                    predicate, writer_properties=self.properties, commit_properties=properties
+                )
             )
 
         self._check_links()
         made = self.commit("can't delete", lambda: Commit(act)) or {}
-        return int(made["operationMetrics"]["num_deleted_rows"])
+        return int({**made.get("operationMetrics", {}), **metrics}["num_deleted_rows"])
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
@@ -431,12 +440,7 @@ def check_process(process: int) -> None:
     who waits for them would wait for ever.
     """
     if os.getpid() != process:
-        raise StoreError(
-            f"a store opened in process {process} should be used there; received a use in process "
-            f"{os.getpid()}, which was forked from it: start workers with "
-            "multiprocessing_context='spawn' or 'forkserver' (of a DataLoader): stores and "
-            "look-ups travel there by their URLs"
-        )
+        raise StoreError(_FORKED)
 
 
 @contextlib.contextmanager
@@ -450,6 +454,8 @@ def telling(
         # what panics in the library is no Exception, and would end threads without a word
         if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
             raise
+        if "Forked process" in str(error):
+            raise StoreError(_FORKED) from None
         kind = _ConflictError if isinstance(error, CommitFailedError) else StoreError
         raise kind(f"{where}: {failure} ({_one_line(error)})") from error
 

@@ -12,6 +12,7 @@ import copy
 import operator
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,7 +27,7 @@ from torchrec_exfm.das.delta import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot, check_name
 from torchrec_exfm.das.snapshots import newest_snapshot
-from torchrec_exfm.das.store import TeacherStore, WriteReport
+from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore, WriteReport
 
 __all__ = ["TeacherLogger"]
 
@@ -198,21 +199,26 @@ class TeacherLogger:
             ready.synchronize()  # the writer's thread has a stream of its own
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
-        outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows])
+        outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows]).cpu()
         new = self._first_time(ids, seconds)
-        report = WriteReport(written=0)
-        if new.any():
-            report = self._store.write(
-                newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
-                ids[new],
-                outputs.cpu()[torch.from_numpy(new)],
-                seconds[new],
-                shard=f"log/{self._run}/{shard}",
-                logged=True,
-                bad_rows=self._bad_rows,
-            )
+        written, quarantined = 0, Counter[str]()
+        _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
+        for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
+            chosen = new & (places // MAX_WINDOWS == part)
+            if chosen.any():
+                report = self._store.write(
+                    newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
+                    ids[chosen],
+                    outputs[torch.from_numpy(chosen)],
+                    seconds[chosen],
+                    shard=f"log/{self._run}/{shard}/{part}",
+                    logged=True,
+                    bad_rows=self._bad_rows,
+                )
+                written += report.written
+                quarantined.update(report.quarantined)
         self.logged_before += len(ids) - int(new.sum())
-        return report
+        return WriteReport(written, dict(quarantined))
 
     def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
         """Which examples (n,) come for the first time, here and in the store."""

@@ -183,6 +183,11 @@ class TeacherLookup:
         _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
         _check_names("snapshot", tuple(pinned), self.teachers)
         _check_names("exclude", tuple(excluded), self.teachers)
+        for teacher, version in pinned.items():
+            if version is not None and version in excluded.get(teacher, ()):
+                raise ValueError(
+                    f"the look-up pins version {version} of {teacher}, and excludes it"
+                )
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
         if max_age_seconds is not None:

@@ -48,11 +48,9 @@ from torchrec_exfm.das.schema import (
     StoreFormat,
 )
 
-__all__ = ["TeacherStore", "WriteReport"]
+__all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
 
-_MAX_WINDOWS = (
-    1_000  # of one write: each has a file of its own, and some 300 KiB until it is closed
-)
+MAX_WINDOWS = 1_000  # of one write: each has a file of its own, and some 300 KiB until it is closed
 
 
 @dataclass(frozen=True)
@@ -232,9 +230,9 @@ class TeacherStore:
         good, quarantined = sift(offered, broken, bad_rows, where, ValueError)
         rows = offered[good] if quarantined else offered
         windows = np.unique(self.window_of(rows.event_time // MICROSECONDS))
-        if len(windows) > _MAX_WINDOWS:
+        if len(windows) > MAX_WINDOWS:
             raise ValueError(
-                f"{where}: the rows should be of at most {_MAX_WINDOWS} windows; received "
+                f"{where}: the rows should be of at most {MAX_WINDOWS} windows; received "
                 f"{len(windows)}: write them in order of time, a part at a time, or create the "
                 "store with a larger window_seconds"
             )
