@@ -6,25 +6,35 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import quote
 
 import das_data as dd
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from das_data import AT, WINDOW, new_store, small_store, snapshot
+from torch import nn
 
+from torchrec_exfm import TeacherMissingWarning
 from torchrec_exfm.das import (
     StoreError,
     TeacherLookup,
     TeacherStore,
+    Window,
+    forget,
     newest_snapshot,
     publish,
+    score,
+    wait_for_outputs,
 )
+from torchrec_exfm.das.__main__ import main
 from torchrec_exfm.das.delta import MissingFileError
 
 
@@ -167,6 +177,141 @@ def test_a_damaged_log(store: TeacherStore) -> None:
         with pytest.raises(StoreError, match="restore it from a copy") as caught:
             TeacherStore(store.url)
         assert f"{path}: " in dd.sentence(caught.value)
+
+
+def commits(store: TeacherStore) -> dict[str, int]:
+    """One commit of each kind, by its version."""
+    store.write(snapshot(), [9], [0.5], [AT], shard="a")
+    versions = {"write": store.refresh()}
+    store.write(snapshot(2), [9, 10], [0.5, 0.5], [AT, AT + WINDOW])
+    versions["of two files"] = store.refresh()
+    store.table.compact(("fm", 2))
+    versions["compact"] = store.refresh()
+    forget(store, "fm", versions=[1])
+    versions["forget"] = store.refresh()
+    store.advance_watermark("fm", AT)
+    versions["watermark"] = store.refresh()
+    return versions
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("kind", ["write", "of two files", "compact", "forget", "watermark"])
+def test_a_commit_that_lost_lines(
+    store: TeacherStore, kind: str, opened: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line of it but the first, and all: found when the store is opened, or refreshed."""
+    version = commits(store)[kind]
+    path = dd.log_file(store, version)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for later in range(version + 1, store.table.version + 1):
+        dd.log_file(store, later).unlink()
+    path.unlink()
+    reader = TeacherStore(store.url)
+    for kept in range(len(lines)):
+        path.write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(StoreError, match="lines were lost; restore it") as caught:
+            reader.refresh() if opened else TeacherStore(store.url)
+        assert str(path) in dd.sentence(caught.value)
+        with pytest.raises(StoreError, match="lines were lost"):  # and again
+            reader.refresh()
+        assert main(["verify", store.url]) == 2 and str(path) in capsys.readouterr().err
+    path.write_bytes(b"".join(lines))
+    assert TeacherStore(store.url).refresh() == version
+
+
+def test_a_damaged_commit_before_a_log_checkpoint_is_told_by_verify(
+    store: TeacherStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write(snapshot(), [9], [0.5], [AT])
+    store.table.delta.create_checkpoint()
+    path = dd.log_file(store, 1)
+    path.write_bytes(b"")
+    assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2, 9]
+    assert main(["verify", store.url]) == 1
+    assert f"{path}: is an empty commit" in capsys.readouterr().out
+
+
+def test_a_damaged_log_checkpoint(store: TeacherStore) -> None:
+    store.table.delta.create_checkpoint()
+    (path,) = Path(store.table.url).rglob("*.checkpoint.parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    for version in (0, 1):
+        dd.log_file(store, version).unlink()
+    with pytest.raises(StoreError, match="restore it from a copy") as caught:
+        TeacherStore(store.url)
+    assert str(path) in dd.sentence(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["a b.parquet", "50%.parquet", "a%20b.parquet", "ä#?.parquet"])
+def test_paths_are_percent_encoded_in_the_log(store: TeacherStore, name: str) -> None:
+    path = dd.only_file(store)
+    path.rename(path.with_name(name))
+    encoded = f"teacher=fm/window=2/{quote(name)}"
+    dd.edit_log(store, 1, "add", lambda add: add.update(path=encoded))
+    reader = TeacherStore(store.url)
+    assert list(dd.by_id(reader)) == [0, 1, 2]
+    assert main(["verify", store.url]) == 0
+    store.write(snapshot(), [9], [0.5], [AT])
+    reader.table.compact(("fm", 2))
+    assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2, 9]
+
+
+def test_a_partition_that_the_path_denies(store: TeacherStore) -> None:
+    other = {"teacher": "fm", "window": "3"}
+    dd.edit_log(store, 1, "add", lambda add: add.update(partitionValues=other))
+    with pytest.raises(StoreError, match="the log says that it is of teacher=fm/window=3"):
+        TeacherStore(store.url).windows("fm")
+
+
+def test_a_file_that_is_no_file(store: TeacherStore) -> None:
+    path = dd.only_file(store)
+    path.unlink()
+    os.mkfifo(path)
+    refused(store, "is no regular file")
+
+
+def test_a_store_that_goes_while_it_is_open(store: TeacherStore) -> None:
+    lookup = TeacherLookup(store, "fm", ids=np.array, event_seconds=lambda _: AT)
+    window = [Window(AT, AT + WINDOW, [])]
+    shutil.rmtree(store.url)
+    uses: list[Callable[[], Any]] = [
+        lambda: store.write(snapshot(), [9], [0.5], [AT]),
+        lambda: store.write(snapshot(), [9], [0.5], [AT], shard="a"),
+        lambda: store.read("fm", 2),
+        lambda: store.watermark("fm"),
+        lambda: store.advance_watermark("fm", 9),
+        lambda: publish(store, "fm", None, trained_through_seconds=9),
+        lambda: newest_snapshot(store, "fm"),
+        lambda: forget(store, "fm", versions=[1]),
+        lambda: store.table.compact(("fm", 2)),
+        lambda: store.table.repair(),
+        lambda: lookup([1]),
+        lambda: TeacherStore(store.url),
+        lambda: score(nn.Linear(1, 1), store, [], "fm", device=torch.device("cpu")),
+    ]
+    for use in uses:
+        with pytest.raises(StoreError) as caught:
+            use()
+        assert store.url in dd.sentence(caught.value)
+    with pytest.raises(TimeoutError, match="its watermark could not be read"):
+        list(wait_for_outputs(window, lookup, timeout_seconds=0.1))
+    with pytest.warns(TeacherMissingWarning, match="could not be read.*training goes on"):
+        assert list(wait_for_outputs(window, lookup, timeout_seconds=0.1, on_late="mask")) == window
+    lookup.close()
+
+
+def test_polling_outlasts_a_store_that_is_away_for_a_while(store: TeacherStore) -> None:
+    lookup = TeacherLookup(store, "fm", ids=np.array, event_seconds=lambda _: AT)
+    store.advance_watermark("fm", AT + WINDOW)
+    away = store.url + "-away"
+    waiting = wait_for_outputs([Window(AT, AT + WINDOW, [])], lookup, timeout_seconds=60)
+    os.rename(store.url, away)
+    back = threading.Timer(1.0, lambda: os.rename(away, store.url))
+    back.start()
+    assert next(waiting).end_seconds == AT + WINDOW
+    back.join()
+    assert lookup([1]).presence.all()
+    lookup.close()
 
 
 def test_a_commit_missing_in_the_middle(store: TeacherStore) -> None:

@@ -12,7 +12,6 @@ import copy
 import operator
 import os
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -27,7 +26,7 @@ from torchrec_exfm.das.delta import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot, check_name
 from torchrec_exfm.das.snapshots import newest_snapshot
-from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore, WriteReport
+from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore
 
 __all__ = ["TeacherLogger"]
 
@@ -112,7 +111,7 @@ class TeacherLogger:
         self._count = 0
         self._handed_over: list[tuple[Any, Any, Tensor]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
-        self._writing: Future[WriteReport] | None = None
+        self._writing: Future[None] | None = None
         # by window, the one used last last: the ids that are logged there, in order; files read
         self._logged: dict[int, tuple[Ints, set[str]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -175,13 +174,11 @@ class TeacherLogger:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
-                report = writing.result()
+                writing.result()
             except Exception:  # nothing is lost: the next flush tries again
                 self._rows = self._handed_over + self._rows
                 self._count = sum(len(outputs) for _, _, outputs in self._rows)
                 raise
-            self.written += report.written
-            self.quarantined += sum(report.quarantined.values())
 
     def _hand_over(self) -> None:
         check_process(self._process)
@@ -194,14 +191,13 @@ class TeacherLogger:
 
     def _write(
         self, rows: list[tuple[Any, Any, Tensor]], shard: int, ready: torch.Event | None
-    ) -> WriteReport:
+    ) -> None:
         if ready is not None:
             ready.synchronize()  # the writer's thread has a stream of its own
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
         outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows]).cpu()
         new = self._first_time(ids, seconds)
-        written, quarantined = 0, Counter[str]()
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
         for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
             chosen = new & (places // MAX_WINDOWS == part)
@@ -215,10 +211,9 @@ class TeacherLogger:
                     logged=True,
                     bad_rows=self._bad_rows,
                 )
-                written += report.written
-                quarantined.update(report.quarantined)
+                self.written += report.written
+                self.quarantined += sum(report.quarantined.values())
         self.logged_before += len(ids) - int(new.sum())
-        return WriteReport(written, dict(quarantined))
 
     def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
         """Which examples (n,) come for the first time, here and in the store."""

@@ -15,6 +15,7 @@ is of a model that has not seen it.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 import warnings
 from collections import deque
@@ -215,7 +216,7 @@ def score_windows(
         begins.append(window.begin_seconds)
         if window.end_seconds <= before_seconds:
             continue
-        _wait(store, teacher, begins[0], timeout_seconds)
+        _wait(store.url, lambda: store, teacher, begins[0], timeout_seconds)
         snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=begins[0]))
         if snapshot is not None:
             if snapshot != loaded:
@@ -256,11 +257,11 @@ def wait_for_outputs(
     check_duration("timeout_seconds", timeout_seconds)
     writers = lookup.teachers if writers is None else writers
     writers = (writers,) if isinstance(writers, str) else tuple(writers)
-    store = copy.copy(lookup.store)
+    opened = functools.cache(lambda: copy.copy(lookup.store))  # when it is there
     for window in windows:
         for writer in writers:
             try:
-                _wait(store, writer, window.end_seconds, timeout_seconds)
+                _wait(lookup.store.url, opened, writer, window.end_seconds, timeout_seconds)
             except TimeoutError as late:
                 if on_late == "raise":
                     raise
@@ -330,13 +331,20 @@ def _watermark(store: TeacherStore, writer: str) -> int:
     return on_rank_0(look)
 
 
-def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds: float) -> None:
+def _wait(
+    url: str,
+    opened: Callable[[], TeacherStore],
+    writer: str,
+    before_seconds: int,
+    timeout_seconds: float,
+) -> None:
     """Until a watermark is there; else a TimeoutError, the same on every rank."""
     deadline = time.monotonic() + timeout_seconds
 
     def look() -> str | None:
         """What is wrong so far; the store may be out of reach for a while."""
         try:
+            store = opened()
             store.refresh()
             watermark = store.watermark(writer)
         except StoreError as error:
@@ -348,7 +356,7 @@ def _wait(store: TeacherStore, writer: str, before_seconds: int, timeout_seconds
     while (wrong := on_rank_0(look)) is not None:
         if on_rank_0(lambda: time.monotonic() > deadline):
             raise TimeoutError(
-                f"{store.url}: {writer} should have its outputs of events before "
+                f"{url}: {writer} should have its outputs of events before "
                 f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark "
                 f"{wrong}"
             )
