@@ -274,7 +274,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(204)
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>")
+        key = re.search("Credential=(.*?)/[0-9]{8}/", self.headers.get("Authorization", ""))
+        text = f"<Code>{code}</Code><Message>{code}</Message>"
+        if key is not None:  # which S3 repeats in its errors
+            text += f"<AWSAccessKeyId>{escape(key[1])}</AWSAccessKeyId>"
+        self.answer(status, f"<Error>{text}</Error>")
 
     def answer(self, status: int, body: str | bytes = b"", **headers: str) -> None:
         content = body.encode() if isinstance(body, str) else body

@@ -17,6 +17,7 @@ from pyarrow import dataset
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, utc
+from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import newest
 from torchrec_exfm.das.schema import FORMAT_VERSION
 from torchrec_exfm.das.snapshots import NUMBERS, SCHEMA, forget_snapshots, registry_of
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return 2
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
 from torchrec_exfm.das.delta import DataFile, StoreError
+from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import Rows, broken_rules, first_few
 from torchrec_exfm.das.schema import PARTITION, check_name
 from torchrec_exfm.das.snapshots import checkpoint_folder, entries, is_plain, registry_of
@@ -66,7 +67,7 @@ class Verification:
         try:
             return function(*arguments)
         except ERRORS as error:
-            self._violation(str(error))
+            self._violation(redacted(str(error), self._store.storage_options))
 
     def _check_snapshots(self, checkpoints: Path | str | None) -> None:
         if unseen := checkpoints is None and "://" in self._store.url:
