@@ -16,6 +16,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, WriterPropertie
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
+from torchrec_exfm.das.redaction import told
 from torchrec_exfm.das.urls import normal_url
 
 __all__ = ["DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
@@ -71,6 +72,7 @@ class Table:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         """Make an empty table; one that is there is left as it is."""
+        options = dict(storage_options or {})
         try:
             DeltaTable.create(
                 url,
@@ -78,13 +80,14 @@ class Table:
                 mode="ignore",
                 partition_by=list(partition),
                 description=description,
-                storage_options=dict(storage_options or {}),
+                storage_options=options,
                 commit_properties=CommitProperties(max_commit_retries=0),
             )
         except CommitFailedError:  # another process was first
             return
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{url}: can't be made ({_one_line(error)})") from error
+            text, cause = told(error, options)
+            raise StoreError(f"{url}: can't be made ({text})") from cause
 
     @property
     def version(self) -> int:
@@ -138,10 +141,11 @@ class Table:
                 if self._load().transaction_version(name) == number:
                     return True  # what failed came after the commit: to sum up the log
                 break
+        text, cause = told(failure, self._options)
         raise StoreError(
             f"{self.url}: can't be written to, and nothing of this shard was "
-            f"({_one_line(failure)}); mend the cause and write it again"
-        ) from failure
+            f"({text}); mend the cause and write it again"
+        ) from cause
 
     def transaction(self, name: str) -> int | None:
         """The highest number of the transactions of a name in this version; None for none."""
@@ -153,7 +157,8 @@ class Table:
         try:
             self.delta.delete(predicate, writer_properties=self.properties)
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.url}: can't delete ({_one_line(error)})") from error
+            text, cause = told(error, self._options)
+            raise StoreError(f"{self.url}: can't delete ({text})") from cause
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
@@ -171,7 +176,8 @@ class Table:
             else:
                 self.delta.optimize.compact()
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.url}: can't compact ({_one_line(error)})") from error
+            text, cause = told(error, self._options)
+            raise StoreError(f"{self.url}: can't compact ({text})") from cause
 
     def files(self) -> list[DataFile]:
         """The data files of this version.
@@ -231,9 +237,10 @@ class Table:
             raise MissingFileError(
                 f"{where}: is missing, and the table's log has it; restore it, or give its rows up "
                 "with `python -m torchrec_exfm.das compact URL --repair` and write them anew"
-            ) from error
+            ) from told(error, self._options)[1]
         except _ERRORS as error:
-            raise StoreError(f"{where}: can't be read ({_one_line(error)})") from error
+            text, cause = told(error, self._options)
+            raise StoreError(f"{where}: can't be read ({text})") from cause
 
     def _bring_to(self, table: DeltaTable, version: int | None = None) -> None:
         """Bring an open table to a version, or the newest."""
@@ -243,7 +250,8 @@ class Table:
             elif version != table.version():
                 table.load_as_version(version)
         except _ERRORS as error:
-            raise StoreError(f"{self.url}: its log can't be read ({_one_line(error)})") from error
+            text, cause = told(error, self._options)
+            raise StoreError(f"{self.url}: its log can't be read ({text})") from cause
         self._check_protocol(table)
 
     def _load(self) -> DeltaTable:
@@ -252,9 +260,10 @@ class Table:
         except TableNotFoundError as error:
             raise StoreError(
                 f"{self.url}: there is no store; TeacherStore.create makes one"
-            ) from error
+            ) from told(error, self._options)[1]
         except _ERRORS as error:
-            raise StoreError(f"{self.url}: can't be opened ({_one_line(error)})") from error
+            text, cause = told(error, self._options)
+            raise StoreError(f"{self.url}: can't be opened ({text})") from cause
         self._check_protocol(table)
         return table
 
@@ -275,9 +284,3 @@ class Table:
     @functools.cached_property
     def _filesystem(self) -> pa_fs.FileSystem:
         return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
-
-
-def _one_line(error: Exception) -> str:
-    """The error on one line: of an object store's, the causes that its other lines tell."""
-    text = re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)) or type(error).__name__
-    return ": ".join(filter(None, map(str.strip, text.splitlines())))[:500]
