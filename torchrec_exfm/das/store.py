@@ -22,6 +22,7 @@ from torchrec_exfm.das.delta import DataFile, MissingFileError, StoreError, Tabl
 from torchrec_exfm.das.rules import MAX_SECONDS, BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import KEYS, OPTIONAL, PARTITION, Resolution, StoreFormat
 from torchrec_exfm.das.snapshots import Snapshot, create_registry
+from torchrec_exfm.das.urls import check_options
 
 __all__ = ["TeacherStore", "WriteReport"]
 
@@ -71,6 +72,7 @@ class TeacherStore:
     def __init__(
         self, url: str | Path, *, storage_options: Mapping[str, str] | None = None
     ) -> None:
+        check_options(storage_options)
         self.url = normal_url(url)
         self.storage_options = dict(storage_options or {})
         self.table = Table(f"{self.url}/outputs", storage_options)
@@ -110,6 +112,7 @@ class TeacherStore:
             raise ValueError(f"tasks should be a tuple of names; received {tasks!r}")
         names = tuple(tasks)
         wanted = StoreFormat(tasks=names, window_seconds=window_seconds, resolution=resolution)
+        check_options(storage_options)
         url = normal_url(url)
         where = f"{url}/outputs"
         create_registry(url, storage_options)
