@@ -90,10 +90,9 @@ class S3Server:
         requests: list[str] = self._ask("requests")
         return requests
 
-    def keys(self) -> list[str]:
-        """The keys of all objects."""
-        keys: list[str] = self._ask("keys")
-        return keys
+    def stored(self, part: str = "") -> list[str]:
+        """The keys of objects with ``part`` in them."""
+        return [key for key in self._ask("keys") if part in key]
 
     def _ask(self, what: str, data: Any = None) -> Any:
         body = json.dumps(data).encode()
