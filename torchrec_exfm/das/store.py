@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, as_floats, as_int, as_int64
+from torchrec_exfm.das.conditional_puts import check_conditional_puts
 from torchrec_exfm.das.delta import DataFile, MissingFileError, StoreError, Table, normal_url
 from torchrec_exfm.das.rules import MAX_SECONDS, BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import KEYS, OPTIONAL, PARTITION, Resolution, StoreFormat
@@ -115,6 +116,7 @@ class TeacherStore:
         check_options(storage_options)
         url = normal_url(url)
         where = f"{url}/outputs"
+        check_conditional_puts(where, storage_options)
         create_registry(url, storage_options)
         Table.create(where, wanted.schema(), PARTITION, wanted.to_json(), storage_options)
         store = cls(url, storage_options=storage_options)
