@@ -21,7 +21,9 @@ _LONGEST = 500  # characters of a library's text in a message
 # itself, and strings of up to 3 characters, which are no secrets and are in other words. All else
 # is: an option whose name is misspelt looks like no credential, and its value is one.
 _TRIVIAL = re.compile(r"true|false|none|null|\d{0,5} ?[a-z]{0,2}|.{0,3}", re.IGNORECASE)
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(\S*@)?([^\s/?#]*)([^\s?#]*)([?#]\S*)?", re.IGNORECASE)
+# The look behind keeps it from beginning anew at each letter of a long word.
+_SCHEME = r"(?<![a-z0-9+.-])([a-z0-9+.-]+)"
+_URL = re.compile(_SCHEME + r"://(\S*@)?([^\s/?#]*)([^\s?#]*)([?#]\S*)?", re.IGNORECASE)
 # As Rust prints a URL that it has parsed, which has no "://" before its user.
 _FIELD = re.compile(r'\b(username: |password: Some\(|query: Some\(|fragment: Some\()"[^"]*"')
 _OF_STORES = re.compile(
