@@ -90,10 +90,9 @@ class S3Server:
         requests: list[str] = self._ask("requests")
         return requests
 
-    def keys(self) -> list[str]:
-        """The keys of all objects."""
-        keys: list[str] = self._ask("keys")
-        return keys
+    def stored(self, part: str = "") -> list[str]:
+        """The keys of objects with ``part`` in them."""
+        return [key for key in self._ask("keys") if part in key]
 
     def _ask(self, what: str, data: Any = None) -> Any:
         body = json.dumps(data).encode()
@@ -274,7 +273,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(204)
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>")
+        key = re.search("Credential=(.*?)/[0-9]{8}/", self.headers.get("Authorization", ""))
+        text = f"<Code>{code}</Code><Message>{code}</Message>"
+        if key is not None:  # which S3 repeats in its errors
+            text += f"<AWSAccessKeyId>{escape(key[1])}</AWSAccessKeyId>"
+        self.answer(status, f"<Error>{text}</Error>")
 
     def answer(self, status: int, body: str | bytes = b"", **headers: str) -> None:
         content = body.encode() if isinstance(body, str) else body

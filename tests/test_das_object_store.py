@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import das_data as dd
 import numpy as np
@@ -129,3 +130,52 @@ def test_what_was_written_is_there_for_whoever_has_the_options(server: S3Server,
         TeacherStore(url, storage_options=wrong)
     opened = TeacherStore(f"{url}/", storage_options=server.storage_options)
     assert dd.by_id(opened) == OUTPUTS
+
+
+# ---- Conditional puts ----
+
+
+def folder_of(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def probes(server: S3Server) -> list[str]:
+    return [request for request in server.requests() if "_probe-" in request]
+
+
+def test_a_store_that_overwrites_commits_is_refused(server: S3Server, url: str) -> None:
+    server.set_faults(conditional_puts=False, latency_seconds=0.02)
+    with pytest.raises(StoreError, match=r"should refuse to overwrite a commit .* took [234]") as e:
+        new_store(url, server)
+    assert url in dd.sentence(e.value)
+    assert not server.stored(folder_of(url))
+
+
+def test_the_probe_of_a_good_store_leaves_nothing(server: S3Server, url: str) -> None:
+    new_store(url, server)
+    assert 20 < len(probes(server)) < 300
+    assert server.stored(folder_of(url)) and not server.stored("_probe-")
+    new_store(url, server)
+    TeacherStore(url, storage_options=server.storage_options)
+    assert not probes(server)  # of a store that is there
+
+
+def test_several_creators_make_one_store(server: S3Server, url: str) -> None:
+    with ThreadPoolExecutor(3) as creators:
+        stores = list(creators.map(lambda _: new_store(url, server), range(3)))
+    write(stores[0])
+    assert all(dd.by_id(store) == OUTPUTS for store in stores)
+
+
+def test_a_store_that_takes_nothing_is_one_sentence(server: S3Server, url: str) -> None:
+    server.set_faults(failing=1.0, failing_in="PUT", status=403)
+    with pytest.raises(StoreError, match=r"can't be written to .*403 Forbidden") as caught:
+        new_store(url, server)
+    assert url in dd.sentence(caught.value)
+
+
+def test_a_probe_that_cannot_be_removed_harms_nobody(server: S3Server, url: str) -> None:
+    server.set_faults(failing=1.0, failing_in="POST ?delete", status=403)
+    store = new_store(url, server)
+    write(store)
+    assert dd.by_id(store) == OUTPUTS

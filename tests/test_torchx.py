@@ -150,10 +150,72 @@ def test_bad_students() -> None:
     with pytest.raises(ValueError, match=r"should be 1x\{nproc\}.*Received: 2x4"):
         exfm.stream("run.py", students=["a"], j="2x4")
     for component in exfm.train, exfm.stream:
-        with pytest.raises(ValueError, match=r"differ.*Received: a b, A-B\. Write --students A,B"):
-            component("run.py", students=["a b", "A-B"])
+        for students in (["a b", "A-B"], ["a", ""], ["a", "a"]):
+            received = rf"differ.*Received: {', '.join(students)}\. Write --students A,B"
+            with pytest.raises(ValueError, match=received):
+                component("run.py", students=students)
     with pytest.raises(ValueError, match="Received: none"):
         exfm.stream("run.py", students=[])
+
+
+VALID = re.compile("[a-z]([a-z0-9-]*[a-z0-9])?")
+
+
+def cut(name: str) -> str:
+    """The name with a sign in the place of its digest."""
+    return re.sub("-[0-9a-f]{8}$", "-#", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "student"),
+    [
+        ("exfm-train", "b"),
+        ("my-ads-2026", "7"),
+        ("n" * 34, "b"),
+        ("a", "b" * 34),
+        ("n" * 11, "b" * 24),
+    ],
+)
+def test_names_that_are_valid_stay(name: str, student: str) -> None:
+    app = exfm.train("run.py", students=[student], name=name)
+    assert (app.name, app.roles[0].name) == (name, f"student-{student}")
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("Ads_Ranking/CTR", "ads-ranking-ctr"),
+        ("2026-run", "exfm-2026-run"),
+        ("-x-", "exfm-x"),
+        ("広告", "exfm-#"),
+        ("n" * 40, "n" * 29 + "-#"),
+    ],
+)
+def test_the_name_of_a_job_is_made_valid(name: str, valid: str) -> None:
+    assert cut(exfm.score("run.py", name=name).name) == valid
+
+
+@pytest.mark.parametrize(
+    ("student", "valid"),
+    [
+        ("DRUG GM", "student-drug-gm"),
+        ("広告", "student-#"),
+        ("click広告", "student-click-#"),
+        ("+", "student-#"),
+        ("s" * 70, "student-" + "s" * 16 + "-#"),
+        ("s" * 14 + "-" * 9 + "t" * 50, "student-" + "s" * 14 + "-t-#"),
+    ],
+)
+def test_the_name_of_a_role_is_made_valid(student: str, valid: str) -> None:
+    (role,) = exfm.train("run.py", students=[student]).roles
+    assert cut(role.name) == valid
+    assert role.args[-2:] == ["--student", student]
+
+
+def test_long_names_that_differ_at_the_end_stay_apart() -> None:
+    students = ["s" * 70 + "a", "s" * 70 + "b", "広告", "広吿"]
+    roles = exfm.stream("run.py", students=students).roles
+    assert len({role.name for role in roles}) == 6
 
 
 SCRIPT = """
@@ -208,6 +270,11 @@ JOBS = {
     "train": ["-j", "1x4", "--students", "DRUG GM,b"],
     "stream": ["-j", "1x4", "--students", "DRUG GM"],
 }
+ODD = {
+    "score": ["-j", "12x1", "--name", "Ads_Ranking/CTR " * 5],
+    "train": ["-j", "1x1", "--students", f"{'s' * 70},広告", "--name", "Ads_Ranking/CTR"],
+    "stream": ["-j", "1x1", "--students", f"{'s' * 70},a b", "--name", "7" * 70],
+}
 COMMON = ["--script", "jobs/run.py", "--image", "exfm:1", "--cpu", "8"]
 COMMON += ["--mounts", "type=volume,src=data,dst=/stores", "--", "--store", "/stores/a b"]
 
@@ -218,9 +285,9 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     monkeypatch.chdir(tmp_path)  # without a .torchxconfig
     monkeypatch.setenv("PATH", str(tmp_path))  # without a sinfo, which speaks of its cluster
 
-    def request(name: str, scheduler: str, **cfg: Any) -> str:
+    def request(name: str, scheduler: str, jobs: Any = JOBS, **cfg: Any) -> str:
         with get_runner() as runner:
-            args = JOBS[name] + COMMON
+            args = jobs[name] + COMMON
             return str(runner.dryrun_component(f"{COMPONENTS}:{name}", args, scheduler, cfg))
 
     return request
@@ -261,3 +328,29 @@ def test_what_kubernetes_is_given(name: str, dry_run: Callable[..., str]) -> Non
         tasks.append(ours | {"container": container, "volumes": pod["volumes"]})
     text = yaml.safe_dump({"queue": request["spec"]["queue"], "tasks": tasks})
     check_golden(f"kubernetes_{name}.yaml", text.replace(request["metadata"]["name"], "APP_ID"))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_kubernetes_is_given_valid_names(
+    name: str, dry_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = sys.modules["torchx.schedulers.kubernetes_scheduler"]
+    longest_id = "x" * 14  # that TorchX makes of 64 random bits
+    monkeypatch.setattr(scheduler, "make_unique", lambda app: f"{app}-{longest_id}")
+    request = yaml.safe_load(
+        dry_run(name, "kubernetes", ODD, queue="research", validate_spec=False)
+    )
+    job = request["metadata"]["name"]
+    assert VALID.fullmatch(job)
+    for task in request["spec"]["tasks"]:
+        assert VALID.fullmatch(task["name"])
+        assert len(f"{job}-{task['name']}-0") <= 63  # the pod's
+        for value in task["template"]["metadata"]["labels"].values():
+            assert len(value) <= 63 and re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", value)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_slurm_is_given_valid_names(name: str, dry_run: Callable[..., str]) -> None:
+    script = dry_run(name, "slurm", ODD, partition="gpu", time="2:00:00")
+    names = re.findall("--job-name=([^ ]+)", script)
+    assert names and all(VALID.fullmatch(job) for job in names)

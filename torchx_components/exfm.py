@@ -9,10 +9,16 @@ nothing of this package but what the script imports. TorchX makes options and he
 and docstrings; its release 0.7 knows no other spelling of a type than ``Optional[List[str]]``.
 """
 
+import hashlib
 import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torchx import specs
+
+# Kubernetes takes names of pods up to 63 characters. With Volcano they are
+# {name}-{id of up to 14}-{role}-{replica}-0.
+_POD = 63 - len("--") - 14 - len("-") - len("-0")
+_ROLE = 24  # characters of a role, at least: student-, 7 of its name, a digest
 
 
 def score(
@@ -105,7 +111,7 @@ def train(
     by_role = {"train": args}
     if students:
         _check_one_node(j)
-        by_role = _of_students(students, args)
+        by_role = _of_students(name, students, args)
     return _app(
         name,
         script,
@@ -164,7 +170,7 @@ def stream(
     by_role = {"teacher": ("--role", "teacher", *args)}
     if scorer:
         by_role["scorer"] = ("--role", "scorer", *args)
-    by_role.update(_of_students(students, args, "--role", "student"))
+    by_role.update(_of_students(name, students, args, "--role", "student"))
     return _app(
         name,
         script,
@@ -188,13 +194,17 @@ def _check_one_node(j: str) -> None:
 
 
 def _of_students(
-    students: Sequence[str], args: Sequence[str], *before: str
+    app: str, students: Sequence[str], args: Sequence[str], *before: str
 ) -> Dict[str, Tuple[str, ...]]:
     """The arguments of each student's role, by its name."""
-    by_role = {_role_name(name): (*before, "--student", name, *args) for name in students}
-    if not students or len(by_role) < len(students):
+    longest = max(_POD - len("0") - len(_label(app, _POD)), _ROLE) - len("student-")
+    by_role = {
+        f"student-{_label(student, longest)}": (*before, "--student", student, *args)
+        for student in students
+    }
+    if not all(students) or len(by_role) < max(len(students), 1):
         raise ValueError(
-            "students should differ in letters and digits, of which roles are named. Received: "
+            "students should have names that differ in letters and digits. Received: "
             f"{', '.join(students) or 'none'}. Write --students A,B"
         )
     return by_role
@@ -205,7 +215,11 @@ def _app(
 ) -> specs.AppDef:
     """Roles that run the same script, each with arguments of its own."""
     roles = [_role(role, script, args, **options) for role, args in by_role.items()]
-    return specs.AppDef(name=name, roles=roles)
+    last = max(role.num_replicas for role in roles) - 1
+    longest = _POD - len(str(last)) - max(map(len, by_role))
+    # A service is named after the job, and may not begin with a digit.
+    name = name if name[:1].isalpha() and name.isascii() else f"exfm-{name}"
+    return specs.AppDef(name=_label(name, longest), roles=roles)
 
 
 def _role(
@@ -272,6 +286,13 @@ def _program(script: str) -> List[str]:
     )
 
 
-def _role_name(student: str) -> str:
-    """A name that every scheduler takes."""
-    return "student-" + re.sub("[^a-z0-9]+", "-", student.lower()).strip("-")
+def _label(name: str, longest: int) -> str:
+    """A name that every scheduler takes: small letters, digits and "-" (RFC 1123).
+
+    A digest tells it from others where letters are lost or it is cut.
+    """
+    label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    if label and name.isascii() and len(label) <= longest:
+        return label
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
+    return f"{label[: longest - 9]}-{digest}".lstrip("-").replace("--", "-")

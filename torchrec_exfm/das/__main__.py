@@ -18,6 +18,7 @@ from pyarrow import dataset
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
+from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import Rows, newest
 from torchrec_exfm.das.schema import FORMAT_VERSION, SNAPSHOT_NUMBERS, SNAPSHOTS
 from torchrec_exfm.das.snapshots import forget
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (*ERRORS, TypeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return 2
 
 

@@ -20,6 +20,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, WriterPropertie
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
+from torchrec_exfm.das.redaction import told
 from torchrec_exfm.das.urls import normal_url
 
 __all__ = ["Commit", "DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
@@ -457,7 +458,8 @@ def telling(
         if "Forked process" in str(error):
             raise StoreError(_FORKED) from None
         kind = _ConflictError if isinstance(error, CommitFailedError) else StoreError
-        raise kind(f"{where}: {failure} ({_one_line(error)})") from error
+        text, cause = told(error, storage_options)
+        raise kind(f"{where}: {failure} ({text})") from cause
 
 
 def lost_lines(text: bytes) -> str | None:
@@ -502,10 +504,3 @@ def _properties(commit: Commit, mark: str) -> CommitProperties:
         notes["transaction"] = f"{name}={number}"
         transactions.append(Transaction(name, number))
     return CommitProperties(custom_metadata=notes, app_transactions=transactions)
-
-
-def _one_line(error: BaseException) -> str:
-    """The error on one line: of an object store's, the causes that its other lines tell."""
-    text = re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)) or type(error).__name__
-    text = text.split("stack backtrace:")[0]
-    return ": ".join(filter(None, map(str.strip, text.splitlines())))[:500]

@@ -28,6 +28,7 @@ from torchrec_exfm.das.arrays import (
     as_second,
     column_names,
 )
+from torchrec_exfm.das.conditional_puts import check_conditional_puts
 from torchrec_exfm.das.delta import (
     Commit,
     DataFile,
@@ -47,6 +48,7 @@ from torchrec_exfm.das.schema import (
     Snapshot,
     StoreFormat,
 )
+from torchrec_exfm.das.urls import check_options
 
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
 
@@ -109,6 +111,7 @@ class TeacherStore:
         storage_options: Mapping[str, str] | None = None,
         checkpoints: Path | str | None = None,
     ) -> None:
+        check_options(storage_options)
         self.url = normal_url(url)
         self.storage_options = dict(storage_options or {})
         if checkpoints is None and "://" not in self.url:
@@ -165,8 +168,10 @@ class TeacherStore:
             raise ValueError(f"tasks should be a tuple of names; received {tasks!r}")
         names = tuple(tasks)
         wanted = StoreFormat(tasks=names, window_seconds=window_seconds, resolution=resolution)
+        check_options(storage_options)
         url = normal_url(url)
         where = f"{url}/outputs"
+        check_conditional_puts(where, storage_options)
         Table.create(f"{url}/snapshots", SNAPSHOTS, (), "snapshots of teachers", storage_options)
         Table.create(where, wanted.schema(), PARTITION, wanted.to_json(), storage_options)
         store = cls(url, storage_options=storage_options, checkpoints=checkpoints)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-__all__ = ["is_container", "normal_url"]
+__all__ = ["check_options", "is_container", "normal_url"]
 
 # In an object store: no character in which a URL may carry a secret (@ ? # % ;), and none at which
 # the library panics ([ \ ] ^ |). Of two spellings of a place, as of a percent-encoded one, one is
@@ -14,6 +17,7 @@ _PATH = r"(?:/(?!\.{1,2}(?:/|$))[\w\-.=+,:~!*'() ]*)*"
 _HOST = r"[\w\-.]+(?::\d{1,5})?"
 _URL = re.compile(rf"([a-z][a-z0-9+.-]*)://(?:([^/@]*)@)?({_HOST})?({_PATH})", re.IGNORECASE)
 _SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_ENDPOINT = re.compile(r"(aws_|azure_|azure_storage_|google_)?endpoint(_url)?", re.IGNORECASE)
 _CONTAINER = re.compile(r"(?=.{3,63}$)[a-z0-9](?:-?[a-z0-9])*")
 _UNTAKEN = re.compile(r"[\[\\\]^|\x00-\x1f]|%[0-9a-fA-F]{2}")  # of a local folder, by the library
 
@@ -46,9 +50,37 @@ def normal_url(url: str | Path) -> str:
     return str(Path(text).expanduser().absolute())
 
 
+def check_options(storage_options: Mapping[Any, Any] | None) -> None:
+    """Check what the library takes for granted of its options: it panics, or says less.
+
+    Raises:
+        TypeError: for other than strings by name.
+        ValueError: for an endpoint that is no URL.
+    """
+    for name, value in (storage_options or {}).items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(
+                "storage_options should be strings by name; received "
+                f"{type(value).__name__} for {type(name).__name__} {name!r}"
+            )
+        if _ENDPOINT.fullmatch(name) and not _is_endpoint(value):
+            raise ValueError(
+                f"{name!r} should be a URL, http://HOST:PORT; received another text (a user and "
+                "password in it should be percent-encoded), which is not repeated"
+            )
+
+
 def is_container(name: str) -> bool:
     """Whether a name is one of a container of Azure: nothing else may stand before its ``@``."""
     return _CONTAINER.fullmatch(name) is not None
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.scheme and parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, or of brackets
+        return False
 
 
 def _normal_remote(text: str) -> str:

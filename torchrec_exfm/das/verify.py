@@ -15,6 +15,7 @@ from tqdm import tqdm
 from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
 from torchrec_exfm.das.delta import DataFile, StoreError, Table
+from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import Rows, broken_rules, first_few
 from torchrec_exfm.das.schema import check_name
 from torchrec_exfm.das.snapshots import checkpoint_folder, entries
@@ -63,7 +64,7 @@ class Verification:
         try:
             return function(*arguments)
         except ERRORS as error:
-            self._violation(str(error))
+            self._violation(redacted(str(error), self._store.storage_options))
 
     def _check_snapshots(self) -> None:
         if (checkpoints := self._store.checkpoints) is None:

@@ -1,0 +1,124 @@
+"""Errors of object stores as text without the credentials that they may repeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
+
+from torchrec_exfm.das.urls import is_container
+
+__all__ = ["redacted", "told"]
+
+HIDDEN = "***"
+_LONGEST = 500  # characters of a library's text in a message
+
+# Not hidden: what is in every other text ("true", "30s", "404"), which would hide the message
+# itself, and strings of up to 3 characters, which are no secrets and are in other words. All else
+# is: an option whose name is misspelt looks like no credential, and its value is one.
+_TRIVIAL = re.compile(r"true|false|none|null|\d{0,5} ?[a-z]{0,2}|.{0,3}", re.IGNORECASE)
+# The look behind keeps it from beginning anew at each letter of a long word.
+_SCHEME = r"(?<![a-z0-9+.-])([a-z0-9+.-]+)"
+_URL = re.compile(_SCHEME + r"://(\S*@)?([^\s/?#]*)([^\s?#]*)([?#]\S*)?", re.IGNORECASE)
+# As Rust prints a URL that it has parsed, which has no "://" before its user.
+_FIELD = re.compile(r'\b(username: |password: Some\(|query: Some\(|fragment: Some\()"[^"]*"')
+_OF_STORES = re.compile(
+    r"(AWS|AZURE|GOOGLE|GCP|GCS|S3|MINIO|OSS|LAKEFS|DATABRICKS|HF)_"
+    r".*(KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS|SIGNATURE)",
+    re.IGNORECASE,
+)
+_ENDPOINT = re.compile(r"[A-Z0-9_]*(ENDPOINT|URL|PROXY)[A-Z0-9_]*", re.IGNORECASE)
+
+
+def redacted(text: str, storage_options: Mapping[str, str] | None = None) -> str:
+    """Replace by ``***`` what may be a secret.
+
+    That is every value of the options and of environment variables that object stores take
+    credentials from, also percent-encoded; of every URL the user, the query and the fragment. Of an
+    option that is a URL, scheme, host and port stay.
+
+    Args:
+        text: of a library.
+        storage_options: of deltalake.
+    """
+    for secret in sorted(_secrets(storage_options or {}), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _FIELD.sub(rf'\1"{HIDDEN}"', _URL.sub(_redacted_url, text))
+
+
+def told(
+    error: BaseException, storage_options: Mapping[str, str] | None = None
+) -> tuple[str, BaseException | None]:
+    """Return a library's error as one line to be told, and what to raise from.
+
+    The cause is None where its own text, or that of the errors behind it, has something to hide:
+    a traceback would print it ::
+
+        text, cause = told(error, options)
+        raise StoreError(f"{url}: can't be read ({text})") from cause
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m|↳", "", redacted(str(error), storage_options))
+    line = ": ".join(filter(None, map(str.strip, text.splitlines()))) or type(error).__name__
+    chain = "".join(traceback.format_exception(error))
+    return line[:_LONGEST], error if redacted(chain, storage_options) == chain else None
+
+
+def _redacted_url(match: re.Match[str]) -> str:
+    scheme, user, host, path, rest = match.groups(default="")
+    if user and not (scheme.lower() in ("abfs", "abfss") and is_container(user[:-1])):
+        user = f"{HIDDEN}@"
+    return f"{scheme}://{user}{host}{path}" + (f"{rest[0]}{HIDDEN}" if rest else "")
+
+
+def _secrets(storage_options: Mapping[str, str]) -> set[str]:
+    environment = dict(os.environ)
+    values = [*storage_options.values()]
+    values += [value for name, value in environment.items() if _OF_STORES.match(name)]
+    # Only the secret parts of these: the rest of an endpoint is no credential.
+    urls = [v for name, v in environment.items() if _ENDPOINT.fullmatch(name) and _URL.match(v)]
+    parts = {part for value in (*values, *urls) for part in _parts(str(value))}
+    spelt = {
+        spelling(part)
+        for part in parts
+        for spelling in (str, _quoted, quote, quote_plus, unquote, unquote_plus, _escaped)
+    }
+    return {part for part in spelt if not _TRIVIAL.fullmatch(part)}
+
+
+def _parts(value: str) -> Iterator[str]:
+    """What is secret of a value: itself, or of a URL and of JSON (a key of Google's) the parts."""
+    value = value.strip()
+    match = _URL.fullmatch(value)
+    if match is not None:
+        _, user, _, path, rest = match.groups(default="")
+        yield from (user[:-1], *user[:-1].split(":", 1), path.strip("/"), rest[1:])
+        yield from (text for _, text in parse_qsl(rest[1:]))
+        return
+    yield value
+    yield from (line.strip() for line in value.splitlines())
+    if value.startswith("{"):
+        try:
+            yield from _leaves(json.loads(value))
+        except (ValueError, RecursionError):
+            return
+
+
+def _leaves(data: Any) -> Iterator[str]:
+    if isinstance(data, str):
+        yield from (data, *data.splitlines())
+    elif isinstance(data, (dict, list)):
+        for item in data.values() if isinstance(data, dict) else data:
+            yield from _leaves(item)
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _escaped(text: str) -> str:
+    """As it is between quotes, in JSON, Python and Rust."""
+    return json.dumps(text)[1:-1]
