@@ -155,20 +155,11 @@ class TeacherLookup:
         max_windows: int = 2,
         refresh_seconds: float | None = 60.0,
     ) -> None:
+        arguments = dict(locals())  # before there are other names
+        del arguments["self"], arguments["store"], arguments["teachers"]
+        self._options: dict[str, Any] = arguments
         if not isinstance(store, TeacherStore):
             raise TypeError(f"store should be a TeacherStore; received {type(store).__name__}")
-        self._arguments: dict[str, Any] = {
-            "ids": ids,
-            "event_seconds": event_seconds,
-            "tasks": tasks,
-            "snapshot": snapshot,
-            "exclude": exclude,
-            "missing": missing,
-            "max_age_seconds": max_age_seconds,
-            "bad_rows": bad_rows,
-            "max_windows": max_windows,
-            "refresh_seconds": refresh_seconds,
-        }
         self._process = os.getpid()
         self.store = copy.copy(store)
         self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
@@ -202,22 +193,21 @@ class TeacherLookup:
         self._missing = missing
         self._max_age_seconds = max_age_seconds
         self.counters = {teacher: LookupCounters() for teacher in self.teachers}
-        reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
         self._windows = {
             teacher: _Windows(
                 self.store,
                 teacher,
                 counters,
-                reader,
-                pinned.get(teacher),
-                _versions(excluded.get(teacher, ())),
-                bad_rows,
-                max_windows,
-                refresh_seconds,
+                self._reader,
+                snapshot=pinned.get(teacher),
+                excluded=_versions(excluded.get(teacher, ())),
+                bad_rows=bad_rows,
+                max_windows=max_windows,
+                refresh_seconds=refresh_seconds,
             )
             for teacher, counters in self.counters.items()
         }
-        self._reader = reader
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-lookup")
 
@@ -265,7 +255,7 @@ class TeacherLookup:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(TeacherLookup, **self._arguments)
+        make = functools.partial(TeacherLookup, **self._options)
         return make, (self.store, self.teachers)
 
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:

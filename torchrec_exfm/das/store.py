@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,6 @@ from torchrec_exfm.das.arrays import (
     MAX_SECONDS,
     MICROSECONDS,
     Ints,
-    Mask,
     as_floats,
     as_int64,
     as_second,
@@ -37,7 +35,6 @@ from torchrec_exfm.das.delta import (
     Table,
     normal_url,
 )
-from torchrec_exfm.das.index import mix
 from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import (
     KEYS,
@@ -48,6 +45,7 @@ from torchrec_exfm.das.schema import (
     Snapshot,
     StoreFormat,
 )
+from torchrec_exfm.das.shards import Shard
 from torchrec_exfm.das.urls import check_options
 
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
@@ -244,14 +242,18 @@ class TeacherStore:
         if quarantined:
             columns = columns.filter(pa.array(good))
         notes = {"teacher": snapshot.teacher, "quarantined": json.dumps(quarantined)}
-        transaction = _transaction(snapshot, shard, offered)
+        named = Shard(self.url, snapshot, shard, offered)
+        transaction = named.transaction()
         there = np.zeros(len(rows), dtype=np.bool_)
 
         def prepare() -> Commit | None:
             nonlocal there
             last = self.table.transaction(transaction[0])
             if last is not None:
-                there = self._written_before(snapshot, transaction, last, rows, windows)
+                if named.may_be_there(last, transaction[1], self.table.files()):
+                    parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
+                    stored = Rows.concatenate([part for part, _ in parts], len(self.tasks))
+                    there = named.find(rows, stored, self.format.alike)
                 if there.all():
                     return None
             data = columns.filter(pa.array(~there)) if there.any() else columns
@@ -269,52 +271,6 @@ class TeacherStore:
             committed=made is not None,
             stored_before=int(there.sum()),
         )
-
-    def _written_before(
-        self, snapshot: Snapshot, transaction: tuple[str, int], last: int, rows: Rows, windows: Ints
-    ) -> Mask:
-        """Which rows (n,) of a shard are in the store; an error if it was written with others."""
-        name, number = transaction
-        none = np.zeros(len(rows), dtype=np.bool_)
-        if not len(rows):
-            return none
-        if last != number:
-            if not any(self._may_hold(file, snapshot) for file in self.table.files()):
-                return none  # all that was written by this name is gone
-            raise ValueError(
-                f"{self.url}: nothing was written: {name!r}, a shard of {snapshot}, should have "
-                f"the rows it was written with, {_summary(last)}; received {_summary(number)}: "
-                "give other rows another name, or publish what said them as another version"
-            )
-        stored = Rows.concatenate(
-            [self.read(snapshot.teacher, window, bad_rows="quarantine")[0] for window in windows],
-            len(self.tasks),
-        )
-        stored = stored[(stored.snapshot == snapshot.version) & (stored.logged == rows.logged[:1])]
-        if not len(stored):
-            return none
-        order = np.argsort(stored.example_id)
-        at = np.searchsorted(stored.example_id[order], rows.example_id).clip(max=len(order) - 1)
-        same = stored[order[at]]
-        there: Mask = same.example_id == rows.example_id
-        differ: Mask = there & ~self.format.alike(same.outputs, rows.outputs).all(axis=1)
-        if differ.any():
-            first = np.flatnonzero(differ)[0]
-            raise ValueError(
-                f"{self.url}: nothing was written: {name!r}, a shard of {snapshot}, should have "
-                f"the outputs that it was written with; received others for {differ.sum()} of "
-                f"{len(rows)} examples: of example {rows.example_id[first]} there are "
-                f"{same.outputs[first].tolist()}, and these are {rows.outputs[first].tolist()}: "
-                "publish what said them as another version, or forget this one before"
-            )
-        return there
-
-    @staticmethod
-    def _may_hold(file: DataFile, snapshot: Snapshot) -> bool:
-        """Whether a file may hold rows of a snapshot, by what the log says of it."""
-        if file.partition[0] != snapshot.teacher:
-            return False
-        return file.snapshots is None or file.snapshots[0] <= snapshot.version <= file.snapshots[1]
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
         """Say that a writer has written all that it will of events before a time.
@@ -450,20 +406,6 @@ class TeacherStore:
         }
         schema = self.format.schema()
         return pa.table([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
-
-
-def _transaction(snapshot: Snapshot, shard: str | None, rows: Rows) -> tuple[str, int]:
-    """The name of a shard in the log, and a number that stands for its rows, in any order."""
-    if shard is None:
-        return f"write/{uuid.uuid4().hex}", 0
-    digest = mix(rows.example_id + mix(2 * rows.event_time + rows.logged).view(np.int64)).sum()
-    number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
-    return f"shard/{snapshot.teacher}/{snapshot.version}/{shard}", number
-
-
-def _summary(number: int) -> str:
-    """What the number of a shard's transaction tells of its rows."""
-    return f"{number >> 32} of the digest {number & (2**32 - 1):08x}"
 
 
 def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Names of shards: what was written by a name of a snapshot, and whether it is there still."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchrec_exfm.das.arrays import Floats, Mask
+from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.index import mix
+from torchrec_exfm.das.rules import Rows
+from torchrec_exfm.das.schema import Snapshot
+
+__all__ = ["Shard"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a snapshot that are written by one name; None: by one that nobody else has.
+
+    The log keeps for each name a number: how many rows were offered, and a digest of their ids and
+    times, in any order, and of whether they were logged. Outputs are compared with those that are
+    there, as they may differ by rounding.
+    """
+
+    url: str
+    snapshot: Snapshot
+    name: str | None
+    offered: Rows
+
+    def transaction(self) -> tuple[str, int]:
+        """The name in the log, and the number that stands for the rows."""
+        if self.name is None:
+            return f"write/{uuid.uuid4().hex}", 0
+        rows = self.offered
+        digest = mix(rows.example_id + mix(2 * rows.event_time + rows.logged).view(np.int64)).sum()
+        number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
+        return f"shard/{self.snapshot.teacher}/{self.snapshot.version}/{self.name}", number
+
+    def may_be_there(self, last: int, number: int, files: Sequence[DataFile]) -> bool:
+        """Whether what was written by the name, of the number ``last``, may be in the files.
+
+        Raises:
+            ValueError: if it may be, and was of another number.
+        """
+        if last == number:
+            return True
+        if not any(self._may_be_in(file) for file in files):
+            return False  # all of the snapshot's rows are gone: the name is free
+        raise ValueError(
+            f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, should "
+            f"have the rows it was written with, {_summary(last)}; received {_summary(number)}: "
+            "give other rows another name, or publish what said them as another version"
+        )
+
+    def _may_be_in(self, file: DataFile) -> bool:
+        if file.partition[0] != self.snapshot.teacher:
+            return False
+        lowest, highest = file.snapshots or (0, self.snapshot.version)
+        return lowest <= self.snapshot.version <= highest
+
+    def find(self, rows: Rows, stored: Rows, alike: Callable[[Floats, Floats], Mask]) -> Mask:
+        """Which rows (n,), of those offered, are among those stored in their windows.
+
+        Raises:
+            ValueError: if outputs of one are there that are not ``alike``.
+        """
+        logged = bool(len(rows) and rows.logged[0])
+        stored = stored[(stored.snapshot == self.snapshot.version) & (stored.logged == logged)]
+        if not len(stored) or not len(rows):
+            return np.zeros(len(rows), dtype=np.bool_)
+        order = np.argsort(stored.example_id)
+        at = np.searchsorted(stored.example_id[order], rows.example_id).clip(max=len(order) - 1)
+        same = stored[order[at]]
+        there: Mask = same.example_id == rows.example_id
+        differ: Mask = there & ~alike(same.outputs, rows.outputs).all(axis=1)
+        if differ.any():
+            first = np.flatnonzero(differ)[0]
+            raise ValueError(
+                f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, "
+                f"should have the outputs it was written with; received others for {differ.sum()} "
+                f"of {len(rows)} examples: of example {rows.example_id[first]} there are "
+                f"{same.outputs[first].tolist()}, and these are {rows.outputs[first].tolist()}: "
+                "publish what said them as another version, or forget this one before"
+            )
+        return there
+
+
+def _summary(number: int) -> str:
+    """What the number of a shard tells of its rows."""
+    return f"{number >> 32} of the digest {number & (2**32 - 1):08x}"
