@@ -20,6 +20,7 @@ from das_data import AT, WINDOW, new_store, small_store, snapshot
 from torchrec_exfm import TeacherOutputs
 from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
 from torchrec_exfm.das import lookup as lookup_module
+from torchrec_exfm.das.arrays import MAX_SECONDS
 from torchrec_exfm.das.index import WindowIndex
 
 
@@ -355,8 +356,13 @@ def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
         ({"snapshot": {"nobody": 1}}, "snapshot should be of"),
         ({"missing": "drop"}, "'mask' or 'raise'; received 'drop'"),
         ({"bad_rows": "drop"}, "'refuse' or 'quarantine'; received 'drop'"),
-        ({"max_age_seconds": -1}, "None or from 0; received -1"),
-        ({"max_age_seconds": math.nan}, "None or from 0; received nan"),
+        ({"max_age_seconds": -1}, "seconds from 0; received -1"),
+        ({"max_age_seconds": math.nan}, "seconds from 0; received nan"),
+        ({"max_age_seconds": "5"}, "max_age_seconds should be .* seconds from 0; received '5'"),
+        (
+            {"refresh_seconds": math.nan},
+            "refresh_seconds should be .* seconds from 0; received nan",
+        ),
         ({"max_windows": 0}, "at least 1; received 0"),
     ],
 )
@@ -377,9 +383,9 @@ def test_a_look_up_that_finds_nothing_is_told_once(tmp_path: Path) -> None:
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("seconds", [-1, 2**40, 1_760_000_000_000])
+@pytest.mark.parametrize("seconds", [-1, MAX_SECONDS, 1_760_000_000_000])
 def test_times_of_another_unit_are_refused(tmp_path: Path, seconds: int) -> None:
-    with pytest.raises(ValueError, match=rf"seconds since 1970.*received {seconds} to"):
+    with pytest.raises(ValueError, match=f"seconds since 1970.*received {seconds:,}: "):
         lookup_of(new_store(tmp_path))({1: seconds})
     with pytest.raises(ValueError, match="should be at least 0; received -5"):
         lookup_of(new_store(tmp_path))({-5: AT})

@@ -16,6 +16,7 @@ import torch
 from das_data import AT, WINDOW, new_store, snapshot
 
 from torchrec_exfm.das import StoreError, TeacherStore, WriteReport
+from torchrec_exfm.das.arrays import MAX_SECONDS
 from torchrec_exfm.das.schema import StoreFormat
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -75,18 +76,18 @@ def test_every_dtype_of_floats_is_taken(tmp_path: Path) -> None:
 
 def test_rows_keep_their_provenance(store: TeacherStore) -> None:
     ids = [TOP, 2**53 + 1, 2**53, 0]
-    seconds = [AT, AT + WINDOW - 1, AT + WINDOW, 2**40 - 1]
+    seconds = [AT, AT + WINDOW - 1, AT + WINDOW, MAX_SECONDS - 1]
     store.write(snapshot(7, 1_234), ids, [1.0, 2.0, 3.0, 4.0], seconds)
     store.write(snapshot(7, AT), [5], [5.0], [AT], logged=True)
     rows = dd.all_rows(store)
     assert rows.example_id.tolist() == [0, 5, 2**53, 2**53 + 1, TOP]
-    assert (rows.event_time // dd.US).tolist() == [2**40 - 1, AT, AT + WINDOW, seconds[1], AT]
+    assert (rows.event_time // dd.US).tolist() == [MAX_SECONDS - 1, AT, AT + WINDOW, seconds[1], AT]
     assert rows.outputs.ravel().tolist() == [4.0, 5.0, 3.0, 2.0, 1.0]
     assert (rows.trained_through // dd.US).tolist() == [1_234, AT, 1_234, 1_234, 1_234]
     assert rows.snapshot.tolist() == [7] * 5
     assert rows.logged.tolist() == [False, True, False, False, False]
     assert rows.age_seconds[1:].tolist() == [0, AT + WINDOW - 1_234, seconds[1] - 1_234, AT - 1_234]
-    assert store.windows("fm") == [2, 3, (2**40 - 1) // WINDOW]
+    assert store.windows("fm") == [2, 3, (MAX_SECONDS - 1) // WINDOW]
 
 
 def test_teachers_are_apart(store: TeacherStore) -> None:
@@ -143,8 +144,11 @@ BAD_ROWS = {  # id, output, event time, and what the error says
     "minus infinity": (1, -np.inf, AT, "NaN or infinite"),
     "beyond float32": (1, 1e39, AT, "NaN or infinite"),
     "negative time": (1, 0.5, -1, "event time outside of"),
-    "time too late": (1, 0.5, 2**40, "event time outside of"),
+    "time too late": (1, 0.5, MAX_SECONDS, "event time outside of"),
     "milliseconds": (1, 0.5, 1_760_000_000_000, "milliseconds"),
+    "milliseconds before 2004": (1, 0.5, 1_050_000_000_000, "milliseconds"),
+    "centiseconds": (1, 0.5, 176_000_000_000, "centiseconds"),
+    "microseconds": (1, 0.5, 1_760_000_000_000_000, "of another unit"),
     "latest time": (1, 0.5, TOP, "event time outside of"),
     "earliest time": (1, 0.5, -(2**63), "event time outside of"),
     "leak": (1, 0.5, 999, "leak"),

@@ -68,11 +68,14 @@ def as_seconds(what: str, values: Any, rows: int | None = None) -> Ints:
         ValueError: for another shape, nulls, or a time out of range, with its likely unit.
     """
     seconds = as_int64(what, values, rows)
-    if len(seconds) and not 0 <= (least := seconds.min()) <= (most := seconds.max()) < MAX_SECONDS:
+    if not len(seconds):
+        return seconds
+    least, most = int(seconds.min()), int(seconds.max())
+    if least < 0 or most >= MAX_SECONDS:
         received = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         raise ValueError(
             f"{what} should be seconds since 1970, in [0, {MAX_SECONDS:,}); received {received}: "
-            + likely_unit(int(most))
+            + likely_unit(most)
         )
     return seconds
 
@@ -88,6 +91,14 @@ def as_second(what: str, value: Any) -> int:
     if array.ndim:
         raise ValueError(f"{what} should be one time; received an array of shape {array.shape}")
     return int(as_seconds(what, array[None])[0])
+
+
+def as_seconds_of_rows(what: str, values: Any, rows: int) -> Ints:
+    """Convert epoch seconds (rows,), or one for all rows, as :func:`as_seconds` does."""
+    array = _on_host(what, values)
+    if array.ndim == 0:
+        return np.full(rows, as_second(what, array))
+    return as_seconds(what, array, rows)
 
 
 def likely_unit(time: int) -> str:

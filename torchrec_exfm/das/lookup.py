@@ -29,8 +29,7 @@ from torchrec_exfm.das.arrays import (
     Mask,
     among,
     as_int64,
-    as_second,
-    as_seconds,
+    as_seconds_of_rows,
     check_duration,
     utc,
 )
@@ -261,11 +260,7 @@ class TeacherLookup:
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
         seconds = _taken("event_seconds", self._event_seconds, batch)
-        what = "the event_seconds of a batch"
-        if np.ndim(seconds) == 0:
-            times = np.full(len(ids), as_second(what, seconds))
-        else:
-            times = as_seconds(what, seconds, len(ids))
+        times = as_seconds_of_rows("the event_seconds of a batch", seconds, len(ids))
         if len(ids) and ids.min() < 0:
             raise ValueError(f"the example ids should be at least 0; received {ids.min()}")
         return ids.copy(), times.copy()  # the loader may use its buffers again

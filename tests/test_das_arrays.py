@@ -1,0 +1,461 @@
+"""What users pass as times, tables and masked arrays: taken as they mean it, or refused."""
+
+from __future__ import annotations
+
+import datetime as dt
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import das_data as dd
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from das_data import AT, new_store, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.masked import masked_tensor
+
+from torchrec_exfm.das import (
+    Examples,
+    Snapshot,
+    TeacherLogger,
+    TeacherLookup,
+    TeacherStore,
+    Window,
+    arrays,
+    newest_snapshot,
+    publish,
+    score,
+    scoring,
+    wait_for_outputs,
+)
+from torchrec_exfm.das.__main__ import main
+
+BOUND = 7_258_118_400  # 2200-01-01
+DATE = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
+NOW = 1_790_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TeacherStore:
+    return new_store(tmp_path / "store")
+
+
+def masked_of_torch(values: list[Any], mask: list[bool]) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        return masked_tensor(torch.tensor(values), ~torch.tensor(mask))
+
+
+# ---- Calls that take columns: each with two rows ----
+
+
+def write(store: TeacherStore, ids: Any, times: Any, outputs: Any) -> None:
+    store.write(snapshot(), ids, outputs, times)
+
+
+def quarantine(store: TeacherStore, ids: Any, times: Any, outputs: Any) -> None:
+    store.write(snapshot(), ids, outputs, times, bad_rows="quarantine")
+
+
+def look_up(store: TeacherStore, ids: Any, times: Any, _: Any) -> None:
+    batch = SimpleNamespace(example_ids=ids, event_seconds=times)
+    TeacherLookup(store, "fm")(batch)
+
+
+def log(store: TeacherStore, ids: Any, times: Any, _: Any) -> None:
+    logger = TeacherLogger(store, "fm")
+    logger.log(ids, times, torch.tensor([0.5, 1.5]))
+    logger.flush()
+
+
+def score_all(store: TeacherStore, ids: Any, times: Any, _: Any) -> None:
+    examples = [Examples(ids, times, lambda rows: rows)]
+    score(cast(Any, None), store, examples, "fm", device=torch.device("cpu"))
+
+
+def write_keys(store: TeacherStore, ids: Any, times: Any, outputs: Any) -> None:
+    store.write(snapshot(), [1, 2], [0.5, 1.5], times, keys={"user_id": ids})
+
+
+COLUMNS: list[Callable[..., None]] = [write, quarantine, look_up, log, score_all]
+OTHER_KINDS = {
+    "whole floats": (np.array([AT, AT], np.float64), "float64"),
+    "float tensor": (torch.tensor([AT, AT + 0.5]), "float32"),
+    "NaN": ([AT, np.nan], "float64"),
+    "booleans": ([True, False], "bool"),
+    "datetime64": (np.array([0, 1], "datetime64[s]"), r"'datetime64\[s\]'.*makes seconds"),
+    "timedelta64": (np.array([0, 1], "timedelta64[s]"), r"'timedelta64\[s\]'.*makes seconds"),
+    "datetimes": ([DATE, DATE], r"datetime: .*'datetime64\[s\]'"),
+    "dates": ([DATE.date(), DATE.date()], r"date: .*'datetime64\[s\]'"),
+    "pandas timestamps": (pd.Series([DATE, DATE]), r"Timestamp: .*'datetime64\[s\]'"),
+    "pandas naive timestamps": (pd.Series(pd.to_datetime(["2020-01-01"] * 2)), "makes seconds"),
+    "Polars timestamps": (pl.Series([DATE, DATE]), "makes seconds"),
+    "Arrow timestamps": (pa.array([DATE, DATE]), "makes seconds"),
+    "strings": (["1790000000", "1790000000"], "<U10: convert"),
+    "pandas strings": (pd.Series(["1", "2"]), "convert"),
+    "structured": (np.zeros(2, [("a", "i8")]), "convert"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("call", [*COLUMNS, write_keys])
+def test_times_and_ids_of_another_kind_are_refused(
+    store: TeacherStore, call: Callable[..., None], kind: str
+) -> None:
+    values, words = OTHER_KINDS[kind]
+    for given_ in ([1, 2], values), (values, [AT, AT]):
+        with pytest.raises(TypeError, match="should be whole numbers.*; received .*" + words) as e:
+            call(store, *given_, [0.5, 1.5])
+        dd.sentence(e.value)
+    assert store.refresh() == 0
+
+
+def nulls() -> dict[str, tuple[Any, Any]]:
+    """Whole numbers and floats, the second of which is null."""
+    whole, floats, mask = [AT, AT + 1], [0.5, 1.5], [False, True]
+    return {
+        "numpy": (np.ma.array(whole, mask=mask), np.ma.array(floats, mask=mask)),
+        "numpy, in a list": (
+            [np.ma.array(value, mask=masked) for value, masked in zip(whole, mask, strict=True)],
+            [np.ma.array([value], mask=masked) for value, masked in zip(floats, mask, strict=True)],
+        ),
+        "numpy, nested": ([AT, np.ma.masked], [[0.5], [np.ma.masked]]),
+        "torch": (masked_of_torch(whole, mask), masked_of_torch(floats, mask)),
+        "list": ([AT, None], [0.5, None]),
+        "objects": (np.array([AT, None]), np.array([0.5, pd.NaT], object)),
+        "pandas": (pd.Series([AT, None], dtype="Int64"), pd.Series([0.5, None], dtype="Float64")),
+        "pandas array": (pd.array([AT, None], dtype="Int64"), pd.array([0.5, None])),
+        "pandas objects": (pd.Series([AT, pd.NA], dtype=object), [0.5, pd.NA]),
+        "pandas on Arrow": (
+            pd.Series([AT, None], dtype="int64[pyarrow]"),
+            pd.Series([0.5, None], dtype="double[pyarrow]"),
+        ),
+        "Polars": (pl.Series([AT, None]), pl.Series([0.5, None])),
+        "Arrow": (pa.array([AT, None]), pa.array([0.5, None])),
+        "Arrow, chunked": (pa.chunked_array([[AT], [None]]), pa.chunked_array([[0.5], [None]])),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize("kind", nulls())
+@pytest.mark.parametrize("call", [*COLUMNS, write_keys])
+def test_what_is_null_or_masked_is_refused(
+    store: TeacherStore, call: Callable[..., None], kind: str
+) -> None:
+    whole, floats = nulls()[kind]
+    cases = [([1, 2], whole, [0.5, 1.5]), (whole, [AT, AT], [0.5, 1.5])]
+    if call in (write, quarantine):
+        cases.append(([1, 2], [AT, AT], floats))
+    for case in cases:
+        with pytest.raises(
+            ValueError, match=r"no nulls and .* received 1 such rows: 1: "
+        ) as caught:
+            call(store, *case)
+        dd.sentence(caught.value)
+    assert store.refresh() == 0
+
+
+def test_masked_embeddings_are_refused(store: TeacherStore) -> None:
+    for embeddings in (
+        np.ma.array([[1.0, 2.0]], mask=[[False, True]]),
+        [np.ma.array([1.0, 2.0], mask=[False, True])],
+        masked_of_torch([[1.0, 2.0]], [[False, True]]),
+    ):
+        with pytest.raises(ValueError, match=r"embeddings should have no nulls .*: 0: "):
+            store.write(snapshot(), [1], [0.5], [AT], embeddings=embeddings)
+
+
+def test_many_nulls_are_counted(store: TeacherStore) -> None:
+    ids = np.ma.array(np.arange(9), mask=np.arange(9) > 1)
+    with pytest.raises(ValueError, match=r"received 7 such rows: 2, 3, 4, 5, 6, \.\.\.: "):
+        store.write(snapshot(), ids, np.zeros(9), np.full(9, AT))
+
+
+def test_a_mask_that_covers_nothing_is_none(store: TeacherStore) -> None:
+    whole, floats = np.ma.array([1, 2], mask=[0, 0]), np.ma.array([0.5, 1.5])
+    store.write(snapshot(), whole, floats, np.ma.array([AT, AT]), keys={"user_id": whole})
+    store.write(
+        snapshot(2), [3, 4], masked_of_torch([2.5, 3.5], [False] * 2), np.ma.array([AT, AT])
+    )
+    assert dd.by_id(store) == {1: [0.5], 2: [1.5], 3: [2.5], 4: [3.5]}
+
+
+COLUMNS_OF_WHOLE_NUMBERS: dict[str, Callable[[list[int]], Any]] = {
+    "pandas": pd.Series,
+    "pandas nullable": lambda values: pd.Series(values, dtype="Int64"),
+    "pandas on Arrow": lambda values: pd.Series(values, dtype="int64[pyarrow]"),
+    "Polars": pl.Series,
+    "Arrow": pa.array,
+    "chunked": lambda values: pa.chunked_array([values[:1], values[1:]]),
+    "tensors": lambda values: [torch.tensor(value) for value in values],
+    "numpy's": lambda values: [np.int64(value) for value in values],
+    "uint64": lambda values: np.array(values, np.uint64),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS_OF_WHOLE_NUMBERS)
+def test_columns_of_whole_numbers_are_taken(store: TeacherStore, kind: str) -> None:
+    make = COLUMNS_OF_WHOLE_NUMBERS[kind]
+    store.write(snapshot(), make([2**62 + 1, 5]), [0.5, 1.5], make([AT, AT + 1]))
+    assert dd.by_id(store) == {5: [1.5], 2**62 + 1: [0.5]}
+
+
+# ---- Times ----
+
+SCALARS: dict[str, Callable[[TeacherStore, Any], Any]] = {
+    "Snapshot": lambda store, time: Snapshot("fm", 1, time),
+    "publish": lambda store, time: publish(store, "fm", None, trained_through_seconds=time),
+    "newest_snapshot": lambda store, time: newest_snapshot(store, "fm", before_seconds=time),
+    "advance_watermark": lambda store, time: store.advance_watermark("fm", time),
+    "Window's begin": lambda store, time: Window(time, BOUND - 1, ()),
+    "Window's end": lambda store, time: Window(0, time, ()),
+    "look-up": lambda store, time: look_up(store, [1], time, None),
+}
+OTHER_TIMES = {
+    "float": (float(NOW), "float64"),
+    "NaN": (np.nan, "float64"),
+    "boolean": (True, "bool"),
+    "boolean of torch": (torch.tensor(True), "bool"),
+    "text": ("1790000000", "<U10: convert"),
+    "datetime": (DATE.replace(tzinfo=None), r"datetime: .*'datetime64\[s\]'"),
+    "date": (DATE.date(), "date: .*makes seconds"),
+    "pandas": (pd.Timestamp(DATE), "Timestamp: .*makes seconds"),
+    "timedelta": (dt.timedelta(1), r"timedelta: .*'timedelta64\[s\]'"),
+    "datetime64": (np.datetime64("2020-01-01", "ns"), r"datetime64\[ns\]: .*makes seconds"),
+    "number of Arrow": (pa.scalar(5), "Int64Scalar"),
+    "beyond 64 bits": (2**70, "int: convert"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TIMES)
+@pytest.mark.parametrize("call", SCALARS)
+def test_one_time_of_another_kind_is_refused(store: TeacherStore, call: str, kind: str) -> None:
+    value, words = OTHER_TIMES[kind]
+    with pytest.raises(TypeError, match="_seconds.* whole numbers.*; received " + words) as caught:
+        SCALARS[call](store, value)
+    dd.sentence(caught.value)
+    assert store.refresh() == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (-1, r"received -1: some are before 1970"),
+        (BOUND, r"\[0, 7,258,118,400\); received 7,258,118,400: deciseconds"),
+        (NOW * 10, "received 17,900,000,000: deciseconds. divide by 10$"),
+        (NOW * 100, "centiseconds. divide by 100$"),
+        (NOW * 1_000, "received 1,790,000,000,000: milliseconds. divide by 1,000$"),
+        (978_300_760_000, "milliseconds. divide by 1,000$"),
+        (NOW * 10**6, "microseconds. divide by 1,000,000$"),
+        (np.int64(NOW * 10**9), "nanoseconds. divide by 1,000,000,000$"),
+        (np.uint64(2**63), "below 2.63"),
+        (np.ma.masked, "no nulls and nothing masked"),
+        (np.ma.array(5, mask=True), "no nulls and nothing masked"),
+        (pd.NA, "no nulls and nothing masked"),
+        (pd.NaT, "no nulls and nothing masked"),
+    ],
+)
+@pytest.mark.parametrize("call", SCALARS)
+def test_one_time_out_of_range_is_refused(
+    store: TeacherStore, call: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ValueError, match="_seconds.* should .*" + words) as caught:
+        SCALARS[call](store, value)
+    dd.sentence(caught.value)
+    assert store.refresh() == 0
+
+
+@pytest.mark.parametrize("call", SCALARS)
+def test_several_times_for_one_are_refused(store: TeacherStore, call: str) -> None:
+    with pytest.raises(ValueError, match=r"one time; .*\(2,\)|shape \(1,\); received \(2,\)"):
+        SCALARS[call](store, torch.tensor([5, 6]))
+
+
+@pytest.mark.parametrize("value", [7, np.int32(7), np.uint64(7), np.array(7), torch.tensor(7)])
+@pytest.mark.parametrize("call", SCALARS)
+def test_one_time_is_taken_as_any_integer(store: TeacherStore, call: str, value: Any) -> None:
+    SCALARS[call](store, value)
+    assert type(Snapshot("fm", 1, value).trained_through_seconds) is int
+
+
+def test_one_time_for_a_column_is_refused(store: TeacherStore) -> None:
+    for call in write, log, score_all:
+        with pytest.raises(ValueError, match=r"event_seconds should be of shape .* received \(\)"):
+            call(store, [1, 2], AT, [0.5, 1.5])
+
+
+UNITS = st.sampled_from(sorted(arrays._UNITS.items()))
+
+
+@given(st.integers(631_152_000, 4_102_444_799), UNITS, st.integers(0, 999_999_999))
+def test_the_unit_of_a_time_is_told(second: int, unit: tuple[str, int], part: int) -> None:
+    name, divisor = unit
+    time = second * divisor + part % divisor
+    if time < BOUND:
+        return  # deciseconds of before 1993
+    with pytest.raises(ValueError, match=rf"received {time:,}: {name}\? divide by {divisor:,}$"):
+        arrays.as_seconds("times", np.array([time]))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.sampled_from([0, BOUND - 1, BOUND, -1])))
+def test_a_column_of_times_is_taken_if_all_are_in_range(times: list[int]) -> None:
+    column = np.array(times, np.int64)
+    if all(0 <= time < BOUND for time in times):
+        assert arrays.as_seconds("times", column).tolist() == times
+    else:
+        with pytest.raises(ValueError, match=rf"received {min(times):,}( to {max(times):,})?: "):
+            arrays.as_seconds("times", column)
+
+
+def test_times_in_centiseconds_do_not_pass_the_leak_rule(store: TeacherStore) -> None:
+    with pytest.raises(ValueError, match=r"centiseconds\? divide by 100\): rows 0, 1"):
+        store.write(snapshot(), [1, 2], [0.5, 1.5], [NOW * 100, NOW * 100 + 1])
+    assert quarantined(store, [NOW * 1_000, AT]) == {
+        "have an event time outside of [0, 7,258,118,400) seconds "
+        "(milliseconds? divide by 1,000)": 1
+    }
+
+
+def quarantined(store: TeacherStore, times: list[int]) -> dict[str, int]:
+    return store.write(snapshot(), [1, 2], [0.5, 1.5], times, bad_rows="quarantine").quarantined
+
+
+def test_scoring_leaves_a_wrong_time_to_the_rules(store: TeacherStore) -> None:
+    newest = publish(store, "fm", None, trained_through_seconds=AT)
+    job = cast(Any, SimpleNamespace(store=store, loaded=newest))
+    assert scoring._Job.load_newest(job, "fm", NOW * 1_000, None) == newest
+    with pytest.raises(ValueError, match="no published snapshot of fm was trained through"):
+        scoring._Job.load_newest(job, "fm", -1, None)
+
+
+@pytest.mark.parametrize("seconds", [-1, np.nan, "5", None, dt.timedelta(5)])
+def test_a_length_of_time_is_a_number(store: TeacherStore, seconds: Any) -> None:
+    with pytest.raises(ValueError, match="timeout_seconds should be a number of seconds from 0"):
+        lookup = TeacherLookup(store, "fm")
+        next(wait_for_outputs([Window(0, 5, ())], lookup, timeout_seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "words"),
+    [
+        ("event_seconds", [NOW * 1_000], "milliseconds? divide by 1,000"),
+        ("event_time", [NOW * 100], "centiseconds? divide by 100"),
+        ("event_time", pa.array([NOW * 1_000], pa.timestamp("s")), "milliseconds? divide by 1,000"),
+        ("event_seconds", [float(AT)], "whole numbers (int64); received float64"),
+        ("event_time", ["2020-01-01"], "whole numbers (int64); received str: convert"),
+        ("event_seconds", pa.array([None], pa.int64()), "should have no nulls"),
+    ],
+)
+def test_the_examples_of_show_are_held_to_the_same(
+    store: TeacherStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    column: Any,
+    words: str,
+) -> None:
+    path = tmp_path / "ids.parquet"
+    pq.write_table(pa.table({"example_id": [1], name: column}), path)
+    assert main(["show", store.url, "--ids", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {name} should" in error and words in error and error.count("\n") == 1
+
+
+# ---- Names ----
+
+BUY_AND_CLICK = {"buy": [1.0, 2.0], "click": [3.0, 4.0]}
+
+
+def structured(columns: dict[str, list[float]]) -> Any:
+    array = np.zeros(2, [(name, "f8") for name in columns])
+    for name, values in columns.items():
+        array[name] = values
+    return array
+
+
+TABLES: dict[str, Callable[[dict[str, list[float]]], Any]] = {
+    "pandas": pd.DataFrame,
+    "pandas, another index": lambda columns: pd.DataFrame(columns, index=[1, 0]),
+    "Polars": pl.DataFrame,
+    "Arrow": pa.table,
+    "record batch": pa.record_batch,
+    "structured": structured,
+    "structured and masked": lambda columns: np.ma.array(structured(columns)),
+    "mapping": dict,
+    "mapping of tensors": lambda columns: {k: torch.tensor(v) for k, v in columns.items()},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_outputs_go_by_the_names_of_their_columns(tmp_path: Path, kind: str) -> None:
+    store = new_store(tmp_path, tasks=("click", "buy"))
+    store.write(snapshot(), [1, 2], TABLES[kind](BUY_AND_CLICK), [AT, AT])
+    assert dd.by_id(store) == {1: [3.0, 1.0], 2: [4.0, 2.0]}
+
+
+@pytest.mark.parametrize("names", [("buy",), ("buy", "click", "stay"), ("buy", "output_click")])
+@pytest.mark.parametrize("kind", TABLES)
+def test_other_names_are_refused(tmp_path: Path, kind: str, names: tuple[str, ...]) -> None:
+    store = new_store(tmp_path, tasks=("click", "buy"))
+    with pytest.raises(ValueError, match=r"named \('click', 'buy'\), in any .*received") as caught:
+        store.write(
+            snapshot(), [1, 2], TABLES[kind]({name: [1.0, 2.0] for name in names}), [AT] * 2
+        )
+    assert all(repr(name) in dd.sentence(caught.value) for name in names)
+
+
+def test_columns_without_names_or_with_one_twice_are_refused(tmp_path: Path) -> None:
+    store = new_store(tmp_path, tasks=("0", "1"))
+    for outputs in (
+        pd.DataFrame([[1.0, 2.0]]),  # named 0 and 1, the numbers
+        pa.table([[1.0], [2.0], [3.0]], names=["0", "1", "1"]),
+    ):
+        with pytest.raises(ValueError, match=r"named \('0', '1'\), in any order; received \("):
+            store.write(snapshot(), [1], outputs, [AT])
+
+
+def test_a_column_is_checked_like_an_array(tmp_path: Path) -> None:
+    store = new_store(tmp_path, tasks=("click", "buy"))
+    for column, error, words in (
+        ([1, 2], TypeError, "buy, of outputs .* floating-point numbers; received int64"),
+        ([0.5], ValueError, r"buy, of outputs .* shape \(2, 1\)"),
+        ([0.5, None], ValueError, "buy, of outputs .* no nulls .*: 1: "),
+        (np.ma.array([0.5, 1.0], mask=[0, 1]), ValueError, "buy, of outputs .* no nulls .*: 1: "),
+    ):
+        with pytest.raises(error, match=words):
+            outputs = {"buy": column, "click": [0.5, 0.5]}
+            store.write(snapshot(), [1, 2], outputs, [AT, AT])
+
+
+@pytest.mark.parametrize(
+    "series",
+    [pd.Series([0.5, 1.5], index=[1, 0], name="buy"), pl.Series("buy", [0.5, 1.5])],
+)
+def test_a_series_goes_by_its_order_whatever_its_name(store: TeacherStore, series: Any) -> None:
+    store.write(snapshot(), [1, 2], series, [AT, AT])
+    assert dd.by_id(store) == {1: [0.5], 2: [1.5]}
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_keys_may_be_a_table(store: TeacherStore, make: Callable[[Any], Any]) -> None:
+    keys = make({"item_id": [3, 4], "user_id": [5, 6]})
+    store.write(snapshot(), [1, 2], [0.5, 1.5], [AT, AT], keys=keys)
+    store.refresh()
+    rows = pq.read_table(dd.only_file(store))
+    assert rows["user_id"].to_pylist() == [5, 6] and rows["item_id"].to_pylist() == [3, 4]
+    for wrong, words in (make({"user": [1]}), r"\['user'\]"), ([1], "list"):
+        with pytest.raises(ValueError, match=rf"keys should be among .*; received {words}"):
+            store.write(snapshot(), [1], [0.5], [AT], keys=wrong)
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_a_table_of_embeddings_is_refused(store: TeacherStore, make: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"no names for its columns; received \['b', 'a'\]: pass"):
+        store.write(snapshot(), [1], [0.5], [AT], embeddings=make({"b": [1.0], "a": [2.0]}))
