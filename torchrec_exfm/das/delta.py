@@ -200,7 +200,8 @@ class Table:
 
         self._check_links()
         made = self.commit("can't delete", lambda: Commit(act)) or {}
-        return int(made["operationMetrics"]["num_deleted_rows"])
+        metrics = made.get("operationMetrics", {})  # where no row fits, the library commits nothing
+        return int(metrics.get("num_deleted_rows", 0))
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
