@@ -16,6 +16,7 @@ from das_data import AT, WINDOW, new_store, snapshot
 from deltalake import write_deltalake
 
 from torchrec_exfm.das import (
+    ForgetReport,
     Snapshot,
     StoreError,
     TeacherLookup,
@@ -27,7 +28,6 @@ from torchrec_exfm.das import (
 )
 from torchrec_exfm.das.delta import Table
 from torchrec_exfm.das.rules import Rows, newest
-from torchrec_exfm.das.snapshots import ForgetReport
 
 SHARDS = 6
 
