@@ -37,8 +37,9 @@ class Faults:
         failing: share of the requests with ``failing_in`` in them (as :meth:`S3Server.requests`
             tells them) that are answered by ``status``, before anything is done.
         status: 500, 503 ... of those.
-        lost_replies: of so many commits to come the object is stored and the reply is lost.
-        lost_share: of so many of the other commits as well.
+        lost_replies: of so many objects to come, each is stored and the reply is lost.
+        lost_share: of this share of the other objects as well.
+        lost_keys: a pattern that the keys of those objects fit: of commits, unless it is given.
         lost_status: the answer in the place of a lost reply; 0: the connection is closed.
         hanging: requests with this in them get no answer as long as it is set; "": none do.
         conditional_puts: False: If-None-Match is ignored, as old S3-compatible servers do.
@@ -51,6 +52,7 @@ class Faults:
     status: int = 503
     lost_replies: int = 0
     lost_share: float = 0.0
+    lost_keys: str = r"_delta_log/\d+\.json$"
     lost_status: int = 500
     hanging: str = ""
     conditional_puts: bool = True
@@ -142,7 +144,7 @@ class Bucket:
         return True
 
     def loses_reply(self, key: str) -> bool:
-        if not re.search(r"_delta_log/\d+\.json$", key):
+        if not re.search(self.faults.lost_keys, key):
             return False
         if self.faults.lost_replies:
             self.faults = replace(self.faults, lost_replies=self.faults.lost_replies - 1)
@@ -292,6 +294,11 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 200
+
+    def handle_error(self, *request: Any) -> None:
+        """Say nothing of clients that are gone: they were killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)
 
 
 if __name__ == "__main__":

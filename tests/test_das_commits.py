@@ -16,10 +16,12 @@ from das_data import AT, WINDOW, new_store, snapshot
 from deltalake import write_deltalake
 
 from torchrec_exfm.das import (
+    ForgetReport,
     Snapshot,
     StoreError,
     TeacherLookup,
     TeacherStore,
+    forget,
     newest_snapshot,
     publish,
     published,
@@ -308,6 +310,23 @@ def test_compaction_keeps_all_rows(tmp_path: Path) -> None:
             np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), name)
     (file,) = store.files("fm", 2)
     assert (np.diff(store.read_file(file).example_id) > 0).all()
+
+
+def test_what_is_forgotten_is_counted_and_may_be_nothing(tmp_path: Path) -> None:
+    store = dd.small_store(tmp_path)
+    store.write(snapshot(2), [9], [0.5], [AT + WINDOW])
+    publish(store, "fm", None, trained_through_seconds=1_000)
+    asked: list[tuple[dict[str, Any], tuple[int, int]]] = [
+        ({"versions": [7]}, (0, 0)),
+        ({"versions": [2]}, (1, 0)),  # whose snapshot was not published
+        ({"before_seconds": AT}, (0, 0)),
+        ({"versions": [1, 2]}, (3, 1)),
+        ({"versions": [1, 2]}, (0, 0)),
+        ({"before_seconds": AT + 9 * WINDOW}, (0, 0)),
+    ]
+    for what, (rows, snapshots) in asked:
+        assert forget(store, "fm", **what) == ForgetReport(rows, snapshots)
+    assert dd.by_id(store) == {}
 
 
 def test_a_reader_from_before_a_compaction_finds_the_new_file(tmp_path: Path) -> None:

@@ -335,6 +335,71 @@ def test_a_log_without_statistics_will_do(store: TeacherStore) -> None:
     assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2]
 
 
+def rename(action: dict[str, Any], name: str) -> None:
+    action["x" + name] = action.pop(name)
+
+
+def edit_stats(add: dict[str, Any], edit: Callable[[dict[str, Any]], object]) -> None:
+    stats = json.loads(add["stats"])
+    edit(stats)
+    add["stats"] = json.dumps(stats)
+
+
+@pytest.mark.parametrize("part", ["numRecords", "minValues", "maxValues", "nullCount"])
+def test_statistics_that_lack_a_part(store: TeacherStore, part: str) -> None:
+    dd.edit_log(store, 1, "add", lambda add: edit_stats(add, lambda stats: rename(stats, part)))
+    with pytest.raises(StoreError, match="has statistics of a file that are damaged") as caught:
+        TeacherStore(store.url)
+    assert str(dd.log_file(store, 1)) in dd.sentence(caught.value)
+
+
+@pytest.mark.parametrize("part", ["minValues", "maxValues"])
+def test_statistics_of_other_snapshots(store: TeacherStore, part: str) -> None:
+    def edit(stats: dict[str, Any]) -> None:
+        stats[part]["snapshot"] ^= 4
+
+    dd.edit_log(store, 1, "add", lambda add: edit_stats(add, edit))
+    refused(store, r"its snapshots are from 1 to 1 and the table's log says")
+
+
+@pytest.mark.parametrize("name", ["appId", "version"])
+def test_a_damaged_transaction(store: TeacherStore, name: str) -> None:
+    dd.edit_log(store, 1, "txn", lambda txn: rename(txn, name))
+    with pytest.raises(StoreError, match="restore it from a copy") as caught:
+        TeacherStore(store.url)
+    assert str(dd.log_file(store, 1)) in dd.sentence(caught.value)
+
+
+@pytest.mark.parametrize("summed_up", [False, True], ids=["in commits", "in a checkpoint"])
+def test_a_removal_of_another_file(store: TeacherStore, summed_up: bool) -> None:
+    """The rows that a compaction has copied would be there twice."""
+    store.write(snapshot(), [9], [0.5], [AT])
+    if summed_up:
+        store.refresh()
+        store.table.delta.create_checkpoint()
+    store.table.compact(("fm", 2))
+    assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2, 9]
+
+    def edit(remove: dict[str, Any]) -> None:
+        remove["path"] = remove["path"].replace("part-00000", "part-00001")
+
+    dd.edit_log(store, 3, "remove", edit)
+    with pytest.raises(StoreError, match=r"removes .* which was not there") as caught:
+        TeacherStore(store.url)
+    assert str(dd.log_file(store, 3)) in dd.sentence(caught.value)
+
+
+def test_a_snapshot_that_the_log_hides_from_forget(store: TeacherStore) -> None:
+    publish(store, "fm", None, trained_through_seconds=5)
+    path = Path(store.registry.url) / "_delta_log" / f"{1:020}.json"
+    text = path.read_text()
+    path.write_text(text.replace(r"\"version\":1", r"\"version\":9"))
+    assert path.read_text() != text
+    with pytest.raises(StoreError, match=r"still has .* fm version 1") as caught:
+        forget(TeacherStore(store.url), "fm", versions=[1])
+    assert store.registry.url in dd.sentence(caught.value)
+
+
 def upgrade(store: TeacherStore) -> None:
     """As another program does that is to delete rows without writing the files anew."""
     features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}

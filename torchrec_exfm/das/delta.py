@@ -102,6 +102,8 @@ class Table:
                 raise StoreError(f"{url}: {words}") from None
         summed_up = (version for version, path in self._log_files() if path.endswith(".parquet"))
         self._whole_through = max(summed_up, default=-1)  # no commit up to it has lost a line
+        self._first_whole = self._whole_through
+        self._added: set[str] | None = set()  # by the commits after it; None: some were not read
         self._check()
 
     @staticmethod
@@ -342,25 +344,53 @@ class Table:
             )
         for version in range(self._whole_through + 1, self.version + 1):
             path = f"{_LOG}/{version:020}.json"
-            if words := self._damage(path):
+            if words := self._damage(path, follow=True):
                 raise StoreError(f"{self.url}/{path}: {words}; restore it from a copy")
             self._whole_through = version
 
-    def _damage(self, path: str) -> str | None:
-        """What is wrong with a file of the log, in words; None if nothing is, or it is gone."""
+    def _damage(self, path: str, *, follow: bool = False) -> str | None:
+        """What is wrong with a file of the log, in words; None if nothing is, or it is gone.
+
+        To ``follow`` the commits, in order, is to see that they remove what was there.
+        """
         self._check_inside(path)
         try:
-            with (
-                telling("its text", "can't be read", self._options),
-                contextlib.suppress(FileNotFoundError),  # cleaned up since it was listed
-                self._filesystem.open_input_file(path) as source,
-            ):
-                if path.endswith(".parquet"):
-                    return _lost_actions(source)
-                return lost_lines(source.read())
+            with telling("its text", "can't be read", self._options):
+                try:
+                    source = self._filesystem.open_input_file(path)
+                except FileNotFoundError:  # cleaned up since it was listed
+                    self._added = None if follow else self._added
+                    return None
+                with source:
+                    if path.endswith(".parquet"):
+                        return _lost_actions(source)
+                    text = source.read()
+                return lost_lines(text) or (self._follow(text) if follow else None)
         except StoreError as error:
             return str(error)
+
+    def _follow(self, text: bytes) -> str | None:
+        """Whether a commit removes a file that was never there: then another's rows come back."""
+        if self._added is None:
+            return None
+        actions = [json.loads(line) for line in text.splitlines()]
+        unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
+        unknown -= self._added
+        if unknown and (before := self._added_before) is not None and (unknown := unknown - before):
+            return f"removes {min(unknown)!r}, which was not there: it is damaged"
+        self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
         return None
+
+    @functools.cached_property
+    def _added_before(self) -> set[str] | None:
+        """The files of the checkpoint that the table was opened with; None if it is gone."""
+        if self._first_whole < 0:
+            return set()
+        try:
+            table = DeltaTable(self.url, self._first_whole, storage_options=self._options)
+        except DeltaError:
+            return None
+        return {unquote(path) for path in pa.table(table.get_add_actions())["path"].to_pylist()}
 
     def _log_files(self) -> list[tuple[int, str]]:
         """The commits and checkpoints of the log: their versions and paths."""
@@ -464,7 +494,13 @@ def telling(
 
 def lost_lines(text: bytes) -> str | None:
     """What a commit lacks of what it says of itself, in words; None for nothing that is known."""
-    actions = [json.loads(line) for line in text.splitlines()]
+    try:
+        return _lost_lines([json.loads(line) for line in text.splitlines()])
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        return f"is no commit: {_one_line(error)}"
+
+
+def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
     if not actions:
         return "is an empty commit: its lines were lost"
     if not all(isinstance(action, dict) for action in actions):
@@ -481,6 +517,9 @@ def lost_lines(text: bytes) -> str | None:
         "num_removed_files": sum("remove" in action for action in actions),
         "numFilesRemoved": sum("remove" in action for action in actions),
     }
+    for each in stats:
+        if each and not _is_whole(each):
+            return f"has statistics of a file that are damaged: {json.dumps(each)[:500]}"
     if all("numRecords" in each for each in stats):
         there["num_added_rows"] = sum(each["numRecords"] for each in stats)
     for name, count in there.items():
@@ -490,6 +529,14 @@ def lost_lines(text: bytes) -> str | None:
     if noted not in (None, *(f"{each['appId']}={each['version']}" for each in transactions)):
         return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"
     return None
+
+
+def _is_whole(stats: Mapping[str, Any]) -> bool:
+    """Whether statistics have all their parts, and each part its columns: writers give them all."""
+    lowest, highest, nulls = (
+        stats.get(part, {}).keys() for part in ("minValues", "maxValues", "nullCount")
+    )
+    return "numRecords" in stats and lowest == highest and lowest <= nulls
 
 
 def _lost_actions(source: pa.NativeFile) -> str | None:

@@ -171,6 +171,12 @@ def forget(
     ]
     rows = store.table.delete(f"teacher = '{teacher}' AND ({_among('snapshot', numbers)})")
     store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
+    hidden = [s for s, _ in entries(store) if s.teacher == teacher and s.version in numbers]
+    if hidden:  # the library looks for rows only where the log's statistics say they may be
+        raise StoreError(
+            f"{store.registry.url}: still has what was to be forgotten, {hidden[0]}: the "
+            "statistics in its log are damaged; restore the log from a copy"
+        )
     for _, folder in old:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)

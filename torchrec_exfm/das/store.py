@@ -372,7 +372,16 @@ class TeacherStore:
         wanted = pa.schema([schema.field(name) for name in (*names, *self.format.outputs)])
         table = self.table.read(file, wanted)
         outputs = np.stack([_array(table, name) for name in self.format.outputs], axis=1)
-        return Rows(outputs=outputs, **{name: _array(table, name) for name in names})
+        rows = Rows(outputs=outputs, **{name: _array(table, name) for name in names})
+        if file.snapshots is not None and len(rows):
+            bounds = int(rows.snapshot.min()), int(rows.snapshot.max())
+            if bounds != file.snapshots:
+                raise StoreError(
+                    f"{self.table.url}/{file.path}: its snapshots are from {bounds[0]} to "
+                    f"{bounds[1]} and the table's log says {file.snapshots}: one of the two is "
+                    "damaged; restore it from a copy"
+                )
+        return rows
 
     def _to_write(
         self, snapshot: Snapshot, example_ids: Any, outputs: Any, event_seconds: Any, logged: bool

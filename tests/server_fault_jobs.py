@@ -1,0 +1,126 @@
+"""The jobs that are killed while they work on a store of an S3 server that fails.
+
+Each keeps a line in a file of what a call has returned, right after it; started again, a job does
+all of its work anew but for what it has such a line of where that can't be done twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fault_jobs as jobs
+import numpy as np
+import rank_models as rm
+from ranks import device
+
+from torchrec_exfm.das import (
+    Examples,
+    Snapshot,
+    TeacherLogger,
+    TeacherStore,
+    publish,
+    score,
+)
+
+SNAPSHOT = Snapshot("fm", 1, jobs.START - 1)
+SHARDS = 10
+SHARD_ROWS = 40
+ROWS = SHARDS * SHARD_ROWS
+FIRST = jobs.WINDOW - ROWS // 2  # half of the rows lie in the window before
+UNNAMED_ROWS = 3
+SCORED_AT_ONCE = 20
+
+ServerJob = Callable[[TeacherStore, Path, int], None]
+
+
+def run(job: ServerJob, url: str, options: Mapping[str, str], folder: Path, attempt: int) -> None:
+    """A job in a process of its own."""
+
+    def work(rank: int, world_size: int, folder: Path) -> None:
+        job(TeacherStore(url, storage_options=options), folder, attempt)
+
+    jobs.run(work, 0, 1, folder, attempt)
+
+
+def tell(folder: Path, **report: Any) -> None:
+    """Keep a report; a line is there whole or, after a kill, not at all."""
+    descriptor = os.open(folder / "reports", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, (json.dumps(report) + "\n").encode())
+    os.close(descriptor)
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "reports"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def shard(number: int) -> slice:
+    """The positions of a shard's examples in the data."""
+    return slice(FIRST + number * SHARD_ROWS, FIRST + (number + 1) * SHARD_ROWS)
+
+
+def outputs(positions: slice) -> Any:
+    data = jobs.Data()
+    return data.dense[positions, : len(jobs.TASKS)]
+
+
+def unnamed_ids(attempt: int, number: int) -> Any:
+    return 10 * (1_000 * attempt + number) + np.arange(UNNAMED_ROWS)
+
+
+def writing(store: TeacherStore, folder: Path, attempt: int) -> None:
+    """Writes named shards, each of them followed by rows without a name."""
+    data = jobs.Data()
+    for number in range(SHARDS):
+        at = shard(number)
+        report = store.write(
+            SNAPSHOT, data.ids[at], outputs(at), data.seconds[at], shard=f"shard-{number}"
+        )
+        tell(folder, attempt=attempt, shard=number, **vars(report))
+        ids = unnamed_ids(attempt, number)
+        values = np.full((UNNAMED_ROWS, len(jobs.TASKS)), attempt + number, np.float32)
+        report = store.write(SNAPSHOT, ids, values, np.full(UNNAMED_ROWS, jobs.START))
+        tell(folder, attempt=attempt, unnamed=number, **vars(report))
+
+
+def scoring(store: TeacherStore, folder: Path, attempt: int) -> None:
+    """Scores examples, a shard at a time."""
+    data = jobs.Data()
+    at = slice(FIRST, FIRST + ROWS)
+    examples = Examples(
+        data.ids[at], data.seconds[at], lambda positions: data.batch(positions + FIRST)
+    )
+    report = score(
+        rm.sharded(rm.two_task_student(), 1).model,
+        store,
+        [examples],
+        SNAPSHOT,
+        device=device(),
+        batch_size=SCORED_AT_ONCE,
+        shard_rows=SHARD_ROWS,
+        progress=False,
+    )
+    tell(folder, attempt=attempt, scored=report.scored, before=report.stored_before)
+
+
+def teacher_logging(store: TeacherStore, folder: Path, attempt: int) -> None:
+    """Logs what a teacher says, from its first step on."""
+    data = jobs.Data()
+    with TeacherLogger(store, "fm") as logger:
+        for number in range(SHARDS):
+            at = shard(number)
+            logger.log(data.ids[at], data.seconds[at], outputs(at))
+            logger.flush()
+            tell(folder, attempt=attempt, written=logger.written, before=logger.logged_before)
+
+
+def publishing(store: TeacherStore, folder: Path, attempt: int) -> None:
+    """Publishes until there are as many reports as it should publish."""
+    for number in range(len(reports(folder)), SHARDS):
+        through = 1_000 * attempt + number
+        snapshot = publish(store, "fm", None, trained_through_seconds=through)
+        tell(folder, version=snapshot.version, through=snapshot.trained_through_seconds)
