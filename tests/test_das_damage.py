@@ -35,7 +35,7 @@ from torchrec_exfm.das import (
     wait_for_outputs,
 )
 from torchrec_exfm.das.__main__ import main
-from torchrec_exfm.das.delta import MissingFileError
+from torchrec_exfm.das.errors import MissingFileError
 
 
 @pytest.fixture

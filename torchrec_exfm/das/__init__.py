@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from torchrec_exfm.das.delta import StoreError
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup

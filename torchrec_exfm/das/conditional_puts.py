@@ -13,7 +13,7 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from torchrec_exfm.das.delta import StoreError
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.redaction import told
 
 __all__ = ["check_conditional_puts"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import os
 import re
 import uuid
@@ -14,34 +12,24 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.fs import DeltaStorageHandler
+from deltalake.exceptions import TableNotFoundError
 
-from torchrec_exfm.das.redaction import told
-from torchrec_exfm.das.urls import normal_url
+from torchrec_exfm.das.errors import (
+    ConflictError,
+    MissingFileError,
+    StoreError,
+    check_process,
+    telling,
+)
+from torchrec_exfm.das.folder import Folder
+from torchrec_exfm.das.log import Log
 
-__all__ = ["Commit", "DataFile", "MissingFileError", "StoreError", "Table", "normal_url"]
+__all__ = ["Commit", "DataFile", "Table"]
 
 _ATTEMPTS = 20
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
-_ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
-_LOG = "_delta_log"
-_FORKED = (
-    "a store should be used in the process that has opened it; received a use in one that was "
-    "forked from it: start workers with multiprocessing_context='spawn' or 'forkserver' (of a "
-    "DataLoader): stores and look-ups travel there by their URLs"
-)
-
-
-class StoreError(RuntimeError):
-    """Something in a store is damaged, missing, foreign or can't be written; the text names it."""
-
-
-class MissingFileError(StoreError):
-    """A file of the store is not there (any more)."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +82,14 @@ class Table:
         self._options = dict(storage_options or {})
         self._process = os.getpid()
         self._listed: tuple[int, list[DataFile]] | None = None
+        self._folder = Folder(url, self._options)
+        self._log: Log | None = None
         with self._reading_log("can't be opened"):
             try:
                 self.delta = DeltaTable(url, storage_options=self._options)
             except TableNotFoundError:
                 words = "there is no store; TeacherStore.create makes one"
                 raise StoreError(f"{url}: {words}") from None
-        summed_up = (version for version, path in self._log_files() if path.endswith(".parquet"))
-        self._whole_through = max(summed_up, default=-1)  # no commit up to it has lost a line
-        self._first_whole = self._whole_through
-        self._added: set[str] | None = set()  # by the commits after it; None: some were not read
         self._check()
 
     @staticmethod
@@ -126,7 +112,7 @@ class Table:
                     storage_options=dict(storage_options or {}),
                     commit_properties=CommitProperties(max_commit_retries=0),
                 )
-        except _ConflictError:  # another process was first
+        except ConflictError:  # another process was first
             return
 
     @property
@@ -172,7 +158,7 @@ class Table:
             except StoreError as error:
                 # it may be there all the same: its reply was lost, or what failed came after it
                 made = self._commit_since(before, mark)
-                conflict = isinstance(error, _ConflictError) and attempt < _ATTEMPTS - 1
+                conflict = isinstance(error, ConflictError) and attempt < _ATTEMPTS - 1
                 if made is None and not conflict:
                     raise
             else:
@@ -185,7 +171,7 @@ class Table:
         """Write rows: the act of a commit."""
         names = list(self.partition)
         for values in data.select(names).group_by(names).aggregate([]).to_pylist() if names else ():
-            self._check_inside("/".join(f"{name}={values[name]}" for name in names))
+            self._folder.check_inside("/".join(f"{name}={values[name]}" for name in names))
         write_deltalake(
             self.delta,
             data,
@@ -210,7 +196,7 @@ class Table:
                 )
             )
 
-        self._check_links()
+        self._folder.check_links()
         made = self.commit("can't delete", lambda: Commit(act)) or {}
         return int({**made.get("operationMetrics", {}), **metrics}["num_deleted_rows"])
 
@@ -230,7 +216,7 @@ class Table:
             else:
                 self.delta.optimize.compact(commit_properties=properties)
 
-        self._check_links()
+        self._folder.check_links()
         self.commit("can't compact", lambda: Commit(act))
 
     def repair(self) -> list[str]:
@@ -240,13 +226,13 @@ class Table:
         def act(properties: CommitProperties) -> None:
             missing.extend(self.delta.repair(commit_properties=properties)["files_removed"])
 
-        self._check_links()
+        self._folder.check_links()
         self.commit("can't be repaired", lambda: Commit(act))
         return missing
 
     def vacuum(self, hours: int, *, enforce: bool) -> list[str]:
         """Remove the files that left the table more than so many hours ago."""
-        self._check_links()
+        self._folder.check_links()
         with self._telling("can't remove files"):
             return self.delta.vacuum(hours, False, enforce)
 
@@ -272,7 +258,7 @@ class Table:
     def _data_file(self, actions: Mapping[str, Sequence[Any]], row: int) -> DataFile:
         path = unquote(actions["path"][row])  # the log has it percent-encoded
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", path) or ".." in path.split("/"):
-            raise self._refusal(actions["path"][row])
+            raise self._folder.refusal(actions["path"][row])
         values = tuple(actions[f"partition.{name}"][row] for name in self.partition)
         folders = [f"{name}={value}" for name, value in zip(self.partition, values, strict=True)]
         written = [unquote(folder) for folder in path.split("/")[: len(folders)]]
@@ -299,15 +285,15 @@ class Table:
             StoreError: if it is cut short or is not a file of this table.
         """
         where = f"{self.url}/{file.path}"
-        self._check_inside(file.path)
+        self._folder.check_inside(file.path)
         with telling(where, "can't be read", self._options):
-            if self._filesystem.get_file_info(file.path).type != pa_fs.FileType.File:
+            if not self._folder.is_file(file.path):
                 raise MissingFileError(
                     f"{where}: is missing, and the table's log has it; restore it, or give its "
                     "rows up with `python -m torchrec_exfm.das compact URL --repair` and write "
                     "them anew"
                 )
-            with self._filesystem.open_input_file(file.path) as source:
+            with self._folder.filesystem.open_input_file(file.path) as source:
                 size = source.size()
                 if size != file.size_bytes:
                     raise StoreError(
@@ -327,14 +313,15 @@ class Table:
                 raise StoreError(f"{where}: has nulls where none may be: it is not of this table")
             return rows.cast(columns)
 
-    def damaged_log_files(self) -> Iterator[str]:
-        """What is wrong with files of the log, each in words that name it."""
-        for _, path in self._log_files():
-            if words := self._damage(path):
-                yield f"{self.url}/{path}: {words}"
+    @property
+    def log(self) -> Log:
+        """The log of the table."""
+        if self._log is None:
+            self._log = Log(self._folder, self._options)
+        return self._log
 
     def _check(self) -> None:
-        """Whether the version that is read is of a protocol, and of commits, that can be read."""
+        """Check that the version that is read is of a protocol, and commits, that can be read."""
         protocol = self.delta.protocol()
         if protocol.min_reader_version > 1:
             raise StoreError(
@@ -342,63 +329,7 @@ class Table:
                 f"protocol ({protocol.reader_features}), and this package reads version 1: rewrite "
                 "it without column mapping and deletion vectors"
             )
-        for version in range(self._whole_through + 1, self.version + 1):
-            path = f"{_LOG}/{version:020}.json"
-            if words := self._damage(path, follow=True):
-                raise StoreError(f"{self.url}/{path}: {words}; restore it from a copy")
-            self._whole_through = version
-
-    def _damage(self, path: str, *, follow: bool = False) -> str | None:
-        """What is wrong with a file of the log, in words; None if nothing is, or it is gone.
-
-        To ``follow`` the commits, in order, is to see that they remove what was there.
-        """
-        self._check_inside(path)
-        try:
-            with telling("its text", "can't be read", self._options):
-                try:
-                    source = self._filesystem.open_input_file(path)
-                except FileNotFoundError:  # cleaned up since it was listed
-                    self._added = None if follow else self._added
-                    return None
-                with source:
-                    if path.endswith(".parquet"):
-                        return _lost_actions(source)
-                    text = source.read()
-                return lost_lines(text) or (self._follow(text) if follow else None)
-        except StoreError as error:
-            return str(error)
-
-    def _follow(self, text: bytes) -> str | None:
-        """Whether a commit removes a file that was never there: then another's rows come back."""
-        if self._added is None:
-            return None
-        actions = [json.loads(line) for line in text.splitlines()]
-        unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
-        unknown -= self._added
-        if unknown and (before := self._added_before) is not None and (unknown := unknown - before):
-            return f"removes {min(unknown)!r}, which was not there: it is damaged"
-        self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
-        return None
-
-    @functools.cached_property
-    def _added_before(self) -> set[str] | None:
-        """The files of the checkpoint that the table was opened with; None if it is gone."""
-        if self._first_whole < 0:
-            return set()
-        try:
-            table = DeltaTable(self.url, self._first_whole, storage_options=self._options)
-        except DeltaError:
-            return None
-        return {unquote(path) for path in pa.table(table.get_add_actions())["path"].to_pylist()}
-
-    def _log_files(self) -> list[tuple[int, str]]:
-        """The commits and checkpoints of the log: their versions and paths."""
-        self._check_inside(_LOG)
-        with self._telling("its log can't be listed"):
-            infos = self._filesystem.get_file_info(pa_fs.FileSelector(_LOG))
-        named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
-        return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
+        self.log.check(self.version)
 
     def _commit_since(self, version: int, mark: str) -> Mapping[str, Any] | None:
         """What the log says of the commit with a mark, if it was made after a version."""
@@ -410,34 +341,6 @@ class Table:
                 if info.get("mark") == mark:
                     return info
         return None
-
-    def _check_inside(self, path: str) -> None:
-        """Whether a path of the table leads out of it, by a link."""
-        if "://" not in self.url:
-            root, target = os.path.realpath(self.url), os.path.realpath(f"{self.url}/{path}")
-            if not target.startswith(root + os.sep):
-                raise self._refusal(path)
-            if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
-                raise StoreError(f"{self.url}/{path}: is no regular file: it is not of this table")
-
-    def _check_links(self) -> None:
-        """Whether any link in the table's folder leads out of it: the library follows them."""
-        for folder, folders, files in os.walk(self.url):  # of a URL, nothing
-            for name in folders + files:
-                path = os.path.join(folder, name)
-                if os.path.islink(path):
-                    self._check_inside(os.path.relpath(path, self.url))
-
-    def _refusal(self, path: str) -> StoreError:
-        return StoreError(
-            f"{self.url}: the file {path!r} is refused: it is not in the table's folder"
-        )
-
-    @functools.cached_property
-    def _filesystem(self) -> pa_fs.FileSystem:
-        if "://" not in self.url:
-            return pa_fs.SubTreeFileSystem(self.url, pa_fs.LocalFileSystem())
-        return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
 
     @contextlib.contextmanager
     def _telling(self, failure: str) -> Iterator[None]:
@@ -452,96 +355,12 @@ class Table:
             with self._telling(failure):
                 yield
         except StoreError as error:
-            damaged = []
+            damaged: list[str] = []
             with contextlib.suppress(StoreError):  # there may be no log at all
-                damaged = [*self.damaged_log_files()]
-            if not damaged or isinstance(error, _ConflictError):
+                damaged = [*self.log.damaged()]
+            if not damaged:
                 raise
             raise StoreError(f"{damaged[0]}; restore it from a copy") from error
-
-
-class _ConflictError(StoreError):
-    """Another writer was first."""
-
-
-def check_process(process: int) -> None:
-    """A StoreError in a process that was forked from the one given.
-
-    The library's threads, and those of a look-up, are not there after a fork: it would panic, and
-    who waits for them would wait for ever.
-    """
-    if os.getpid() != process:
-        raise StoreError(_FORKED)
-
-
-@contextlib.contextmanager
-def telling(
-    where: str, failure: str, storage_options: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Raise the libraries' errors as a StoreError: what could not be done, where, and why."""
-    try:
-        yield
-    except BaseException as error:
-        # what panics in the library is no Exception, and would end threads without a word
-        if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
-            raise
-        if "Forked process" in str(error):
-            raise StoreError(_FORKED) from None
-        kind = _ConflictError if isinstance(error, CommitFailedError) else StoreError
-        text, cause = told(error, storage_options)
-        raise kind(f"{where}: {failure} ({text})") from cause
-
-
-def lost_lines(text: bytes) -> str | None:
-    """What a commit lacks of what it says of itself, in words; None for nothing that is known."""
-    try:
-        return _lost_lines([json.loads(line) for line in text.splitlines()])
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return f"is no commit: {_one_line(error)}"
-
-
-def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
-    if not actions:
-        return "is an empty commit: its lines were lost"
-    if not all(isinstance(action, dict) for action in actions):
-        return "is no commit: its lines should be JSON objects"
-    infos = [action["commitInfo"] for action in actions if "commitInfo" in action]
-    info: dict[str, Any] = infos[0] if infos else {}
-    metrics = info.get("operationMetrics", {})
-    adds = [action["add"] for action in actions if "add" in action]
-    stats = [json.loads(add.get("stats") or "{}") for add in adds]
-    transactions = [action["txn"] for action in actions if "txn" in action]
-    there = {
-        "num_added_files": len(adds),
-        "numFilesAdded": len(adds),
-        "num_removed_files": sum("remove" in action for action in actions),
-        "numFilesRemoved": sum("remove" in action for action in actions),
-    }
-    for each in stats:
-        if each and not _is_whole(each):
-            return f"has statistics of a file that are damaged: {json.dumps(each)[:500]}"
-    if all("numRecords" in each for each in stats):
-        there["num_added_rows"] = sum(each["numRecords"] for each in stats)
-    for name, count in there.items():
-        if metrics.get(name, count) != count:
-            return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"
-    noted = info.get("transaction")
-    if noted not in (None, *(f"{each['appId']}={each['version']}" for each in transactions)):
-        return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"
-    return None
-
-
-def _is_whole(stats: Mapping[str, Any]) -> bool:
-    """Whether statistics have all their parts, and each part its columns: writers give them all."""
-    lowest, highest, nulls = (
-        stats.get(part, {}).keys() for part in ("minValues", "maxValues", "nullCount")
-    )
-    return "numRecords" in stats and lowest == highest and lowest <= nulls
-
-
-def _lost_actions(source: pa.NativeFile) -> str | None:
-    pq.ParquetFile(source).read()
-    return None
 
 
 def _properties(commit: Commit, mark: str) -> CommitProperties:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64
-from torchrec_exfm.das.delta import check_process
+from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot, check_name
 from torchrec_exfm.das.snapshots import newest_snapshot

@@ -33,7 +33,8 @@ from torchrec_exfm.das.arrays import (
     check_duration,
     utc,
 )
-from torchrec_exfm.das.delta import DataFile, check_process
+from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.index import WindowIndex
 from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
 from torchrec_exfm.das.store import TeacherStore

@@ -17,7 +17,8 @@ from torch import nn
 from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, as_int, as_second
-from torchrec_exfm.das.delta import Commit, StoreError
+from torchrec_exfm.das.delta import Commit
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.schema import SNAPSHOT_NUMBERS, SNAPSHOTS, Snapshot, check_name
 from torchrec_exfm.das.store import TeacherStore
 

@@ -27,14 +27,8 @@ from torchrec_exfm.das.arrays import (
     column_names,
 )
 from torchrec_exfm.das.conditional_puts import check_conditional_puts
-from torchrec_exfm.das.delta import (
-    Commit,
-    DataFile,
-    MissingFileError,
-    StoreError,
-    Table,
-    normal_url,
-)
+from torchrec_exfm.das.delta import Commit, DataFile, Table
+from torchrec_exfm.das.errors import MissingFileError, StoreError
 from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import (
     KEYS,
@@ -46,7 +40,7 @@ from torchrec_exfm.das.schema import (
     StoreFormat,
 )
 from torchrec_exfm.das.shards import Shard
-from torchrec_exfm.das.urls import check_options
+from torchrec_exfm.das.urls import check_options, normal_url
 
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
 

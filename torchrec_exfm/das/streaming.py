@@ -31,7 +31,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import as_second, check_duration, utc
-from torchrec_exfm.das.delta import StoreError
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import TeacherLookup
 from torchrec_exfm.das.schema import Snapshot

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from torchrec_exfm.checkpoint import read_metadata
 from torchrec_exfm.das.arrays import MICROSECONDS, Mask, utc
-from torchrec_exfm.das.delta import DataFile, StoreError, Table
+from torchrec_exfm.das.delta import DataFile, Table
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import Rows, broken_rules, first_few
 from torchrec_exfm.das.schema import check_name
@@ -79,7 +80,7 @@ class Verification:
                 self.counts["checkpoints"] += read
 
     def _check_log(self, table: Table) -> None:
-        for words in table.damaged_log_files():
+        for words in table.log.damaged():
             self._violation(words)
 
     def _check_table(self) -> None:

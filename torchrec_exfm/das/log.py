@@ -1,0 +1,146 @@
+"""The log of a table: whether its commits have all their lines, and which of its files has not.
+
+The library takes a commit that was cut after a line for a whole one, and where it can't read a log
+it names the table. Here each commit is held against what it says of itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+
+from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.folder import Folder
+
+__all__ = ["Log"]
+
+_LOG = "_delta_log"
+
+
+class Log:
+    """The log in the folder of a table, as far as it has been checked.
+
+    Args:
+        folder: of the table.
+        storage_options: of deltalake.
+    """
+
+    def __init__(self, folder: Folder, storage_options: dict[str, str]) -> None:
+        self._folder = folder
+        self._options = storage_options
+        summed_up = [version for version, path in self._files() if path.endswith(".parquet")]
+        self._begin = max(summed_up, default=-1)  # the version of the last checkpoint
+        self._checked = self._begin
+        self._added: set[str] | None = set()  # paths, since then; None: a commit was not there
+
+    def check(self, version: int) -> None:
+        """Check the commits up to a version that were not checked before.
+
+        Raises:
+            StoreError: if one has lost lines, or is damaged; the text names it.
+        """
+        for number in range(self._checked + 1, version + 1):
+            path = f"{_LOG}/{number:020}.json"
+            if words := self._damage(path, follow=True):
+                url = self._folder.url
+                raise StoreError(f"{url}/{path}: {words}; restore it from a copy")
+            self._checked = number
+
+    def damaged(self) -> Iterator[str]:
+        """What is wrong with files of the log, each in words that name it."""
+        for _, path in self._files():
+            if words := self._damage(path):
+                yield f"{self._folder.url}/{path}: {words}"
+
+    def _files(self) -> list[tuple[int, str]]:
+        """The commits and checkpoints: their versions and paths."""
+        self._folder.check_inside(_LOG)
+        with telling(self._folder.url, "its log can't be listed", self._options):
+            infos = self._folder.filesystem.get_file_info(pa_fs.FileSelector(_LOG))
+        named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
+        return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
+
+    def _damage(self, path: str, *, follow: bool = False) -> str | None:
+        """What is wrong with a file, in words; None if nothing is, or it is gone.
+
+        To ``follow`` the commits, in order, is to see that they remove what was there.
+        """
+        self._folder.check_inside(path)
+        try:
+            with telling("it", "can't be read", self._options):
+                try:
+                    source = self._folder.filesystem.open_input_file(path)
+                except FileNotFoundError:  # cleaned up since it was listed
+                    self._added = None if follow else self._added
+                    return None
+                with source:
+                    if path.endswith(".parquet"):
+                        pq.ParquetFile(source).read()
+                        return None
+                    actions = [json.loads(line) for line in source.read().splitlines()]
+                return _lost_lines(actions) or (self._revived(actions) if follow else None)
+        except StoreError as error:
+            return str(error)
+        except (AttributeError, LookupError, RecursionError, TypeError) as error:
+            return f"is no commit: {error!r:.200}"
+
+    def _revived(self, actions: list[dict[str, Any]]) -> str | None:
+        """Whether a commit removes a file that was never there, and so leaves another in."""
+        if self._added is None:
+            return None
+        unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
+        unknown -= self._added
+        if unknown and (before := self._added_before) is not None and (unknown := unknown - before):
+            return f"removes {min(unknown)!r}, which was not there: it is damaged"
+        self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
+        return None
+
+    @functools.cached_property
+    def _added_before(self) -> set[str] | None:
+        """The paths in the last checkpoint; None if it can't be read any more."""
+        if self._begin < 0:
+            return set()
+        try:
+            with telling(self._folder.url, "can't be read", self._options):
+                table = DeltaTable(self._folder.url, self._begin, storage_options=self._options)
+                paths = pa.table(table.get_add_actions())["path"].to_pylist()
+        except StoreError:
+            return None
+        return {unquote(path) for path in paths}
+
+
+def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
+    """What a commit lacks of what it says of itself, in words; None for nothing that is known."""
+    if not actions:
+        return "is an empty commit: its lines were lost"
+    infos = [action["commitInfo"] for action in actions if "commitInfo" in action]
+    info: dict[str, Any] = infos[0] if infos else {}
+    metrics = info.get("operationMetrics", {})
+    adds = [action["add"] for action in actions if "add" in action]
+    removes = sum("remove" in action for action in actions)
+    counts = {
+        "num_added_files": len(adds),
+        "numFilesAdded": len(adds),
+        "num_removed_files": removes,
+        "numFilesRemoved": removes,
+    }
+    stats = [json.loads(add.get("stats") or "{}") for add in adds]
+    if all("numRecords" in each for each in stats):
+        counts["num_added_rows"] = sum(each["numRecords"] for each in stats)
+    for name, count in counts.items():
+        if metrics.get(name, count) != count:
+            return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"
+    transactions = [f"{a['txn']['appId']}={a['txn']['version']}" for a in actions if "txn" in a]
+    noted = info.get("transaction")
+    if noted is not None and noted not in transactions:
+        return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"
+    return None
