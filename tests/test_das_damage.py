@@ -345,14 +345,6 @@ def edit_stats(add: dict[str, Any], edit: Callable[[dict[str, Any]], object]) ->
     add["stats"] = json.dumps(stats)
 
 
-@pytest.mark.parametrize("part", ["numRecords", "minValues", "maxValues", "nullCount"])
-def test_statistics_that_lack_a_part(store: TeacherStore, part: str) -> None:
-    dd.edit_log(store, 1, "add", lambda add: edit_stats(add, lambda stats: rename(stats, part)))
-    with pytest.raises(StoreError, match="has statistics of a file that are damaged") as caught:
-        TeacherStore(store.url)
-    assert str(dd.log_file(store, 1)) in dd.sentence(caught.value)
-
-
 @pytest.mark.parametrize("part", ["minValues", "maxValues"])
 def test_statistics_of_other_snapshots(store: TeacherStore, part: str) -> None:
     def edit(stats: dict[str, Any]) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 
 import das_data as dd
 import numpy as np
+import pyarrow as pa
 import pytest
 from das_data import AT, WINDOW, new_store
+from deltalake import write_deltalake
 from torch import nn
 
 from torchrec_exfm.das import (
     ForgetReport,
+    StoreError,
     TeacherLookup,
     TeacherStore,
     forget,
@@ -23,6 +26,7 @@ from torchrec_exfm.das import (
     published,
 )
 from torchrec_exfm.das.__main__ import main
+from torchrec_exfm.das.schema import SNAPSHOTS
 
 BAD = 2
 
@@ -118,6 +122,24 @@ def test_a_version_is_never_given_twice(store: TeacherStore) -> None:
     forget(store, "fm", versions=range(9))
     assert newest_snapshot(store, "fm") is None
     assert publish(TeacherStore(store.url), "fm", None, trained_through_seconds=9).version == 5
+
+
+def test_forget_a_snapshot_whose_time_is_damaged(store: TeacherStore) -> None:
+    """As one whose event times were in milliseconds, which an older version took."""
+    row = {
+        "teacher": "fm",
+        "version": 9,
+        "trained_through": 978_300_760_000 * dd.US,
+        "published_at": 0,
+        "checkpoint": None,
+    }
+    data = pa.Table.from_pylist([row], schema=SNAPSHOTS)
+    write_deltalake(store.registry.url, data, mode="append")
+    with pytest.raises(StoreError, match=r"is damaged .*milliseconds"):
+        newest_snapshot(store, "fm")
+    assert publish(store, "fm", None, trained_through_seconds=9).version == 10
+    assert forget(store, "fm", versions=[9]) == ForgetReport(rows=0, snapshots=1)
+    assert [each.version for each in published(store, "fm")] == [1, 2, 3, 10]
 
 
 def test_forget_windows_before_a_time(store: TeacherStore) -> None:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
 from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import Rows, newest
-from torchrec_exfm.das.schema import FORMAT_VERSION, SNAPSHOT_NUMBERS, SNAPSHOTS
-from torchrec_exfm.das.snapshots import forget
+from torchrec_exfm.das.schema import FORMAT_VERSION
+from torchrec_exfm.das.snapshots import forget, rows_of_registry
 from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.das.verify import ERRORS, Verification
 
@@ -118,14 +118,17 @@ def _lines(shown: dict[str, Any]) -> Iterator[str]:
 
 
 def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
-    registry, times = store.registry, ("trained_through", "published_at")
-    tables = [registry.read(file, SNAPSHOTS).cast(SNAPSHOT_NUMBERS) for file in registry.files()]
-    rows = [row for table in tables for row in table.to_pylist()]
-    rows.sort(key=lambda row: (row["published_at"], row["version"]))
-    for row in rows:
-        row.update({name: utc(row[name] // MICROSECONDS) for name in times})
-        row["checkpoint"] = row["checkpoint"] is not None
-    return rows
+    times = "trained_through", "published_at"
+    known = sorted(rows_of_registry(store), key=lambda row: (row["published_at"], row["version"]))
+    return [
+        {
+            "teacher": row["teacher"],
+            "version": row["version"],
+            **{name: utc(row[name] // MICROSECONDS) for name in times},
+            "checkpoint": row["checkpoint"] is not None,
+        }
+        for row in known
+    ]
 
 
 @dataclass

@@ -242,10 +242,11 @@ def _check_nulls(what: str, nulls: AnyArray) -> None:
 
 def _kind(array: AnyArray) -> str:
     """What an array holds, and how to make whole numbers of it."""
-    first = array.flat[0] if array.dtype == object and array.size else None
-    kind = str(array.dtype) if first is None else type(first).__name__
+    others = array.flat if array.dtype == object else ()
+    other = next((value for value in others if not isinstance(value, int)), None)
+    kind = str(array.dtype) if other is None else type(other).__name__
     for code, of_datetime, name in (("M", date, "datetime64"), ("m", timedelta, "timedelta64")):
-        if array.dtype.kind == code or isinstance(first, of_datetime):
+        if array.dtype.kind == code or isinstance(other, of_datetime):
             return f"{kind}: np.asarray(values, '{name}[s]').astype('int64') makes seconds of it"
     if array.dtype.kind == "f":
         kind += ", which may not hold every number above 2^53"

@@ -190,9 +190,8 @@ class _Job:
     def load_newest(self, teacher: str, first_seconds: int) -> Snapshot:
         """Load the newest snapshot that has seen none of a window's examples, if it is another."""
         store = self.store
-        before = min(
-            max(first_seconds, 0), MAX_SECONDS - 1
-        )  # times out of range are write's to say
+        # a time out of range is a rule's to say, when it is written
+        before = min(max(first_seconds, 0), MAX_SECONDS - 1)
         snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=before))
         if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
             raise ValueError(

@@ -7,9 +7,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from torch import nn
@@ -162,14 +163,10 @@ def forget(
     if not numbers:
         return ForgetReport(0, 0)
     store.registry.refresh()
-    old = [
-        (
-            snapshot,
-            name and checkpoint_folder(store, teacher, name),
-        )  # fails before anything is deleted
-        for snapshot, name in entries(store)
-        if snapshot.teacher == teacher and snapshot.version in numbers
-    ]
+    known = [row for row in rows_of_registry(store) if row["teacher"] == teacher]
+    old = [row["checkpoint"] for row in known if row["version"] in numbers]
+    # before anything is deleted, as this may fail
+    folders = [checkpoint_folder(store, teacher, name) for name in old if name is not None]
     rows = store.table.delete(f"teacher = '{teacher}' AND ({_among('snapshot', numbers)})")
     store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
     hidden = [s for s, _ in entries(store) if s.teacher == teacher and s.version in numbers]
@@ -178,25 +175,29 @@ def forget(
             f"{store.registry.url}: still has what was to be forgotten, {hidden[0]}: the "
             "statistics in its log are damaged; restore the log from a copy"
         )
-    for _, folder in old:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     return ForgetReport(rows, len(old))
 
 
 def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
     """The snapshots, each with the name of its checkpoint's folder."""
-    rows = []
+    snapshots = []
+    for row in rows_of_registry(store):
+        seconds = row["trained_through"] // MICROSECONDS
+        try:
+            snapshot = Snapshot(row["teacher"], row["version"], seconds)
+        except ValueError as error:
+            raise StoreError(f"{row['file']}: is damaged ({error})") from error
+        snapshots.append((snapshot, row["checkpoint"]))
+    return snapshots
+
+
+def rows_of_registry(store: TeacherStore) -> Iterator[dict[str, Any]]:
+    """What the registry says of each snapshot, right or wrong: times in microseconds; its file."""
     for file in store.registry.files():
         for row in store.registry.read(file, SNAPSHOTS).cast(SNAPSHOT_NUMBERS).to_pylist():
-            seconds = row["trained_through"] // MICROSECONDS
-            try:
-                snapshot = Snapshot(row["teacher"], row["version"], seconds)
-            except ValueError as error:
-                where = f"{store.registry.url}/{file.path}"
-                raise StoreError(f"{where}: is damaged ({error})") from error
-            rows.append((snapshot, row["checkpoint"]))
-    return rows
+            yield {**row, "file": f"{store.registry.url}/{file.path}"}
 
 
 def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
@@ -227,7 +228,8 @@ def _commit(
     registry, versions = store.registry, [0]
 
     def prepare() -> Commit:
-        known = [snapshot.version for snapshot, _ in entries(store) if snapshot.teacher == teacher]
+        rows = rows_of_registry(store)
+        known = [row["version"] for row in rows if row["teacher"] == teacher]
         given = registry.transaction(f"snapshot/{teacher}") or 0  # also to one that was forgotten
         versions.append(max([*known, given]) + 1)
         row = {
