@@ -88,8 +88,9 @@ class Table:
             try:
                 self.delta = DeltaTable(url, storage_options=self._options)
             except TableNotFoundError:
-                words = "there is no store; TeacherStore.create makes one"
-                raise StoreError(f"{url}: {words}") from None
+                raise StoreError(
+                    f"{url}: there is no store; TeacherStore.create makes one"
+                ) from None
         self._check()
 
     @staticmethod
@@ -333,8 +334,9 @@ class Table:
 
     def _commit_since(self, version: int, mark: str) -> Mapping[str, Any] | None:
         """What the log says of the commit with a mark, if it was made after a version."""
-        what = "it can't be seen whether the commit was made; look again when the store answers"
-        with self._telling(what):
+        with self._telling(
+            "it can't be seen whether the commit was made; look again when the store answers"
+        ):
             self.delta.update_incremental()
             newer = self.version - version
             for info in self.delta.history(newer) if newer else ():

@@ -14,11 +14,6 @@ from torchrec_exfm.das.redaction import told
 __all__ = ["ConflictError", "MissingFileError", "StoreError", "check_process", "telling"]
 
 _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
-_FORKED = (
-    "a store should be used in the process that has opened it; received a use in one that was "
-    "forked from it: start workers with multiprocessing_context='spawn' or 'forkserver' (of a "
-    "DataLoader): stores and look-ups travel there by their URLs"
-)
 
 
 class StoreError(RuntimeError):
@@ -43,7 +38,7 @@ def check_process(process: int) -> None:
         StoreError: that says what to do instead.
     """
     if os.getpid() != process:
-        raise StoreError(_FORKED)
+        raise _forked()
 
 
 @contextlib.contextmanager
@@ -58,7 +53,15 @@ def telling(
         if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
             raise
         if "Forked process" in str(error):
-            raise StoreError(_FORKED) from None
+            raise _forked() from None
         kind = ConflictError if isinstance(error, CommitFailedError) else StoreError
         text, cause = told(error, storage_options)
-        raise kind(f"{where}: {failure} ({text})") from cause
+        raise kind(f"{where}: {failure} ({text})".removeprefix(": ")) from cause
+
+
+def _forked() -> StoreError:
+    return StoreError(
+        "a store should be used in the process that has opened it; received a use in one that was "
+        "forked from it: start workers with multiprocessing_context='spawn' or 'forkserver' (of a "
+        "DataLoader): stores and look-ups travel there by their URLs"
+    )

@@ -76,7 +76,7 @@ class Log:
         """
         self._folder.check_inside(path)
         try:
-            with telling("it", "can't be read", self._options):
+            with telling("", "can't be read", self._options):
                 try:
                     source = self._folder.filesystem.open_input_file(path)
                 except FileNotFoundError:  # cleaned up since it was listed
