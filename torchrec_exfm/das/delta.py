@@ -28,6 +28,7 @@ _ATTEMPTS = 20
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
 _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
 _LOG = "_delta_log"
+_CHECKPOINT = {"add": ("path", "partitionValues", "size", "stats"), "txn": ("appId", "version")}
 
 
 class StoreError(RuntimeError):
@@ -94,10 +95,13 @@ class Table:
             except TableNotFoundError:
                 words = "there is no store; TeacherStore.create makes one"
                 raise StoreError(f"{url}: {words}") from None
-        summed_up = (version for version, path in self._log_files() if path.endswith(".parquet"))
-        self._whole_through = max(summed_up, default=-1)  # no commit up to it has lost a line
+        summed_up = [named for named in self._log_files() if named[1].endswith(".parquet")]
+        self._whole_through = summed_up[-1][0] if summed_up else -1  # no line is lost up to it
         self._first_whole = self._whole_through
         self._added: set[str] | None = set()  # by the commits after it; None: some were not read
+        for version, path in summed_up:
+            if version == self._whole_through:
+                self._check_log_file(path)
         self._check()
 
     @staticmethod
@@ -334,15 +338,18 @@ class Table:
                 "it without column mapping and deletion vectors"
             )
         for version in range(self._whole_through + 1, self.version + 1):
-            path = f"{_LOG}/{version:020}.json"
-            if words := self._damage(path, follow=True):
-                raise StoreError(f"{self.url}/{path}: {words}; restore it from a copy")
+            self._check_log_file(f"{_LOG}/{version:020}.json")
             self._whole_through = version
+
+    def _check_log_file(self, path: str) -> None:
+        if words := self._damage(path, follow=True):
+            raise StoreError(f"{self.url}/{path}: {words}; restore it from a copy")
 
     def _damage(self, path: str, *, follow: bool = False) -> str | None:
         """What is wrong with a file of the log, in words; None if nothing is, or it is gone.
 
-        To ``follow`` the commits, in order, is to see that they remove what was there.
+        To ``follow`` the commits, in order, is to see that they remove what was there; the rows of
+        a checkpoint are not read then.
         """
         self._check_inside(path)
         try:
@@ -354,7 +361,7 @@ class Table:
                     return None
                 with source:
                     if path.endswith(".parquet"):
-                        return _lost_actions(source)
+                        return _lost_columns(source) or (None if follow else _lost_actions(source))
                     text = source.read()
                 return lost_lines(text) or (self._follow(text) if follow else None)
         except StoreError as error:
@@ -530,6 +537,17 @@ def _is_whole(stats: Mapping[str, Any]) -> bool:
         stats.get(part, {}).keys() for part in ("minValues", "maxValues", "nullCount")
     )
     return "numRecords" in stats and lowest == highest and lowest <= nulls
+
+
+def _lost_columns(source: pa.NativeFile) -> str | None:
+    """What a checkpoint lacks, by whose absence files or transactions would not be known."""
+    schema = pq.ParquetFile(source).schema_arrow
+    for name, parts in _CHECKPOINT.items():
+        kind = schema.field(name).type if name in schema.names else None
+        there = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
+        if missing := [part for part in parts if part not in there]:
+            return f"lacks the column {name}.{missing[0]}: it is no checkpoint"
+    return None
 
 
 def _lost_actions(source: pa.NativeFile) -> str | None:
