@@ -381,6 +381,19 @@ def test_a_removal_of_another_file(store: TeacherStore, summed_up: bool) -> None
     assert str(dd.log_file(store, 3)) in dd.sentence(caught.value)
 
 
+@pytest.mark.parametrize("name", ["add", "txn"])
+def test_a_checkpoint_that_lacks_a_column(store: TeacherStore, name: str) -> None:
+    """Its name has changed: the store would be empty, or would know no shard."""
+    store.table.delta.create_checkpoint()
+    path = dd.log_file(store, 1).with_suffix(".checkpoint.parquet")
+    actions = pq.read_table(path)
+    names = ["x" + each if each == name else each for each in actions.column_names]
+    pq.write_table(actions.rename_columns(names), path)
+    with pytest.raises(StoreError, match=f"lacks the column {name}") as caught:
+        TeacherStore(store.url)
+    assert str(path) in dd.sentence(caught.value)
+
+
 def test_a_snapshot_that_the_log_hides_from_forget(store: TeacherStore) -> None:
     publish(store, "fm", None, trained_through_seconds=5)
     path = Path(store.registry.url) / "_delta_log" / f"{1:020}.json"

@@ -24,6 +24,7 @@ from torchrec_exfm.das.folder import Folder
 __all__ = ["Log"]
 
 _LOG = "_delta_log"
+_CHECKPOINT = {"add": ("path", "partitionValues", "size", "stats"), "txn": ("appId", "version")}
 
 
 class Log:
@@ -37,9 +38,10 @@ class Log:
     def __init__(self, folder: Folder, storage_options: dict[str, str]) -> None:
         self._folder = folder
         self._options = storage_options
-        summed_up = [version for version, path in self._files() if path.endswith(".parquet")]
-        self._begin = max(summed_up, default=-1)  # the version of the last checkpoint
+        summed_up = [file for file in self._files() if file[1].endswith(".parquet")]
+        self._begin = summed_up[-1][0] if summed_up else -1  # the version of the last checkpoint
         self._checked = self._begin
+        self._checkpoint = [path for version, path in summed_up if version == self._begin]
         self._added: set[str] | None = set()  # paths, since then; None: a commit was not there
 
     def check(self, version: int) -> None:
@@ -48,12 +50,16 @@ class Log:
         Raises:
             StoreError: if one has lost lines, or is damaged; the text names it.
         """
+        while self._checkpoint:
+            self._check_file(self._checkpoint[0])
+            del self._checkpoint[0]
         for number in range(self._checked + 1, version + 1):
-            path = f"{_LOG}/{number:020}.json"
-            if words := self._damage(path, follow=True):
-                url = self._folder.url
-                raise StoreError(f"{url}/{path}: {words}; restore it from a copy")
+            self._check_file(f"{_LOG}/{number:020}.json")
             self._checked = number
+
+    def _check_file(self, path: str) -> None:
+        if words := self._damage(path, follow=True):
+            raise StoreError(f"{self._folder.url}/{path}: {words}; restore it from a copy")
 
     def damaged(self) -> Iterator[str]:
         """What is wrong with files of the log, each in words that name it."""
@@ -72,7 +78,8 @@ class Log:
     def _damage(self, path: str, *, follow: bool = False) -> str | None:
         """What is wrong with a file, in words; None if nothing is, or it is gone.
 
-        To ``follow`` the commits, in order, is to see that they remove what was there.
+        To ``follow`` the commits, in order, is to see that they remove what was there; the rows of
+        a checkpoint are not read then.
         """
         self._folder.check_inside(path)
         try:
@@ -84,8 +91,7 @@ class Log:
                     return None
                 with source:
                     if path.endswith(".parquet"):
-                        pq.ParquetFile(source).read()
-                        return None
+                        return _lost_columns(pq.ParquetFile(source), read=not follow)
                     actions = [json.loads(line) for line in source.read().splitlines()]
                 return _lost_lines(actions) or (self._revived(actions) if follow else None)
         except StoreError as error:
@@ -116,6 +122,19 @@ class Log:
         except StoreError:
             return None
         return {unquote(path) for path in paths}
+
+
+def _lost_columns(checkpoint: pq.ParquetFile, *, read: bool) -> str | None:
+    """What a checkpoint lacks, by whose absence files or transactions would not be known."""
+    for name, parts in _CHECKPOINT.items():
+        schema = checkpoint.schema_arrow
+        kind = schema.field(name).type if name in schema.names else None
+        there = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
+        if missing := [part for part in parts if part not in there]:
+            return f"lacks the column {name}.{missing[0]}: it is no checkpoint"
+    if read:
+        checkpoint.read()
+    return None
 
 
 def _lost_lines(actions: list[dict[str, Any]]) -> str | None:

@@ -124,7 +124,8 @@ class TeacherStore:
         return functools.partial(TeacherStore, **options), (self.url,)
 
     @functools.cached_property
-    def registry(self) -> Table:  # of the published snapshots
+    def registry(self) -> Table:
+        """The table of the published snapshots."""
         return Table(f"{self.url}/snapshots", (), self.storage_options)
 
     @classmethod
