@@ -1,7 +1,7 @@
 """Names of TorchRec and torch that are not public, or have moved between 1.6 and 1.9.
 
 Other modules use of what is not public only members of the train pipeline and of ``nn.Module``, and
-what ``checkpoint.py`` marks in itself.
+what ``checkpoint.py`` and ``_manifest.py`` mark in themselves.
 """
 
 from __future__ import annotations
