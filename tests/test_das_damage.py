@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from das_data import AT, WINDOW, new_store, small_store, snapshot
+from deltalake import Field
+from deltalake.schema import PrimitiveType
 from torch import nn
 
 from torchrec_exfm import TeacherMissingWarning
@@ -261,6 +263,50 @@ def test_a_partition_that_the_path_denies(store: TeacherStore) -> None:
     dd.edit_log(store, 1, "add", lambda add: add.update(partitionValues=other))
     with pytest.raises(StoreError, match="the log says that it is of teacher=fm/window=3"):
         TeacherStore(store.url).windows("fm")
+
+
+def spark_like(actions: list[dict[str, Any]]) -> None:
+    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    metrics = info["operationMetrics"]
+    info["operationMetrics"] = {name: str(value) for name, value in metrics.items()}
+
+
+def without_metrics(actions: list[dict[str, Any]]) -> None:
+    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    info["operationMetrics"] = None
+
+
+def noted(actions: list[dict[str, Any]]) -> None:
+    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    del info["mark"]
+    info["transaction"] = "mine=3"
+
+
+def removed_twice(actions: list[dict[str, Any]]) -> None:
+    noted(actions)
+    actions.append({"remove": {"path": "teacher=fm/window=1/gone.parquet", "dataChange": True}})
+    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    info["operationMetrics"] = {}
+
+
+@pytest.mark.parametrize("change", [spark_like, without_metrics, noted, removed_twice])
+def test_commits_of_other_tools_are_whole(
+    store: TeacherStore, change: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    path = dd.log_file(store, 1)
+    actions = [json.loads(line) for line in path.read_text().splitlines()]
+    change(actions)
+    path.write_text("".join(json.dumps(action) + "\n" for action in actions) + "\n")
+    assert list(dd.by_id(TeacherStore(store.url))) == [0, 1, 2]
+
+
+def test_a_column_that_another_tool_added(store: TeacherStore) -> None:
+    field = Field("note", PrimitiveType("string"), nullable=True)
+    store.table.delta.alter.add_columns([field])
+    again = TeacherStore(store.url)
+    assert again.write(snapshot(), [9], [0.5], [AT]).written == 1
+    again.advance_watermark("fm", 9)
+    assert list(dd.by_id(again)) == [0, 1, 2, 9]
 
 
 def test_a_file_that_is_no_file(store: TeacherStore) -> None:

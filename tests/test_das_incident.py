@@ -91,6 +91,8 @@ def test_excluded_versions_are_passed_over(store: TeacherStore) -> None:
         (3, TypeError, "a collection of versions; received 3"),
         ("3", TypeError, "a collection of versions; received '3'"),
         ([0.5], TypeError, "exclude should be whole numbers"),
+        (None, TypeError, "a collection of versions; received None"),
+        ({"fm": None}, TypeError, "a collection of versions; received None"),
     ],
 )
 def test_wrong_exclusions(
@@ -114,6 +116,50 @@ def test_forget_a_version_between_others(store: TeacherStore) -> None:
     assert len(list(Path(store.url).glob("checkpoints/fm/*"))) == 2
     assert forget(store, "fm", versions=[BAD]) == ForgetReport(rows=0, snapshots=0)
     assert main(["verify", store.url]) == 0
+
+
+def test_forget_takes_versions_of_any_kind(store: TeacherStore) -> None:
+    for version, versions in enumerate(([1], np.array([2]), (v for v in (3,))), start=1):
+        assert forget(store, "fm", versions=versions).rows == 10 * version
+
+
+def test_a_generator_excludes_for_every_teacher(store: TeacherStore) -> None:
+    store.write(dd.snapshot(3, teacher="gm"), [1], [[0.5, 0.5]], [AT])
+    with TeacherLookup(
+        store,
+        ("gm", "fm"),
+        ids=np.array,
+        event_seconds=lambda _: AT,
+        exclude=(version for version in (3,)),
+    ) as lookup:
+        assert lookup([1, 2]).presence[:, :, 0].tolist() == [[False, False], [False, True]]
+
+
+@pytest.mark.parametrize("text", ["5-3", "4-", "1,,2", "x", "", "2-999999999"])
+def test_versions_that_are_none(
+    store: TeacherStore, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["forget", store.url, "fm", "--versions", text])
+    assert "versions should be as 3 or 3,5-9" in capsys.readouterr().err
+    assert len(dd.all_rows(store)) == 60
+
+
+def test_times_of_the_command(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["forget", store.url, "fm", "--before", "tomorrow"])
+    assert "a time should be as 2026-01-31" in capsys.readouterr().err
+    assert main(["forget", store.url, "fm", "--before", "20260131"]) == 0
+    assert dd.all_rows(store).example_id.tolist() == []
+
+
+def test_a_snapshot_is_published_though_the_registry_is_not_compacted(
+    store: TeacherStore, tmp_path: Path
+) -> None:
+    for _ in range(96):
+        publish(store, "fm", None, trained_through_seconds=9)
+    (Path(store.registry.url) / "link").symlink_to(tmp_path)
+    assert publish(store, "fm", None, trained_through_seconds=9).version == 100
 
 
 def test_a_version_is_never_given_twice(store: TeacherStore) -> None:
@@ -161,8 +207,10 @@ def test_forget_leaves_other_teachers_alone(store: TeacherStore) -> None:
     [
         ({}, ValueError, "received neither"),
         ({"versions": [1], "before_seconds": 1}, ValueError, "received both"),
-        ({"versions": ["x"]}, TypeError, "whole numbers from 0; received 'x'"),
-        ({"versions": [-1]}, TypeError, "whole numbers from 0; received -1"),
+        ({"versions": ["x"]}, TypeError, "received 'x'"),
+        ({"versions": [-1]}, TypeError, r"in \[0, 2\^40\); received -1"),
+        ({"versions": [2**63]}, TypeError, r"in \[0, 2\^40\); received 9223"),
+        ({"versions": [True]}, TypeError, r"in \[0, 2\^40\); received True"),
         ({"before_seconds": 1_790_000_000_000}, ValueError, "milliseconds"),
     ],
 )

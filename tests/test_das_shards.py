@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,90 @@ def test_outputs_that_differ_by_rounding_are_the_same(
     assert write(store, outputs=np.multiply(OUTPUTS, 1 + step)) == (0, 3, False)
     with pytest.raises(ValueError, match="should have the outputs"):
         write(store, outputs=np.multiply(OUTPUTS, 1 + 16 * step))
+
+
+def test_an_outlier_hides_no_other_output(store: TeacherStore) -> None:
+    write(store, outputs=[1e6, -2.0, 3.0])
+    with pytest.raises(ValueError, match="for 2 of 3 examples"):
+        write(store, outputs=[1e6, 9.0, -9.0])
+
+
+def test_another_shard_may_say_something_else_of_an_example(store: TeacherStore) -> None:
+    write(store)
+    write(store, outputs=[5.0, 6.0, 7.0], shard="another")
+    assert write(store) == (0, 3, False)
+    assert write(store, outputs=[5.0, 6.0, 7.0], shard="another") == (0, 3, False)
+
+
+def test_a_snapshot_trained_through_another_time_is_another(store: TeacherStore) -> None:
+    write(store)
+    with pytest.raises(ValueError, match="should have the rows it was written with"):
+        write(store, snapshot=snapshot(1, 999))
+
+
+def test_a_name_is_free_after_forget_and_compaction(store: TeacherStore) -> None:
+    for version in (1, 2, 3):
+        store.write(snapshot(version), [version], [0.5], [AT], shard=DAY)
+    forget(store, "fm", versions=[2])
+    store.table.compact(("fm", 2))
+    assert write(store, snapshot=snapshot(2)) == (3, 0, True)
+
+
+def test_what_was_left_out_is_noted_once(store: TeacherStore) -> None:
+    bad = [0.5, float("nan"), 2.5]
+    write(store, outputs=bad, bad_rows="quarantine")
+    TeacherStore(store.url).table.delta.delete("example_id = 1")
+    assert write(store, outputs=bad, bad_rows="quarantine") == (1, 1, True)
+    history = store.table.delta.history()
+    assert sum("quarantined" in commit for commit in history) == 1
+
+
+@pytest.mark.parametrize("shard", [3, "", "\ud800", b"a"])
+def test_names_that_are_none(store: TeacherStore, shard: Any) -> None:
+    with pytest.raises(ValueError, match="shard should be a name"):
+        write(store, shard=shard)
+
+
+def test_a_commit_is_of_what_was_read_for_it(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer writes the gone rows again, compacts and vacuums, while they are read."""
+    times = {"times": [AT, AT, AT + WINDOW]}
+    write(store, **times)
+    TeacherStore(store.url).table.delta.delete("example_id < 3")
+    other, real = TeacherStore(store.url), store.read
+
+    def read(teacher: str, window: int, **options: Any) -> Any:
+        if window == 3 and other.table.version == store.table.version:
+            assert write(other, **times) == (2, 1, True)
+            other.write(snapshot(9), [9], [0.5], [AT + WINDOW])
+            other.table.compact(("fm", 3))
+            other.table.vacuum(0, enforce=False)
+        return real(teacher, window, **options)
+
+    monkeypatch.setattr(store, "read", read)
+    assert write(store, **times) == (0, 3, False)
+    assert list(dd.by_id(TeacherStore(store.url))) == [1, 2, 3, 9]
+
+
+def test_threads_that_share_a_store(store: TeacherStore) -> None:
+    ids = np.arange(500)
+    for number in range(5):
+        with ThreadPoolExecutor(3) as threads:
+            writes = [
+                threads.submit(
+                    store.write,
+                    snapshot(),
+                    ids + 1_000 * number,
+                    ids.astype(np.float32),
+                    AT + ids,
+                    shard=f"{number}",
+                )
+                for _ in range(2)
+            ]
+            threads.submit(lambda: [store.refresh() for _ in range(20)])
+        assert sorted(each.result().written for each in writes) == [0, 500]
+    assert len(dd.by_id(store)) == 2_500
 
 
 def test_the_order_of_the_rows_counts_for_nothing(store: TeacherStore) -> None:

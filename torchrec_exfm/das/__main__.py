@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -235,15 +236,29 @@ def _forget(options: argparse.Namespace) -> int:
 
 def _versions(text: str) -> list[int]:
     """Versions from ``3`` or ``3,5-9``."""
-    bounds = [part.partition("-") for part in text.split(",")]
-    return [v for first, _, last in bounds for v in range(int(first), int(last or first) + 1)]
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= last - first < 1_000_000:
+            raise argparse.ArgumentTypeError(
+                f"versions should be as 3 or 3,5-9, a million at most; received {text!r}"
+            )
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def _time(text: str) -> int:
     """Epoch seconds from themselves, or from a date and time in UTC."""
-    if text.isdecimal():
+    if text.isdecimal() and len(text) != 8:  # 20260131 is a date
         return int(text)
-    time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    try:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            "a time should be as 2026-01-31, 2026-01-31T06:00:00Z or epoch seconds; received "
+            f"{text!r}"
+        ) from error
     return int((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class Table:
         self.properties = WriterProperties()
         self._options = dict(storage_options or {})
         self._process = os.getpid()
+        # what a commit is based on must not move while it is prepared, by another thread's refresh
+        self._lock = threading.RLock()
         self._listed: tuple[int, list[DataFile]] | None = None
         self._folder = Folder(url, self._options)
         self._log: Log | None = None
@@ -123,12 +126,14 @@ class Table:
 
     def refresh(self, version: int | None = None) -> None:
         """Go to the newest version, or to ``version``."""
-        with self._reading_log():
-            if version is None:
-                self.delta.update_incremental()
-            elif version != self.version:
-                self.delta.load_as_version(version)
-        self._check()
+        check_process(self._process)
+        with self._lock:
+            with self._reading_log():
+                if version is None:
+                    self.delta.update_incremental()
+                elif version != self.version:
+                    self.delta.load_as_version(version)
+            self._check()
 
     def commit(
         self, failure: str, prepare: Callable[[], Commit | None]
@@ -148,25 +153,28 @@ class Table:
             StoreError: if it can't be made; then nothing of it is there, unless the text says that
                 this can't be seen.
         """
-        for attempt in range(_ATTEMPTS):
-            self.refresh()
-            if (commit := prepare()) is None:
-                return None
-            before, mark = self.version, uuid.uuid4().hex
-            try:
-                with self._telling(failure):
-                    commit.act(_properties(commit, mark))
-            except StoreError as error:
-                # it may be there all the same: its reply was lost, or what failed came after it
-                made = self._commit_since(before, mark)
-                conflict = isinstance(error, ConflictError) and attempt < _ATTEMPTS - 1
-                if made is None and not conflict:
-                    raise
-            else:
-                made = {}
-            if made is not None:
-                return made
-        raise AssertionError("unreachable")
+        check_process(self._process)
+        with self._lock:
+            for attempt in range(_ATTEMPTS):
+                self.refresh()
+                before = self.version
+                commit = prepare()
+                if self.version != before:  # what was read then is of two versions
+                    continue
+                if commit is None:
+                    return None
+                mark = uuid.uuid4().hex
+                try:
+                    with self._telling(failure):
+                        commit.act(_properties(commit, mark))
+                    return {}
+                except StoreError as error:
+                    # it may be there all the same: its reply was lost, or what failed came after it
+                    if (made := self._commit_since(before, mark)) is not None:
+                        return made
+                    if not isinstance(error, ConflictError) or attempt == _ATTEMPTS - 1:
+                        raise
+        raise StoreError(f"{self.url}: {failure}: other writers were faster {_ATTEMPTS} times")
 
     def append(self, data: pa.Table, properties: CommitProperties) -> None:
         """Write rows: the act of a commit."""
@@ -177,6 +185,8 @@ class Table:
             self.delta,
             data,
             mode="append",
+            # columns that another tool has added are null
+            schema_mode="merge" if len(self.delta.schema().fields) > data.num_columns else None,
             writer_properties=self.properties,
             commit_properties=properties,
         )

@@ -89,7 +89,9 @@ class Log:
                 with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
                         return _lost_columns(pq.ParquetFile(source), read=not follow)
-                    actions = [json.loads(line) for line in source.read().splitlines()]
+                    actions = [
+                        json.loads(line) for line in source.read().splitlines() if line.strip()
+                    ]
                 return _lost_lines(actions) or (self._revived(actions) if follow else None)
             except FileNotFoundError:  # cleaned up since it was listed
                 self._added = None if follow else self._added
@@ -101,9 +103,16 @@ class Log:
         """Whether a commit removes a file that was never there, and so leaves another in."""
         if self._added is None:
             return None
+        ours = any("mark" in action.get("commitInfo", {}) for action in actions)
         unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
         unknown -= self._added
-        if unknown and (before := self._added_before) is not None and (unknown := unknown - before):
+        # others may remove what was removed before
+        if (
+            ours
+            and unknown
+            and (before := self._added_before) is not None
+            and (unknown := unknown - before)
+        ):
             return f"removes {min(unknown)!r}, which was not there: it is damaged"
         self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
         return None
@@ -141,7 +150,7 @@ def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
         return "is an empty commit: its lines were lost"
     infos = [action["commitInfo"] for action in actions if "commitInfo" in action]
     info: dict[str, Any] = infos[0] if infos else {}
-    metrics = info.get("operationMetrics", {})
+    metrics = info.get("operationMetrics") or {}
     adds = [action["add"] for action in actions if "add" in action]
     removes = sum("remove" in action for action in actions)
     counts = {
@@ -154,10 +163,10 @@ def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
     if all("numRecords" in each for each in stats):
         counts["num_added_rows"] = sum(each["numRecords"] for each in stats)
     for name, count in counts.items():
-        if metrics.get(name, count) != count:
+        if str(metrics.get(name) or count) != str(count):  # some write numbers as text
             return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"
     transactions = [f"{a['txn']['appId']}={a['txn']['version']}" for a in actions if "txn" in a]
-    noted = info.get("transaction")
+    noted = info.get("transaction") if "mark" in info else None  # of ours
     if noted is not None and noted not in transactions:
         return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"
     return None

@@ -11,7 +11,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -28,6 +28,7 @@ from torchrec_exfm.das.arrays import (
     Ints,
     Mask,
     among,
+    as_int,
     as_int64,
     as_seconds_of_rows,
     check_duration,
@@ -167,15 +168,20 @@ class TeacherLookup:
         pinned: Mapping[str, int | None] = (
             snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(self.teachers, snapshot)
         )
-        excluded: Mapping[str, Collection[int]] = (
-            exclude if isinstance(exclude, Mapping) else dict.fromkeys(self.teachers, exclude)
+        excluded = (
+            {teacher: _versions(of_one) for teacher, of_one in exclude.items()}
+            if isinstance(exclude, Mapping)
+            else dict.fromkeys(self.teachers, _versions(exclude))
         )
+        self._options["exclude"] = excluded
         _check_names("tasks", self.tasks, self.store.tasks)
         _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
         _check_names("snapshot", tuple(pinned), self.teachers)
         _check_names("exclude", tuple(excluded), self.teachers)
         for teacher, version in pinned.items():
-            if version is not None and version in excluded.get(teacher, ()):
+            if version is not None and not 0 <= as_int(version) < 2**40:
+                raise ValueError(f"snapshot should be a version; received {version!r}")
+            if version is not None and version in excluded.get(teacher, _versions(())):
                 raise ValueError(
                     f"the look-up pins version {version} of {teacher}, and excludes it"
                 )
@@ -201,7 +207,7 @@ class TeacherLookup:
                 counters,
                 self._reader,
                 snapshot=pinned.get(teacher),
-                excluded=_versions(excluded.get(teacher, ())),
+                excluded=excluded.get(teacher, _versions(())),
                 bad_rows=bad_rows,
                 max_windows=max_windows,
                 refresh_seconds=refresh_seconds,
@@ -430,7 +436,7 @@ def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def _versions(versions: Collection[int]) -> Ints:
-    if isinstance(versions, (str, int)):
+    if isinstance(versions, str) or not isinstance(versions, Iterable):
         raise TypeError(f"exclude should be a collection of versions; received {versions!r}")
     return np.sort(as_int64("exclude", list(versions)))
 

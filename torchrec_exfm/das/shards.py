@@ -22,8 +22,9 @@ class Shard:
     """Rows of a snapshot that are written by one name; None: by one that nobody else has.
 
     The log keeps for each name a number: how many rows were offered, and a digest of their ids and
-    times, in any order, and of whether they were logged. Outputs are compared with those that are
-    there, as they may differ by rounding.
+    times, in any order, of whether they were logged, and of what the snapshot was trained through.
+    Outputs are compared with those that are there, as they may differ by rounding; keys and
+    embeddings are not compared.
     """
 
     url: str
@@ -36,11 +37,14 @@ class Shard:
         if self.name is None:
             return f"write/{uuid.uuid4().hex}", 0
         rows = self.offered
-        digest = mix(rows.example_id + mix(2 * rows.event_time + rows.logged).view(np.int64)).sum()
+        times = mix(2 * rows.event_time + rows.logged) + mix(rows.trained_through)
+        digest = mix(rows.example_id + times.view(np.int64)).sum()
         number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
         return f"shard/{self.snapshot.teacher}/{self.snapshot.version}/{self.name}", number
 
-    def may_be_there(self, last: int, number: int, files: Sequence[DataFile]) -> bool:
+    def may_be_there(
+        self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
+    ) -> bool:
         """Whether what was written by the name, of the number ``last``, may be in the files.
 
         Raises:
@@ -48,7 +52,9 @@ class Shard:
         """
         if last == number:
             return True
-        if not any(self._may_be_in(file) for file in files):
+        version = self.snapshot.version
+        known = (file for file in files if self._may_be_in(file))
+        if not any((read(file).snapshot == version).any() for file in known):
             return False  # all of the snapshot's rows are gone: the name is free
         raise ValueError(
             f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, should "
@@ -57,10 +63,9 @@ class Shard:
         )
 
     def _may_be_in(self, file: DataFile) -> bool:
-        if file.partition[0] != self.snapshot.teacher:
-            return False
-        lowest, highest = file.snapshots or (0, self.snapshot.version)
-        return lowest <= self.snapshot.version <= highest
+        version = self.snapshot.version
+        lowest, highest = file.snapshots or (version, version)
+        return file.partition[0] == self.snapshot.teacher and lowest <= version <= highest
 
     def find(self, rows: Rows, stored: Rows, alike: Callable[[Floats, Floats], Mask]) -> Mask:
         """Which rows (n,), of those offered, are among those stored in their windows.
@@ -72,18 +77,23 @@ class Shard:
         stored = stored[(stored.snapshot == self.snapshot.version) & (stored.logged == logged)]
         if not len(stored) or not len(rows):
             return np.zeros(len(rows), dtype=np.bool_)
-        order = np.argsort(stored.example_id)
-        at = np.searchsorted(stored.example_id[order], rows.example_id).clip(max=len(order) - 1)
-        same = stored[order[at]]
-        there: Mask = same.example_id == rows.example_id
-        differ: Mask = there & ~alike(same.outputs, rows.outputs).all(axis=1)
+        order = np.argsort(rows.example_id)
+        at = np.searchsorted(rows.example_id[order], stored.example_id).clip(max=len(order) - 1)
+        at = order[at]
+        asked = rows.example_id[at] == stored.example_id
+        stored, at = stored[asked], at[asked]
+        same = alike(stored.outputs, rows.outputs[at]).all(axis=1)
+        there, known = np.zeros((2, len(rows)), dtype=np.bool_)
+        known[at] = True
+        there[at[same]] = True  # another shard may have said something else of the example
+        differ = known & ~there
         if differ.any():
             first = np.flatnonzero(differ)[0]
             raise ValueError(
                 f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, "
                 f"should have the outputs it was written with; received others for {differ.sum()} "
                 f"of {len(rows)} examples: of example {rows.example_id[first]} there are "
-                f"{same.outputs[first].tolist()}, and these are {rows.outputs[first].tolist()}: "
+                f"{stored.outputs[at == first][0].tolist()}, and these are {rows.outputs[first].tolist()}: "
                 "publish what said them as another version, or forget this one before"
             )
         return there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -159,25 +160,34 @@ def forget(
         return ForgetReport(
             store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}"), 0
         )
-    numbers = sorted({_version(version) for version in versions or ()})
+    numbers = sorted({_version(version) for version in ([] if versions is None else versions)})
     if not numbers:
         return ForgetReport(0, 0)
-    store.registry.refresh()
-    known = [row for row in rows_of_registry(store) if row["teacher"] == teacher]
-    old = [row["checkpoint"] for row in known if row["version"] in numbers]
-    # before anything is deleted, as this may fail
-    folders = [checkpoint_folder(store, teacher, name) for name in old if name is not None]
+
+    def published_ones() -> list[dict[str, Any]]:
+        store.registry.refresh()
+        rows = rows_of_registry(store)
+        return [row for row in rows if row["teacher"] == teacher and row["version"] in numbers]
+
+    def folders() -> list[Path]:
+        names = [row["checkpoint"] for row in known]
+        return [checkpoint_folder(store, teacher, name) for name in names if name is not None]
+
+    known = published_ones()
+    folders()  # fails before anything is deleted
     rows = store.table.delete(f"teacher = '{teacher}' AND ({_among('snapshot', numbers)})")
-    store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
-    hidden = [s for s, _ in entries(store) if s.teacher == teacher and s.version in numbers]
-    if hidden:  # the library looks for rows only where the log's statistics say they may be
+    known = published_ones()  # with those published meanwhile
+    snapshots = store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
+    if left := [row for row in published_ones() if row in known]:
+        # the library looks for rows only where the log's statistics say they may be
         raise StoreError(
-            f"{store.registry.url}: still has what was to be forgotten, {hidden[0]}: the "
-            "statistics in its log are damaged; restore the log from a copy"
+            f"{store.registry.url}: still has what was to be forgotten, version "
+            f"{left[0]['version']}: the statistics in its log are damaged; restore the log from a "
+            "copy"
         )
-    for folder in folders:
+    for folder in folders():
         shutil.rmtree(folder, ignore_errors=True)
-    return ForgetReport(rows, len(old))
+    return ForgetReport(rows, snapshots)
 
 
 def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
@@ -245,14 +255,15 @@ def _commit(
 
     registry.commit("can't be written to, and nothing was", prepare)
     if versions[-1] % 100 == 0:  # each has a file of its own: make them one
-        registry.compact()
+        with contextlib.suppress(StoreError):  # the snapshot is published all the same
+            registry.compact()
     return Snapshot(teacher, versions[-1], trained_through_seconds)
 
 
 def _version(version: int) -> int:
     number = as_int(version)
-    if number < 0:
-        raise TypeError(f"versions should be whole numbers from 0; received {version!r}")
+    if isinstance(version, bool) or not 0 <= number < 2**40:
+        raise TypeError(f"versions should be whole numbers in [0, 2^40); received {version!r}")
     return number
 
 

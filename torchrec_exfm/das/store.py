@@ -22,6 +22,7 @@ from torchrec_exfm.das.arrays import (
     MICROSECONDS,
     Ints,
     as_floats,
+    as_int,
     as_int64,
     as_second,
     column_names,
@@ -206,7 +207,8 @@ class TeacherStore:
             event_seconds: (n,) event times of the examples, epoch seconds.
             shard: a name for this piece of work, among those of the snapshot: written again with
                 the same rows (ids and times; outputs up to rounding) only those are written that
-                have gone from the store since. None: a name of its own.
+                have gone from the store since; keys and embeddings are not compared. None: a name
+                of its own.
             logged: said in the teacher's own training forward, before its update.
             keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers.
             embeddings: (n, K) floating point.
@@ -239,15 +241,17 @@ class TeacherStore:
         if quarantined:
             columns = columns.filter(pa.array(good))
         notes = {"teacher": snapshot.teacher, "quarantined": json.dumps(quarantined)}
+        _check_shard(shard)
         named = Shard(self.url, snapshot, shard, offered)
         transaction = named.transaction()
         there = np.zeros(len(rows), dtype=np.bool_)
 
         def prepare() -> Commit | None:
             nonlocal there
+            there = np.zeros(len(rows), dtype=np.bool_)
             last = self.table.transaction(transaction[0])
             if last is not None:
-                if named.may_be_there(last, transaction[1], self.table.files()):
+                if named.may_be_there(last, transaction[1], self.table.files(), self.read_file):
                     parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
                     stored = Rows.concatenate([part for part, _ in parts], len(self.tasks))
                     there = named.find(rows, stored, self.format.alike)
@@ -258,7 +262,7 @@ class TeacherStore:
             return Commit(
                 lambda properties: self.table.append(data, properties),
                 transaction,
-                notes if quarantined else {},
+                notes if quarantined and last is None else {},  # counted once
             )
 
         made = self.table.commit("can't be written to, and nothing of this shard was", prepare)
@@ -304,6 +308,8 @@ class TeacherStore:
 
     def refresh(self, version: int | None = None) -> int:
         """Go to the newest commit (or to that of number ``version``), and return its number."""
+        if version is not None and not 0 <= as_int(version) < 2**63:
+            raise ValueError(f"version should be the number of a commit; received {version!r}")
         self.table.refresh(version)
         return self.table.version
 
@@ -412,6 +418,15 @@ class TeacherStore:
         }
         schema = self.format.schema()
         return pa.table([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
+
+
+def _check_shard(shard: object) -> None:
+    try:
+        if shard is None or (isinstance(shard, str) and shard.encode()):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"shard should be a name, in text, or None; received {shard!r:.200}")
 
 
 def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any) -> dict[str, Any]:
