@@ -381,6 +381,18 @@ def test_a_removal_of_another_file(store: TeacherStore, summed_up: bool) -> None
     assert str(dd.log_file(store, 3)) in dd.sentence(caught.value)
 
 
+def test_a_column_of_another_name(store: TeacherStore) -> None:
+    """By the schema the statistics are read, and rows that are to be forgotten found."""
+
+    def edit(metadata: dict[str, Any]) -> None:
+        metadata["schemaString"] = metadata["schemaString"].replace('"snapshot"', '"sn`pshot"')
+
+    dd.edit_log(store, 0, "metaData", edit)
+    with pytest.raises(StoreError, match=r"lacks the columns \['snapshot'\]") as caught:
+        TeacherStore(store.url)
+    assert store.table.url in dd.sentence(caught.value)
+
+
 @pytest.mark.parametrize("name", ["add", "txn"])
 def test_a_checkpoint_that_lacks_a_column(store: TeacherStore, name: str) -> None:
     """Its name has changed: the store would be empty, or would know no shard."""

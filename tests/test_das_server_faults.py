@@ -89,7 +89,7 @@ class Attempts:
             self.kills.append(self.commits())
 
     def commits(self) -> int:
-        log, all_keys = f"{self._folder}/{self._table}/_delta_log/", self.server.keys()
+        log, all_keys = f"{self._folder}/{self._table}/_delta_log/", self.server.stored()
         return sum(re.fullmatch(rf"{log}\d+\.json", key) is not None for key in all_keys) - 1
 
     def store(self) -> TeacherStore:

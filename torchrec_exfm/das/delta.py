@@ -222,14 +222,16 @@ class Table:
 
     def repair(self) -> list[str]:
         """Give up the data files that are missing, and return their paths."""
-        missing: list[str] = []
+        paths: set[str] = set()
 
-        def act(properties: CommitProperties) -> None:
-            missing.extend(self.delta.repair(commit_properties=properties)["files_removed"])
+        def prepare() -> Commit:
+            paths.clear()
+            paths.update(file.path for file in self.files())
+            return Commit(lambda properties: self.delta.repair(commit_properties=properties))
 
         self._folder.check_links()
-        self.commit("can't be repaired", lambda: Commit(act))
-        return missing
+        self.commit("can't be repaired", prepare)
+        return sorted(paths.difference(file.path for file in self.files()))
 
     def vacuum(self, hours: int, *, enforce: bool) -> list[str]:
         """Remove the files that left the table more than so many hours ago."""

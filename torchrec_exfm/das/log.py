@@ -24,7 +24,8 @@ from torchrec_exfm.das.folder import Folder
 __all__ = ["Log"]
 
 _LOG = "_delta_log"
-_CHECKPOINT = {"add": ("path", "partitionValues", "size", "stats"), "txn": ("appId", "version")}
+_CHECKPOINT = {"add": ("path", "partitionValues", "size"), "txn": ("appId", "version")}
+_DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Log:
@@ -82,22 +83,19 @@ class Log:
         a checkpoint are not read then.
         """
         self._folder.check_inside(path)
-        try:
-            with telling("", "can't be read", self._options):
-                try:
-                    source = self._folder.filesystem.open_input_file(path)
-                except FileNotFoundError:  # cleaned up since it was listed
-                    self._added = None if follow else self._added
-                    return None
-                with source:
+        # what can't be read just now is no damage: that is an error of its own
+        with telling(f"{self._folder.url}/{path}", "can't be read", self._options):
+            try:
+                with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
                         return _lost_columns(pq.ParquetFile(source), read=not follow)
                     actions = [json.loads(line) for line in source.read().splitlines()]
                 return _lost_lines(actions) or (self._revived(actions) if follow else None)
-        except StoreError as error:
-            return str(error)
-        except (AttributeError, LookupError, RecursionError, TypeError) as error:
-            return f"is no commit: {error!r:.200}"
+            except FileNotFoundError:  # cleaned up since it was listed
+                self._added = None if follow else self._added
+                return None
+            except _DAMAGE as error:
+                return f"is not what was written: {' '.join(str(error).split())[:200]}"
 
     def _revived(self, actions: list[dict[str, Any]]) -> str | None:
         """Whether a commit removes a file that was never there, and so leaves another in."""

@@ -114,6 +114,9 @@ class TeacherStore:
             self.format = StoreFormat.from_json(self.table.delta.metadata().description)
         except ValueError as error:
             raise StoreError(f"{self.table.url}: {error}") from error
+        names = {field.name for field in self.table.delta.schema().fields}
+        if lost := sorted({*self.format.schema().names} - names):
+            raise StoreError(f"{self.table.url}: lacks the columns {lost}: its log is damaged")
         self.table.properties = self.format.writer_properties()
 
     def __reduce__(self) -> tuple[Any, ...]:
