@@ -21,7 +21,7 @@ from das_data import AT, WINDOW
 
 from torchrec_exfm.das import Snapshot, StoreError, TeacherStore, forget, publish, published
 
-FLIPS = int(os.environ.get("BIT_FLIPS", "200"))
+FLIPS = int(os.environ.get("BIT_FLIPS", "50"))
 TEACHERS = ("fm", "big")
 ROWS = 30  # of a teacher, in two windows
 

@@ -125,7 +125,7 @@ def test_workers_that_are_forked_are_told(lookup: TeacherLookup) -> None:
 def test_workers_open_the_store_anew(lookup: TeacherLookup, context: str) -> None:
     lookup([1])
     loader = DataLoader(
-        LookedUp(lookup), num_workers=2, multiprocessing_context=context, timeout=SECONDS
+        LookedUp(lookup), num_workers=1, multiprocessing_context=context, timeout=SECONDS
     )
     assert [float(value) for value in loader] == [0.5, 1.5, 2.5]
 
