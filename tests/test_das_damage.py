@@ -209,8 +209,11 @@ def test_a_commit_that_lost_lines(
         dd.log_file(store, later).unlink()
     path.unlink()
     reader = TeacherStore(store.url)
-    for kept in range(len(lines)):
-        path.write_bytes(b"".join(lines[:kept]))
+    texts = [b"".join(lines[:kept]) for kept in range(len(lines))]
+    if any(b'"txn"' in line for line in lines):
+        texts.append(b"".join(lines[1:]))
+    for text in texts:
+        path.write_bytes(text)
         with pytest.raises(StoreError, match="lines were lost; restore it") as caught:
             reader.refresh() if opened else TeacherStore(store.url)
         assert str(path) in dd.sentence(caught.value)
@@ -458,7 +461,7 @@ def test_a_snapshot_that_the_log_hides_from_forget(store: TeacherStore) -> None:
     text = path.read_text()
     path.write_text(text.replace(r"\"version\":1", r"\"version\":9"))
     assert path.read_text() != text
-    with pytest.raises(StoreError, match=r"still has .* fm version 1") as caught:
+    with pytest.raises(StoreError, match=r"still has .* version 1") as caught:
         forget(TeacherStore(store.url), "fm", versions=[1])
     assert store.registry.url in dd.sentence(caught.value)
 

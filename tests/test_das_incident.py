@@ -224,9 +224,9 @@ def test_wrong_arguments_of_forget(
 
 def test_the_three_commands(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forget", store.url, "fm", "--versions", "2"]) == 0
-    assert "forgotten: 20 rows and 1 snapshots of fm" in capsys.readouterr().out
+    assert "forgotten: 20 rows and 1 snapshot(s) of fm" in capsys.readouterr().out
     assert main(["forget", store.url, "fm", "--before", "1970-01-01T03:00:00Z"]) == 0
-    assert "forgotten: 20 rows and 0 snapshots of fm" in capsys.readouterr().out
+    assert "forgotten: 20 rows and 0 snapshot(s) of fm" in capsys.readouterr().out
     assert main(["compact", store.url, "--vacuum-hours", "0"]) == 0
     assert len(list(Path(store.url).glob("outputs/*/*/*.parquet"))) == 1
     assert len(dd.all_rows(TeacherStore(store.url))) == 20

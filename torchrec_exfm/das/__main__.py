@@ -229,7 +229,9 @@ def _forget(options: argparse.Namespace) -> int:
     print(f"before: {_size(store)}")
     choice = {"versions": options.versions, "before_seconds": options.before}
     report = forget(store, options.teacher, **choice)
-    print(f"forgotten: {report.rows:,} rows and {report.snapshots} snapshots of {options.teacher}")
+    print(
+        f"forgotten: {report.rows:,} rows and {report.snapshots} snapshot(s) of {options.teacher}"
+    )
     print(f"after: {_size(store)}; `compact --vacuum-hours H` removes files from the disk")
     return 0
 

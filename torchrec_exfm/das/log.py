@@ -25,6 +25,7 @@ __all__ = ["Log"]
 
 _LOG = "_delta_log"
 _CHECKPOINT = {"add": ("path", "partitionValues", "size"), "txn": ("appId", "version")}
+_OURS = ("shard/", "write/", "watermark/", "snapshot/")  # names of the package's transactions
 _DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -148,8 +149,11 @@ def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
     """What a commit lacks of what it says of itself, in words; None for nothing that is known."""
     if not actions:
         return "is an empty commit: its lines were lost"
+    transactions = [f"{a['txn']['appId']}={a['txn']['version']}" for a in actions if "txn" in a]
     infos = [action["commitInfo"] for action in actions if "commitInfo" in action]
     info: dict[str, Any] = infos[0] if infos else {}
+    if not infos and any(name.startswith(_OURS) for name in transactions):
+        return "lacks its own summary: lines were lost"
     metrics = info.get("operationMetrics") or {}
     adds = [action["add"] for action in actions if "add" in action]
     removes = sum("remove" in action for action in actions)
@@ -165,7 +169,6 @@ def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
     for name, count in counts.items():
         if str(metrics.get(name) or count) != str(count):  # some write numbers as text
             return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"
-    transactions = [f"{a['txn']['appId']}={a['txn']['version']}" for a in actions if "txn" in a]
     noted = info.get("transaction") if "mark" in info else None  # of ours
     if noted is not None and noted not in transactions:
         return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"

@@ -83,17 +83,18 @@ class Shard:
         asked = rows.example_id[at] == stored.example_id
         stored, at = stored[asked], at[asked]
         same = alike(stored.outputs, rows.outputs[at]).all(axis=1)
-        there, known = np.zeros((2, len(rows)), dtype=np.bool_)
-        known[at] = True
+        there, found = np.zeros((2, len(rows)), dtype=np.bool_)
+        found[at] = True
         there[at[same]] = True  # another shard may have said something else of the example
-        differ = known & ~there
+        differ = found & ~there
         if differ.any():
             first = np.flatnonzero(differ)[0]
+            known, given = stored.outputs[at == first][0], rows.outputs[first]
             raise ValueError(
                 f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, "
                 f"should have the outputs it was written with; received others for {differ.sum()} "
                 f"of {len(rows)} examples: of example {rows.example_id[first]} there are "
-                f"{stored.outputs[at == first][0].tolist()}, and these are {rows.outputs[first].tolist()}: "
+                f"{known.tolist()}, and these are {given.tolist()}: "
                 "publish what said them as another version, or forget this one before"
             )
         return there
