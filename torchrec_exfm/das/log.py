@@ -134,8 +134,8 @@ class Log:
 
 def _lost_columns(checkpoint: pq.ParquetFile, *, read: bool) -> str | None:
     """What a checkpoint lacks, by whose absence files or transactions would not be known."""
+    schema = checkpoint.schema_arrow
     for name, parts in _CHECKPOINT.items():
-        schema = checkpoint.schema_arrow
         kind = schema.field(name).type if name in schema.names else None
         there = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
         if missing := [part for part in parts if part not in there]:

@@ -249,7 +249,8 @@ class TeacherStore:
         def prepare() -> Commit | None:
             nonlocal there
             there = np.zeros(len(rows), dtype=np.bool_)
-            last = self.table.transaction(transaction[0])
+            # only a name can have been written before: to look for one reads the log
+            last = None if shard is None else self.table.transaction(transaction[0])
             if last is not None:
                 if named.may_be_there(last, transaction[1], self.table.files(), self.read_file):
                     parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
