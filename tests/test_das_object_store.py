@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import das_data as dd
 import numpy as np
 import pytest
 from das_data import AT, WINDOW, snapshot
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 
 from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore, newest_snapshot, publish
 
 IDS = np.arange(3)
 OUTPUTS = {0: [0.5], 1: [1.5], 2: [2.5]}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of a folder of the test's own."""
-    server.set_faults()
-    server.requests()
-    yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
-    server.set_faults()
 
 
 def new_store(url: str, server: S3Server) -> TeacherStore:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,7 @@ import pytest
 from das_data import AT, WINDOW, snapshot
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 
 from torchrec_exfm.das import StoreError, TeacherLogger, TeacherLookup, TeacherStore, publish
 from torchrec_exfm.das.__main__ import main
@@ -180,12 +180,6 @@ def test_an_endpoint_that_is_no_url_is_refused_and_not_repeated(option: str, cas
 def test_options_are_strings(options: Any) -> None:
     with pytest.raises(TypeError, match="storage_options should be strings by name; received"):
         TeacherStore.create("s3://bucket/store", storage_options=options)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import rank_models as rm
 import server_fault_jobs as jobs
 from das_data import AT, WINDOW, snapshot
 from forked import Forked
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 
 from torchrec_exfm.das import ForgetReport, TeacherStore, forget, publish, published
 from torchrec_exfm.das.rules import Rows
@@ -30,20 +30,6 @@ from torchrec_exfm.das.rules import Rows
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 KILLS_A_ROUND = 10
 LOST = [500, 503, 0]  # statuses in the place of a reply; 0: the connection is closed
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of a folder of the test's own."""
-    server.set_faults()
-    yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
-    server.set_faults()
 
 
 # ---- Killed ----

@@ -1,0 +1,24 @@
+"""The S3 server of the tests that write to an object store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from s3_server import S3Server, s3_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a folder of the test's own."""
+    server.set_faults()
+    server.requests()
+    yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
+    server.set_faults()
