@@ -26,9 +26,9 @@ from torchrec_exfm.export import export_student, student_state_dict  # noqa: E40
 from torchrec_exfm.heads import DistillationHead  # noqa: E402
 from torchrec_exfm.metrics import ExFMMetrics  # noqa: E402
 from torchrec_exfm.monitor import RunMonitor  # noqa: E402
-from torchrec_exfm.pipeline import TrainPipelineExFM  # noqa: E402
+from torchrec_exfm.pipeline import ExFMSteps, TrainPipelineExFM  # noqa: E402
 from torchrec_exfm.resume import load_training, save_training  # noqa: E402
-from torchrec_exfm.sources import LiveTeacher  # noqa: E402
+from torchrec_exfm.sources import LiveTeacher, TeacherSource  # noqa: E402
 from torchrec_exfm.tasks import Task  # noqa: E402
 from torchrec_exfm.terms import DistillationTerm  # noqa: E402
 from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
@@ -40,6 +40,7 @@ __all__ = [
     "DistillationWarning",
     "ExFMBatch",
     "ExFMMetrics",
+    "ExFMSteps",
     "ExFMWarning",
     "ExFMWrapper",
     "LiveTeacher",
@@ -50,6 +51,7 @@ __all__ = [
     "Task",
     "TeacherMissingWarning",
     "TeacherOutputs",
+    "TeacherSource",
     "TrainPipelineExFM",
     "adapter_step",
     "export_student",

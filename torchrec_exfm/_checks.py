@@ -8,30 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrec_exfm._compat import tables_left_whole
+from torchrec_exfm._compat import frees_features, tables_left_whole
 from torchrec_exfm._warnings import DistillationWarning, NotPipelinedWarning
 from torchrec_exfm.adapter import StudentAdapter
 from torchrec_exfm.auxiliary import AuxiliaryHead
-from torchrec_exfm.sources import AsyncTeacher, LiveTeacher
+from torchrec_exfm.sources import LiveTeacher, TeacherSource
 
 
-def check_teacher(
-    teacher: object, head: AuxiliaryHead, model: nn.Module, options: dict[str, Any]
-) -> None:
+def check_teacher(teacher: object, head: AuxiliaryHead, model: nn.Module) -> None:
     """Raise unless it is a kind of teacher, other than the student, of the head's names."""
-    known = teacher is None or callable(teacher) or isinstance(teacher, AsyncTeacher)
+    known = teacher is None or callable(teacher) or isinstance(teacher, TeacherSource)
     if isinstance(teacher, nn.Module) or not known:
         raise TypeError(
-            "teacher should be None, a function of the batch, a TeacherLookup, or "
-            f"LiveTeacher(module); received {type(teacher).__name__}"
+            "teacher should be None, a function of the batch, a TeacherLookup, LiveTeacher(module) "
+            f"or another source with start(batch); received {type(teacher).__name__}"
         )
     if isinstance(teacher, LiveTeacher) and any(each is teacher.model for each in model.modules()):
         raise ValueError("the live teacher should be another model; received the student's own")
-    if isinstance(teacher, LiveTeacher) and options.get("free_features_storage_early"):
-        raise ValueError(
-            "free_features_storage_early should be False with a LiveTeacher, which reads the "
-            "features after TorchRec would have freed them; received True"
-        )
     # A look-up's teachers and tasks should be the wrapper's; one alone may have another name.
     for what, names in (("teachers", head.teachers), ("tasks", head.task_names)):
         given = tuple(getattr(teacher, what, names))
@@ -40,6 +33,15 @@ def check_teacher(
                 f"the look-up should be of the wrapper's {what}, {names}, in this order; received "
                 f"{given}"
             )
+
+
+def check_features(teacher: object, pipeline: Any) -> None:
+    """Raise if TorchRec's pipeline frees the features before a live teacher reads them."""
+    if isinstance(teacher, LiveTeacher) and frees_features(pipeline):
+        raise ValueError(
+            "free_features_storage_early should be False with a LiveTeacher, which reads the "
+            "features after TorchRec would have freed them; received True"
+        )
 
 
 def check_on_error(on_teacher_error: str, teacher: object) -> None:

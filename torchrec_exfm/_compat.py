@@ -33,6 +33,7 @@ __all__ = [
     "TieAwareAUC",
     "TrainPipelineSparseDist",
     "data_parallel_group",
+    "frees_features",
     "fused_optimizers",
     "fused_steps",
     "gather_to_rank_0",
@@ -42,6 +43,7 @@ __all__ = [
     "pipelined_names",
     "set_metric_state",
     "sharded_names",
+    "side_stream",
     "single_optimizers",
     "step_if",
     "tables_left_whole",
@@ -66,6 +68,17 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
             stacklevel=3,
         )
     return None
+
+
+def frees_features(pipeline: Any) -> bool:
+    """Whether a train pipeline frees a batch's features once they are distributed."""
+    return getattr(pipeline, "_free_features_storage_early", False)
+
+
+def side_stream(device: torch.device) -> Any:
+    """A stream for small copies on the accelerators that TorchRec's pipelines know, else None."""
+    known = device.type in ("cuda", "mtia")
+    return torch.get_device_module(device).Stream() if known else None
 
 
 def gather_to_rank_0(tensor: ShardedTensor) -> torch.Tensor | None:

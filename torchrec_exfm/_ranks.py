@@ -51,23 +51,28 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Callable[[], None]:
-    """Start to average a tensor over the ranks, in place. Call the returned function to wait."""
-    work = None if group is None else dist.all_reduce(tensor, group=group, async_op=True)
+def start_average(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """Start to average tensors over the ranks, in place, in one all-reduce.
+
+    Call the returned function to wait for it. Without a group nothing happens.
+    """
+    if group is None or not tensors:
+        return lambda: None
+    flat = tensors[0] if len(tensors) == 1 else torch.cat([each.flatten() for each in tensors])
+    averages = dist.get_backend(group) == dist.Backend.NCCL  # gloo can only sum
+    operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+    work = dist.all_reduce(flat, operation, group, async_op=True)
 
     def wait() -> None:
-        if group is not None and work is not None:
-            work.wait()
-            tensor.div_(group.size())
+        assert work is not None
+        work.wait()
+        if not averages:
+            flat.div_(group.size())
+        if flat is not tensors[0]:
+            pieces = flat.split([tensor.numel() for tensor in tensors])
+            for tensor, piece in zip(tensors, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
 
     return wait
-
-
-def average_over(group: dist.ProcessGroup | None, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Average tensors over the ranks of a group, in one all-reduce; None: as they are."""
-    if group is None or not tensors:
-        return list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    pieces = (flat / group.size()).split([tensor.numel() for tensor in tensors])
-    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrec_exfm._compat import step_if
-from torchrec_exfm._ranks import average_over
+from torchrec_exfm._ranks import start_average
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
 from torchrec_exfm.heads import mlp
 from torchrec_exfm.tasks import (
@@ -164,7 +164,8 @@ def adapter_step(
     with torch.enable_grad(), exact:
         loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=weights)
         gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, average_over(group, gradients), strict=True):
+    start_average(gradients, group)()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     step_if(optimizer, count.any())  # zero gradients would still move what has momentum
     optimizer.zero_grad()

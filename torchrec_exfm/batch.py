@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,13 +126,16 @@ class TeacherOutputs(Pipelineable):
         non_blocking: bool = False,
         data_copy_stream: torch.Stream | None = None,
     ) -> TeacherOutputs:
-        """A copy on ``device``, made on ``data_copy_stream`` if one is given."""
+        """Copy to ``device``, on ``data_copy_stream`` if one is given."""
+        if data_copy_stream is None:
+            return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+        accelerator = torch.get_device_module(device)
+        # Work that is queued on this stream may still read the memory that the copies are given.
+        data_copy_stream.wait_stream(accelerator.current_stream())
 
         def move(tensor: Tensor) -> Tensor:
-            if data_copy_stream is None:
-                return tensor.to(device=device, non_blocking=non_blocking)
             target = torch.empty_like(tensor, device=device)
-            with torch.get_device_module(device).stream(data_copy_stream):
+            with accelerator.stream(data_copy_stream):
                 return target.copy_(tensor, non_blocking=non_blocking)
 
         return self._map(move)
@@ -162,8 +165,8 @@ class TeacherOutputs(Pipelineable):
 class StepInputs:
     """What a step's supervision reads: :class:`AuxiliaryHead` says what each is.
 
-    A pipeline makes it once a step, when the batch is on the device. The fields are the arguments
-    of :meth:`torchrec_exfm.AuxiliaryHead.forward`.
+    Made once a step, when the batch is on the device. The fields are the arguments of
+    :meth:`torchrec_exfm.AuxiliaryHead.forward`.
     """
 
     teacher: TeacherOutputs
@@ -171,6 +174,21 @@ class StepInputs:
     weights: Tensor | None = None
     counts: Tensor | None = None
     adapted: Tensor | None = None
+
+
+Started: TypeAlias = TeacherOutputs | Future[TeacherOutputs] | Callable[[Any], TeacherOutputs]
+
+
+class Steps(Protocol):
+    """What a train pipeline does around the student's forward; its batches carry it there."""
+
+    def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
+        """Start a step before the student's forward; the returned function gives its inputs."""
+        ...
+
+    def end(self) -> None:
+        """Start to average over the ranks what the heads have measured in their forward."""
+        ...
 
 
 class ExFMBatch(Pipelineable, Generic[BatchT]):
@@ -182,41 +200,73 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     Args:
         batch: the user's own. ``to``, ``pin_memory`` and ``record_stream`` are its own methods,
             needed where they are called; TorchRec's pipelines call the first and the last.
-        teacher: the teachers' outputs for the same examples, in the same order, or on their way.
+        teacher: the teachers' outputs for the same examples, in the same order, or what gives them
+            when the step starts: a future, or a function of the user's batch on the device.
+        steps: what a pipeline adds to the step; None: nothing.
 
     Attributes:
-        step_inputs: what the step learns from: the outputs, and what a pipeline adds to them.
+        step_inputs: what the step learns from; None until it starts, unless it is known already.
 
     Raises:
-        TypeError: if teacher is no ``TeacherOutputs``; in a method that the user's batch lacks.
+        TypeError: if teacher is of another kind; in a method that the user's batch lacks.
     """
 
-    def __init__(self, batch: BatchT, teacher: TeacherOutputs | Future[TeacherOutputs]) -> None:
-        if not isinstance(teacher, (TeacherOutputs, Future)):
+    def __init__(self, batch: BatchT, teacher: Started, steps: Steps | None = None) -> None:
+        there = isinstance(teacher, TeacherOutputs)
+        if not there and not hasattr(teacher, "result") and not callable(teacher):
             raise TypeError(
                 f"teacher should be TeacherOutputs; received {type(teacher).__name__}: make it "
                 "TeacherOutputs(logits)"
             )
         self.batch = batch
-        self.step_inputs = StepInputs(cast(TeacherOutputs, teacher))
+        self.step_inputs = StepInputs(teacher) if there and steps is None else None
+        self._teacher = teacher
+        self._steps = steps
 
     @property
-    def teacher(self) -> TeacherOutputs:
-        """The teachers' outputs."""
-        return self.step_inputs.teacher
+    def teacher(self) -> Any:
+        """The teachers' outputs, or what gives them when the step starts."""
+        return self._teacher if self.step_inputs is None else self.step_inputs.teacher
+
+    def start_step(self) -> Callable[[], StepInputs]:
+        """Start the step, before the student's forward; the returned function gives its inputs.
+
+        A second forward on the same batch has the inputs of the first.
+        """
+        known = self.step_inputs
+        if known is not None:
+            return lambda: known
+        if self._steps is None:
+            raise TypeError(
+                "the teachers' outputs of an ExFMBatch should be there when the student runs "
+                f"without a pipeline; received {type(self._teacher).__name__}: wait for them, and "
+                "move them to the device"
+            )
+        finish = self._steps.start(self)
+
+        def inputs() -> StepInputs:
+            self.step_inputs = finish()
+            return self.step_inputs
+
+        return inputs
+
+    def end_step(self) -> None:
+        """End what :meth:`start_step` has started, after the heads' forward."""
+        if self._steps is not None:
+            self._steps.end()
 
     def to(
         self, device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> ExFMBatch[BatchT]:
-        """A copy on ``device``; further arguments go to the user's batch as well."""
-        return ExFMBatch(
-            self._call("to", device=device, non_blocking=non_blocking, **kwargs),
-            self._map(lambda outputs: outputs.to(device, non_blocking, **kwargs)),
-        )
+        """Copy to ``device``; further arguments go to the user's batch as well."""
+        batch = self._call("to", device=device, non_blocking=non_blocking, **kwargs)
+        teacher = self._map(lambda outputs: outputs.to(device, non_blocking, **kwargs))
+        return ExFMBatch(batch, teacher, self._steps)
 
     def pin_memory(self) -> ExFMBatch[BatchT]:
-        """A copy in page-locked memory."""
-        return ExFMBatch(self._call("pin_memory"), self._map(TeacherOutputs.pin_memory))
+        """Copy into page-locked memory."""
+        batch = self._call("pin_memory")
+        return ExFMBatch(batch, self._map(TeacherOutputs.pin_memory), self._steps)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses these tensors."""
@@ -224,9 +274,9 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         self._map(lambda outputs: outputs.record_stream(stream))
 
     def _map(self, function: Callable[[TeacherOutputs], Any]) -> Any:
-        """What a function makes of the outputs; those on their way stay as they are."""
+        """What a function makes of the outputs; those that are not there yet stay as they are."""
         teacher = self.teacher
-        return teacher if isinstance(teacher, Future) else function(teacher)
+        return function(teacher) if isinstance(teacher, TeacherOutputs) else teacher
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         method = getattr(self.batch, name, None)
@@ -247,7 +297,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         return inner[key]
 
     def __copy__(self) -> ExFMBatch[BatchT]:
-        copied = ExFMBatch(copy.copy(self.batch), self.teacher)
+        copied = ExFMBatch(copy.copy(self.batch), self._teacher, self._steps)
         copied.step_inputs = self.step_inputs
         return copied
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,48 @@ from torch import Tensor, nn
 from torchrec_exfm._user import read
 from torchrec_exfm._warnings import DistillationWarning, TeacherMissingWarning
 from torchrec_exfm.auxiliary import AuxiliaryHead
-from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.batch import Started, TeacherOutputs
 
-__all__ = ["AsyncTeacher", "LiveTeacher"]
+__all__ = ["LiveTeacher", "TeacherSource"]
 
 RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked anew
 MASKED_ERRORS = (OSError, RuntimeError)  # StoreError is one of them; others are wrong set-ups
 TELLING_OUTPUTS = 64  # so many do not lie in [0, 1] by chance
-T = TypeVar("T")
 
 
 @runtime_checkable
-class AsyncTeacher(Protocol):
-    """Finds outputs while earlier batches compute; ``torchrec_exfm.das.TeacherLookup`` is one."""
+class TeacherSource(Protocol):
+    """Where a batch's teacher outputs come from: the one method that a source has.
 
-    def start(self, batch: Any) -> Future[TeacherOutputs]:
-        """Begin to find the outputs of a batch that is on the host; they come on the host."""
+    ``torchrec_exfm.das.TeacherLookup`` and :class:`LiveTeacher` are sources, a function of the
+    batch is made one, and so is whatever class of your own has this method.
+    """
+
+    def start(self, batch: Any) -> Started:
+        """Start to bring the outputs of a batch, which is on the host.
+
+        Called as the data loader gives the batch, while earlier ones train. An error of a kind
+        that ``on_teacher_error="mask"`` masks (OSError, RuntimeError) may be raised here or come
+        from the future.
+
+        Returns:
+            ``TeacherOutputs`` on the host, or a future of them, which is waited for when the
+            batch's step starts; or a function of the batch, called then with the batch on the
+            device.
+        """
         ...
+
+
+class _Columns:
+    """Outputs that a function reads out of the batch."""
+
+    def __init__(self, function: Callable[[Any], TeacherOutputs]) -> None:
+        self.start = function
+
+
+def source_of(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
+    """The source that a teacher is, or that a function makes; None: the loader brings outputs."""
+    return teacher if teacher is None or isinstance(teacher, TeacherSource) else _Columns(teacher)
 
 
 class LiveTeacher:
@@ -58,76 +83,67 @@ class LiveTeacher:
         self.model = model.eval()
         self.outputs = outputs
 
+    def start(self, batch: Any) -> Callable[[Any], TeacherOutputs]:
+        """Return what is asked when the batch's step starts: this teacher."""
+        return self
+
     def __call__(self, batch: Any) -> TeacherOutputs:
-        """The outputs for a batch that is on the device."""
+        """Run the teacher on a batch that is on the device."""
         with torch.no_grad():
             output = self.model(batch)
             what = "what the live teacher's forward returns to its logits"
             return TeacherOutputs(read("outputs", self.outputs, output, "LiveTeacher", what))
 
 
-class _NotAskedError(RuntimeError):
-    """A teacher is not asked, as it failed a moment ago."""
+class MaskedErrors:
+    """A source around a source, whose failures become outputs that are missing.
 
+    A source that has failed is left alone for ``RETRY_SECONDS``. ``size`` gives the number of
+    examples of a batch, ``shape`` is that of an example's outputs, (M, T).
 
-class Asking:
-    """Asks a teacher, and masks and counts its failures if told to.
-
-    ``missing`` gives the outputs of a batch whose teacher failed: all absent.
+    Attributes:
+        failures: batches that went without outputs.
     """
 
-    def __init__(self, masks_errors: bool, missing: Callable[[Any], TeacherOutputs]) -> None:
-        self.masks_errors = masks_errors
+    def __init__(
+        self, source: TeacherSource, size: Callable[[Any], int], shape: tuple[int, int]
+    ) -> None:
         self.failures = 0
-        self._missing = missing
+        self._source = source
+        self._size = size
+        self._shape = shape
         self._retry_at = -float("inf")
-        self._missing_was_tried = False
 
-    def ask(self, teacher: Callable[[Any], TeacherOutputs], batch: Any) -> TeacherOutputs:
-        """What a function says of a batch."""
-        return self.unless_it_fails(lambda: self._asked(teacher, batch), batch)
-
-    def start(self, teacher: AsyncTeacher, batch: Any) -> Future[TeacherOutputs]:
-        """A look-up that was begun, or has failed where errors are masked."""
-        if not self.masks_errors:
-            return teacher.start(batch)
-        try:
-            return self._asked(teacher.start, batch)
-        except MASKED_ERRORS as error:
-            failed: Future[TeacherOutputs] = Future()
-            failed.set_exception(error)
-            return failed
-
-    def unless_it_fails(self, outputs: Callable[[], TeacherOutputs], batch: Any) -> TeacherOutputs:
-        """What a function returns; no outputs where it fails and errors are masked."""
-        if not self.masks_errors:
-            return outputs()
-        if not self._missing_was_tried:  # a wrong set-up should not wait for the first failure
-            self._missing(batch)
-            self._missing_was_tried = True
-        try:
-            return outputs()
-        except MASKED_ERRORS as error:
-            self._count(error)
-            return self._missing(batch)
-
-    def _asked(self, teacher: Callable[[Any], T], batch: Any) -> T:
+    def start(self, batch: Any) -> Any:
+        """As the source's own."""
+        size = self._size(batch)  # before a failure, so that a wrong set-up is told at once
         if time.monotonic() < self._retry_at:
-            raise _NotAskedError
-        return teacher(batch)
+            return self._missing(size)
+        started: Any = self._unless_it_fails(lambda: self._source.start(batch), size)
+        if isinstance(started, TeacherOutputs):
+            return started
+        if hasattr(started, "result"):
+            return SimpleNamespace(result=lambda: self._unless_it_fails(started.result, size))
+        return lambda on_device: self._unless_it_fails(lambda: started(on_device), size)
 
-    def _count(self, error: Exception) -> None:
-        if not isinstance(error, _NotAskedError):
+    def _unless_it_fails(self, function: Callable[[], Any], size: int) -> Any:
+        try:
+            return function()
+        except MASKED_ERRORS as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
-        if not self.failures:
-            warnings.warn(
-                f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
-                "training goes on without them, and they are asked for again every "
-                f"{RETRY_SECONDS:g} s; TrainPipelineExFM.teacher_failures counts batches",
-                TeacherMissingWarning,
-                stacklevel=2,
-            )
+            if not self.failures:
+                warnings.warn(
+                    f"the teacher's outputs can't be had ({type(error).__name__}: {error}); "
+                    "training goes on without them, and they are asked for again every "
+                    f"{RETRY_SECONDS:g} s; teacher_failures of the pipeline counts batches",
+                    TeacherMissingWarning,
+                    stacklevel=2,
+                )
+            return self._missing(size)
+
+    def _missing(self, size: int) -> TeacherOutputs:
         self.failures += 1
+        return TeacherOutputs.missing(size, *self._shape)
 
 
 class ProbabilityCheck:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrec_exfm._compat import sharded_names
 from torchrec_exfm._user import outline, read
 from torchrec_exfm.auxiliary import AuxiliaryHead, ByTasks, by_tasks
-from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
+from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
 from torchrec_exfm.tap import Tap, remove_taps, tapped_module, tapped_width
 from torchrec_exfm.tasks import Task, check_tasks, pick_columns
 from torchrec_exfm.terms import DistillationTerm
@@ -109,11 +109,13 @@ class ExFMWrapper(nn.Module):
         Warns:
             DistillationWarning: if a tapped module's input or output carries no gradient.
         """
+        carries_outputs = isinstance(batch, ExFMBatch)
+        inputs = batch.start_step() if carries_outputs and self.training else None
         for tap in self.exfm.taps:
             tap.open()
-        outputs = self.student(batch.batch if isinstance(batch, ExFMBatch) else batch)
+        outputs = self.student(batch.batch if carries_outputs else batch)
         if self.training:
-            return self.exfm(outputs, batch)
+            return self.exfm(outputs, batch, inputs)
         for tap in self.exfm.taps:
             tap.clear()
         return outputs
@@ -179,9 +181,11 @@ class _Supervision(nn.Module):
         self.last_losses: Tensor | None = None
         self.last_teacher: TeacherOutputs | None = None
 
-    def forward(self, outputs: Any, batch: Any) -> tuple[Tensor, Any]:
+    def forward(
+        self, outputs: Any, batch: Any, inputs: Callable[[], StepInputs] | None
+    ) -> tuple[Tensor, Any]:
         try:
-            if not isinstance(batch, ExFMBatch):
+            if inputs is None:
                 raise TypeError(
                     f"training should be given an ExFMBatch; received {type(batch).__name__}: let "
                     "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
@@ -189,13 +193,15 @@ class _Supervision(nn.Module):
             loss, rest = _checked_contract(outputs)
             has_heads = not all(term.serving for term in self.auxiliary_head.terms)
             shared = [tap.take_input(learns=has_heads) for tap in self.taps]
+            serving, step_inputs = self._serving(outputs), inputs()
             added, self.last_losses = self.auxiliary_head(
-                shared, serving=self._serving(outputs), **vars(batch.step_inputs)
+                shared, serving=serving, **vars(step_inputs)
             )
+            batch.end_step()
         finally:
             for tap in self.taps:
                 tap.clear()
-        self.last_teacher = batch.teacher
+        self.last_teacher = step_inputs.teacher
         return loss + added, rest
 
     def _serving(self, outputs: Any) -> Any:

@@ -1,0 +1,181 @@
+"""What external distillation adds to a train step, before and after the student's forward.
+
+Nothing here knows a pipeline: :class:`Steps` turns what a data loader gives into batches that carry
+it, and :class:`ExFMWrapper` calls it from its forward, where every pipeline passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from torchrec_exfm._compat import side_stream
+from torchrec_exfm._ranks import start_average
+from torchrec_exfm._user import read
+from torchrec_exfm.adapter import StudentAdapter, adapter_step
+from torchrec_exfm.auxiliary import AuxiliaryHead
+from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
+from torchrec_exfm.sources import ProbabilityCheck, TeacherSource
+from torchrec_exfm.tasks import checked_labels, checked_weights, count_outputs
+
+
+class Steps:
+    """Algorithm 1 of arXiv 2502.17494 around the student's forward, step by step.
+
+    A batch's outputs are started as it is loaded. When its forward begins they are resolved, and
+    outputs and labels are counted over the ranks, which overlaps the forward of the student; then
+    the adapter takes its step, and the heads run; the means of terms with a margin are averaged
+    while backward runs. All of it in the order of the forwards, however many batches a pipeline
+    holds at once.
+
+    Args:
+        head: of the student.
+        source: of the outputs; None: the batches carry them.
+        adapter: on the device, with ``adapter_optimizer``, or None.
+        adapter_optimizer: over its parameters.
+        labels: takes the user's batch to its labels.
+        weights: takes the user's batch to its weights, or None.
+        group: the ranks that average, or None.
+        device: where the step runs.
+    """
+
+    def __init__(
+        self,
+        head: AuxiliaryHead,
+        source: TeacherSource | None,
+        adapter: StudentAdapter | None,
+        adapter_optimizer: torch.optim.Optimizer | None,
+        *,
+        labels: Callable[[Any], Tensor],
+        weights: Callable[[Any], Tensor] | None,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self._head = head
+        self._source = source
+        self._adapter = adapter
+        self._adapter_optimizer = adapter_optimizer
+        self._labels = labels
+        self._weights = weights
+        self._group = group
+        self._device = device
+        self._copy_stream = side_stream(device)
+        self._check_probabilities = ProbabilityCheck(head)
+        self._wait_for_leads: Callable[[], None] = lambda: None
+
+    def load(self, batch: Any) -> Any:
+        """Start to bring the outputs of a batch that the data loader gives."""
+        if batch is None:
+            return None
+        if isinstance(batch, ExFMBatch):
+            if self._source is not None:
+                raise TypeError(
+                    "the data loader gives ExFMBatch, which carries the teachers' outputs, and "
+                    "the pipeline was given a teacher as well: drop one of them"
+                )
+            return ExFMBatch(batch.batch, batch.teacher, self)
+        # A batch that is loaded in evaluation is asked for only if it comes to be trained on.
+        return ExFMBatch(batch, self._ask(batch) if self._head.training else self._ask, self)
+
+    def _ask(self, batch: Any) -> Any:
+        if self._source is None:
+            raise TypeError(
+                f"the data loader should give ExFMBatch; received {type(batch).__name__}: or tell "
+                "the pipeline where the teachers' outputs come from (teacher=...)"
+            )
+        outputs = self._source.start(batch)
+        if isinstance(outputs, TeacherOutputs) and self._copy_stream is not None:
+            return self._pinned(outputs)  # a copy from other memory would stop the host
+        return outputs
+
+    def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
+        """Resolve the outputs, and start to count them; the returned function gives the inputs."""
+        self.finish()
+        with record_function("## teacher_outputs ##"):
+            teacher = self._resolved(batch.teacher, batch.batch)
+        self._check_probabilities(teacher)
+        tasks, size = self._head.tasks, len(teacher.values)
+        labels = weights = None
+        if self._adapter is not None or self._head.lead_losses:
+            labels = checked_labels(read_labels(self._labels, batch.batch), tasks, size)
+        if self._weights is not None:
+            weights = checked_weights(_read("weights", self._weights, batch.batch), tasks, size)
+        counts = count_outputs(teacher.presence, labels, weights)
+        wait = start_average([counts], self._group)
+
+        def inputs() -> StepInputs:
+            wait()
+            adapted = None
+            if self._adapter is not None and self._adapter_optimizer is not None:
+                with record_function("## adapter_step ##"):
+                    adapted = adapter_step(
+                        self._adapter,
+                        self._adapter_optimizer,
+                        teacher,
+                        labels,
+                        count=counts[1],
+                        weights=weights,
+                        group=self._group,
+                    )
+            return StepInputs(teacher, labels, weights, counts, adapted)
+
+        return inputs
+
+    def end(self) -> None:
+        """Start to average the running means of terms with a margin, while backward runs."""
+        self._wait_for_leads = start_average(self._head.lead_losses, self._group)
+
+    def finish(self) -> None:
+        """Wait for what :meth:`end` has started."""
+        self._wait_for_leads()
+        self._wait_for_leads = lambda: None
+
+    def _resolved(self, started: Any, batch: Any) -> TeacherOutputs:
+        """Outputs on the device."""
+        while not isinstance(started, TeacherOutputs):
+            late = hasattr(started, "result")
+            started = self._copied(started.result()) if late else started(batch)
+        return started.to(self._device)
+
+    def _copied(self, outputs: TeacherOutputs) -> TeacherOutputs:
+        """Copy from the host on a stream of its own, which waits for no other copy."""
+        if self._copy_stream is None:
+            return outputs
+        accelerator = torch.get_device_module(self._device)
+        with accelerator.stream(self._copy_stream):
+            copied = self._pinned(outputs).to(self._device, non_blocking=True)
+        current = accelerator.current_stream()
+        current.wait_stream(self._copy_stream)
+        copied.record_stream(current)
+        return copied
+
+    def _pinned(self, outputs: TeacherOutputs) -> TeacherOutputs:
+        return outputs.pin_memory() if outputs.values.device.type == "cpu" else outputs
+
+
+class Feed:
+    """An iterator over a data loader's batches, each as :meth:`Steps.load` makes it."""
+
+    def __init__(self, batches: Iterator[Any], steps: Steps) -> None:
+        self.batches = batches
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._steps.load(next(self.batches))
+
+
+def read_labels(labels: Callable[[Any], Tensor], batch: Any) -> Any:
+    """The labels of a user's batch; a ValueError where the function does not fit it."""
+    return _read("labels", labels, batch)
+
+
+def _read(what: str, function: Callable[[Any], Tensor], batch: Any) -> Any:
+    return read(what, function, batch, "the pipeline", f"the user's batch to its {what}")
