@@ -327,12 +327,13 @@ def check_costs_of_a_step(rank: int, world_size: int) -> None:
 
 
 def check_order_of_all_reduces(rank: int, world_size: int) -> None:
-    """The count's overlaps the next input distribution; the adapter's comes before the forward."""
+    """The count's overlaps the student's forward, the margins' the backward."""
     student, order = students()["dlrm"], list[str]()
-    terms = (DistillationTerm(adapted=True),)
+    terms = (DistillationTerm(adapted=True, serving=True, margin=0.1),)
     trainee = rm.sharded(ExFMWrapper(student.factory(), tap=student.tap, terms=terms), world_size)
     tapped = find_wrapper(trainee.model).student.get_submodule(student.tap)
     tapped.register_forward_hook(lambda *_: order.append("forward"))
+    tapped.register_full_backward_hook(lambda *_: order.append("backward"))
     pipeline = rm.pipeline_of(trainee, adapter=StudentAdapter())
     batches = iter(rm.random_batches(student, rank))
     pipeline.progress(batches)
@@ -345,12 +346,13 @@ def check_order_of_all_reduces(rank: int, world_size: int) -> None:
         ),
     ):
         pipeline.progress(batches)
-    expected = ["start", "input", "wait", "start", "forward"]
-    assert order == (expected if world_size > 1 else ["input", "forward"]), order
+    count, adapter, margins = ["start"], ["wait", "start", "wait"], ["start", "backward", "wait"]
+    expected = ["input", *count, "forward", *adapter, *margins]
+    assert order == (expected if world_size > 1 else ["input", "forward", "backward"]), order
 
 
-def check_adapter_whose_outputs_are_not_read(rank: int, world_size: int) -> None:
-    """It learns as well under a forward without distillation; nothing holds the pipeline then."""
+def check_a_forward_around_the_wrapper_is_refused(rank: int, world_size: int) -> None:
+    """A forward that goes around the wrapper is refused; nothing holds the pipeline then."""
     student = students()["dlrm"]
     terms = (DistillationTerm(adapted=True),)
     trainee = rm.sharded(ExFMWrapper(student.factory(), tap=student.tap, terms=terms), world_size)
@@ -358,10 +360,8 @@ def check_adapter_whose_outputs_are_not_read(rank: int, world_size: int) -> None
     pipeline = rm.pipeline_of(
         trainee, adapter=StudentAdapter(), custom_model_fwd=lambda batch: bare(batch.batch)
     )
-    assert pipeline.adapter is not None
-    adapter, before = pipeline.adapter, _weights(pipeline.adapter)
-    rm.drained(pipeline, rm.random_batches(student, rank, steps=2))
-    assert any(not torch.equal(*pair) for pair in zip(_weights(adapter), before, strict=True))
+    with pytest.raises(RuntimeError, match=r"should run the ExFMWrapper.*custom_model_fwd"):
+        rm.drained(pipeline, rm.random_batches(student, rank, steps=2))
     pipeline.detach()
     alive = weakref.ref(pipeline)
     del pipeline

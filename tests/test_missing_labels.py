@@ -282,9 +282,8 @@ def test_weights_are_read_from_the_batch_by_a_function() -> None:
         pipeline.progress(iter([make_batch()]))
     students = []
     for options in ({"weights": lambda _: torch.zeros(8)}, {}):
-        teacher = make_teacher(0, 8) if options else TeacherOutputs.missing(8)
-        pipeline = pipeline_of(labels, **options)
-        pipeline._teacher = lambda batch, teacher=teacher: teacher
+        outputs = make_teacher(0, 8) if options else TeacherOutputs.missing(8)
+        pipeline = pipeline_of(labels, teacher=lambda _, outputs=outputs: outputs, **options)
         batches = iter([make_batch(step) for step in range(3)])
         losses = [float(pipeline.progress(batches)[0]) for _ in range(3)]
         students.append((losses, [value.clone() for value in pipeline._model.student.parameters()]))

@@ -52,7 +52,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_untraceable_is_told,),
     (checks.check_costs_of_a_step,),
     (checks.check_order_of_all_reduces,),
-    (checks.check_adapter_whose_outputs_are_not_read,),
+    (checks.check_a_forward_around_the_wrapper_is_refused,),
     (checks.check_absent_teacher,),
     (checks.check_ranks_without_ddp_are_told,),
     (checks.check_adapter_is_shared,),

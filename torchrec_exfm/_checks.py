@@ -93,7 +93,7 @@ def check_adapter(
     if adapted and adapter is None:
         raise ValueError(
             f"the terms {adapted} learn from a student adapter, and received none: pass "
-            "adapter=StudentAdapter() to TrainPipelineExFM"
+            "adapter=StudentAdapter() to the pipeline"
         )
     if adapter is not None and not adapted:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.metrics.auc import LABELS, PREDICTIONS, WEIGHTS, AUCMetric, AUCMetricComputation
 from torchrec.metrics.metrics_namespace import MetricName, MetricPrefix
@@ -31,7 +31,9 @@ __all__ = [
     "DTensor",
     "ShardedTensor",
     "TieAwareAUC",
+    "TrainPipeline",
     "TrainPipelineSparseDist",
+    "batches_in_flight",
     "data_parallel_group",
     "frees_features",
     "fused_optimizers",
@@ -40,6 +42,7 @@ __all__ = [
     "kind_of",
     "metric_computations",
     "metric_state",
+    "pipeline_parts",
     "pipelined_names",
     "set_metric_state",
     "sharded_names",
@@ -47,6 +50,7 @@ __all__ = [
     "single_optimizers",
     "step_if",
     "tables_left_whole",
+    "take_next_iterator",
 ]
 
 
@@ -68,6 +72,34 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
             stacklevel=3,
         )
     return None
+
+
+class PipelineParts(NamedTuple):
+    """What a train pipeline of TorchRec was made of."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+
+def pipeline_parts(pipeline: TrainPipeline[Any, Any]) -> PipelineParts:
+    """Model, optimizer and device of any train pipeline."""
+    parts: Any = pipeline
+    return PipelineParts(parts._model, parts._optimizer, parts._device)
+
+
+def batches_in_flight(pipeline: TrainPipeline[Any, Any]) -> int:
+    """The batches that a train pipeline has loaded and not trained on."""
+    loaded = getattr(pipeline, "batches", None)
+    if loaded is None:  # as TrainPipelineBase, which holds one
+        return int(getattr(pipeline, "_cur_batch", None) is not None)
+    return len(loaded)
+
+
+def take_next_iterator(pipeline: TrainPipeline[Any, Any]) -> None:
+    """Let a pipeline that has trained on every batch of an iterator take another one."""
+    if hasattr(pipeline, "_reset_data_iter"):  # of TrainPipelineBase; others see it by themselves
+        pipeline._reset_data_iter()
 
 
 def frees_features(pipeline: Any) -> bool:

@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchrec_exfm._compat import fused_optimizers, fused_steps, kind_of, single_optimizers
+from torchrec_exfm._compat import (
+    TrainPipeline,
+    fused_optimizers,
+    fused_steps,
+    kind_of,
+    pipeline_parts,
+    single_optimizers,
+)
 
 __all__ = ["NamedOptimizer", "named_optimizers"]
 
@@ -84,17 +90,18 @@ class NamedOptimizer(NamedTuple):
                 self.optimizer.state.setdefault(self.parameters[name], {})[last] = value
 
 
-def named_optimizers(pipeline: TrainPipelineSparseDist[Any, Any]) -> list[NamedOptimizer]:
+def named_optimizers(pipeline: TrainPipeline[Any, Any]) -> list[NamedOptimizer]:
     """Every optimizer of a training: those fused into a model's tables, its own, the adapter's."""
+    model, dense, _ = pipeline_parts(pipeline)
     fused = [
         (f"fused/{name}", optimizer)
-        for combined in fused_optimizers(pipeline._model)
+        for combined in fused_optimizers(model)
         for name, optimizer in single_optimizers(combined)
     ]
     known = {id(optimizer) for _, optimizer in fused}
     others = [
         (f"dense/{name}", optimizer)
-        for name, optimizer in single_optimizers(pipeline._optimizer)
+        for name, optimizer in single_optimizers(dense)
         if id(optimizer) not in known
     ]
     adapter_optimizer = getattr(pipeline, "adapter_optimizer", None)

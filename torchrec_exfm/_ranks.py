@@ -51,9 +51,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def start_average(
-    tensors: Sequence[Tensor], group: dist.ProcessGroup | None
-) -> Callable[[], None]:
+def start_average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> Callable[[], None]:
     """Start to average tensors over the ranks, in place, in one all-reduce.
 
     Call the returned function to wait for it. Without a group nothing happens.

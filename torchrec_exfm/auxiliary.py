@@ -201,7 +201,7 @@ class AuxiliaryHead(nn.Module):
             names = [term.name for term in self.terms if term.adapted]
             raise ValueError(
                 f"the terms {names} learn from a student adapter's outputs and there are none: "
-                "give TrainPipelineExFM an adapter"
+                "give the pipeline an adapter"
             )
         if adapted.shape != teacher.values.shape:
             raise ValueError(

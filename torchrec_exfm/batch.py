@@ -212,14 +212,14 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
     """
 
     def __init__(self, batch: BatchT, teacher: Started, steps: Steps | None = None) -> None:
-        there = isinstance(teacher, TeacherOutputs)
-        if not there and not hasattr(teacher, "result") and not callable(teacher):
+        known = teacher if isinstance(teacher, TeacherOutputs) else None
+        if known is None and not hasattr(teacher, "result") and not callable(teacher):
             raise TypeError(
                 f"teacher should be TeacherOutputs; received {type(teacher).__name__}: make it "
                 "TeacherOutputs(logits)"
             )
         self.batch = batch
-        self.step_inputs = StepInputs(teacher) if there and steps is None else None
+        self.step_inputs = StepInputs(known) if known is not None and steps is None else None
         self._teacher = teacher
         self._steps = steps
 

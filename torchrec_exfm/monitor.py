@@ -22,7 +22,7 @@ from tqdm import tqdm
 from torchrec_exfm._ranks import on_rank_0, rank, world_size
 from torchrec_exfm.auxiliary import AuxiliaryHead
 from torchrec_exfm.metrics import ExFMMetrics
-from torchrec_exfm.pipeline import TrainPipelineExFM
+from torchrec_exfm.pipeline import ExFMSteps
 from torchrec_exfm.wrapper import find_wrapper
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class RunMonitor:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
         >>> from torchrec.datasets.random import RandomRecDataset
         >>> from torchrec.models.dlrm import DLRM, DLRMTrain
-        >>> from torchrec_exfm import ExFMWrapper, TeacherOutputs
+        >>> from torchrec_exfm import ExFMWrapper, TeacherOutputs, TrainPipelineExFM
         >>> table = EmbeddingBagConfig(
         ...     name="t", embedding_dim=4, num_embeddings=10, feature_names=["f"])
         >>> dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 3, [4], [5, 1])
@@ -111,7 +111,7 @@ class RunMonitor:
 
     def __init__(
         self,
-        pipeline: TrainPipelineExFM[Any, Any],
+        pipeline: ExFMSteps[Any, Any],
         metrics: ExFMMetrics,
         *,
         folder: Path | str | None = None,
@@ -120,7 +120,7 @@ class RunMonitor:
         every_steps: int = 100,
         progress: bool = True,
     ) -> None:
-        _check_kind("pipeline", pipeline, TrainPipelineExFM)
+        _check_kind("pipeline", pipeline, ExFMSteps)
         _check_kind("metrics", metrics, ExFMMetrics)
         _check_number("every_steps", every_steps, 1)
         if start_examples is not None:
@@ -130,7 +130,7 @@ class RunMonitor:
         self.last: dict[str, float] = {}
         self._pipeline = pipeline
         self._metrics = metrics
-        self._wrapper = find_wrapper(pipeline._model)
+        self._wrapper = find_wrapper(pipeline.model)
         self._terms = _Terms(self._wrapper.auxiliary_head)
         self._every_steps = every_steps
         self._start = start_examples
@@ -289,14 +289,12 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [name if times[name] == 1 else f"{name}#{at}" for at, name in enumerate(names)]
 
 
-def _lookup_counters(
-    pipeline: TrainPipelineExFM[Any, Any], teachers: Sequence[str]
-) -> dict[str, int]:
+def _lookup_counters(pipeline: ExFMSteps[Any, Any], teachers: Sequence[str]) -> dict[str, int]:
     """What a look-up has counted on this rank, by the names of the wrapper's teachers."""
     loaded = sys.modules.get("torchrec_exfm.das.lookup")  # by whoever has made a look-up
-    if loaded is None or not isinstance(pipeline._teacher, loaded.TeacherLookup):
+    if loaded is None or not isinstance(pipeline.teacher, loaded.TeacherLookup):
         return {}
-    counters = pipeline._teacher.counters.values()
+    counters = pipeline.teacher.counters.values()
     return {
         f"lookup/{teacher}/{name}": getattr(of_teacher, name)
         for teacher, of_teacher in zip(teachers, counters, strict=True)

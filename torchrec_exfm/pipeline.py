@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.train_pipeline import TrainPipeline
+from torchrec.streamable import Pipelineable
 
 from torchrec_exfm._checks import (
     check_adapter,
@@ -21,8 +21,10 @@ from torchrec_exfm._checks import (
     warn_of_tables,
 )
 from torchrec_exfm._compat import (
+    TrainPipeline,
     TrainPipelineSparseDist,
     data_parallel_group,
+    pipeline_parts,
     pipelined_names,
     sharded_names,
 )
@@ -35,7 +37,7 @@ from torchrec_exfm.wrapper import find_wrapper
 
 __all__ = ["ExFMSteps", "TrainPipelineExFM"]
 
-In = TypeVar("In")  # the user's batch
+In = TypeVar("In", bound=Pipelineable)  # the user's batch
 Out = TypeVar("Out")  # what the student returns beside the loss
 
 
@@ -158,17 +160,17 @@ class ExFMSteps(TrainPipeline[In, Out]):
     @property
     def model(self) -> nn.Module:
         """The model that is trained, as TorchRec's pipeline has it."""
-        return cast(nn.Module, self._model)
+        return pipeline_parts(self).model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the dense parameters."""
-        return cast(torch.optim.Optimizer, self._optimizer)
+        return pipeline_parts(self).optimizer
 
     @property
     def device(self) -> torch.device:
         """Where the step runs."""
-        return cast(torch.device, self._device)
+        return pipeline_parts(self).device
 
     @property
     def teacher_failures(self) -> int:
@@ -180,7 +182,8 @@ class ExFMSteps(TrainPipeline[In, Out]):
         # TorchRec's pipelines tell by its identity whether an iterator is a new one.
         if self._feed is None or self._feed.batches is not dataloader_iter:
             self._feed = Feed(dataloader_iter, self._steps)
-        outputs = super().progress(self._feed, *args, **kwargs)
+        pipeline: Any = super()
+        outputs = pipeline.progress(self._feed, *args, **kwargs)
         self._steps.finish()
         return outputs
 

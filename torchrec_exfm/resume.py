@@ -20,8 +20,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from torchrec_exfm._compat import TrainPipeline, batches_in_flight, pipeline_parts
 from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
@@ -37,7 +37,7 @@ from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 
 __all__ = ["load_training", "save_training"]
 
-Pipeline: TypeAlias = "TrainPipelineSparseDist[Any, Any]"
+Pipeline: TypeAlias = "TrainPipeline[Any, Any]"
 
 _MODEL = "model/"
 _VALUES = "values"
@@ -111,8 +111,9 @@ def save_training(
     values = json.dumps(_values(pipeline, optimizers, dict(position), plain)).encode()
     packed = torch.frombuffer(bytearray(values), dtype=torch.uint8)
     own = {"random": torch.get_rng_state()}
-    if pipeline._device.type == "cuda":
-        own["random.cuda"] = torch.cuda.get_rng_state(pipeline._device)
+    device = pipeline_parts(pipeline).device
+    if device.type == "cuda":
+        own["random.cuda"] = torch.cuda.get_rng_state(device)
     if metrics is not None:
         own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
     own = {f"rank{rank()}/{key}": value for key, value in own.items()}
@@ -188,10 +189,11 @@ def load_training(
     newest = on_rank_0(lambda: max(_complete(Path(folder)), default=None))
     if newest is None:
         return None
-    if pipeline.batches:
+    in_flight = batches_in_flight(pipeline)
+    if in_flight:
         raise ValueError(
             "the pipeline should have no batches in flight; received one with "
-            f"{len(pipeline.batches)}; load into a new one, before its first step"
+            f"{in_flight}; load into a new one, before its first step"
         )
     checkpoint = Path(folder) / str(newest)
     metadata = open_checkpoint(checkpoint)
@@ -199,7 +201,7 @@ def load_training(
     values, own = _values_and_own(checkpoint, metadata)
     as_many = values["ranks"] == world_size()
     saved_metrics = _below("metrics/", own) if as_many and metrics is not None else {}
-    state = _modules(pipeline)
+    state, device = _modules(pipeline), pipeline_parts(pipeline).device
     for each in optimizers:
         state |= each.states() if each.fused else each.empty_states(saved)
     numbers = _numbers(optimizers)
@@ -209,7 +211,7 @@ def load_training(
         _check_run(checkpoint, saved, values, pipeline, needed)
         _check_numbers(checkpoint, saved, values, numbers)
         if as_many:
-            _check_random(checkpoint, own, pipeline._device)
+            _check_random(checkpoint, own, device)
         if metrics is not None and saved_metrics:
             _check_metrics(checkpoint, saved_metrics, metrics)
 
@@ -229,8 +231,8 @@ def load_training(
         )
     if as_many:
         torch.set_rng_state(own["random"])
-        if pipeline._device.type == "cuda" and "random.cuda" in own:
-            torch.cuda.set_rng_state(own["random.cuda"], pipeline._device)
+        if device.type == "cuda" and "random.cuda" in own:
+            torch.cuda.set_rng_state(own["random.cuda"], device)
     position: dict[str, int] = values["position"]
     return position
 
@@ -245,7 +247,7 @@ def _modules(pipeline: Pipeline) -> dict[str, Any]:
 
 def _trained(pipeline: Pipeline) -> nn.Module:
     """The wrapper of a student, or a model that has none."""
-    model: nn.Module = pipeline._model
+    model = pipeline_parts(pipeline).model
     wrapper = wrapper_in(model)
     return model if wrapper is None else wrapper
 

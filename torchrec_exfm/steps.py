@@ -67,6 +67,7 @@ class Steps:
         self._copy_stream = side_stream(device)
         self._check_probabilities = ProbabilityCheck(head)
         self._wait_for_leads: Callable[[], None] = lambda: None
+        self._started = False
 
     def load(self, batch: Any) -> Any:
         """Start to bring the outputs of a batch that the data loader gives."""
@@ -95,7 +96,8 @@ class Steps:
 
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
         """Resolve the outputs, and start to count them; the returned function gives the inputs."""
-        self.finish()
+        self._end()
+        self._started = True
         with record_function("## teacher_outputs ##"):
             teacher = self._resolved(batch.teacher, batch.batch)
         self._check_probabilities(teacher)
@@ -131,7 +133,21 @@ class Steps:
         self._wait_for_leads = start_average(self._head.lead_losses, self._group)
 
     def finish(self) -> None:
-        """Wait for what :meth:`end` has started."""
+        """Wait for what :meth:`end` has started, after the step.
+
+        Raises:
+            RuntimeError: if no step was started in training.
+        """
+        self._end()
+        if self._head.training and not self._started:
+            raise RuntimeError(
+                "the forward of each step should run the ExFMWrapper; this one did not, and "
+                "nothing was distilled: let custom_model_fwd call the wrapped model on the batch "
+                "that it is given"
+            )
+        self._started = False
+
+    def _end(self) -> None:
         self._wait_for_leads()
         self._wait_for_leads = lambda: None
 

@@ -155,7 +155,7 @@ def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size
     if not isinstance(values, Tensor):
         raise ValueError(
             f"{what} should be a tensor of shape {expected}; received {type(values).__name__}: "
-            f"tell TrainPipelineExFM where they are ({what}=...)"
+            f"tell the pipeline where they are ({what}=...)"
         )
     if tuple(values.shape) not in shapes:
         raise ValueError(

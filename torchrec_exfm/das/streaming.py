@@ -26,8 +26,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from torchrec_exfm._compat import (
+    TrainPipeline,
+    batches_in_flight,
+    pipeline_parts,
+    take_next_iterator,
+)
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import as_second, check_duration, utc
@@ -76,7 +81,7 @@ class Window:
 
 
 def train_windows(
-    pipeline: TrainPipelineSparseDist[Any, Any],
+    pipeline: TrainPipeline[Any, Any],
     windows: Iterable[Window],
     *,
     step: Callable[[Any], None] = lambda output: None,
@@ -119,7 +124,7 @@ def train_windows(
 
 
 def train_teacher(
-    pipeline: TrainPipelineSparseDist[Any, Any],
+    pipeline: TrainPipeline[Any, Any],
     windows: Iterable[Window],
     store: TeacherStore,
     teacher: str,
@@ -164,7 +169,7 @@ def train_teacher(
         newest = on_rank_0(lambda: newest_snapshot(store, teacher))
         known = newest is not None and newest.trained_through_seconds >= last  # and then killed
         if number % refresh == 0 and not known:
-            model = pipeline._model
+            model = pipeline_parts(pipeline).model
             publish(store, teacher, model, trained_through_seconds=last)
         _advance(store, teacher, window.end_seconds)
         yield window
@@ -270,10 +275,11 @@ def wait_for_outputs(
         yield window
 
 
-def _outputs(pipeline: TrainPipelineSparseDist[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
+def _outputs(pipeline: TrainPipeline[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
     """What the pipeline gives for each batch; at the end none is in flight."""
     left = (batch for batch in batches)  # TorchRec begins anew with another iterator: a loader
     _check_none_in_flight(pipeline)  # whose workers persist gives the same one each time
+    take_next_iterator(pipeline)
     while True:
         try:
             output = pipeline.progress(left)
@@ -283,11 +289,12 @@ def _outputs(pipeline: TrainPipelineSparseDist[Any, Any], batches: Iterable[Any]
         yield output
 
 
-def _check_none_in_flight(pipeline: TrainPipelineSparseDist[Any, Any]) -> None:
-    if pipeline.batches:
+def _check_none_in_flight(pipeline: TrainPipeline[Any, Any]) -> None:
+    in_flight = batches_in_flight(pipeline)
+    if in_flight:
         raise ValueError(
             "the pipeline should have trained on every batch at a window's end; received one with "
-            f"{len(pipeline.batches)} in flight: make it anew, with execute_all_batches=True"
+            f"{in_flight} in flight: make it anew, with execute_all_batches=True"
         )
 
 
