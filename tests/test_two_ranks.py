@@ -11,6 +11,7 @@ import pytest
 import rank_checks as checks
 import rank_checks_das as das
 import rank_checks_metrics as of_metrics
+import rank_checks_pipelines as pipelines
 import rank_checks_resume as resume
 import rank_checks_serving as serving
 import rank_checks_store as of_store
@@ -47,6 +48,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_nothing_to_learn_moves_no_adapter, False),
     (checks.check_without_dmp, False),
     (checks.check_without_dmp, True),
+    *((pipelines.check_mixin_of_weight_zero_is_plain, name) for name in ("base", "lite", "own")),
+    *((pipelines.check_mixin_equals_train_pipeline_exfm, name) for name in ("base", "lite")),
     (checks.check_changed_ids_are_told,),
     (checks.check_tables_left_whole_are_told,),
     (checks.check_untraceable_is_told,),
@@ -133,6 +136,15 @@ def _name(check: Callable[..., None], *arguments: Any) -> str:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: _name(*check))
 def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
+
+
+def test_torchrecs_compiled_pipeline_takes_the_mixin() -> None:
+    """On one rank: compiling takes long."""
+    processes = Ranks(1)
+    try:
+        processes.run(pipelines.check_mixin_equals_train_pipeline_exfm, "compiled")
+    finally:
+        processes.close()
 
 
 def test_a_failing_rank_is_told_without_waiting_for_the_others(ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ it, and :class:`ExFMWrapper` calls it from its forward, where every pipeline pas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class Steps:
             return self._pinned(outputs)  # a copy from other memory would stop the host
         return outputs
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has collectives and futures
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
         """Resolve the outputs, and start to count them; the returned function gives the inputs."""
         self._end()
@@ -109,25 +111,34 @@ class Steps:
             weights = checked_weights(_read("weights", self._weights, batch.batch), tasks, size)
         counts = count_outputs(teacher.presence, labels, weights)
         wait = start_average([counts], self._group)
+        return partial(self._inputs, teacher, labels, weights, counts, wait)
 
-        def inputs() -> StepInputs:
-            wait()
-            adapted = None
-            if self._adapter is not None and self._adapter_optimizer is not None:
-                with record_function("## adapter_step ##"):
-                    adapted = adapter_step(
-                        self._adapter,
-                        self._adapter_optimizer,
-                        teacher,
-                        labels,
-                        count=counts[1],
-                        weights=weights,
-                        group=self._group,
-                    )
-            return StepInputs(teacher, labels, weights, counts, adapted)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _inputs(
+        self,
+        teacher: TeacherOutputs,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        counts: Tensor,
+        wait: Callable[[], None],
+    ) -> StepInputs:
+        """Wait for the counts; let the adapter take its step."""
+        wait()
+        adapted = None
+        if self._adapter is not None and self._adapter_optimizer is not None:
+            with record_function("## adapter_step ##"):
+                adapted = adapter_step(
+                    self._adapter,
+                    self._adapter_optimizer,
+                    teacher,
+                    labels,
+                    count=counts[1],
+                    weights=weights,
+                    group=self._group,
+                )
+        return StepInputs(teacher, labels, weights, counts, adapted)
 
-        return inputs
-
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """Start to average the running means of terms with a margin, while backward runs."""
         self._wait_for_leads = start_average(self._head.lead_losses, self._group)

@@ -1,0 +1,141 @@
+"""Checks of ``ExFMSteps`` before other train pipelines, each run by every rank of one or two."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import rank_checks as checks
+import rank_models as rm
+import torch
+from models import students
+from ranks import device
+from torch import Tensor
+from torchrec.distributed.train_pipeline import (
+    TorchCompileConfig,
+    TrainPipelineBase,
+    TrainPipelinePT2,
+    TrainPipelineSparseDist,
+)
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSparseDistLite
+
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMSteps,
+    ExFMWrapper,
+    StudentAdapter,
+    TeacherMissingWarning,
+    TeacherOutputs,
+    student_state_dict,
+)
+from torchrec_exfm import sources as exfm_sources
+
+
+class Clipping(TrainPipelineSparseDist[Any, Any]):
+    """A user's own pipeline: gradients are clipped, and the last loss is kept."""
+
+    last_loss: Tensor | None = None
+
+    def progress(self, dataloader_iter: Iterator[Any]) -> Any:
+        output = super().progress(dataloader_iter)
+        self.last_loss = output[0]
+        return output
+
+    def _backward(self, losses: Tensor) -> None:
+        super()._backward(losses)
+        parameters = [p for p in self._model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+
+
+BASES: dict[str, type[Any]] = {
+    "base": TrainPipelineBase,
+    "sparse_dist": TrainPipelineSparseDist,
+    "lite": TrainPipelineSparseDistLite,
+    "own": Clipping,
+    "compiled": TrainPipelinePT2,
+}
+
+
+def mixed(base: type[Any]) -> type[Any]:
+    """The mixin before a pipeline, as a user writes it."""
+
+    class Mixed(ExFMSteps, base):  # type: ignore[misc, type-arg]
+        pass
+
+    return Mixed
+
+
+def check_mixin_of_weight_zero_is_plain(rank: int, world_size: int, name: str) -> None:
+    """With w = 0, and an adapter beside it, equal to the bit to the pipeline without the mixin."""
+    student, base = students()["dlrm"], BASES[name]
+    bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
+    plain = base(bare.model, bare.optimizer, device())
+    expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
+    terms = [
+        DistillationTerm(weight=0.0),
+        DistillationTerm(weight=0.0, adapted=True, serving=True, margin=0.5),
+    ]
+    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms)
+    trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
+    pipeline = mixed(base)(trainee.model, trainee.optimizer, device(), adapter=StudentAdapter())
+    outputs = rm.drained(pipeline, rm.random_batches(student, rank))
+    assert len(outputs) == 5
+    rm.assert_same(outputs, expected)
+    trained = rm.snapshot(student_state_dict(trainee.model))
+    rm.assert_same(trained, rm.snapshot(bare.model.state_dict()))
+
+
+def check_mixin_equals_train_pipeline_exfm(rank: int, world_size: int, name: str) -> None:
+    """To the bit, from columns and from a look-up that fails now and then."""
+    runs: Any = itertools.product(("heads", "adapted", "margins"), ((), (1, 4)))
+    for kind, fails_at in [("margins", ())] if name == "compiled" else runs:
+        run = (kind, fails_at, rank, world_size)
+        rm.assert_same(_trained(name, *run), _trained("sparse_dist", *run))
+
+
+def _trained(
+    name: str, kind: str, fails_at: Sequence[int], rank: int, world_size: int
+) -> dict[str, Any]:
+    terms = checks.TERMS[kind]
+    trainee = rm.sharded(rm.wrapped(terms=terms), world_size)
+    teacher = rm.teacher_for(terms)
+    options: dict[str, Any] = {"teacher": teacher}
+    if fails_at:
+        look_up = LookUp(teacher, fails_at if rank == 0 else ())
+        options = {"teacher": look_up, "on_teacher_error": "mask"}
+    if name == "compiled":
+        options["compile_configs"] = TorchCompileConfig(backend="eager", compile_on_iter=2)
+    adapter = rm.two_task_adapter() if any(term.adapted for term in terms) else None
+    model, optimizer = trainee
+    pipeline = mixed(BASES[name])(model, optimizer, device(), adapter=adapter, **options)
+    with warnings.catch_warnings(), mock.patch.object(exfm_sources, "RETRY_SECONDS", 0.0):
+        warnings.simplefilter("ignore", TeacherMissingWarning)
+        outputs = rm.drained(pipeline, rm.parts(rank, world_size))
+    assert len(outputs) == 6
+    return {
+        "outputs": outputs,
+        "model": rm.snapshot(model.state_dict()),
+        "adapter": [] if adapter is None else [p.detach() for p in adapter.parameters()],
+        "failures": torch.tensor(pipeline.teacher_failures),
+    }
+
+
+class LookUp:
+    """Finds outputs in a thread, but those of some batches."""
+
+    def __init__(self, function: Callable[[Any], TeacherOutputs], fails_at: Sequence[int]) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._function, self._fails_at = function, fails_at
+        self._asked = itertools.count()
+
+    def start(self, batch: Any) -> Future[TeacherOutputs]:
+        return self._thread.submit(self._find, batch, next(self._asked))
+
+    def _find(self, batch: Any, number: int) -> TeacherOutputs:
+        if number in self._fails_at:
+            raise ConnectionError("now and then")
+        return self._function(batch)
