@@ -31,7 +31,6 @@ __all__ = [
     "DTensor",
     "ShardedTensor",
     "TieAwareAUC",
-    "TrainPipeline",
     "TrainPipelineSparseDist",
     "batches_in_flight",
     "data_parallel_group",
