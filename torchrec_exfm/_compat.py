@@ -41,6 +41,7 @@ __all__ = [
     "metric_state",
     "pipelined_names",
     "set_metric_state",
+    "shape_and_dtype",
     "sharded_names",
     "single_optimizers",
     "step_if",
@@ -77,6 +78,13 @@ def gather_to_rank_0(tensor: ShardedTensor) -> torch.Tensor | None:
         whole = torch.empty(size, dtype=properties.dtype, device=device)
     tensor.gather(dst=0, out=whole, dtype=properties.dtype)
     return whole
+
+
+def shape_and_dtype(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Those of the whole, without the warning that a ShardedTensor gives where it is asked."""
+    if isinstance(tensor, ShardedTensor):
+        return tensor.metadata().size, tensor.metadata().tensor_properties.dtype
+    return tensor.shape, tensor.dtype
 
 
 def sharded_names(model: nn.Module) -> list[str]:
