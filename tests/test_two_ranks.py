@@ -67,6 +67,8 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_wrong_set_ups_are_refused,),
     *([(checks.check_freed_features_are_refused,)] if FREES_FEATURES else []),
     *((serving.check_export, sharding) for sharding in SHARDINGS),
+    *((serving.check_export_in_pieces, sharding) for sharding in SHARDINGS),
+    (serving.check_gathered_dtensors,),
     *((serving.check_checkpoint, *pair) for pair in itertools.pairwise((*SHARDINGS, SHARDINGS[0]))),
     (serving.check_resumed_training,),
     *((serving.check_student, name) for name in students()),
