@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -254,14 +254,14 @@ class Simulation:
     def copy(self, tensor: Tensor, *, from_device: bool, to_device: bool) -> Tensor:
         """A tensor on the other side."""
         if from_device:
-            self._launch("copy to the host", reads=[tensor])
+            self._launch("copy to the host", read={_key(tensor)})
             self.wait_on_host(self.current_stream(), "copy to the host")
         copied = tensor.clone()
         if from_device:
             self._blocks.pop(_key(copied), None)
         if to_device:
             self._check_pinned(tensor)
-            self._launch("copy to the device", writes=[copied])
+            self._launch("copy to the device", written={self._allocate(copied)})
         return copied
 
     def pin(self, tensor: Tensor) -> Tensor:
@@ -282,29 +282,30 @@ class Simulation:
     def run(self, operator: Any, arguments: Any, keywords: Any, outputs: Any) -> None:
         """Launch an operator on the current stream, if it has to do with device memory."""
         name, kinds = _parameters(operator)
-        reads, writes, on_host, some_on_device = [], [], [], False
+        read, written, on_host, has_device = set(), set(), [], False
         given = itertools.chain(
             zip(kinds.values(), arguments, strict=False),
             ((kinds[keyword], value) for keyword, value in keywords.items()),
         )
         for kind, value in given:
             for tensor in _tensors(value):
-                on_device = self.on_device(tensor)
-                some_on_device |= on_device
-                if on_device and kind != "alias":
-                    (writes if kind == "write" else reads).append(tensor)
-                elif not on_device and kind == "read" and tensor.dim():
-                    on_host.append(tensor)
-        if not some_on_device or name.startswith("c10d::"):
+                key = _key(tensor)
+                if key in self._blocks:
+                    has_device = True
+                    if kind != "alias":
+                        (written if kind == "write" else read).add(key)
+                elif kind == "read" and tensor.dim():
+                    on_host.append(tuple(tensor.shape))
+        if not has_device or name.startswith("c10d::"):
             return
         self._continue_backward()
         if name == "aten::copy_":
             self._copy_into(*arguments[:2])
             return
         if on_host:
-            self.report("mixed", f"{name}, {[tuple(each.shape) for each in on_host]}")
-        writes += [tensor for tensor in _tensors(outputs) if not self.on_device(tensor)]
-        self._launch(name, reads=reads, writes=writes)
+            self.report("mixed", f"{name}, {on_host}")
+        written |= {self._allocate(each) for each in _tensors(outputs) if not self.on_device(each)}
+        self._launch(name, read=read, written=written)
         if name in READ_BY_HOST or _indexes_by_booleans(name, arguments):
             self.wait_on_host(self.current_stream(), name)
 
@@ -313,14 +314,13 @@ class Simulation:
         if threading.get_ident() != self._thread or not any(map(self.on_device, read)):
             return None
         issuer = self.current_stream()
-        for tensor in written:
-            self._allocate(tensor)
+        keys = [{self._allocate(tensor) for tensor in tensors} for tensors in (read, written)]
         self.nccl.wait_stream(issuer)
         waits_for = dict(self.sanitizer.syncs.current_sync_states[self.nccl.id])
         self.collectives.append(Collective(name, issuer.name, waits_for, self.step))
-        for tensor in (*written, *read):  # ProcessGroupNCCL keeps them until they are waited for
-            self._blocks[_key(tensor)].told.add(self.nccl.id)
-        self._launch(name, reads=read, writes=written, stream=self.nccl)
+        for key in set.union(*keys):  # NCCL's process group keeps them until they are waited for
+            self._blocks[key].told.add(self.nccl.id)
+        self._launch(name, read=keys[0], written=keys[1], stream=self.nccl)
         return self.nccl.record_event()
 
     def allocate(self, tensors: Iterable[Tensor]) -> None:
@@ -334,15 +334,12 @@ class Simulation:
             self._blocks.pop(_key(tensor), None)
 
     def _copy_into(self, target: Tensor, source: Tensor) -> None:
-        if self.on_device(target):
-            if not self.on_device(source):
-                self._check_pinned(source)
-            reads = [source] if self.on_device(source) else []
-            self._launch("aten::copy_", reads=reads, writes=[target])
-        else:
-            self._launch("aten::copy_", reads=[source])
-            if not self.is_pinned(target):
-                self.wait_on_host(self.current_stream(), "copy to the host")
+        read, written = ({_key(each)} & self._blocks.keys() for each in (source, target))
+        if not read:
+            self._check_pinned(source)
+        self._launch("aten::copy_", read=read, written=written)
+        if not written and not self.is_pinned(target):
+            self.wait_on_host(self.current_stream(), "copy to the host")
 
     def _check_pinned(self, tensor: Tensor) -> None:
         if tensor.numel() and not self.is_pinned(tensor):
@@ -352,15 +349,12 @@ class Simulation:
         self,
         name: str,
         *,
-        reads: Iterable[Tensor] = (),
-        writes: Iterable[Tensor] = (),
+        read: Set[int] = frozenset(),
+        written: Set[int] = frozenset(),
         stream: Stream | None = None,
     ) -> None:
+        """Run a kernel on the current stream, or another one; the sets are of blocks."""
         stream = stream or self.current_stream()
-        reads, writes = list(reads), list(writes)
-        for tensor in writes:
-            self._allocate(tensor)
-        written, read = ({_key(tensor) for tensor in tensors} for tensors in (writes, reads))
         described = f"{name} on {stream.name}, {_place()}"
         errors = self.sanitizer._handle_kernel_launch(
             stream.id, read - written, written, set(), described, _NoAliases()
@@ -373,11 +367,12 @@ class Simulation:
             if stream.id not in block.told:
                 block.untold[stream.id] = self.sanitizer.seq_num, described
 
-    def _allocate(self, tensor: Tensor) -> None:
-        if not self.on_device(tensor):
-            reference = self._watch(tensor, self._blocks)
+    def _allocate(self, tensor: Tensor) -> int:
+        """Take a tensor for device memory of the current stream, unless it is; return its block."""
+        key = _key(tensor)
+        if key not in self._blocks:
             stream = self.current_stream()
-            self._blocks[_key(tensor)] = _Block(stream.id, reference)
+            self._blocks[key] = _Block(stream.id, self._watch(tensor, self._blocks))
             last_use = sanitizer.Access(
                 sanitizer.AccessType.WRITE,
                 self.last_kernel(stream),
@@ -387,9 +382,9 @@ class Simulation:
                 is_output=False,
                 stack_trace=_NoTraceback.StackSummary.extract(),
             )
-            self.sanitizer.tensors_accessed.accesses[_key(tensor)] = sanitizer.TensorInfo(
-                None, write=last_use
-            )
+            accesses = self.sanitizer.tensors_accessed.accesses
+            accesses[key] = sanitizer.TensorInfo(None, write=last_use)
+        return key
 
     def _watch(self, tensor: Tensor, memory: dict[int, Any]) -> weakref.ref[Any]:
         key = _key(tensor)
@@ -468,6 +463,10 @@ class _Functions(TorchFunctionMode):
 
 class _Kernels(TorchDispatchMode):
     """Tells the simulation of each operator."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the way around it takes time
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__()
