@@ -32,9 +32,9 @@ BASES = (
     "TrainPipelineSemiSync",
 )
 WAITING_FILES = (  # of TorchRec's own, whose reads of lengths and counters wait
-    "distributed/batched_embedding_kernel.py",
-    "sparse/jagged_tensor.py",
-    "sparse/jagged_tensor_validator.py",
+    "torchrec/distributed/batched_embedding_kernel.py",
+    "torchrec/sparse/jagged_tensor.py",
+    "torchrec/sparse/jagged_tensor_validator.py",
 )
 
 Teacher = Callable[[Any], TeacherOutputs]

@@ -26,6 +26,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,9 +34,12 @@ import torch
 import torch.cuda._sanitizer as sanitizer
 import torch.distributed as dist
 import torch.optim.optimizer as optimizers
+import torchrec
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchrec_exfm
 
 DEVICE = torch.device("cuda", 0)
 HOST = torch.device("cpu")
@@ -142,8 +146,9 @@ class Event:
 class _Block:
     """Device memory: the stream of its allocation, those the allocator knows, other uses."""
 
-    def __init__(self, stream: int, reference: weakref.ref[Any]) -> None:
+    def __init__(self, stream: int, reference: weakref.ref[Any], allocation: str) -> None:
         self.stream = stream
+        self.allocation = allocation
         self.reference = reference
         self.told = {stream}
         self.untold: dict[int, tuple[int, str]] = {}  # stream: last kernel, its description
@@ -372,12 +377,13 @@ class Simulation:
         key = _key(tensor)
         if key not in self._blocks:
             stream = self.current_stream()
-            self._blocks[key] = _Block(stream.id, self._watch(tensor, self._blocks))
+            allocation = f"allocation on {stream.name}, {_place()}"
+            self._blocks[key] = _Block(stream.id, self._watch(tensor, self._blocks), allocation)
             last_use = sanitizer.Access(
                 sanitizer.AccessType.WRITE,
                 self.last_kernel(stream),
                 stream.id,
-                f"allocation on {stream.name}, {_place()}",
+                allocation,
                 aliases=[],
                 is_output=False,
                 stack_trace=_NoTraceback.StackSummary.extract(),
@@ -400,7 +406,7 @@ class Simulation:
             if stream in block.told:
                 continue
             if not self.sanitizer.syncs.is_ordered_after(block.stream, kernel, stream):
-                self.report("untold", described)
+                self.report("untold", f"{described} | {block.allocation}")
 
 
 class _Functions(TorchFunctionMode):
@@ -625,6 +631,9 @@ def _place() -> str:
 
 @functools.cache
 def _name_of_ours(path: str) -> str:
-    """The last folder and the name of a file of the product or of TorchRec; else nothing."""
-    ours = "/torchrec_exfm/" in path or "/torchrec/" in path
-    return "/".join(path.rsplit("/", 2)[-2:]) if ours else ""
+    """The name of a file of the product or of TorchRec, from its package on; else nothing."""
+    for package in (torchrec_exfm, torchrec):
+        folder = Path(package.__file__).parent
+        if Path(path).is_relative_to(folder):
+            return str(Path(path).relative_to(folder.parent))
+    return ""
