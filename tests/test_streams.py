@@ -50,7 +50,7 @@ def test_torchrecs_own(ranks: Ranks, base: str) -> None:
 
 
 def test_torchrecs_own_unsharded(ranks: Ranks) -> None:
-    ranks.run(checks.check_torchrecs_own, "TrainPipelineSparseDist", False)
+    ranks.run(checks.check_torchrecs_own, checks.CONTROL, False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case).replace(" ", "_"))
@@ -58,7 +58,7 @@ def test_exfm(ranks: Ranks, case: tuple[str, ...]) -> None:
     ranks.run(checks.check_exfm, *case)
 
 
-@pytest.mark.parametrize("base", checks.BASES[1:])
+@pytest.mark.parametrize("base", [base for base in checks.BASES if base != checks.CONTROL])
 def test_mixin(ranks: Ranks, base: str) -> None:
     ranks.run(checks.check_mixin, base)
 
