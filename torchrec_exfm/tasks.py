@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrec_exfm.functional import (
     check_sampling_rate,
     masked_count,
-    masked_mean,
+    present_mean,
     soft_bce_with_logits,
     squared_error,
 )
@@ -66,9 +66,9 @@ def mean_task_losses(
     tasks: Sequence[Task],
     outputs: Tensor,
     targets: Tensor,
-    mask: Tensor,
+    absent: Tensor,
+    count: Tensor,
     weights: Tensor | None = None,
-    count: Tensor | None = None,
 ) -> Tensor:
     """Each task's mean loss: cross entropy where it is binary, squared error where it is not.
 
@@ -76,14 +76,14 @@ def mean_task_losses(
         tasks: the T tasks.
         outputs: (B, ..., T) logits or predictions; they alone receive gradient.
         targets: (B, ..., T) probabilities or predictions.
-        mask: (B, ..., T), which examples count.
-        weights: (B, ..., T), see :func:`torchrec_exfm.functional.masked_mean`.
+        absent: (B, ..., T), see :func:`torchrec_exfm.functional.present_mean`.
         count: (..., T), see there.
+        weights: (B, ..., T), see there.
 
     Returns:
         (..., T).
     """
-    return masked_mean(map_tasks(tasks, _loss, outputs, targets), mask, count, weights=weights)
+    return present_mean(map_tasks(tasks, _loss, outputs, targets), absent, count, weights)
 
 
 def _loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -97,10 +97,20 @@ def pick_columns(values: Tensor, columns: Sequence[int]) -> Tensor:
     return torch.stack([values[..., column] for column in columns], dim=-1)
 
 
-def split_missing(labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels with 0 for the missing ones, and the mask without them."""
-    missing = labels.isnan()
-    return labels.masked_fill(missing, 0.0), mask & ~missing
+def find_absent(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Mask what has no part in a mean: no output, no label, or a weight of 0.
+
+    Args:
+        presence: (B, M, T), which outputs are there.
+        labels: (B, T), NaN where one is missing; None: none is needed.
+        weights: (B, T); None: all 1.
+
+    Returns:
+        (B, M, T), boolean.
+    """
+    # Of booleans p <= q is: not p, or q
+    absent = ~presence if labels is None else presence <= labels.isnan().unsqueeze(1)
+    return absent if weights is None else absent | (weights == 0).unsqueeze(1)
 
 
 def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
