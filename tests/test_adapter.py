@@ -233,6 +233,22 @@ def test_an_output_that_overflows_without_a_label_has_no_influence() -> None:
         assert all(gradient.isfinite().all() for gradient in recorder.gradients)
 
 
+def test_a_compiled_adapter_is_one_graph() -> None:
+    adapter, labels = make_adapter(), make_labels()
+    teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.3)
+    labels[0, 0] = torch.nan
+    compiled = torch.compile(
+        lambda: adapter.loss(adapter(teacher), teacher, labels),
+        backend="aot_eager",
+        dynamic=False,
+        fullgraph=True,
+    )
+    loss = compiled()
+    expected = gradients(adapter, teacher, labels)
+    actual = [loss, *torch.autograd.grad(loss, list(adapter.parameters()))]
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_subclass_is_refused() -> None:
     class Other(StudentAdapter):
         pass

@@ -86,7 +86,7 @@ def test_operations_do_not_grow_with_tasks() -> None:
 def test_a_further_term_adds_its_own_operations_alone() -> None:
     """The same for the second and the eighth: nothing is done for each pair of terms."""
     one, two, eight = (head_costs(terms=terms).kernels for terms in (1, 2, 8))
-    assert two - one <= 30
+    assert two - one <= 25
     assert eight - two == 6 * (two - one)
 
 
@@ -95,8 +95,8 @@ def test_operations_of_a_further_term_of_every_kind() -> None:
     plain = mixed_costs(())
     adapted = mixed_costs((DistillationTerm(adapted=True, hidden=()),))
     margin = mixed_costs((DistillationTerm(adapted=True, serving=True, margin=0.5),))
-    assert adapted.kernels - plain.kernels <= 23
-    assert margin.kernels - plain.kernels <= 56
+    assert adapted.kernels - plain.kernels <= 17
+    assert margin.kernels - plain.kernels <= 37
     weighted = mixed_costs((), weights=True)
     assert weighted.kernels - plain.kernels <= 14
 
@@ -132,8 +132,8 @@ def test_sampling_rates_cost_an_addition_where_they_differ(adapted: int) -> None
 
 def test_operations_of_a_step() -> None:
     """Each is a kernel's launch on a GPU, of about five microseconds."""
-    assert head_costs().kernels <= 25
-    assert head_costs(terms=2, adapted=1).kernels <= 50
+    assert head_costs().kernels <= 28
+    assert head_costs(terms=2, adapted=1).kernels <= 54
     assert adapter_costs().kernels <= 37
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.functional import positive
 from torchrec_exfm.tasks import (
     Task,
     check_kinds,
@@ -173,7 +174,8 @@ class AuxiliaryHead(nn.Module):
             adapted=adapted,
             labels=labels,
             weights=weights,
-            counts=counts,
+            count=positive(counts[0]),
+            label_count=counts[-1],
             absent=find_absent(teacher.presence, None, weights),
             unlabelled=None if labels is None else find_absent(teacher.presence, labels, weights),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,9 @@ class DistillationHead(nn.Module):
         """(B, D) shared representation -> (B, T) logits or predictions."""
         if self.beta != 1:
             shared = scale_gradient(shared, self.beta)
-        dtype = _linear_layers(self.mlp)[0].weight.dtype
-        if not _autocast_applies(shared, dtype):  # the student may have run under one of its own
-            shared = shared.to(dtype)
+        dtype = cast(nn.Linear, next(iter(self.mlp))).weight.dtype
+        if shared.dtype != dtype and not _autocast_applies(shared, dtype):
+            shared = shared.to(dtype)  # the student may have run under an autocast of its own
         outputs: Tensor = self.mlp(shared)
         return outputs
 

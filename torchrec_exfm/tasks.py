@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torchrec_exfm.functional import (
     check_sampling_rate,
-    masked_count,
     present_mean,
     soft_bce_with_logits,
     squared_error,
@@ -124,12 +123,12 @@ def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | Non
     Returns:
         (2, M, T), or (1, M, T) without labels.
     """
-    masks = [presence]
+    masks = presence.unsqueeze(0)
     if labels is not None:
-        masks.append(presence & ~labels.isnan().unsqueeze(1))
+        masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # not NaN
     if weights is not None:
-        weights = weights.reshape(len(weights), 1, -1)
-    return torch.stack([masked_count(mask, weights) for mask in masks])
+        masks = masks * weights.reshape(len(weights), 1, -1)
+    return masks.sum(1, dtype=torch.float32)
 
 
 def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
@@ -140,7 +139,7 @@ def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int
             an accelerator are not looked at, as that would stop the step.
     """
     labels = _columns("labels", labels, tasks, batch_size)
-    _check_values("labels", "finite, or NaN where one is missing", labels.isinf(), labels, tasks)
+    _check_values("labels", "finite, or NaN where one is missing", torch.isinf, labels, tasks)
     return labels
 
 
@@ -153,34 +152,43 @@ def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> 
     if isinstance(weights, Tensor) and weights.shape == (batch_size,):
         weights = weights.unsqueeze(1).expand(batch_size, len(tasks))
     weights = _columns("weights", weights, tasks, batch_size)
-    wrong = (weights < 0) | ~weights.isfinite()
-    _check_values("weights", "finite numbers >= 0", wrong, weights, tasks)
+    _check_values("weights", "finite numbers >= 0", _are_no_weights, weights, tasks)
     return weights
 
 
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
     """(B, T) floats out of (B, T) or, for one task, (B,)."""
     shapes = [(batch_size, len(tasks)), *[(batch_size,)] * (len(tasks) == 1 or what == "weights")]
-    expected = " or ".join(map(str, shapes))
     if not isinstance(values, Tensor):
         raise ValueError(
-            f"{what} should be a tensor of shape {expected}; received {type(values).__name__}: "
-            f"tell TrainPipelineExFM where they are ({what}=...)"
+            f"{what} should be a tensor of shape {' or '.join(map(str, shapes))}; received "
+            f"{type(values).__name__}: tell TrainPipelineExFM where they are ({what}=...)"
         )
     if tuple(values.shape) not in shapes:
         raise ValueError(
-            f"{what} should be of shape {expected}; received {tuple(values.shape)}, beside "
-            f"{batch_size} logits or teacher outputs for the tasks {[task.name for task in tasks]}"
-            ": one of the two is of other examples or tasks"
+            f"{what} should be of shape {' or '.join(map(str, shapes))}; received "
+            f"{tuple(values.shape)}, beside {batch_size} logits or teacher outputs for the tasks "
+            f"{[task.name for task in tasks]}: one of the two is of other examples or tasks"
         )
     return values.float().reshape(batch_size, len(tasks))
 
 
+def _are_no_weights(values: Tensor) -> Tensor:
+    return (values < 0) | ~values.isfinite()
+
+
 def _check_values(
-    what: str, expected: str, wrong: Tensor, values: Tensor, tasks: Sequence[Task]
+    what: str,
+    expected: str,
+    are_wrong: Callable[[Tensor], Tensor],
+    values: Tensor,
+    tasks: Sequence[Task],
 ) -> None:
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not bool(wrong.any()):
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return  # to look would stop the step on an accelerator, and break a compiled graph
+    wrong = are_wrong(values)
+    if not bool(wrong.any()):
+        return
     example, task = wrong.nonzero()[0].tolist()
     raise ValueError(
         f"{what} should be {expected}; received {values[example, task].item()} for example "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.functional import check_sampling_rate, positive, scale_label
+from torchrec_exfm.functional import check_sampling_rate, scale_label
 from torchrec_exfm.heads import DistillationHead
 from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns
 
@@ -117,7 +117,8 @@ class TermInputs:
         adapted: (B, M, T), the adapter's; None where no term is adapted.
         labels: (B, T), NaN where one is missing; None where no running mean is to be updated.
         weights: (B, T); None: all 1.
-        counts: (2, M, T), of outputs and of those with a label; (1, M, T) without labels.
+        count: (M, T), the denominators of the loss, positive.
+        label_count: (M, T), those of the running means, 0 where there is no label.
         absent: (B, M, T), boolean, which examples have no part in the loss.
         unlabelled: (B, M, T), boolean, which have none in the running means; None without labels.
     """
@@ -126,7 +127,8 @@ class TermInputs:
     adapted: Tensor | None
     labels: Tensor | None
     weights: Tensor | None
-    counts: Tensor
+    count: Tensor
+    label_count: Tensor
     absent: Tensor
     unlabelled: Tensor | None
 
@@ -177,12 +179,12 @@ class TermLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The term's loss as it is taught, w and lead in it, and as it is, detached."""
         outputs = self._outputs(shared, serving)
-        absent = self._pick(inputs.absent[:, self.teacher])
+        absent = self._pick(inputs.absent.select(1, self.teacher))
         values = self._values(inputs, absent)
         targets = map_tasks(self.tasks, self._soft_label, values).to(outputs.dtype)
         weights = None if inputs.weights is None else self._pick(inputs.weights)
-        count = self._pick(inputs.counts[0, self.teacher])
-        means = self.loss(outputs, targets, absent, positive(count), weights)
+        count = self._pick(inputs.count[self.teacher])
+        means = self.loss(outputs, targets, absent, count, weights)
         loss = taught = _mean(means)
         if self.lead_losses is not None:
             taught = _mean(self.lead * means)
@@ -209,9 +211,9 @@ class TermLoss(nn.Module):
         assert self.lead_losses is not None
         both = torch.stack([values, outputs.to(values.dtype)], dim=1)
         labels = self._pick(inputs.labels).unsqueeze(1).expand_as(both)
-        unlabelled = self._pick(inputs.unlabelled[:, self.teacher]).unsqueeze(1)
+        unlabelled = self._pick(inputs.unlabelled.select(1, self.teacher)).unsqueeze(1)
         weights = None if weights is None else weights.unsqueeze(1)
-        count = self._pick(inputs.counts[1, self.teacher])
+        count = self._pick(inputs.label_count[self.teacher])
         losses = self.loss(both, labels, unlabelled, count, weights).to(self.lead_losses.dtype)
         # A mean of nothing is NaN here; an overflow would stay for ever
         usable = losses.amax(0) < math.inf
@@ -232,9 +234,9 @@ class TermLoss(nn.Module):
     def _values(self, inputs: TermInputs, absent: Tensor) -> Tensor:
         """(B, U) logits or predictions, as if learnt from the student's data."""
         if not self.term.adapted or inputs.adapted is None:
-            values = self._pick(inputs.values[:, self.teacher])
+            values = self._pick(inputs.values.select(1, self.teacher))
         else:
-            values = self._pick(inputs.adapted[:, self.teacher]).masked_fill(absent, 0.0)
+            values = self._pick(inputs.adapted.select(1, self.teacher)).masked_fill(absent, 0.0)
         if not any(self._shifts):
             return values
         return map_tasks(self.tasks, lambda task, column: column + self._shift(task), values)
