@@ -217,7 +217,8 @@ def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         switch: Any = optimizer
-        switch.grad_scale, switch.found_inf = None, (~condition).float()
+        skipped = torch.empty((), device=condition.device)
+        switch.grad_scale, switch.found_inf = None, torch.logical_not(condition, out=skipped)
         optimizer.step()
         del switch.grad_scale, switch.found_inf
     elif condition:
