@@ -179,7 +179,9 @@ def adapter_step(
         values, inputs = adapter._inputs(teacher)
         gradients = _allocate_gradients(parameters)
         mlps: Any = adapter.mlps
-        scale = 1 / (len(adapter.tasks) * positive(count))
+        scale = positive(count).reciprocal()
+        if len(adapter.tasks) > 1:
+            scale /= len(adapter.tasks)
         if weights is not None:
             scale = scale * weights.unsqueeze(1)
         absent = find_absent(teacher.presence, labels, weights)
