@@ -6,6 +6,7 @@ Shapes: B examples, M teachers, T tasks.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class TeacherOutputs(Pipelineable):
             the task's units for regression. (B, T) is taken for one teacher, (B,) for one
             teacher and one task. Kept as float32, cut off from any graph.
         presence: boolean, of the same shape as ``values`` (or (B,), for all teachers and tasks
-            at once): which outputs are there. None: all. The value of a missing output is
-            ignored, and may be NaN.
+            at once): which outputs are there. None: all, and ``values`` may be kept as they are,
+            without a copy. The value of a missing output is ignored, and may be NaN.
         age_seconds: (B, M), or (B,) for one teacher: how far each teacher's training lay behind
             the example's event (event time - time it was trained through), or None if it is not
             known.
@@ -65,8 +66,8 @@ class TeacherOutputs(Pipelineable):
         if values.dim() < 3:
             values = values.reshape(shape[0], 1, *(shape[1:] or (1,)))
         self.presence = _presence_like(values, shape, presence)
-        _check_finite(values, self.presence)
-        self.values = torch.where(self.presence, values, 0.0)
+        self.values = values if presence is None else values.masked_fill(~self.presence, 0.0)
+        _check_finite(self.values, self.presence)
         self.age_seconds = _age_like(values, age_seconds)
         if self.age_seconds is not None:
             _check_ages(self.age_seconds, self.presence.any(-1))
@@ -350,8 +351,10 @@ def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
 
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:
+    if values.device.type != "cpu" or math.isfinite(values.sum()):
+        return  # a sum is quick, and finite unless a value is not or it overflows
     bad = presence & ~values.isfinite()
-    if _any_on_host(bad):
+    if bad.any():
         raise ValueError(
             f"teacher outputs should be finite; received {_describe(values, bad)}; "
             "mark missing outputs in presence"
