@@ -1,6 +1,6 @@
-# make test | lint | demo | docs | notebooks | nightly | package | faults | bench | quality | clean
+# make test | lint | demo | docs | notebooks | nightly | package | faults | bench | quality | gpu | clean
 #
-# Each but the last sees to .venv before anything else: makes it where it is missing or half
+# Each but the last two sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
 # TorchRec do not go together. FBGEMM=cpu or FBGEMM=cuda overrides the choice between the two, which
 # is CUDA where nvidia-smi finds a GPU.
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo docs notebooks nightly package faults bench quality clean venv install
+.PHONY: test lint demo docs notebooks nightly package faults bench quality gpu clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -74,6 +74,12 @@ bench: venv
 # quiet cores, and goes on where it was stopped. QUICK=1: some minutes, and nothing is kept.
 quality: venv
 	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) $(QUALITY)
+
+# All that needs an NVIDIA GPU, in under ten minutes, and benchmarks/measured/gpu.md from it. Makes no
+# .venv and asks no network: it runs in PYTHON's environment, with what WHEELS, a folder, has beside
+# it. GPU='tests export' picks steps, GPU=--cpu tries all of it without a GPU.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

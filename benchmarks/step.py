@@ -251,7 +251,7 @@ class Watched(Arm):
 
     def __init__(self, pipeline: Any, batches: list[Batch], device: torch.device) -> None:
         super().__init__(pipeline, batches)
-        self.wrapper = find_wrapper(pipeline._model)
+        self.wrapper = find_wrapper(pipeline.model)
         self.metrics = ExFMMetrics(batch_size=len(batches[0].labels), device=device)
 
     def __call__(self, steps: int) -> None:

@@ -16,7 +16,6 @@ import rank_models as rm
 import torch
 import torch.distributed as dist
 from ranks import device
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from torchrec_exfm import DistillationTerm, ExFMMetrics, RunMonitor, Task, TeacherOutputs
@@ -296,6 +295,9 @@ def expected_losses(
 
 def check_monitor(rank: int, world_size: int) -> None:
     """What is said is of all ranks, and rank 0 alone says it."""
+    # here, so that a machine without TensorBoard can run the other checks
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     wrapper = rm.wrapped()
     trainee = rm.sharded(wrapper, world_size)
     pipeline = rm.pipeline_of(trainee, teacher=rm.logged, on_teacher_error="mask")

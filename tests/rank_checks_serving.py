@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from typing import Any
 from unittest import mock
@@ -38,6 +39,14 @@ from torchrec_exfm import (
 )
 
 TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
+FREES_FEATURES = (  # since TorchRec 1.7
+    "free_features_storage_early" in inspect.signature(TrainPipelineSparseDist.__init__).parameters
+)
+OPTIONS = (  # of the pipeline
+    "enable_inplace_copy_batch",
+    "enqueue_batch_after_forward",
+    *(["free_features_storage_early"] if FREES_FEATURES else []),
+)
 
 
 def _training(

@@ -115,6 +115,12 @@ class Ranks:
         return [outcomes.get(rank, "no answer in time") for rank in range(self._world_size)]
 
 
+def check_name(*check: Any) -> str:
+    """The name of a test of a check and its arguments."""
+    parts = [getattr(part, "__name__", str(part)).removeprefix("check_") for part in check]
+    return "-".join(parts)
+
+
 def device() -> Any:
     """The device of the checks in this process."""
     import torch

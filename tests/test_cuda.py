@@ -13,7 +13,7 @@ import rank_checks_resume as resume
 import rank_checks_serving as serving
 import rank_checks_store as of_store
 import torch
-from ranks import Ranks
+from ranks import Ranks, check_name
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,14 +24,18 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", True),
     (checks.check_pipelined_equals_plain, "heads", "table_wise"),
     (checks.check_pipelined_equals_plain, "serving", "table_wise"),
+    (checks.check_pipelined_equals_plain, "margins", "table_wise"),
     (checks.check_ranks_agree_with_one, "row_wise", "SGD", "serving"),
+    (checks.check_ranks_agree_with_one, "row_wise", "SGD", "margins"),
+    (checks.check_without_dmp, False),
+    (checks.check_without_dmp, True),
     (checks.check_pinned_batches,),
     (checks.check_absent_teacher,),
     (checks.check_adapter_is_shared,),
     (checks.check_live_teacher,),
     (checks.check_ways_of_bringing_outputs,),
     (serving.check_export, "mixed"),
-    (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
+    *((serving.check_option_changes_nothing, option) for option in serving.OPTIONS),
     (serving.check_evaluation_between_steps,),
     *((resume.check_resumed_equals_straight, way) for way in resume.ON_CUDA),
     (of_store.check_store_equals_columns,),
@@ -43,17 +47,25 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_metrics.check_missing_labels, "both"),
     (of_metrics.check_weights,),
     (of_cuda.check_no_wait_is_added,),
-    (of_cuda.check_late_copies_are_waited_for,),
+    (of_cuda.check_no_copy_is_pageable,),
+    *((of_cuda.check_late_copies_are_waited_for, way) for way in of_cuda.LATE),
+    (of_cuda.check_torchrecs_own,),
+    (of_cuda.check_bfloat16, "autocast"),
+    (of_cuda.check_bfloat16, "over part"),
+    (of_cuda.check_with_a_group, checks.check_pipelined_equals_plain, "margins", "table_wise"),
+    (of_cuda.check_with_a_group, checks.check_ranks_agree_with_one, "row_wise", "SGD", "margins"),
+    (of_cuda.check_with_a_group, checks.check_adapter_is_shared),
+    (of_cuda.check_with_a_group, of_cuda.check_late_copies_are_waited_for, "look-up"),
 ]
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    processes = Ranks(1, device="cuda")
+    processes = Ranks(min(2, torch.cuda.device_count()), device="cuda")
     yield processes
     processes.close()
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check[0].__name__)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check_name(*check))
 def test_cuda(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import rank_checks as checks
+import rank_checks_cuda as of_cuda
 import rank_checks_das as das
 import rank_checks_metrics as of_metrics
 import rank_checks_pipelines as pipelines
@@ -17,12 +17,8 @@ import rank_checks_serving as serving
 import rank_checks_store as of_store
 from models import students
 from rank_models import SHARDINGS
-from ranks import Ranks
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from ranks import Ranks, check_name
 
-FREES_FEATURES = (  # since TorchRec 1.7
-    "free_features_storage_early" in inspect.signature(TrainPipelineSparseDist.__init__).parameters
-)
 LACKING = ("one task", "both tasks", "whole batches", "one rank", "weights", "labels and weights")
 CHECKS: list[tuple[Any, ...]] = [
     (checks.check_weight_zero_is_plain, "dlrm", False),
@@ -65,20 +61,14 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_live_teacher,),
     (checks.check_ways_of_bringing_outputs,),
     (checks.check_wrong_set_ups_are_refused,),
-    *([(checks.check_freed_features_are_refused,)] if FREES_FEATURES else []),
+    *([(checks.check_freed_features_are_refused,)] if serving.FREES_FEATURES else []),
     *((serving.check_export, sharding) for sharding in SHARDINGS),
     *((serving.check_export_in_pieces, sharding) for sharding in SHARDINGS),
     (serving.check_gathered_dtensors,),
     *((serving.check_checkpoint, *pair) for pair in itertools.pairwise((*SHARDINGS, SHARDINGS[0]))),
     (serving.check_resumed_training,),
     *((serving.check_student, name) for name in students()),
-    (serving.check_option_changes_nothing, "enable_inplace_copy_batch"),
-    (serving.check_option_changes_nothing, "enqueue_batch_after_forward"),
-    *(
-        [(serving.check_option_changes_nothing, "free_features_storage_early")]
-        if FREES_FEATURES
-        else []
-    ),
+    *((serving.check_option_changes_nothing, option) for option in serving.OPTIONS),
     (serving.check_gradient_accumulation,),
     (serving.check_adapter_while_accumulating,),
     (serving.check_evaluation_between_steps,),
@@ -109,6 +99,9 @@ CHECKS: list[tuple[Any, ...]] = [
     (of_store.check_wrong_scoring_is_refused,),
     (of_store.check_the_newest_snapshot_that_does_not_leak,),
     (of_store.check_logging_the_training_forward,),
+    (of_cuda.check_with_a_group, checks.check_ranks_agree_with_one, "row_wise", "SGD", "margins"),
+    (of_cuda.check_bfloat16, "autocast"),
+    (of_cuda.check_bfloat16, "over part"),
     (of_metrics.check_metrics,),
     *((of_metrics.check_missing_labels, which) for which in of_metrics.MISSING),
     (of_metrics.check_weights,),
@@ -132,11 +125,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes.close()
 
 
-def _name(check: Callable[..., None], *arguments: Any) -> str:
-    return "-".join([check.__name__.removeprefix("check_"), *map(str, arguments)])
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: _name(*check))
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check_name(*check))
 def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
 
