@@ -23,6 +23,9 @@ from rank_reference import ByHand
 from ranks import device
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
@@ -30,7 +33,9 @@ from torchrec.distributed.train_pipeline.gradient_accumulation import (
     GradientAccumulationConfig,
     GradientAccumulationWrapper,
 )
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ShardedModule, ShardingEnv
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_exfm import (
     DistillationTerm,
@@ -380,3 +385,37 @@ def check_uneven_batches_end(rank: int, world_size: int, is_exfm: bool) -> None:
     with pytest.raises(RuntimeError if rank == 0 else StopIteration, match=r"Timed out|^$"):
         pipeline.progress(batches)
     dist.barrier()
+
+
+def check_fsdp(rank: int, world_size: int, way: str) -> None:
+    """FSDP2 for the dense part: as under DDP, which averages the gradients in another order."""
+    expected = _run(_pipeline(_trainee(world_size)), rm.parts(rank, world_size))
+    pipeline = _pipeline(_fully_sharded(way, world_size))
+    outputs, _, adapter = _run(pipeline, rm.parts(rank, world_size))
+    whole = {
+        key: [value.full_tensor()] if isinstance(value, DTensor) else rm.snapshot({key: value})[key]
+        for key, value in pipeline.model.state_dict().items()
+    }
+    assert any(isinstance(value, DTensor) for value in pipeline.model.state_dict().values())
+    torch.testing.assert_close((outputs, whole, adapter), expected, rtol=1e-6, atol=1e-6)
+
+
+def _fully_sharded(way: str, world_size: int) -> rm.Trainee:
+    without_ddp = functools.partial(DistributedModelParallel, init_data_parallel=False)
+    with mock.patch.object(rm, "DistributedModelParallel", without_ddp):
+        model = rm.sharded(rm.wrapped(terms=TERMS), world_size).model
+    wrapper = find_wrapper(model)
+    mesh = init_device_mesh(device().type, (world_size,))
+    if way == "hybrid":
+        mesh = init_device_mesh(device().type, (1, world_size), mesh_dim_names=("between", "in"))
+    if way == "whole":
+        sharded = [module for module in model.modules() if isinstance(module, ShardedModule)]
+        tables = {parameter for module in sharded for parameter in module.parameters()}
+        fully_shard(wrapper, mesh=mesh, ignored_params=tables)
+    else:
+        dense = wrapper.student.model.dense_arch, wrapper.student.model.over_arch, wrapper.exfm
+        for module in dense:
+            fully_shard(module, mesh=mesh)
+    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    optimizer = KeyedOptimizerWrapper(parameters, lambda these: torch.optim.SGD(these, lr=0.2))
+    return rm.Trainee(model, optimizer)

@@ -21,6 +21,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (ways.check_batch_sizes_by_feature,),
     *((ways.check_batches_without_examples, base) for base in ("base", "sparse_dist")),
     (ways.check_a_loop_of_ones_own,),
+    *((ways.check_fsdp, way) for way in ("parts", "whole", "hybrid")),
 ]
 SLOW: list[tuple[Any, ...]] = [
     (ways.check_compiled, "over", "inductor", "sparse_dist"),
