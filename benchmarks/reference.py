@@ -121,10 +121,11 @@ class Stream:
         return Examples(self.ids[part], self.seconds[part], lambda at: self.batch(at + first))
 
     def pool(self, count: int, size: int) -> list[Batch]:
-        """A rank's batches of random examples."""
+        """A rank's batches of random examples, pinned where there is a GPU to copy them to."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         generator = torch.Generator().manual_seed(2 + rank)
-        return [
+        batches = [
             self.batch(torch.randint(len(self.ids), (size,), generator=generator))
             for _ in range(count)
         ]
+        return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from reference import STUDENT, TAP, Batch, Sizes, dlrm, sharded
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import (
@@ -29,6 +30,7 @@ from torchrec_exfm import (
 
 AH = (DistillationTerm(beta=3.0),)
 AH_SA = (*AH, DistillationTerm(beta=3.0, adapted=True))
+RECIPE = (DistillationTerm(), DistillationTerm(adapted=True, serving=True, margin=0.25))
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -100,6 +102,28 @@ class Arm:
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
             self.pipeline.progress(self.feed)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that do work on the device: views and empty tensors are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        empty = "empty" in function.overloadpacket.__name__
+        self.count += not (function.is_view or empty or function.namespace == "profiler")
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of(arm: Callable[[int], None]) -> int:
+    """Of one step, when the optimizers have their state."""
+    with Kernels() as kernels:
+        arm(1)
+    return kernels.count
 
 
 def take_turns(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 NO_KERNELS = (  # views, and room for results
     "alias",
@@ -42,9 +43,9 @@ class Costs(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.operations[function.overloadpacket.__name__] += 1
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage.data_ptr() not in given:  # else a view, or an operation in place
                 self._storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
         return result
 
@@ -63,6 +64,13 @@ class Costs(TorchDispatchMode):
     @property
     def syncs(self) -> dict[str, int]:
         return {name: n for name, n in self.operations.items() if name.startswith(SYNCS)}
+
+
+def _storages(tree: Any) -> list[UntypedStorage]:
+    """The memory of the tensors in nested containers; those on the meta device have none."""
+    leaves = tree_leaves(tree)
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_meta)
+    return [tensor.untyped_storage() for tensor in tensors]
 
 
 def costs_of(function: Callable[[], Any]) -> Costs:

@@ -15,6 +15,7 @@ import torch
 from models import students
 from ranks import device
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.train_pipeline import (
     TorchCompileConfig,
     TrainPipelineBase,
@@ -33,6 +34,7 @@ from torchrec_exfm import (
     student_state_dict,
 )
 from torchrec_exfm import sources as exfm_sources
+from torchrec_exfm._ranks import of_each_rank
 
 
 class Clipping(TrainPipelineSparseDist[Any, Any]):
@@ -122,6 +124,46 @@ def _trained(
         "adapter": [] if adapter is None else [p.detach() for p in adapter.parameters()],
         "failures": torch.tensor(pipeline.teacher_failures),
     }
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the collectives that this rank issues, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            self.order.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def check_collectives_do_not_depend_on_a_ranks_teacher(rank: int, world_size: int) -> None:
+    """Their order is that of the other ranks where a teacher fails, or has nothing to say."""
+    orders = []
+    for fails_at in ((), (0, 1, 3, 5) if rank == 0 else ()):
+        terms = checks.TERMS["margins"]
+        trainee = rm.sharded(rm.wrapped(terms=terms), world_size)
+        pipeline = rm.pipeline_of(
+            trainee,
+            teacher=LookUp(rm.informed, fails_at),
+            on_teacher_error="mask",
+            adapter=rm.two_task_adapter(),
+        )
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(exfm_sources, "RETRY_SECONDS", 0.0),
+            Collectives() as issued,
+        ):
+            warnings.simplefilter("ignore", TeacherMissingWarning)
+            rm.drained(pipeline, rm.parts(rank, world_size))
+        assert pipeline.teacher_failures == len(fails_at)
+        orders += of_each_rank(issued.order)
+    assert all(order == orders[0] for order in orders)
+    assert world_size == 1 or orders[0].count("allreduce_") >= 3 * 6
 
 
 class LookUp:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import rank_models as rm
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import Student, students
+from costs import Costs
+from models import NUM_DENSE, Student, students, tables
 from ranks import device
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.gradient_accumulation import (
     GradientAccumulationConfig,
     GradientAccumulationWrapper,
 )
+from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.embedding_configs import DataType
 
 from torchrec_exfm import (
     DistillationTerm,
     ExFMWrapper,
     TrainPipelineExFM,
+    _gather,
     export_student,
     student_state_dict,
 )
@@ -68,6 +80,62 @@ def check_export(rank: int, world_size: int, sharding: str) -> None:
         rm.assert_same(rm.snapshot(exported.state_dict()), at_export)
         found = [_logits(exported, batch) for batch in rm.parts(rank, world_size)]
         rm.assert_near(found, expected)
+
+
+def check_export_in_pieces(rank: int, world_size: int, sharding: str) -> None:
+    """The memory of one copy on rank 0, and of a piece beside it and on the others."""
+    torch.manual_seed(0)
+    rows = 2_001  # odd, and much more than the dense layers
+    collection = EmbeddingBagCollection(
+        tables=[
+            dataclasses.replace(table, data_type=DataType.FP16 if i else DataType.FP32)
+            for i, table in enumerate(tables(rows=rows, dim=rm.DIM).embedding_bag_configs())
+        ]
+    )
+    student = DLRMTrain(DLRM(collection, NUM_DENSE, [6, rm.DIM], [5, len(rm.TASKS)]))
+    whole = rm.snapshot(student.state_dict())
+    size = sum(tensor.nbytes for (tensor,) in whole.values())
+    model = rm.sharded(rm.wrapped(student, terms=TERMS), world_size, sharding=sharding).model
+    with Costs() as costs, mock.patch.object(_gather, "PIECE_BYTES", size // 100):
+        exported = export_student(model)
+    assert costs.bytes - (size if rank == 0 else 0) < 0.1 * size
+    if exported is not None:
+        rm.assert_same(rm.snapshot(exported.state_dict()), whole)
+
+
+def check_gathered_dtensors(rank: int, world_size: int) -> None:
+    """Of torch and of TorchRec, whose placements call a table on one rank a replica on all."""
+    whole = torch.arange(70.0).view(7, 10).half()
+    kinds = (Replicate(), Shard(0), Shard(1))
+    meshes = [init_device_mesh(device().type, shape) for shape in ((world_size, 1), (world_size,))]
+    for mesh in meshes:
+        for placements in itertools.product(kinds, repeat=mesh.ndim):
+            _assert_gathered(distribute_tensor(whole.to(device()), mesh, placements), whole)
+        _assert_gathered(_torchrec_dtensor(whole, mesh, rank, [(world_size - 1, 0, 10)]), whole)
+        blocks = [(0, 0, 3), (world_size - 1, 3, 4), (0, 4, 10)]
+        _assert_gathered(_torchrec_dtensor(whole, mesh, rank, blocks), whole)
+    lacking = _torchrec_dtensor(whole, meshes[-1], rank, [(0, 0, 3)])
+    with pytest.raises(AssertionError):  # on every rank
+        _assert_gathered(lacking, whole)
+
+
+def _torchrec_dtensor(
+    whole: Tensor, mesh: DeviceMesh, rank: int, blocks: list[tuple[int, int, int]]
+) -> DTensor:
+    """Column-wise: of a rank, the columns from the one to before the other."""
+    mine = [(start, end) for owner, start, end in blocks if owner == rank]
+    shards = [whole[:, start:end].contiguous().to(device()) for start, end in mine]
+    local = LocalShardsWrapper(shards, [(0, start) for start, _ in mine])
+    size = {"shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(local, mesh, run_check=False, **size)
+
+
+def _assert_gathered(tensor: DTensor, whole: Tensor) -> None:
+    target = torch.empty_like(whole) if dist.get_rank() == 0 else None
+    with mock.patch.object(_gather, "PIECE_BYTES", 48):  # two rows of ten, or more of a shard
+        _gather.gather_to_rank_0(tensor, target)
+    if target is not None:
+        rm.assert_same(target, whole)
 
 
 def _logits_of_trainee_after(steps: int, rank: int, world_size: int, sharding: str) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import make_teacher
 from torch import Tensor
 
@@ -176,6 +178,83 @@ def test_adapter_step_is_a_plain_step_and_leaves_no_gradient() -> None:
     assert all(map(torch.equal, adapter.parameters(), expected))
     assert all(parameter.grad is None for parameter in adapter.parameters())
     assert torch.equal(adapted, adapter(teacher))
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of a step, and moves nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        self.gradients = [parameter.grad.clone() for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("hidden", [(), (4,), (7, 6)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_the_gradients_are_those_of_autograd(
+    hidden: tuple[int, ...], weighted: bool, missing: float
+) -> None:
+    """In float64, for binary tasks, regressions and both, one teacher and three."""
+    generator = torch.Generator().manual_seed(5)
+    for tasks, teachers in itertools.product((TASKS[:1], TASKS[1:], TASKS), (1, 3)):
+        adapter = StudentAdapter(num_teachers=teachers, tasks=tasks, hidden=hidden).double()
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
+        teacher = make_teacher(1, B, teachers=teachers, tasks=len(tasks), missing=missing)
+        teacher.values = 10 * teacher.values.double()
+        labels = make_labels(tasks=len(tasks))
+        labels[torch.rand(labels.shape, generator=generator) < missing] = torch.nan
+        weights = make_labels(6, tasks=len(tasks)) * 1.7 if weighted else None
+        count = torch.rand(teachers, len(tasks), generator=generator, dtype=torch.float64) + 3
+        outputs, factors = adapter(teacher), 1.0 if weights is None else weights.unsqueeze(1)
+        targets = labels.double().nan_to_num(0).unsqueeze(1).expand_as(outputs)
+        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        squares = torch.tensor([task.regression for task in tasks])
+        losses = torch.where(squares, (outputs - targets) ** 2, losses) * factors
+        losses = torch.where(teacher.presence & ~labels.isnan().unsqueeze(1), losses, 0)
+        loss = (losses.sum(0) / count).mean(1).sum()
+        expected = torch.autograd.grad(loss, list(adapter.parameters()))
+        recorder = Recorder(adapter.parameters(), lr=0.0)
+        adapter_step(adapter, recorder, teacher, labels, count=count, weights=weights)
+        assert all(gradient.any() for gradient in expected)
+        torch.testing.assert_close(recorder.gradients, list(expected), rtol=1e-12, atol=1e-14)
+
+
+def test_an_output_that_overflows_without_a_label_has_no_influence() -> None:
+    adapter = make_adapter(teachers=1, tasks=TASKS[1:])
+    values, labels = (
+        torch.randn(B, generator=torch.Generator().manual_seed(2)),
+        make_labels(tasks=1),
+    )
+    labels[3], recorder = torch.nan, Recorder(adapter.parameters(), lr=0.0)
+    for value in (0.0, 3e38):  # of which the derivative overflows
+        values[3] = value
+        adapter_step(adapter, recorder, TeacherOutputs(values), labels)
+        assert all(gradient.isfinite().all() for gradient in recorder.gradients)
+
+
+def test_a_compiled_adapter_is_one_graph() -> None:
+    adapter, labels = make_adapter(), make_labels()
+    teacher = make_teacher(1, B, teachers=2, tasks=2, missing=0.3)
+    labels[0, 0] = torch.nan
+    compiled = torch.compile(
+        lambda: adapter.loss(adapter(teacher), teacher, labels),
+        backend="aot_eager",
+        dynamic=False,
+        fullgraph=True,
+    )
+    loss = compiled()
+    expected = gradients(adapter, teacher, labels)
+    actual = [loss, *torch.autograd.grad(loss, list(adapter.parameters()))]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_subclass_is_refused() -> None:
+    """Its loss might be another than the one whose gradient is known."""
+    with pytest.raises(TypeError, match=r"should have no subclass.*received Other"):
+
+        class Other(StudentAdapter):
+            pass
 
 
 def trained(tasks: tuple[Task, ...], sample: Callable[..., Any]) -> StudentAdapter:

@@ -76,15 +76,17 @@ def test_the_costs_are_counted() -> None:
 
 
 def test_operations_do_not_grow_with_tasks() -> None:
-    one, many = head_costs(tasks=1), head_costs(tasks=16)
-    assert many.operations == one.operations
-    assert adapter_costs(tasks=16).operations == adapter_costs(tasks=1).operations
+    """Of one task the mean over tasks is spared."""
+    for of in (head_costs, adapter_costs):
+        one, two, many = (of(tasks=tasks) for tasks in (1, 2, 16))
+        assert many.operations == two.operations
+        assert one.kernels < two.kernels
 
 
 def test_a_further_term_adds_its_own_operations_alone() -> None:
     """The same for the second and the eighth: nothing is done for each pair of terms."""
     one, two, eight = (head_costs(terms=terms).kernels for terms in (1, 2, 8))
-    assert two - one <= 30
+    assert two - one <= 25
     assert eight - two == 6 * (two - one)
 
 
@@ -93,8 +95,8 @@ def test_operations_of_a_further_term_of_every_kind() -> None:
     plain = mixed_costs(())
     adapted = mixed_costs((DistillationTerm(adapted=True, hidden=()),))
     margin = mixed_costs((DistillationTerm(adapted=True, serving=True, margin=0.5),))
-    assert adapted.kernels - plain.kernels <= 23
-    assert margin.kernels - plain.kernels <= 56
+    assert adapted.kernels - plain.kernels <= 17
+    assert margin.kernels - plain.kernels <= 37
     weighted = mixed_costs((), weights=True)
     assert weighted.kernels - plain.kernels <= 14
 
@@ -130,9 +132,9 @@ def test_sampling_rates_cost_an_addition_where_they_differ(adapted: int) -> None
 
 def test_operations_of_a_step() -> None:
     """Each is a kernel's launch on a GPU, of about five microseconds."""
-    assert head_costs().kernels <= 32
-    assert head_costs(terms=2, adapted=1).kernels <= 64
-    assert adapter_costs().kernels <= 56
+    assert head_costs().kernels <= 28
+    assert head_costs(terms=2, adapted=1).kernels <= 54
+    assert adapter_costs().kernels <= 37
 
 
 @pytest.mark.parametrize(("of", "looks"), [(head_costs, 0), (adapter_costs, 1)])

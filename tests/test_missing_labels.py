@@ -255,10 +255,9 @@ def pipeline_of(labels: Tensor, **options: Any) -> TrainPipelineExFM[Any, Any]:
         wrapper,
         optimizer,
         CPU,
-        teacher=lambda batch: make_teacher(0, len(batch.labels)),
         adapter=StudentAdapter(),
         labels=lambda batch: labels,
-        **options,
+        **{"teacher": lambda batch: make_teacher(0, len(batch.labels)), **options},
     )
 
 

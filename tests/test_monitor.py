@@ -463,7 +463,7 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (
             {"pipeline": None},
             TypeError,
-            "pipeline should be of TrainPipelineExFM; received NoneType",
+            "pipeline should be of ExFMSteps; received NoneType",
         ),
         ({"metrics": {}}, TypeError, "metrics should be of ExFMMetrics; received dict"),
     ],

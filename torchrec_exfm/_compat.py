@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
@@ -32,20 +33,22 @@ __all__ = [
     "DTensor",
     "ShardedTensor",
     "TieAwareAUC",
-    "TrainPipeline",
     "TrainPipelineSparseDist",
     "batches_in_flight",
+    "communication_device",
     "data_parallel_group",
     "frees_features",
     "fused_optimizers",
     "fused_steps",
-    "gather_to_rank_0",
+    "group_of_shards",
     "kind_of",
+    "local_shards",
     "metric_computations",
     "metric_state",
     "pipeline_parts",
     "pipelined_names",
     "set_metric_state",
+    "shape_and_dtype",
     "sharded_names",
     "side_stream",
     "single_optimizers",
@@ -128,15 +131,46 @@ def side_stream(device: torch.device) -> Any:
     return torch.get_device_module(device).Stream() if known else None
 
 
-def gather_to_rank_0(tensor: ShardedTensor) -> torch.Tensor | None:
-    """The whole of a sharded tensor on rank 0, on the device of its shards; None elsewhere."""
-    whole, size = None, tensor.metadata().size
-    properties = tensor.metadata().tensor_properties
-    if dist.get_rank() == 0:
-        device = tensor._get_preferred_device()
-        whole = torch.empty(size, dtype=properties.dtype, device=device)
-    tensor.gather(dst=0, out=whole, dtype=properties.dtype)
-    return whole
+def group_of_shards(tensor: ShardedTensor | DTensor) -> dist.ProcessGroup | None:
+    """The ranks that a sharded tensor lies on; None if its shards can't be brought together here.
+
+    Those of a mesh of several dimensions have a group if they are all ranks. What is no block of
+    the whole (a sum over ranks, strided shards) only the DTensor itself can put together.
+    """
+    if isinstance(tensor, ShardedTensor):
+        return tensor._process_group
+    mesh = tensor.device_mesh
+    if any(type(placement) not in (Shard, Replicate) for placement in tensor.placements):
+        return None
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return dist.group.WORLD if mesh.size() == dist.get_world_size() else None
+
+
+def local_shards(
+    tensor: ShardedTensor | DTensor,
+) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """This rank's shards of a tensor, each with its offsets in the whole."""
+    if isinstance(tensor, ShardedTensor):
+        shards = tensor.local_shards()
+        return [(tuple(shard.metadata.shard_offsets), shard.tensor.detach()) for shard in shards]
+    local: Any = tensor._local_tensor  # to_local() would detach in place what TorchRec has wrapped
+    tensors = local.local_shards() if hasattr(local, "local_shards") else [local]
+    # TorchRec's wrapper of no shards has a chunk all the same
+    pairs = zip(tensor.__create_chunk_list__(), tensors, strict=False)
+    return [(tuple(chunk.offsets), shard.detach()) for chunk, shard in pairs]
+
+
+def shape_and_dtype(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Those of the whole, without the warning that a ShardedTensor gives where it is asked."""
+    if isinstance(tensor, ShardedTensor):
+        return tensor.metadata().size, tensor.metadata().tensor_properties.dtype
+    return tensor.shape, tensor.dtype
+
+
+def communication_device(group: dist.ProcessGroup) -> torch.device:
+    """Where a tensor must lie that the ranks of a group exchange; the CPU where they can."""
+    return torch.device(_get_object_coll_device(group))
 
 
 def sharded_names(model: nn.Module) -> list[str]:
@@ -198,7 +232,8 @@ def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         switch: Any = optimizer
-        switch.grad_scale, switch.found_inf = None, (~condition).float()
+        skipped = torch.empty((), device=condition.device)
+        switch.grad_scale, switch.found_inf = None, torch.logical_not(condition, out=skipped)
         optimizer.step()
         del switch.grad_scale, switch.found_inf
     elif condition:

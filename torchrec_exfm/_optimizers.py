@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
+from torchrec.distributed.train_pipeline import TrainPipeline
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_exfm._compat import (
-    TrainPipeline,
     fused_optimizers,
     fused_steps,
     kind_of,

@@ -27,11 +27,12 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
-def of_each_rank(value: T) -> list[T]:
-    """The value of each rank, on every rank."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
+def of_each_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The value of each rank, on every rank; of the ranks of a group, in its order."""
+    size = world_size() if group is None else group.size()
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value, group)
     return values
 
 

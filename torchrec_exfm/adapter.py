@@ -6,6 +6,7 @@ Shapes: B examples, M teachers, T tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from torchrec_exfm._compat import step_if
 from torchrec_exfm._ranks import start_average
 from torchrec_exfm.batch import TeacherOutputs, check_outputs_shape
-from torchrec_exfm.heads import mlp
+from torchrec_exfm.functional import positive
+from torchrec_exfm.heads import fill_mlp_gradients, mlp, run_mlp
 from torchrec_exfm.tasks import (
     Task,
     check_tasks,
     checked_labels,
     checked_weights,
     count_outputs,
+    find_absent,
     map_tasks,
     mean_task_losses,
-    split_missing,
 )
 
 __all__ = ["StudentAdapter", "adapter_step"]
@@ -59,6 +61,12 @@ class StudentAdapter(nn.Module):
         [0.5, -1.0]
     """
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError(
+            "StudentAdapter should have no subclass, as adapter_step knows its gradient in closed "
+            f"form; received {cls.__name__}: change tasks and hidden, or train a module of your own"
+        )
+
     def __init__(
         self,
         *,
@@ -83,11 +91,15 @@ class StudentAdapter(nn.Module):
         Raises:
             ValueError: if the outputs' shape does not fit M and T.
         """
-        check_outputs_shape(teacher, self.shape)
-        values = map_tasks(self.tasks, _limited, teacher.values)
-        inputs = torch.cat([values, teacher.presence.float()], dim=-1)
+        values, inputs = self._inputs(teacher)
         corrections = [perceptron(inputs[:, m]) for m, perceptron in enumerate(self.mlps)]
         return values + torch.stack(corrections, dim=1)
+
+    def _inputs(self, teacher: TeacherOutputs) -> tuple[Tensor, Tensor]:
+        """The values that are corrected, (B, M, T), and what the perceptrons see, (B, M, 2 T)."""
+        check_outputs_shape(teacher, self.shape)
+        values = map_tasks(self.tasks, _limited, teacher.values)
+        return values, torch.cat([values, teacher.presence.float()], dim=-1)
 
     def loss(
         self,
@@ -111,18 +123,22 @@ class StudentAdapter(nn.Module):
             ValueError: if the labels are missing, or a shape does not fit; on the CPU for infinite
                 labels and negative weights.
         """
-        labels = checked_labels(labels, self.tasks, len(outputs)).unsqueeze(1)
-        labels, mask = split_missing(labels, teacher.presence)
-        if weights is not None:
-            weights = checked_weights(weights, self.tasks, len(outputs)).unsqueeze(1)
-        targets = labels.expand_as(outputs)
-        means = mean_task_losses(self.tasks, outputs, targets, mask, weights, count)
+        labels, weights, count = _checked(self, teacher, labels, weights, count)
+        absent = find_absent(teacher.presence, labels, weights)
+        targets = labels.unsqueeze(1).expand_as(outputs).masked_fill(absent, 0.0)  # for NaN
+        weights = None if weights is None else weights.unsqueeze(1)
+        means = mean_task_losses(self.tasks, outputs, targets, absent, positive(count), weights)
         total: Tensor = means.mean(-1).sum()
         return total
 
 
 def _limited(task: Task, values: Tensor) -> Tensor:
     return values if task.regression else values.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+def _slope(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The derivative of the loss by the outputs, element by element."""
+    return 2 * (outputs - labels) if task.regression else outputs.sigmoid() - labels
 
 
 def adapter_step(
@@ -137,9 +153,10 @@ def adapter_step(
 ) -> Tensor:
     """Algorithm 1, first half: one step of the adapter, then its outputs for the student.
 
-    Without any label on any rank the optimizer takes no step. Autocast is off throughout. Under
-    data parallelism every rank must call it, with the same ``count``; the gradients are averaged
-    over ``group`` in one all-reduce.
+    The gradients are those of :meth:`StudentAdapter.loss`, in closed form: in a network this small
+    the launches are what costs, and autograd makes more of them. Without any label on any rank the
+    optimizer takes no step. Autocast is off throughout. Under data parallelism every rank must call
+    it, with the same ``count``; the gradients are averaged over ``group`` in one all-reduce.
 
     Args:
         adapter: trained in place.
@@ -156,19 +173,53 @@ def adapter_step(
     Raises:
         ValueError: as for :meth:`StudentAdapter.loss`.
     """
-    if count is None:
-        labels = checked_labels(labels, adapter.tasks, len(teacher.values))
-        count = count_outputs(teacher.presence, labels, weights)[1]
+    labels, weights, count = _checked(adapter, teacher, labels, weights, count)
     parameters = list(adapter.parameters())
-    exact = torch.autocast(teacher.values.device.type, enabled=False)
-    with torch.enable_grad(), exact:
-        loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=weights)
-        gradients = torch.autograd.grad(loss, parameters)
-    start_average(gradients, group)()
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    step_if(optimizer, count.any())  # zero gradients would still move what has momentum
-    optimizer.zero_grad()
-    with torch.no_grad(), exact:
-        adapted: Tensor = adapter(teacher)
+    with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+        values, inputs = adapter._inputs(teacher)
+        gradients = _allocate_gradients(parameters)
+        mlps: Any = adapter.mlps
+        scale = positive(count).reciprocal()
+        if len(adapter.tasks) > 1:
+            scale /= len(adapter.tasks)
+        if weights is not None:
+            scale = scale * weights.unsqueeze(1)
+        absent = find_absent(teacher.presence, labels, weights)
+        for m, perceptron in enumerate(mlps):
+            *activations, corrections = run_mlp(perceptron, inputs[:, m])
+            slope = map_tasks(adapter.tasks, _slope, values[:, m] + corrections, labels)
+            slope = slope.mul_(scale[..., m, :]).masked_fill_(absent[:, m], 0.0)
+            fill_mlp_gradients(perceptron, activations, slope)
+        start_average([gradients], group)()
+        step_if(optimizer, count.any())  # zero gradients would still move what has momentum
+        for parameter in parameters:
+            parameter.grad = None
+        adapted = torch.empty_like(values)
+        for m, perceptron in enumerate(mlps):
+            torch.add(values[:, m], run_mlp(perceptron, inputs[:, m])[-1], out=adapted[:, m])
     return adapted
+
+
+def _checked(
+    adapter: StudentAdapter,
+    teacher: TeacherOutputs,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Labels and weights, (B, T), and the count, that of these examples if none is given."""
+    labels = checked_labels(labels, adapter.tasks, len(teacher.values))
+    if weights is not None:
+        weights = checked_weights(weights, adapter.tasks, len(labels))
+    if count is None:
+        count = count_outputs(teacher.presence, labels, weights)[1]
+    return labels, weights, count
+
+
+def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Give parameters gradients that lie in one buffer, for an all-reduce in place; return it."""
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = parameters[0].new_empty(sum(sizes))
+    for parameter, piece in zip(parameters, buffer.split(sizes), strict=True):
+        parameter.grad = piece.view_as(parameter)
+    return buffer

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.batch import StepInputs, TeacherOutputs
+from torchrec_exfm.batch import TeacherOutputs
+from torchrec_exfm.functional import positive
 from torchrec_exfm.tasks import (
     Task,
     check_kinds,
@@ -21,8 +22,9 @@ from torchrec_exfm.tasks import (
     checked_labels,
     checked_weights,
     count_outputs,
+    find_absent,
 )
-from torchrec_exfm.terms import DistillationTerm, TermLoss
+from torchrec_exfm.terms import DistillationTerm, TermInputs, TermLoss
 
 __all__ = ["AuxiliaryHead"]
 
@@ -167,7 +169,16 @@ class AuxiliaryHead(nn.Module):
             weights = checked_weights(weights, self.tasks, size)
         if counts is None:
             counts = count_outputs(teacher.presence, labels, weights)
-        inputs = StepInputs(teacher, labels, weights, counts, adapted)
+        inputs = TermInputs(
+            values=teacher.values,
+            adapted=adapted,
+            labels=labels,
+            weights=weights,
+            count=positive(counts[0]),
+            label_count=counts[-1],
+            absent=find_absent(teacher.presence, None, weights),
+            unlabelled=None if labels is None else find_absent(teacher.presence, labels, weights),
+        )
         pairs = [term(shared, serving, inputs) for term in self.term_losses]
         taught, losses = zip(*pairs, strict=True)
         return sum(taught[1:], taught[0]), torch.stack(losses)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.utils import _create_file_view  # not public
 
-from torchrec_exfm._compat import ShardedTensor
+from torchrec_exfm._compat import shape_and_dtype
 from torchrec_exfm._manifest import METADATA, Place, document_of, read_metadata, refusal
 from torchrec_exfm._ranks import distributed, of_each_rank, on_rank_0, rank, world_size
 
@@ -259,10 +259,8 @@ def _described(tensor: Any) -> str:
     """A tensor, or what the checkpoint says of one, by what must agree."""
     if isinstance(tensor, dcp.TensorStorageMetadata):
         dtype, shape = tensor.properties.dtype, tensor.size
-    elif isinstance(tensor, ShardedTensor):  # which warns where it is asked itself
-        dtype, shape = tensor.metadata().tensor_properties.dtype, tensor.metadata().size
     else:
-        dtype, shape = tensor.dtype, tensor.shape
+        shape, dtype = shape_and_dtype(tensor)
     return f"a tensor {dtype} {list(shape)}"
 
 

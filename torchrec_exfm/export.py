@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm._compat import DTensor, ShardedTensor, gather_to_rank_0
+from torchrec_exfm._compat import DTensor, ShardedTensor, shape_and_dtype
+from torchrec_exfm._gather import gather_to_rank_0
 from torchrec_exfm._ranks import rank
 from torchrec_exfm.wrapper import find_wrapper
 
@@ -37,7 +38,8 @@ def export_student(model: nn.Module) -> nn.Module | None:
 
     A copy, unsharded, on the CPU, in evaluation mode; structure, plain attributes and dtypes are
     those it had when it was wrapped. The model can train on. Under several ranks every rank must
-    call it: the tables are gathered. Where a model of your own reads pooled embeddings, let it
+    call it: the tables are gathered in the host memory of rank 0, which needs room for one whole
+    student; a GPU needs room for 64 MiB. Where a model of your own reads pooled embeddings, let it
     read them by key: the order within ``KeyedTensor.values()`` depends on the sharding plan.
     ``examples/serve.py`` writes it to files in five ways, and serves from them.
 
@@ -59,27 +61,38 @@ def export_student(model: nn.Module) -> nn.Module | None:
             f"it was wrapped that raised {type(bare).__name__}: {bare}; load "
             "student_state_dict(model) into a student of your own instead"
         ) from bare
-    state = {key: _gathered(value) for key, value in student_state_dict(model).items()}
-    if rank() != 0:
-        return None
-    for parameter in bare.parameters():  # give them memory; what is shared stays shared
-        memory = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, memory)
+    if rank() == 0:
+        for parameter in bare.parameters():  # give them memory; what is shared stays shared
+            empty = torch.empty_like(parameter, device="cpu")
+            torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
     # what the student holds beside its state now, which may not be what it held when wrapped
     buffers = dict(wrapper.student.named_buffers(remove_duplicate=False))
     for prefix, module in bare.named_modules(remove_duplicate=False):
         for key, buffer in module._buffers.items():
             name = f"{prefix}.{key}" if prefix else key
             if buffer is not None and name in buffers:
-                module._buffers[key] = _gathered(buffers[name])
+                module._buffers[key] = _whole(buffers[name])
+    state = student_state_dict(model)
+    targets = bare.state_dict() if rank() == 0 else {}
+    for key, value in state.items():  # into the student's own memory: one copy of a table, not two
+        state[key] = _whole(value, targets.get(key))
+    if rank() != 0:
+        return None
     bare.load_state_dict(state)
     return bare.eval()
 
 
-def _gathered(value: Any) -> Any:
-    """A whole copy on the CPU (of a sharded tensor: on rank 0)."""
-    if isinstance(value, ShardedTensor):
-        value = gather_to_rank_0(value)
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _whole(value: Any, target: Any = None) -> Any:
+    """Copy a tensor to the CPU of rank 0, into ``target`` if it has its shape, and return that."""
+    if not isinstance(value, Tensor):
+        return value
+    shape, dtype = shape_and_dtype(value)
+    fits = isinstance(target, Tensor) and target.shape == shape
+    if isinstance(value, (ShardedTensor, DTensor)):
+        if rank() == 0 and not fits:
+            target = torch.empty(shape, dtype=dtype)
+        gather_to_rank_0(value, target)
+        return target
+    if rank() != 0:
+        return None
+    return target.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)

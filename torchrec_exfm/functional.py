@@ -197,10 +197,31 @@ def masked_mean(
     """
     if count is None:
         count = masked_count(mask, weights)
-    if weights is not None:
-        values, mask = weights * values, mask & (weights > 0)
-    smallest = torch.finfo(torch.float32).tiny  # without an example 0 is divided by it
-    return torch.where(mask, values, 0.0).sum(0) / count.clamp(min=smallest)
+    absent = ~mask if weights is None else ~mask | (weights == 0)
+    return present_mean(values, absent, positive(count), weights)
+
+
+def present_mean(
+    values: Tensor, absent: Tensor, count: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """As :func:`masked_mean`, of a mask and a positive count that several means share.
+
+    Args:
+        values: (B, ...).
+        absent: (B, ...), boolean, true where an example should have no influence.
+        count: (...), the denominator; a mean without an example is NaN where it is 0.
+        weights: (B, ...), 0 for absent examples alone; None: all 1.
+
+    Returns:
+        (...).
+    """
+    values = values if weights is None else weights * values
+    return values.masked_fill(absent, 0.0).sum(0) / count
+
+
+def positive(count: Tensor) -> Tensor:
+    """A denominator that is never 0: without an example the mean is 0."""
+    return count.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def masked_count(mask: Tensor, weights: Tensor | None = None) -> Tensor:

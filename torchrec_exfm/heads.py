@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrec_exfm.functional import scale_gradient
@@ -51,9 +53,9 @@ class DistillationHead(nn.Module):
         """(B, D) shared representation -> (B, T) logits or predictions."""
         if self.beta != 1:
             shared = scale_gradient(shared, self.beta)
-        dtype = next(self.parameters()).dtype
-        if not _autocast_applies(shared, dtype):  # the student may have run under one of its own
-            shared = shared.to(dtype)
+        dtype = cast(nn.Linear, next(iter(self.mlp))).weight.dtype
+        if shared.dtype != dtype and not _autocast_applies(shared, dtype):
+            shared = shared.to(dtype)  # the student may have run under an autocast of its own
         outputs: Tensor = self.mlp(shared)
         return outputs
 
@@ -72,3 +74,32 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+def run_mlp(perceptron: nn.Sequential, inputs: Tensor) -> list[Tensor]:
+    """Run an :func:`mlp` of its layers alone: the input of each linear layer, then the output."""
+    values = [inputs]
+    for layer in _linear_layers(perceptron):
+        if len(values) > 1:
+            values[-1].relu_()
+        values.append(F.linear(values[-1], layer.weight, layer.bias))
+    return values
+
+
+def fill_mlp_gradients(perceptron: nn.Sequential, inputs: list[Tensor], slope: Tensor) -> None:
+    """Write an :func:`mlp`'s gradients into what its parameters' ``grad`` holds.
+
+    Args:
+        perceptron: whose parameters have gradients.
+        inputs: of its linear layers, as :func:`run_mlp` gave them.
+        slope: the derivative of the loss by the outputs.
+    """
+    for layer, values in reversed(list(zip(_linear_layers(perceptron), inputs, strict=True))):
+        torch.mm(slope.t(), values, out=layer.weight.grad)
+        torch.sum(slope, 0, out=layer.bias.grad)
+        if values is not inputs[0]:
+            slope = torch.mm(slope, layer.weight).mul_(values > 0)
+
+
+def _linear_layers(perceptron: nn.Sequential) -> list[nn.Linear]:
+    return [layer for layer in perceptron if isinstance(layer, nn.Linear)]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipeline
 from torchrec.streamable import Pipelineable
 
 from torchrec_exfm._checks import (
@@ -21,7 +22,6 @@ from torchrec_exfm._checks import (
     warn_of_tables,
 )
 from torchrec_exfm._compat import (
-    TrainPipeline,
     TrainPipelineSparseDist,
     data_parallel_group,
     pipeline_parts,

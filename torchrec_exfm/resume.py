@@ -20,8 +20,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
+from torchrec.distributed.train_pipeline import TrainPipeline
 
-from torchrec_exfm._compat import TrainPipeline, batches_in_flight, pipeline_parts
+from torchrec_exfm._compat import batches_in_flight, pipeline_parts
 from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from torchrec_exfm.functional import (
     check_sampling_rate,
-    masked_count,
-    masked_mean,
+    present_mean,
     soft_bce_with_logits,
     squared_error,
 )
@@ -66,9 +65,9 @@ def mean_task_losses(
     tasks: Sequence[Task],
     outputs: Tensor,
     targets: Tensor,
-    mask: Tensor,
+    absent: Tensor,
+    count: Tensor,
     weights: Tensor | None = None,
-    count: Tensor | None = None,
 ) -> Tensor:
     """Each task's mean loss: cross entropy where it is binary, squared error where it is not.
 
@@ -76,14 +75,14 @@ def mean_task_losses(
         tasks: the T tasks.
         outputs: (B, ..., T) logits or predictions; they alone receive gradient.
         targets: (B, ..., T) probabilities or predictions.
-        mask: (B, ..., T), which examples count.
-        weights: (B, ..., T), see :func:`torchrec_exfm.functional.masked_mean`.
+        absent: (B, ..., T), see :func:`torchrec_exfm.functional.present_mean`.
         count: (..., T), see there.
+        weights: (B, ..., T), see there.
 
     Returns:
         (..., T).
     """
-    return masked_mean(map_tasks(tasks, _loss, outputs, targets), mask, count, weights=weights)
+    return present_mean(map_tasks(tasks, _loss, outputs, targets), absent, count, weights)
 
 
 def _loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -97,10 +96,20 @@ def pick_columns(values: Tensor, columns: Sequence[int]) -> Tensor:
     return torch.stack([values[..., column] for column in columns], dim=-1)
 
 
-def split_missing(labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels with 0 for the missing ones, and the mask without them."""
-    missing = labels.isnan()
-    return labels.masked_fill(missing, 0.0), mask & ~missing
+def find_absent(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Mask what has no part in a mean: no output, no label, or a weight of 0.
+
+    Args:
+        presence: (B, M, T), which outputs are there.
+        labels: (B, T), NaN where one is missing; None: none is needed.
+        weights: (B, T); None: all 1.
+
+    Returns:
+        (B, M, T), boolean.
+    """
+    # Of booleans p <= q is: not p, or q
+    absent = ~presence if labels is None else presence <= labels.isnan().unsqueeze(1)
+    return absent if weights is None else absent | (weights == 0).unsqueeze(1)
 
 
 def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -114,12 +123,12 @@ def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | Non
     Returns:
         (2, M, T), or (1, M, T) without labels.
     """
-    masks = [presence]
+    masks = presence.unsqueeze(0)
     if labels is not None:
-        masks.append(presence & ~labels.isnan().unsqueeze(1))
+        masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # not NaN
     if weights is not None:
-        weights = weights.reshape(len(weights), 1, -1)
-    return torch.stack([masked_count(mask, weights) for mask in masks])
+        masks = masks * weights.reshape(len(weights), 1, -1)
+    return masks.sum(1, dtype=torch.float32)
 
 
 def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
@@ -130,7 +139,7 @@ def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int
             an accelerator are not looked at, as that would stop the step.
     """
     labels = _columns("labels", labels, tasks, batch_size)
-    _check_values("labels", "finite, or NaN where one is missing", labels.isinf(), labels, tasks)
+    _check_values("labels", "finite, or NaN where one is missing", torch.isinf, labels, tasks)
     return labels
 
 
@@ -143,34 +152,43 @@ def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> 
     if isinstance(weights, Tensor) and weights.shape == (batch_size,):
         weights = weights.unsqueeze(1).expand(batch_size, len(tasks))
     weights = _columns("weights", weights, tasks, batch_size)
-    wrong = (weights < 0) | ~weights.isfinite()
-    _check_values("weights", "finite numbers >= 0", wrong, weights, tasks)
+    _check_values("weights", "finite numbers >= 0", _are_no_weights, weights, tasks)
     return weights
 
 
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
     """(B, T) floats out of (B, T) or, for one task, (B,)."""
     shapes = [(batch_size, len(tasks)), *[(batch_size,)] * (len(tasks) == 1 or what == "weights")]
-    expected = " or ".join(map(str, shapes))
     if not isinstance(values, Tensor):
         raise ValueError(
-            f"{what} should be a tensor of shape {expected}; received {type(values).__name__}: "
-            f"tell the pipeline where they are ({what}=...)"
+            f"{what} should be a tensor of shape {' or '.join(map(str, shapes))}; received "
+            f"{type(values).__name__}: tell the pipeline where they are ({what}=...)"
         )
     if tuple(values.shape) not in shapes:
         raise ValueError(
-            f"{what} should be of shape {expected}; received {tuple(values.shape)}, beside "
-            f"{batch_size} logits or teacher outputs for the tasks {[task.name for task in tasks]}"
-            ": one of the two is of other examples or tasks"
+            f"{what} should be of shape {' or '.join(map(str, shapes))}; received "
+            f"{tuple(values.shape)}, beside {batch_size} logits or teacher outputs for the tasks "
+            f"{[task.name for task in tasks]}: one of the two is of other examples or tasks"
         )
     return values.float().reshape(batch_size, len(tasks))
 
 
+def _are_no_weights(values: Tensor) -> Tensor:
+    return (values < 0) | ~values.isfinite()
+
+
 def _check_values(
-    what: str, expected: str, wrong: Tensor, values: Tensor, tasks: Sequence[Task]
+    what: str,
+    expected: str,
+    are_wrong: Callable[[Tensor], Tensor],
+    values: Tensor,
+    tasks: Sequence[Task],
 ) -> None:
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not bool(wrong.any()):
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return  # to look would stop the step on an accelerator, and break a compiled graph
+    wrong = are_wrong(values)
+    if not bool(wrong.any()):
+        return
     example, task = wrong.nonzero()[0].tolist()
     raise ValueError(
         f"{what} should be {expected}; received {values[example, task].item()} for example "

@@ -10,15 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.batch import StepInputs
 from torchrec_exfm.functional import check_sampling_rate, scale_label
 from torchrec_exfm.heads import DistillationHead
-from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns, split_missing
+from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns
 
 __all__ = ["DistillationTerm"]
 
@@ -109,6 +108,31 @@ class DistillationTerm:
         return "/".join([self.teacher, *through, *(self.tasks or ())])
 
 
+@dataclass(frozen=True, kw_only=True)
+class TermInputs:
+    """What the terms of a step share, of all teachers and tasks.
+
+    Args:
+        values: (B, M, T), the teachers' outputs, 0 where one is missing.
+        adapted: (B, M, T), the adapter's; None where no term is adapted.
+        labels: (B, T), NaN where one is missing; None where no running mean is to be updated.
+        weights: (B, T); None: all 1.
+        count: (M, T), the denominators of the loss, positive.
+        label_count: (M, T), those of the running means, 0 where there is no label.
+        absent: (B, M, T), boolean, which examples have no part in the loss.
+        unlabelled: (B, M, T), boolean, which have none in the running means; None without labels.
+    """
+
+    values: Tensor
+    adapted: Tensor | None
+    labels: Tensor | None
+    weights: Tensor | None
+    count: Tensor
+    label_count: Tensor
+    absent: Tensor
+    unlabelled: Tensor | None
+
+
 class TermLoss(nn.Module):
     """A term at work: its heads, its loss, and how far its teacher leads.
 
@@ -133,6 +157,7 @@ class TermLoss(nn.Module):
         self.term = term
         self.teacher = teacher
         self.columns = [names.index(name) for name in term.tasks or names]
+        self._covers_all = self.columns == list(range(len(names)))
         self.tasks = [tasks[t] for t in self.columns]
         self.loss = partial(mean_task_losses, self.tasks)
         self._shifts = [self._shift(task) for task in self.tasks]
@@ -150,23 +175,21 @@ class TermLoss(nn.Module):
         self.register_buffer("lead_losses", means)
 
     def forward(
-        self, shared: Sequence[Tensor], serving: Tensor | None, inputs: StepInputs
+        self, shared: Sequence[Tensor], serving: Tensor | None, inputs: TermInputs
     ) -> tuple[Tensor, Tensor]:
         """The term's loss as it is taught, w and lead in it, and as it is, detached."""
         outputs = self._outputs(shared, serving)
-        presence = self._pick(inputs.teacher.presence[:, self.teacher])
-        values = self._values(inputs, presence)
+        absent = self._pick(inputs.absent.select(1, self.teacher))
+        values = self._values(inputs, absent)
         targets = map_tasks(self.tasks, self._soft_label, values).to(outputs.dtype)
         weights = None if inputs.weights is None else self._pick(inputs.weights)
-        counts = self._pick(cast(Tensor, inputs.counts)[:, self.teacher])
-        means = self.loss(outputs, targets, presence, weights, counts[0])
-        loss = taught = means.mean()
+        count = self._pick(inputs.count[self.teacher])
+        means = self.loss(outputs, targets, absent, count, weights)
+        loss = taught = _mean(means)
         if self.lead_losses is not None:
-            taught = (self.lead * means).mean()
-            if self.training and inputs.labels is not None:
-                both = torch.stack([values, outputs.detach().to(values.dtype)], dim=1)
-                labels, labelled = split_missing(self._pick(inputs.labels), presence)
-                self._update_means(both, labels, labelled, weights, counts[1])
+            taught = _mean(self.lead * means)
+            if inputs.unlabelled is not None:
+                self._update_means(values, outputs.detach(), weights, inputs)
         w = self.term.weight
         return taught if w == 1 else w * taught, loss.detach()
 
@@ -176,19 +199,24 @@ class TermLoss(nn.Module):
         if self.lead_losses is None or self.term.margin is None:
             return torch.ones(len(self.columns))
         teacher_loss, student_loss = self.lead_losses
-        lead = (1 - teacher_loss / student_loss) / self.term.margin
-        return torch.where(teacher_loss < student_loss, lead, 0.0).clamp(0, 1)
+        lead: Tensor = (1 - teacher_loss / student_loss) / self.term.margin
+        return lead.clamp_(0, 1).nan_to_num_(0.0)  # NaN before the first labels: 0 / 0
 
     @torch.no_grad()
     def _update_means(
-        self, both: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None, count: Tensor
+        self, values: Tensor, outputs: Tensor, weights: Tensor | None, inputs: TermInputs
     ) -> None:
-        """Take what targets and outputs, (B, 2, U), lose on the labels into the running means."""
+        """Take what targets and outputs, (B, U), lose on the labels into the running means."""
+        assert inputs.labels is not None and inputs.unlabelled is not None
         assert self.lead_losses is not None
-        labels, mask = labels.unsqueeze(1).expand_as(both), mask.unsqueeze(1)
+        both = torch.stack([values, outputs.to(values.dtype)], dim=1)
+        labels = self._pick(inputs.labels).unsqueeze(1).expand_as(both)
+        unlabelled = self._pick(inputs.unlabelled.select(1, self.teacher)).unsqueeze(1)
         weights = None if weights is None else weights.unsqueeze(1)
-        losses = self.loss(both, labels, mask, weights, count).to(self.lead_losses.dtype)
-        usable = (count > 0) & losses.isfinite().all(0)  # an overflow would stay for ever
+        count = self._pick(inputs.label_count[self.teacher])
+        losses = self.loss(both, labels, unlabelled, count, weights).to(self.lead_losses.dtype)
+        # A mean of nothing is NaN here; an overflow would stay for ever
+        usable = losses.amax(0) < math.inf
         losses = torch.where(usable, losses, self.lead_losses)
         self.lead_losses.lerp_(losses, 1 - LEAD_DECAY)
 
@@ -201,14 +229,14 @@ class TermLoss(nn.Module):
             parts = [head(shared[i]) for i, head in zip(self._taps, self.heads, strict=True)]
             outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             outputs = pick_columns(outputs, self._order)
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return outputs if outputs.dtype == torch.float64 else outputs.float()
 
-    def _values(self, inputs: StepInputs, presence: Tensor) -> Tensor:
+    def _values(self, inputs: TermInputs, absent: Tensor) -> Tensor:
         """(B, U) logits or predictions, as if learnt from the student's data."""
         if not self.term.adapted or inputs.adapted is None:
-            values = self._pick(inputs.teacher.values[:, self.teacher])
+            values = self._pick(inputs.values.select(1, self.teacher))
         else:
-            values = torch.where(presence, self._pick(inputs.adapted[:, self.teacher]), 0.0)
+            values = self._pick(inputs.adapted.select(1, self.teacher)).masked_fill(absent, 0.0)
         if not any(self._shifts):
             return values
         return map_tasks(self.tasks, lambda task, column: column + self._shift(task), values)
@@ -234,7 +262,7 @@ class TermLoss(nn.Module):
 
     def _pick(self, values: Tensor) -> Tensor:
         """(..., T) -> (..., U)."""
-        return pick_columns(values, self.columns)
+        return values if self._covers_all else pick_columns(values, self.columns)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move and convert as any module, but keep the running means in float32."""
@@ -244,3 +272,8 @@ class TermLoss(nn.Module):
         if before is not None and after is not None and after.dtype != before.dtype:
             self.lead_losses = before.to(after.device)
         return self
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Of one task's value a view, which takes no kernel."""
+    return values.reshape(()) if len(values) == 1 else values.mean()

@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipeline
 
 from torchrec_exfm._compat import (
-    TrainPipeline,
     batches_in_flight,
     pipeline_parts,
     take_next_iterator,
