@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -86,7 +87,7 @@ def check_pipelined_equals_plain(rank: int, world_size: int, kind: str, sharding
     runs = [
         _pipelined(rank, world_size, terms, sharding, trace=True),
         _pipelined(rank, world_size, terms, sharding, trace=False),
-        _looped(rank, world_size, terms, sharding),
+        looped(rank, world_size, terms, sharding),
     ]
     for run in runs[1:]:
         rm.assert_same(run, runs[0])
@@ -119,8 +120,19 @@ def _weights(module: nn.Module | None) -> list[Tensor]:
     return [] if module is None else [value.detach().clone() for value in module.parameters()]
 
 
-def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], sharding: str) -> Any:
-    """As ``_pipelined``, with no pipeline: counts over all ranks are taken from the global data."""
+def looped(
+    rank: int,
+    world_size: int,
+    terms: Sequence[DistillationTerm],
+    sharding: str = "table_wise",
+    *,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Any:
+    """As ``_pipelined``, with no pipeline: counts over all ranks are taken from the global data.
+
+    The student's forward runs ``around``, as under autocast; a scaler scales the loss.
+    """
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     adapter = _adapter_of(terms)
     adapter = None if adapter is None else adapter.to(device())
@@ -138,11 +150,17 @@ def _looped(rank: int, world_size: int, terms: Sequence[DistillationTerm], shard
         counts = torch.stack([count, count])
         batch.step_inputs = StepInputs(batch.teacher, labels, None, counts, adapted)
         trainee.optimizer.zero_grad()
-        loss, output = trainee.model(batch)
+        with around():
+            loss, output = trainee.model(batch)
         for means in head.lead_losses:
             means.copy_(torch.stack(rm.on_every_rank(means)).mean(0))
-        loss.backward()
-        trainee.optimizer.step()
+        if scaler is None:
+            loss.backward()
+            trainee.optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(trainee.optimizer)
+            scaler.update()
         outputs.append([value.clone() for value in output])
     return outputs, rm.snapshot(trainee.model.state_dict()), _weights(adapter)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.distributed_c10d import _get_object_coll_device
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
@@ -58,22 +59,36 @@ __all__ = [
 
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that DDP averages the dense gradients over; None if that is one rank or none.
+    """The ranks that average the dense gradients, by DDP or FSDP2; None if that is one or none.
 
     Warns:
-        DistillationWarning: if there are several ranks and no DDP.
+        DistillationWarning: if there are several ranks, and neither.
     """
     for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            group = module.process_group
+        group = _averaging_group(module)
+        if group is not None:
             return group if group.size() > 1 else None
     if sharded_names(model) and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
-            "the model is sharded over ranks without DistributedDataParallel: the means of the "
-            "teachers' losses and the student adapter are each rank's own, not those of all ranks",
+            "the model is sharded over ranks without DistributedDataParallel or fully_shard: the "
+            "means of the teachers' losses and the student adapter are each rank's own, not those "
+            "of all ranks",
             DistillationWarning,
             stacklevel=3,
         )
+    return None
+
+
+def _averaging_group(module: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which a module averages the gradients of its parameters."""
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group
+    if isinstance(module, FSDPModule):
+        for parameter in module.parameters():
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                # Of two dimensions where it shards within a host and replicates between them.
+                return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
     return None
 
 

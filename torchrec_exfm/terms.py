@@ -218,7 +218,8 @@ class TermLoss(nn.Module):
         # A mean of nothing is NaN here; an overflow would stay for ever
         usable = losses.amax(0) < math.inf
         losses = torch.where(usable, losses, self.lead_losses)
-        self.lead_losses.lerp_(losses, 1 - LEAD_DECAY)
+        # Not in place: a compiled backward may compute the lead anew, from the means as they were.
+        self.lead_losses = self.lead_losses.lerp(losses, 1 - LEAD_DECAY)
 
     def _outputs(self, shared: Sequence[Tensor], serving: Tensor | None) -> Tensor:
         """(B, U) in float32 or more."""
