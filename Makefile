@@ -1,4 +1,4 @@
-# make test | lint | demo | docs | notebooks | nightly | package | faults | bench | quality | gpu | clean
+# make test | lint | demo | docs | works | notebooks | nightly | package | faults | bench | quality | gpu | clean
 #
 # Each but the last two sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo docs notebooks nightly package faults bench quality gpu clean venv install
+.PHONY: test lint demo docs works notebooks nightly package faults bench quality gpu clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -43,6 +43,10 @@ demo: venv
 # The site, into build/docs; a warning is an error, a name without a page too.
 docs: venv
 	$(PY) -m sphinx -q -E -n -W --keep-going docs build/docs
+
+# The page docs/works.md, if every test that it names passes: some minutes, as models are compiled.
+works: venv
+	$(PY) docs/works.py
 
 # Each notebook from top to bottom, on real data; NOTEBOOKS=--write keeps what the cells print.
 notebooks: venv

@@ -48,7 +48,7 @@ def test_ways(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize("check", SLOW, ids=_name)
 def test_slow_ways(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
