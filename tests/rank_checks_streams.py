@@ -223,7 +223,7 @@ def _evaluation(pipeline: Any) -> Callable[[], None]:
 
 def check_mixin(rank: int, world_size: int, base: str) -> None:
     """Over any of TorchRec's pipelines nothing is found, and the results are the same bits."""
-    trainee = trainee_of(rm.wrapped(terms=rm.MARGINS))
+    trainee = trainee_of(rm.wrapped(terms=(*rm.HEADS, *rm.MARGINS)))
     with simulated() as simulation, exfm_set_up():
         simulation.adopt(trainee.model)
         kind = pipeline_class(base)
@@ -236,7 +236,7 @@ def check_mixin(rank: int, world_size: int, base: str) -> None:
 @functools.cache
 def _results() -> Any:
     """Those of TrainPipelineExFM, without a simulation."""
-    trainee = trainee_of(rm.wrapped(terms=rm.MARGINS))
+    trainee = trainee_of(rm.wrapped(terms=(*rm.HEADS, *rm.MARGINS)))
     with exfm_set_up():
         pipeline = _pipeline(TrainPipelineExFM, trainee, "margins", HOST, teacher=rm.informed)
         return train(pipeline, batches_of()), rm.snapshot(trainee.model.state_dict())

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_two_ranks import FREES_FEATURES
+from rank_checks_serving import FREES_FEATURES
 
 ROOT = Path(__file__).parents[1]
 
