@@ -12,7 +12,6 @@ PAGE = Path(__file__).with_suffix(".md")
 RANKS = "tests/test_two_ranks.py::test_ranks[two-{}]".format
 STREAMS = "tests/test_streams.py::test_mixin[{}]".format
 WAYS = "tests/test_ways.py::test_ways[{}]".format
-SLOW = "tests/test_ways.py::test_slow_ways[{}]".format
 PLAIN = "pipelined_equals_plain-{}-table_wise".format
 MIXIN = "mixin_equals_train_pipeline_exfm-{}".format
 
@@ -81,15 +80,15 @@ WAYS_TO_TRAIN: list[tuple[str, str, str]] = [
     ),
     ("TF32 and other settings of precision", WAYS("precision_settings_stay"), "left as they are"),
     ("`torch.compile` of the tapped module", WAYS("compiled-over-aot_eager-sparse_dist"), ""),
-    ("... by inductor", SLOW("compiled-over-inductor-sparse_dist"), ""),
+    ("... by inductor", WAYS("compiled-over-inductor-sparse_dist"), ""),
     ("`torch.compile` of the heads", WAYS("compiled-heads-aot_eager-sparse_dist"), ""),
     (
         "`torch.compile` of the whole student",
-        SLOW("compiled-student-aot_eager-base"),
+        WAYS("compiled-student-aot_eager-base"),
         "under `TrainPipelineBase`; the plain student under `TrainPipelineSparseDist` fails alike "
         "on a CPU, as Dynamo can't trace the stream that its pipelined forward takes",
     ),
-    ("`torch.compile` of the whole wrapped model", SLOW("compiled-model-eager-base"), "likewise"),
+    ("`torch.compile` of the whole wrapped model", WAYS("compiled-model-eager-base"), "likewise"),
     ("gradient accumulation", RANKS("gradient_accumulation"), "the adapter steps at every batch"),
     ("... under `TrainPipelineBase`", WAYS("gradient_accumulation-base"), ""),
     ("... under `TrainPipelineSparseDistLite`", WAYS("gradient_accumulation-lite"), ""),
@@ -194,7 +193,10 @@ class Passed:
 def main() -> None:
     """Run the tests, and write the page."""
     passed = Passed()
-    pytest.main(["-q", "-m", "", f"--rootdir={PAGE.parents[1]}", *tests()], plugins=[passed])
+    pytest.main(
+        ["-q", "-m", "", f"--rootdir={PAGE.parents[1]}", "tests/test_ways.py", *tests()],
+        plugins=[passed],
+    )
     failed = [test for test in tests() if test not in passed.ids]
     if failed:
         sys.exit("\n".join(["these tests should have passed:", *failed]))

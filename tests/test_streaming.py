@@ -143,6 +143,7 @@ class Counting:
 
     def __init__(self) -> None:
         self._model = nn.Linear(1, 1)
+        self._optimizer = self._device = None
 
     def progress(self, batches: Iterator[Any]) -> Any:
         return next(batches)

@@ -130,7 +130,7 @@ def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
 
 
-@pytest.mark.compiles
+@pytest.mark.ways
 def test_torchrecs_compiled_pipeline_takes_the_mixin() -> None:
     """On one rank: compiling takes long."""
     processes = Ranks(1)

@@ -10,6 +10,8 @@ import rank_checks_ways as ways
 from ranks import Ranks
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+pytestmark = pytest.mark.ways
+
 HAS_OPTIMIZER_STEP = hasattr(TrainPipelineSparseDist, "_optimizer_step")  # not in TorchRec 1.6
 CHECKS: list[tuple[Any, ...]] = [
     *((ways.check_autocast, way) for way in ("base", "sparse_dist", "lite", "student")),
@@ -24,8 +26,6 @@ CHECKS: list[tuple[Any, ...]] = [
     *((ways.check_batches_without_examples, base) for base in ("base", "sparse_dist")),
     (ways.check_a_loop_of_ones_own,),
     *((ways.check_fsdp, way) for way in ("parts", "whole", "hybrid")),
-]
-SLOW: list[tuple[Any, ...]] = [
     (ways.check_compiled, "over", "inductor", "sparse_dist"),
     (ways.check_compiled, "student", "aot_eager", "base"),
     (ways.check_compiled, "model", "eager", "base"),
@@ -48,13 +48,6 @@ def test_ways(ranks: Ranks, check: tuple[Any, ...]) -> None:
     ranks.run(*check)
 
 
-@pytest.mark.compiles
-@pytest.mark.parametrize("check", SLOW, ids=_name)
-def test_slow_ways(ranks: Ranks, check: tuple[Any, ...]) -> None:
-    ranks.run(*check)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("is_exfm", [False, True], ids=["torchrec", "exfm"])
 def test_uneven_numbers_of_batches(is_exfm: bool) -> None:
     """In processes of their own, whose connection is broken then."""

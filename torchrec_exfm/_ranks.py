@@ -62,7 +62,7 @@ def start_average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) ->
     flat = tensors[0] if len(tensors) == 1 else torch.cat([each.flatten() for each in tensors])
     averages = dist.get_backend(group) == dist.Backend.NCCL  # gloo can only sum
     operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
-    work = dist.all_reduce(flat, operation, group, async_op=True)
+    work = dist.all_reduce(flat, operation, group=group, async_op=True)
 
     def wait() -> None:
         assert work is not None
