@@ -39,6 +39,7 @@ class AuxiliaryHead(nn.Module):
         \\mathrm{mean}_{b\\text{ present}} \\; h(D_k(x_b)_t,
         \\min(α_k σ(y_{F,b,t} + \\log r_{F,k} - \\log r_{S,t}), 1))
 
+    h is the task's own loss, or what the term names in its place (:mod:`torchrec_exfm.losses`).
     r_F and r_S are the negative sampling rates of the teacher's data and of the student's, 1 unless
     given: :class:`DistillationTerm` and :class:`Task`. Logits of adapted terms are not moved, nor
     are predictions of a regression.

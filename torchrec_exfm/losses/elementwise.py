@@ -1,0 +1,92 @@
+"""Losses that look at one example at a time.
+
+Shapes: B examples, U tasks of a term. z is the student's logit (or prediction), t the teacher's.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from torch import Tensor
+
+from torchrec_exfm.functional import present_mean, scale_label, squared_error
+from torchrec_exfm.losses.contract import Loss, LossInputs
+from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses
+
+__all__ = ["squared_error_of_logits", "task_loss", "temperature"]
+
+
+def task_loss() -> Loss:
+    """Return each task's own loss, the default of a term (arXiv 2502.17494, eq. 1).
+
+    .. math:: h(z, \\min(α σ(t), 1)) \\text{ where it is binary}, \\quad (z - α t)^2
+        \\text{ where it is a regression}
+
+    h is :func:`torchrec_exfm.functional.soft_bce_with_logits`.
+    """
+    return Loss(_task_loss, takes_alpha=True)
+
+
+def temperature(tau: float) -> Loss:
+    """Return the task's own loss at a temperature (Hinton et al., arXiv 1503.02531).
+
+    .. math:: τ^2 \\, h(z / τ, \\min(α σ(t / τ), 1)), \\quad
+        ∂/∂z = τ (σ(z / τ) - \\min(α σ(t / τ), 1))
+
+    The larger τ, the more it is a squared error of the logits. τ = 1 is :func:`task_loss`, and so
+    is a regression at any τ.
+
+    Args:
+        tau: τ > 0, finite.
+
+    Raises:
+        ValueError: for another τ.
+    """
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau should be a finite number > 0; received {tau}")
+    return Loss(partial(_tempered, tau), takes_alpha=True)
+
+
+def squared_error_of_logits() -> Loss:
+    """Return the squared error of the logits, or of a regression's predictions.
+
+    .. math:: (z - t)^2
+
+    It weighs an error at a probability of 1e-6 as much as one at 0.5, where the cross entropy
+    hardly feels the former. Without α, which scales probabilities.
+    """
+    return Loss(_squared_error)
+
+
+def _task_loss(inputs: LossInputs) -> Tensor:
+    return _mean_task_loss(inputs, inputs.outputs, inputs.values)
+
+
+def _tempered(tau: float, inputs: LossInputs) -> Tensor:
+    return tau**2 * _mean_task_loss(inputs, _present_outputs(inputs) / tau, inputs.values / tau)
+
+
+def _squared_error(inputs: LossInputs) -> Tensor:
+    outputs = _present_outputs(inputs)
+    losses = squared_error(outputs, inputs.values.to(outputs.dtype))
+    return present_mean(losses, inputs.absent, inputs.count, inputs.weights)
+
+
+def _mean_task_loss(inputs: LossInputs, outputs: Tensor, values: Tensor) -> Tensor:
+    soft_label = partial(_soft_label, alpha=inputs.alpha)
+    targets = map_tasks(inputs.tasks, soft_label, values).to(outputs.dtype)
+    return mean_task_losses(
+        inputs.tasks, outputs, targets, inputs.absent, inputs.count, inputs.weights
+    )
+
+
+def _soft_label(task: Task, values: Tensor, alpha: float) -> Tensor:
+    if task.regression:
+        return values if alpha == 1 else alpha * values
+    return values.sigmoid() if alpha == 1 else scale_label(values.sigmoid(), alpha)
+
+
+def _present_outputs(inputs: LossInputs) -> Tensor:
+    """Outputs, 0 where absent: a loss that is NaN there, and masked, has NaN for a gradient."""
+    return inputs.outputs.masked_fill(inputs.absent, 0.0)
