@@ -141,6 +141,8 @@ def test_the_public_names_are_frozen() -> None:
     assert torchrec_exfm.losses.__all__ == [
         "Loss",
         "LossInputs",
+        "listwise",
+        "pairwise",
         "squared_error_of_logits",
         "task_loss",
         "temperature",

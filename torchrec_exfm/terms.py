@@ -85,7 +85,7 @@ class DistillationTerm:
             raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
         if not isinstance(self.loss, Loss):
             raise TypeError(
-                "loss should be a Loss, as torchrec_exfm.losses.temperature(2.0) returns, or Loss("
+                "loss should be a Loss, as torchrec_exfm.losses.listwise() returns, or Loss("
                 f"a function of LossInputs); received {self.loss!r}"
             )
         if self.alpha != 1 and not self.loss.takes_alpha:
@@ -136,6 +136,7 @@ class TermInputs:
         label_count: (M, T), those of the running means, 0 where there is no label.
         absent: (B, M, T), boolean, which examples have no part in the loss.
         unlabelled: (B, M, T), boolean, which have none in the running means; None without labels.
+        groups: (B,), ids of groups; None where no loss needs them.
     """
 
     values: Tensor
@@ -146,6 +147,7 @@ class TermInputs:
     label_count: Tensor
     absent: Tensor
     unlabelled: Tensor | None
+    groups: Tensor | None
 
 
 class TermLoss(nn.Module):
@@ -206,6 +208,7 @@ class TermLoss(nn.Module):
                 count=self._pick(inputs.count[self.teacher]),
                 alpha=self.term.alpha,
                 weights=weights,
+                groups=inputs.groups,
             )
         )
         if means.shape != (len(self.tasks),):

@@ -1,14 +1,17 @@
 """The losses of a distillation term, each a pure function of :class:`LossInputs`.
 
-A term is given one by ``DistillationTerm(loss=temperature(2.0))``.
+A term is given one by ``DistillationTerm(loss=listwise(calibrated=True))``.
 """
 
 from torchrec_exfm.losses.contract import Loss, LossInputs
 from torchrec_exfm.losses.elementwise import squared_error_of_logits, task_loss, temperature
+from torchrec_exfm.losses.ranking import listwise, pairwise
 
 __all__ = [
     "Loss",
     "LossInputs",
+    "listwise",
+    "pairwise",
     "squared_error_of_logits",
     "task_loss",
     "temperature",

@@ -30,6 +30,8 @@ class LossInputs:
             and divided by their number. Positive.
         alpha: α of the term, for losses that take it.
         weights: (B, U), >= 0; None: all 1.
+        groups: (B,) int64, equal for examples that are compared with one another; None where no
+            loss of the head needs them.
     """
 
     tasks: Sequence[Task]
@@ -39,6 +41,7 @@ class LossInputs:
     count: Tensor
     alpha: float = 1.0
     weights: Tensor | None = None
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Loss:
 
     Args:
         function: takes :class:`LossInputs` to (U,), one loss for each task.
+        needs_groups: it reads ``groups``; a pipeline without them is then refused.
         takes_alpha: it reads ``alpha``; a term with an α other than 1 is refused otherwise.
         binary_only: it has no meaning for a regression; a term over one is then refused.
     """
 
     function: Callable[[LossInputs], Tensor]
+    needs_groups: bool = False
     takes_alpha: bool = False
     binary_only: bool = False
 
