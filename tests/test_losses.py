@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -212,13 +211,18 @@ def test_a_weight_of_two_has_the_gradient_of_having_the_example_twice(name: str)
     assert once[::3].any()
 
 
-def test_a_calibrated_list_keeps_the_level_and_another_does_not() -> None:
+def test_what_each_list_leaves_free() -> None:
+    """Softmaxes a constant of the logits, normalised probabilities a factor of them."""
     inputs = make_inputs()
-    for shift, calibrated in itertools.product((0, 1), (True, False)):
-        outputs = (inputs.values.masked_fill(inputs.absent, NAN) + shift).requires_grad_()
-        taught = dataclasses.replace(inputs, outputs=outputs)
-        _, gradient = with_gradient(listwise(calibrated=calibrated), taught)
-        assert (gradient.abs().max() < 1e-15) == (not (shift and calibrated))
+    values = inputs.values.masked_fill(inputs.absent, NAN)
+    shifted, halved = values + 1, (values.sigmoid() / 2).logit()
+    for calibrated, free, other in ((False, shifted, halved), (True, halved, shifted)):
+        slopes = []
+        for outputs in (values, free, other):
+            taught = dataclasses.replace(inputs, outputs=outputs.clone().requires_grad_())
+            _, gradient = with_gradient(listwise(calibrated=calibrated), taught)
+            slopes.append(gradient.abs().max())
+        assert slopes[0] < 1e-15 and slopes[1] < 1e-15 and slopes[2] > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.4])

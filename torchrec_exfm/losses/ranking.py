@@ -33,9 +33,9 @@ def pairwise(*, max_neighbours: int = 16) -> Loss:
     y is the teacher's probability σ(t) of a binary task, or its prediction, W_g the weights of the
     group's present examples, added up, and C those of all examples (``count``). Pairs that are
     equal, y_i = y_j, or have an absent example are left out; a group without a pair is 0. A weight
-    of 2 equals having the example twice. Differences alone are learnt: the level of z, and so its
-    calibration, is free, and α has no meaning. As |y_i - y_j| is small for rare events, so is the
-    loss: give the term a larger weight.
+    of 2 equals having the example twice. The order alone is learnt: the loss falls as differences
+    grow, so that level and scale of z are free, and α has no meaning. As |y_i - y_j| is small for
+    rare events, so is the loss: give the term a larger weight.
 
     Groups are those of a rank's batch: keep each on one rank. Time and memory are O(B U N).
 
@@ -66,10 +66,10 @@ def listwise(*, calibrated: bool = False) -> Loss:
     Groups are those of a rank's batch, in any order and of any size: keep each on one rank.
 
     Args:
-        calibrated: False: f is exp, q and p are softmaxes. z is learnt up to a constant of the
-            group, so its calibration is free. True: f is σ, so that probabilities are normalised
-            (CLID, arXiv 2312.08727): z = t is a minimum, and a head that is calibrated otherwise
-            can stay so. For binary tasks alone.
+        calibrated: False: f is exp, q and p are softmaxes of the logits; they agree where
+            z = t + c, for any c of the group. True: f is σ, probabilities themselves are normalised
+            (CLID, arXiv 2312.08727); they agree where σ(z) = c σ(t), so that a group's
+            probabilities have the teacher's ratios. For binary tasks alone.
     """
     score: Callable[[Tensor], Tensor] = F.logsigmoid if calibrated else _identity
     return Loss(partial(_listwise, score), needs_groups=True, binary_only=calibrated)
