@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns
 
 __all__ = ["DistillationTerm"]
 
+TASK_LOSS = task_loss()
 LEAD_DECAY = 0.99  # of the running means that tell whether a teacher leads, per step
 
 
@@ -69,7 +70,7 @@ class DistillationTerm:
     adapted: bool = False
     serving: bool = False
     tasks: tuple[str, ...] | None = None
-    loss: Loss = field(default_factory=task_loss)
+    loss: Loss = TASK_LOSS
     alpha: float = 1.0
     beta: float = 1.0
     weight: float = 1.0

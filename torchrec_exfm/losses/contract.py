@@ -6,7 +6,7 @@ Shapes: B examples, U tasks of a term.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class Loss:
         binary_only: it has no meaning for a regression; a term over one is then refused.
     """
 
-    function: Callable[[LossInputs], Tensor]
+    function: Callable[[LossInputs], Tensor] = field(repr=False)
     needs_groups: bool = False
     takes_alpha: bool = False
     binary_only: bool = False

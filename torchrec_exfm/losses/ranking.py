@@ -34,8 +34,8 @@ def pairwise(*, max_neighbours: int = 16) -> Loss:
     group's present examples, added up, and C those of all examples (``count``). Pairs that are
     equal, y_i = y_j, or have an absent example are left out; a group without a pair is 0. A weight
     of 2 equals having the example twice. The order alone is learnt: the loss falls as differences
-    grow, so that level and scale of z are free, and α has no meaning. As |y_i - y_j| is small for
-    rare events, so is the loss: give the term a larger weight.
+    grow, so that level and scale of z are free, and α has no meaning. Rare events have small
+    differences of y, and so a small loss: give the term a larger weight.
 
     Groups are those of a rank's batch: keep each on one rank. Time and memory are O(B U N).
 
