@@ -380,9 +380,12 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (None, r"groups should be a tensor of shape \(4,\); received NoneType.*groups=\.\.\."),
-        (torch.zeros(5, dtype=torch.int64), r"int64 ids of shape \(4,\).*of shape \(5,\)"),
-        (torch.zeros(4, 1, dtype=torch.int64), r"int64 ids of shape \(4,\).*of shape \(4, 1\)"),
+        (None, r"int64 ids of shape \(4,\).*received NoneType: tell the pipeline"),
+        (
+            torch.zeros(5, dtype=torch.int64),
+            r"int64 ids of shape \(4,\).*received torch.int64 of \(5,\)",
+        ),
+        (torch.zeros(4, 1, dtype=torch.int64), r"int64 ids of shape \(4,\).*of \(4, 1\)"),
         (torch.zeros(4), r"int64 ids of shape \(4,\).*received torch.float32"),
     ],
 )

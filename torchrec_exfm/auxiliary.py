@@ -116,11 +116,6 @@ class AuxiliaryHead(nn.Module):
         return [term.lead_losses for term in self.term_losses if term.lead_losses is not None]
 
     @property
-    def needs_groups(self) -> bool:
-        """Whether the loss of a term compares examples of a group."""
-        return any(term.loss.needs_groups for term in self.terms)
-
-    @property
     def leads(self) -> Tensor:
         """What multiplies the loss of each task of each term, one after the other, on the CPU.
 
@@ -177,7 +172,7 @@ class AuxiliaryHead(nn.Module):
         labels = checked_labels(labels, self.tasks, size) if needs_labels else None
         if weights is not None:
             weights = checked_weights(weights, self.tasks, size)
-        if self.needs_groups:
+        if any(term.loss.needs_groups for term in self.terms):
             groups = checked_groups(groups, size)
         if counts is None:
             counts = count_outputs(teacher.presence, labels, weights)

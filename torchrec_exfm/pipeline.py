@@ -95,9 +95,9 @@ class ExFMSteps(TrainPipeline[In, Out]):
         ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit, or a
             look-up's teachers and tasks; for terms that need groups without ``groups``; for
             ``free_features_storage_early`` with a live teacher; for ``on_teacher_error="mask"``
-            with a live teacher, or with none. In ``progress`` if
-            ``labels``, ``weights`` or ``groups`` do not fit the batch, or what they give does not
-            fit the outputs; on the CPU for infinite labels and negative weights.
+            with a live teacher, or with none. In ``progress`` if ``labels``, ``weights`` or
+            ``groups`` do not fit the batch, or what they give does not fit the outputs; on the CPU
+            for infinite labels and negative weights.
         TypeError: for a teacher of another kind. In ``progress`` for ``ExFMBatch`` from the loader
             and a teacher as well, or neither.
         RuntimeError: in the first ``progress``, if the model can't be traced.

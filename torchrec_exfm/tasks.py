@@ -158,17 +158,15 @@ def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> 
 
 def checked_groups(groups: Tensor | None, batch_size: int) -> Tensor:
     """Return ids of groups, (B,) int64; raise a ValueError for another shape or dtype, or none."""
-    if not isinstance(groups, Tensor):
-        raise ValueError(
-            f"groups should be a tensor of shape {(batch_size,)}; received "
-            f"{type(groups).__name__}: tell the pipeline where they are (groups=...)"
-        )
-    if groups.shape != (batch_size,) or groups.dtype != torch.int64:
-        raise ValueError(
-            f"groups should be int64 ids of shape {(batch_size,)}, one for each example; received "
-            f"{groups.dtype} of shape {tuple(groups.shape)}"
-        )
-    return groups
+    received = type(groups).__name__
+    if isinstance(groups, Tensor):
+        if groups.shape == (batch_size,) and groups.dtype == torch.int64:
+            return groups
+        received = f"{groups.dtype} of {tuple(groups.shape)}"
+    raise ValueError(
+        f"groups should be int64 ids of shape {(batch_size,)}, one for each example; received "
+        f"{received}: tell the pipeline where they are (groups=...)"
+    )
 
 
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:

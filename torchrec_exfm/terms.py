@@ -90,10 +90,7 @@ class DistillationTerm:
                 f"a function of LossInputs); received {self.loss!r}"
             )
         if self.alpha != 1 and not self.loss.takes_alpha:
-            raise ValueError(
-                "alpha should be 1 with this loss, which has no soft label to scale; received "
-                f"{self.alpha}"
-            )
+            raise ValueError(f"alpha should be 1 with this loss; received {self.alpha}")
         if self.serving and (self.beta != 1 or self.hidden != type(self).hidden):
             raise ValueError(
                 "a term of the serving head has no head of its own and no gradient to scale: leave "
@@ -177,7 +174,12 @@ class TermLoss(nn.Module):
         self.columns = [names.index(name) for name in term.tasks or names]
         self._covers_all = self.columns == list(range(len(names)))
         self.tasks = [tasks[t] for t in self.columns]
-        self._check_loss()
+        regressions = [task.name for task in self.tasks if task.regression]
+        if term.loss.binary_only and regressions:
+            raise ValueError(
+                f"the loss of the term {term.name!r} should be one for regressions too; received "
+                f"one for binary tasks alone over {regressions}: give those a term of their own"
+            )
         self._shifts = [self._shift(task) for task in self.tasks]
         covered = [[t for t in self.columns if t in of_tap] for of_tap, _ in taps]
         order = list(itertools.chain(*covered))
@@ -200,18 +202,9 @@ class TermLoss(nn.Module):
         absent = self._pick(inputs.absent.select(1, self.teacher))
         values = self._values(inputs, absent)
         weights = None if inputs.weights is None else self._pick(inputs.weights)
-        means = self.term.loss(
-            LossInputs(
-                tasks=self.tasks,
-                outputs=outputs,
-                values=values,
-                absent=absent,
-                count=self._pick(inputs.count[self.teacher]),
-                alpha=self.term.alpha,
-                weights=weights,
-                groups=inputs.groups,
-            )
-        )
+        count, alpha = self._pick(inputs.count[self.teacher]), self.term.alpha
+        parts = (self.tasks, outputs, values, absent, count, alpha, weights, inputs.groups)
+        means = self.term.loss(LossInputs(*parts))
         if means.shape != (len(self.tasks),):
             raise ValueError(
                 f"the loss of the term {self.term.name!r} should return {(len(self.tasks),)}, one "
@@ -286,15 +279,6 @@ class TermLoss(nn.Module):
                 "their own"
             )
         return math.log(rate) - math.log(task.negative_sampling_rate)
-
-    def _check_loss(self) -> None:
-        regressions = [task.name for task in self.tasks if task.regression]
-        if self.term.loss.binary_only and regressions:
-            raise ValueError(
-                f"the loss of the term {self.term.name!r} should be one for regressions too; "
-                f"received one for binary tasks alone over {regressions}: give the binary tasks a "
-                "term of their own"
-            )
 
     def _pick(self, values: Tensor) -> Tensor:
         """(..., T) -> (..., U)."""

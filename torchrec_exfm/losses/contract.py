@@ -1,7 +1,4 @@
-"""What a loss is: a function from what a term has of a step to one loss for each of its tasks.
-
-Shapes: B examples, U tasks of a term.
-"""
+"""What a loss is: a function from a step's B examples to a loss for each of a term's U tasks."""
 
 from __future__ import annotations
 
@@ -12,10 +9,8 @@ from torch import Tensor
 
 from torchrec_exfm.tasks import Task
 
-__all__ = ["Loss", "LossInputs"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LossInputs:
     """What a term's loss is computed from: the one argument of every loss.
 
@@ -24,14 +19,12 @@ class LossInputs:
         outputs: (B, U), the head's logits of binary tasks, predictions of regressions, in float32
             or more; they alone receive gradient.
         values: (B, U), the teacher's logits or predictions, without gradient.
-        absent: (B, U), boolean, which examples should have no influence, whatever outputs and
-            values say of them: without an output of the teacher, or with a weight of 0.
-        count: (U,), the denominator: the weights of all present examples, added up over the ranks
-            and divided by their number. Positive.
+        absent: (B, U), boolean, which examples should have no influence, for want of a teacher's
+            output or with a weight of 0.
+        count: (U,), > 0, the denominator: the sum of present weights, averaged over the ranks.
         alpha: α of the term, for losses that take it.
         weights: (B, U), >= 0; None: all 1.
-        groups: (B,) int64, equal for examples that are compared with one another; None where no
-            loss of the head needs them.
+        groups: (B,) int64, equal for examples that are compared; None where no loss needs them.
     """
 
     tasks: Sequence[Task]

@@ -14,8 +14,6 @@ from torchrec_exfm.functional import present_mean, scale_label, squared_error
 from torchrec_exfm.losses.contract import Loss, LossInputs
 from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses
 
-__all__ = ["squared_error_of_logits", "task_loss", "temperature"]
-
 
 def task_loss() -> Loss:
     """Return each task's own loss, the default of a term (arXiv 2502.17494, eq. 1).
@@ -45,7 +43,7 @@ def temperature(tau: float) -> Loss:
     """
     if not 0 < tau < math.inf:
         raise ValueError(f"tau should be a finite number > 0; received {tau}")
-    return Loss(partial(_tempered, tau), takes_alpha=True)
+    return Loss(partial(_task_loss, tau=tau), takes_alpha=True)
 
 
 def squared_error_of_logits() -> Loss:
@@ -59,26 +57,15 @@ def squared_error_of_logits() -> Loss:
     return Loss(_squared_error)
 
 
-def _task_loss(inputs: LossInputs) -> Tensor:
-    return _mean_task_loss(inputs, inputs.outputs, inputs.values)
-
-
-def _tempered(tau: float, inputs: LossInputs) -> Tensor:
-    return tau**2 * _mean_task_loss(inputs, _present_outputs(inputs) / tau, inputs.values / tau)
-
-
-def _squared_error(inputs: LossInputs) -> Tensor:
-    outputs = _present_outputs(inputs)
-    losses = squared_error(outputs, inputs.values.to(outputs.dtype))
-    return present_mean(losses, inputs.absent, inputs.count, inputs.weights)
-
-
-def _mean_task_loss(inputs: LossInputs, outputs: Tensor, values: Tensor) -> Tensor:
+def _task_loss(inputs: LossInputs, tau: float | None = None) -> Tensor:
+    outputs, values = inputs.outputs, inputs.values
+    if tau is not None:
+        outputs, values = outputs.masked_fill(inputs.absent, 0.0) / tau, values / tau
     soft_label = partial(_soft_label, alpha=inputs.alpha)
     targets = map_tasks(inputs.tasks, soft_label, values).to(outputs.dtype)
-    return mean_task_losses(
-        inputs.tasks, outputs, targets, inputs.absent, inputs.count, inputs.weights
-    )
+    present = (inputs.absent, inputs.count, inputs.weights)
+    losses = mean_task_losses(inputs.tasks, outputs, targets, *present)
+    return losses if tau is None else tau**2 * losses
 
 
 def _soft_label(task: Task, values: Tensor, alpha: float) -> Tensor:
@@ -87,6 +74,7 @@ def _soft_label(task: Task, values: Tensor, alpha: float) -> Tensor:
     return values.sigmoid() if alpha == 1 else scale_label(values.sigmoid(), alpha)
 
 
-def _present_outputs(inputs: LossInputs) -> Tensor:
-    """Outputs, 0 where absent: a loss that is NaN there, and masked, has NaN for a gradient."""
-    return inputs.outputs.masked_fill(inputs.absent, 0.0)
+def _squared_error(inputs: LossInputs) -> Tensor:
+    outputs = inputs.outputs.masked_fill(inputs.absent, 0.0)  # NaN would be NaN in the gradient
+    losses = squared_error(outputs, inputs.values.to(outputs.dtype))
+    return present_mean(losses, inputs.absent, inputs.count, inputs.weights)

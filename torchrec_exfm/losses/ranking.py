@@ -3,24 +3,20 @@
 Shapes: B examples, U tasks of a term, N neighbours. z is the student's logit (or prediction), t
 the teacher's, w an example's weight.
 
-Nothing here asks the device for a value: groups are found by sorting their ids, and the sums over
-them lie in buffers of B rows, the most groups there can be.
+Nothing asks the device for a value: groups are found by sorting their ids, and sums over them lie
+in buffers of B rows, the most groups there can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_exfm.losses.contract import Loss, LossInputs
-from torchrec_exfm.tasks import Task, map_tasks
-
-__all__ = ["listwise", "pairwise"]
+from torchrec_exfm.tasks import map_tasks
 
 
 def pairwise(*, max_neighbours: int = 16) -> Loss:
@@ -33,9 +29,8 @@ def pairwise(*, max_neighbours: int = 16) -> Loss:
     y is the teacher's probability σ(t) of a binary task, or its prediction, W_g the weights of the
     group's present examples, added up, and C those of all examples (``count``). Pairs that are
     equal, y_i = y_j, or have an absent example are left out; a group without a pair is 0. A weight
-    of 2 equals having the example twice. The order alone is learnt: the loss falls as differences
-    grow, so that level and scale of z are free, and α has no meaning. Rare events have small
-    differences of y, and so a small loss: give the term a larger weight.
+    of 2 equals having the example twice. The order alone is learnt: level and scale of z are free,
+    and α has no meaning. Rare events differ little in y, and need a larger weight of the term.
 
     Groups are those of a rank's batch: keep each on one rank. Time and memory are O(B U N).
 
@@ -71,20 +66,17 @@ def listwise(*, calibrated: bool = False) -> Loss:
             (CLID, arXiv 2312.08727); they agree where σ(z) = c σ(t), so that a group's
             probabilities have the teacher's ratios. For binary tasks alone.
     """
-    score: Callable[[Tensor], Tensor] = F.logsigmoid if calibrated else _identity
-    return Loss(partial(_listwise, score), needs_groups=True, binary_only=calibrated)
+    return Loss(partial(_listwise, calibrated), needs_groups=True, binary_only=calibrated)
 
 
 def _pairwise(max_neighbours: int, inputs: LossInputs) -> Tensor:
     outputs, values, mass, segment = _sort_by_group(inputs)
-    targets = map_tasks(inputs.tasks, _target, values)
+    targets = map_tasks(inputs.tasks, lambda task, z: z if task.regression else z.sigmoid(), values)
     following = partial(_following, max_neighbours)
     lead = targets.unsqueeze(-1) - following(targets)
     together = (segment.unsqueeze(-1) == following(segment)).unsqueeze(1)
-    pair_mass = mass.unsqueeze(-1) * following(mass)
-    pair_mass = torch.where(together & (lead != 0), pair_mass, 0.0)
-    student_lead = outputs.unsqueeze(-1) - following(outputs)
-    losses = -F.logsigmoid(lead.sign() * student_lead)
+    pair_mass = torch.where(together & (lead != 0), mass.unsqueeze(-1) * following(mass), 0.0)
+    losses = -F.logsigmoid(lead.sign() * (outputs.unsqueeze(-1) - following(outputs)))
     example_losses = (pair_mass * lead.abs() * losses).sum(-1)
     group_pairs = _sum_by_segment(pair_mass.sum(-1), segment)
     # Where there is no pair, a quotient would be infinite or NaN, and NaN backward
@@ -98,15 +90,11 @@ def _following(count: int, values: Tensor) -> Tensor:
     return padded.unfold(0, count, 1)[1:]
 
 
-def _target(task: Task, values: Tensor) -> Tensor:
-    return values if task.regression else values.sigmoid()
-
-
-def _listwise(score: Callable[[Tensor], Tensor], inputs: LossInputs) -> Tensor:
+def _listwise(calibrated: bool, inputs: LossInputs) -> Tensor:
     outputs, values, mass, segment = _sort_by_group(inputs)
-    log_q, log_p = (
-        _log_softmax(score(logits) + mass.log(), segment) for logits in (values, outputs)
-    )
+    if calibrated:
+        outputs, values = F.logsigmoid(outputs), F.logsigmoid(values)
+    log_q, log_p = (_log_softmax(scores + mass.log(), segment) for scores in (values, outputs))
     group_mass = _sum_by_segment(mass, segment)
     return -(group_mass * log_q.exp() * log_p).sum(0) / inputs.count
 
@@ -122,40 +110,18 @@ def _log_softmax(scores: Tensor, segment: Tensor) -> Tensor:
     return shifted - _sum_by_segment(shifted.exp(), segment).log()
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
-
-
-class _ByGroup(NamedTuple):
-    """A step's examples in the order of their groups.
-
-    Args:
-        outputs: (B, U), 0 where absent, with gradient.
-        values: (B, U), of the outputs' dtype, 0 where absent.
-        mass: (B, U), the examples' weights, 0 where absent.
-        segment: (B,), the groups by numbers from 0 to at most B - 1.
-    """
-
-    outputs: Tensor
-    values: Tensor
-    mass: Tensor
-    segment: Tensor
-
-
-def _sort_by_group(inputs: LossInputs) -> _ByGroup:
+def _sort_by_group(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, values and weights, (B, U), 0 where absent; and groups, (B,), from 0 to B - 1."""
     assert inputs.groups is not None
     ids, order = inputs.groups.sort(stable=True)
     begins = (ids != ids.roll(1)).cumsum(0)
     outputs, absent = inputs.outputs, inputs.absent
     weights = torch.ones_like(outputs) if inputs.weights is None else inputs.weights
     columns = (outputs, inputs.values.detach().to(outputs.dtype), weights.to(outputs.dtype))
-    outputs, values, mass = (
-        column.masked_fill(absent, 0.0).index_select(0, order) for column in columns
-    )
-    return _ByGroup(outputs, values, mass, begins - begins[:1])
+    outputs, values, mass = (c.masked_fill(absent, 0.0).index_select(0, order) for c in columns)
+    return outputs, values, mass, begins - begins[:1]
 
 
 def _sum_by_segment(values: Tensor, segment: Tensor) -> Tensor:
     """(B, U) -> (B, U), each example having the sum of its segment."""
-    sums = torch.zeros_like(values).index_add(0, segment, values)
-    return sums.index_select(0, segment)
+    return torch.zeros_like(values).index_add(0, segment, values).index_select(0, segment)
