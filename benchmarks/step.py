@@ -16,6 +16,8 @@ the widths of the serving head. hand_written: one head of 128, and a second loss
 own forward. matmuls, wide_matmuls: nothing but the multiplications of the two heads, forward and
 backward; exfm_less_matmuls is what is left of exfm without them, over plain.
 
+Losses, on one rank: ah, whose term has another loss, in groups of 10 examples.
+
 Small batches, on one rank and one thread: AH and the recipe (an auxiliary head, and the serving
 head taught by margin from the adapter) over plain, in seconds on a core, not by the clock, as other
 processes lengthen those least. Host: the milliseconds on a core that each adds to a step whose
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import common
@@ -63,7 +66,7 @@ from training import (
     take_turns,
 )
 
-from torchrec_exfm import DistillationTerm, ExFMMetrics, LiveTeacher
+from torchrec_exfm import DistillationTerm, ExFMMetrics, LiveTeacher, losses
 from torchrec_exfm.das import TeacherLookup, TeacherStore
 from torchrec_exfm.wrapper import find_wrapper
 
@@ -82,6 +85,15 @@ AIMS = {
     "exfm_less_matmuls": "<= 1.03",
     "wide_less_matmuls": "<= 1.03",
     "store_over_columns": "<= 1.03",
+}
+
+LOSSES = {
+    "task_loss": losses.task_loss(),
+    "temperature": losses.temperature(2.0),
+    "squared_error_of_logits": losses.squared_error_of_logits(),
+    "pairwise": losses.pairwise(),
+    "listwise": losses.listwise(),
+    "listwise_calibrated": losses.listwise(calibrated=True),
 }
 
 Times: TypeAlias = dict[str, list[common.Time]]
@@ -111,7 +123,11 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     small = small_figures([on_ranks(1, small_on_rank, rounds, turn) for turn in range(launches)])
     result |= {name: small[name]["median"] for name in AIMS if name in small}
-    return {**result, "details": {"batch": batch, **details, "small": small}}
+    of_losses = loss_figures(
+        [on_ranks(1, losses_on_rank, batch, rounds, turn) for turn in range(launches)]
+    )
+    parts = {"small": small, "losses": of_losses}
+    return {**result, "details": {"batch": batch, **details, **parts}}
 
 
 def on_rank(device: torch.device, folder: str, batch: int, rounds: int, launch: int) -> Times:
@@ -126,9 +142,7 @@ def on_rank(device: torch.device, folder: str, batch: int, rounds: int, launch: 
 
 def figures(launches: list[Times]) -> dict[str, Any]:
     """From the rounds of all launches; where malloc puts an arm's tensors differs between them."""
-    times: Times = {
-        arm: list(itertools.chain(*(of[arm] for of in launches))) for arm in launches[0]
-    }
+    times = joined(launches)
     return {
         "exfm_over_plain": ratio(times, "exfm", "plain"),
         "ah_over_plain": ratio(times, "ah", "plain"),
@@ -146,6 +160,27 @@ def figures(launches: list[Times]) -> dict[str, Any]:
             for name, of_arm in times.items()
         },
     }
+
+
+def joined(launches: list[Times]) -> Times:
+    return {arm: list(itertools.chain(*(of[arm] for of in launches))) for arm in launches[0]}
+
+
+def losses_on_rank(
+    device: torch.device, folder: str, batch: int, rounds: int, launch: int
+) -> Times:
+    batches = Stream(ROWS).pool(8, batch)
+    terms = {name: [replace(AH[0], loss=loss)] for name, loss in LOSSES.items()}
+    made = {name: Arm(exfm(device, these), batches) for name, these in terms.items()}
+    made["plain"] = Arm(plain(device), batches)
+    steps = 20 if device.type == "cuda" else 2
+    return take_turns(made, device, rounds=rounds, steps=steps)
+
+
+def loss_figures(launches: list[Times]) -> dict[str, Any]:
+    """Of each loss over the plain step."""
+    times = joined(launches)
+    return {name: ratio(times, name, "plain") for name in LOSSES}
 
 
 def small_on_rank(device: torch.device, folder: str, rounds: int, launch: int) -> dict[str, Any]:
@@ -331,7 +366,16 @@ def markdown(result: dict[str, Any]) -> str:
         "representation once a head. Launches differ by more than it amounts to, "
         "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
         "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
+        f"{loss_markdown(details['losses']) if 'losses' in details else ''}"
         f"{small_markdown(details['small']) if 'small' in details else ''}"
+    )
+
+
+def loss_markdown(of_losses: dict[str, Any]) -> str:
+    rows = [[f"`{name}`", of["wall"], of["cpu"]] for name, of in of_losses.items()]
+    return (
+        "\n\nAH alone with each loss, in groups of 10 examples, on one rank.\n\n"
+        f"{common.table(['over plain', 'wall', 'CPU'], rows)}"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from reference import STUDENT, TAP, Batch, Sizes, dlrm, sharded
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -68,6 +69,10 @@ def columns(batch: Batch) -> TeacherOutputs:
     return TeacherOutputs(batch.logits)
 
 
+def groups(batch: Batch) -> Tensor:
+    return torch.arange(len(batch.labels), device=batch.labels.device) // 10
+
+
 def plain(device: torch.device, sizes: Sizes = STUDENT) -> TrainPipelineSparseDist:
     """TorchRec's own, without a teacher."""
     torch.manual_seed(0)
@@ -82,14 +87,15 @@ def exfm(
     sizes: Sizes = STUDENT,
     tasks: Sequence[Task] = (Task(),),
 ) -> TrainPipelineExFM:
-    """The same student with heads, and an adapter where a term asks for one."""
+    """The same student with heads, and an adapter where a term asks for one; groups are of 10."""
     torch.manual_seed(0)
     teachers = list(dict.fromkeys(term.teacher for term in terms))
     wrapper = ExFMWrapper(dlrm(sizes), tap=TAP, terms=terms, teachers=teachers, tasks=tasks)
     model, optimizer = sharded(wrapper, device)
     adapted = any(term.adapted for term in terms)
     adapter = StudentAdapter(num_teachers=len(teachers), tasks=tasks) if adapted else None
-    return TrainPipelineExFM(model, optimizer, device, teacher=teacher, adapter=adapter)
+    options = {"groups": groups} if any(term.loss.needs_groups for term in terms) else {}
+    return TrainPipelineExFM(model, optimizer, device, teacher=teacher, adapter=adapter, **options)
 
 
 class Arm:

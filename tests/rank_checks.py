@@ -48,10 +48,13 @@ TERMS = {
     "serving_alone": rm.SERVING[:1],
     "margins": (rm.MARGINS[0], *BOTH, rm.MARGINS[1]),
     "margin_without_adapter": rm.MARGINS[1:],
+    "ranking": rm.RANKING,
 }
 
 
-def check_weight_zero_is_plain(rank: int, world_size: int, name: str, adapted: bool) -> None:
+def check_weight_zero_is_plain(
+    rank: int, world_size: int, name: str, adapted: bool, ranking: bool = False
+) -> None:
     """With w = 0 the student trains as if there were no teacher, to the bit."""
     student = students()[name]
     bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
@@ -59,10 +62,14 @@ def check_weight_zero_is_plain(rank: int, world_size: int, name: str, adapted: b
     expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
 
     terms = [DistillationTerm(weight=0.0), DistillationTerm(weight=0.0, adapted=True)]
-    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms[: 1 + adapted])
+    terms = terms[: 1 + adapted]
+    if ranking:
+        terms += [DistillationTerm(weight=0.0, loss=rm.PAIRS)]
+        terms += [DistillationTerm(weight=0.0, loss=rm.LISTS, serving=True)]
+    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms)
     trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
     options = {"adapter": StudentAdapter(), "labels": _labels} if adapted else {}
-    pipeline = rm.pipeline_of(trainee, **options)
+    pipeline = rm.pipeline_of(trainee, groups=_threes, **options)
     outputs = rm.drained(pipeline, rm.random_batches(student, rank))
 
     assert len(outputs) == 5
@@ -70,6 +77,11 @@ def check_weight_zero_is_plain(rank: int, world_size: int, name: str, adapted: b
     trained = rm.snapshot(student_state_dict(trainee.model))
     rm.assert_same(trained, rm.snapshot(bare.model.state_dict()))
     assert rm.differs(trained, _fresh(student.factory(), world_size))
+
+
+def _threes(batch: Any) -> Tensor:
+    labels = _labels(batch)
+    return torch.arange(len(labels), device=labels.device) // 3
 
 
 def _labels(batch: Any) -> Tensor:
@@ -109,6 +121,7 @@ def _pipelined(
     """Outputs, weights, and the adapter's weights."""
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     options = {"teacher": rm.teacher_for(terms), "adapter": _adapter_of(terms), **options}
+    options["groups"] = lambda batch: batch.groups
     pipeline = rm.pipeline_of(trainee, trace=trace, **options)
     outputs = rm.drained(pipeline, rm.parts(rank, world_size))
     assert len(outputs) == 6
@@ -148,7 +161,9 @@ def looped(
             step = (adapter, adam, batch.teacher, labels)
             adapted = adapter_step(*step, count=count, group=_group(world_size))
         counts = torch.stack([count, count])
-        batch.step_inputs = StepInputs(batch.teacher, labels, None, counts, adapted)
+        batch.step_inputs = StepInputs(
+            batch.teacher, labels, None, counts, adapted, batch.batch.groups
+        )
         trainee.optimizer.zero_grad()
         with around():
             loss, output = trainee.model(batch)
@@ -210,7 +225,12 @@ def _agree(
     trainee = rm.sharded(wrapper, world_size, sharding=sharding, fused=rule, dense=rule, **options)
     teacher = rm.teacher_for(terms)
     pipeline = rm.pipeline_of(
-        trainee, teacher=teacher, adapter=adapter, weights=weights, **_sgd(adapter)
+        trainee,
+        teacher=teacher,
+        adapter=adapter,
+        weights=weights,
+        groups=lambda batch: batch.groups,
+        **_sgd(adapter),
     )
     outputs = rm.drained(pipeline, [rm.part_of(batch, rank, world_size) for batch in data])
 
@@ -580,6 +600,16 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     lost = rm.pipeline_of(leading, teacher=rm.informed, labels=lambda batch: batch.lost)
     with pytest.raises(ValueError, match=r"labels should .*lost.*pass labels="):
         rm.drained(lost, batches)
+    ranking = rm.sharded(rm.wrapped(terms=rm.RANKING[:1]), world_size)
+    with pytest.raises(ValueError, match=r"terms \['a'\] compare.*pass groups=\.\.\."):
+        rm.pipeline_of(ranking, teacher=rm.logged)
+    for groups, message in (
+        (lambda batch: batch.lost, r"groups should take .*lost.*pass groups="),
+        (lambda batch: batch.groups[1:], r"groups should be int64 ids .*received torch.int64 of"),
+    ):
+        wrong = rm.pipeline_of(ranking, teacher=rm.logged, groups=groups)
+        with pytest.raises(ValueError, match=message):
+            rm.drained(wrong, batches)
     short = rm.pipeline_of(leading, teacher=rm.informed, labels=lambda batch: batch.labels[1:])
     with pytest.raises(ValueError, match=r"labels should be of shape .* 2\); received \(\d+, 2\)"):
         rm.drained(short, batches)

@@ -11,8 +11,10 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import ranking_reference
 import torch
 import torch.distributed as dist
 from models import NUM_DENSE, NUM_TABLES, Student, make_teacher, tables
@@ -45,6 +47,7 @@ from torchrec_exfm import (
     TeacherOutputs,
     TrainPipelineExFM,
 )
+from torchrec_exfm.losses import listwise, pairwise
 
 GLOBAL_SIZE = 16
 ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
@@ -67,6 +70,18 @@ MARGINS = (  # wide enough that a teacher who is informed has part of its weight
     DistillationTerm(
         teacher="b", tasks=("click",), serving=True, weight=3.0, alpha=1.2, margin=0.9
     ),
+)
+PAIRS, FEW_PAIRS, LISTS = pairwise(), pairwise(max_neighbours=1), listwise(calibrated=True)
+BY_HAND = {
+    PAIRS: ranking_reference.pairwise,
+    FEW_PAIRS: partial(ranking_reference.pairwise, max_neighbours=1),
+    LISTS: partial(ranking_reference.listwise, calibrated=True),
+}
+RANKING = (
+    DistillationTerm(teacher="a", loss=PAIRS, beta=2.0, weight=0.7, hidden=(6,)),
+    DistillationTerm(teacher="b", tasks=("click",), loss=LISTS, weight=0.5, hidden=(4,)),
+    DistillationTerm(teacher="a", tasks=("click",), loss=LISTS, serving=True, margin=1.5),
+    DistillationTerm(teacher="a", adapted=True, loss=FEW_PAIRS, hidden=()),
 )
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel", "mixed")
 
@@ -138,9 +153,12 @@ def _examples(step: int, generator: torch.Generator) -> Columns:
     size = GLOBAL_SIZE
     presence = lopsided(step, generator)
     values = 2 * torch.randn(size, len(TEACHERS), len(TASKS), generator=generator)
+    requests = torch.tensor([7, -2, 7, 2**40, 5, -2, 7, 5]).roll(step)
     lengths = torch.randint(0, 4, (NUM_TABLES * size,), generator=generator)
     ids = torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator)
     return Columns(
+        # Each in one half, and so on one of two ranks
+        groups=torch.cat([requests, requests + 1]),
         dense_features=torch.randn(size, NUM_DENSE, generator=generator),
         sparse_features=_features(ids, lengths),
         labels=torch.rand(size, len(TASKS), generator=generator).round(decimals=1),

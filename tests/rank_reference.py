@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from rank_models import TAP, TASKS, TEACHERS, Columns, teacher_for
+from rank_models import BY_HAND, TAP, TASKS, TEACHERS, Columns, teacher_for
 from torch import Tensor, nn
 
 from torchrec_exfm import ExFMWrapper, StudentAdapter
@@ -90,7 +90,7 @@ class ByHand:
             t = names.index(name)
             output = self.serving[:, t] if term.serving else outputs[:, column]
             here = batch.presence[:, m, t] & (weights[:, t] > 0)
-            target, w = source[here, m, t], weights[here, t]
+            values, target, w = source[:, m, t], source[here, m, t], weights[here, t]
             of_target, of_student = self.lost[k][:, column].tolist()
             known = here & ~batch.labels[:, t].isnan()
             if known.any():
@@ -102,7 +102,12 @@ class ByHand:
             if not TASKS[t].regression:
                 target = target.sigmoid()
             target = term.alpha * target
-            loss = _mean_loss(t, output[here], target, w)
+            if term.loss in BY_HAND:
+                columns = (output, values, weights[:, t], here, batch.groups)
+                loss = BY_HAND[term.loss](*columns, regression=TASKS[t].regression)
+                loss = loss / w.sum().clamp(min=0.1)
+            else:
+                loss = _mean_loss(t, output[here], target, w)
             if term.margin:
                 lead = 1 - of_target / of_student if of_student else 0.0
                 self.leads.append(min(max(lead / term.margin, 0.0), 1.0))

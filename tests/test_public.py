@@ -102,6 +102,7 @@ def test_the_public_names_are_frozen() -> None:
         "export_student",
         "functional",
         "load_training",
+        "losses",
         "save_training",
         "student_state_dict",
     ]
@@ -136,6 +137,15 @@ def test_the_public_names_are_frozen() -> None:
         "scale_label",
         "soft_bce_with_logits",
         "squared_error",
+    ]
+    assert torchrec_exfm.losses.__all__ == [
+        "Loss",
+        "LossInputs",
+        "listwise",
+        "pairwise",
+        "squared_error_of_logits",
+        "task_loss",
+        "temperature",
     ]
 
 

@@ -11,7 +11,7 @@ from torchrec_exfm import _versions
 
 _versions.check()
 
-from torchrec_exfm import functional  # noqa: E402
+from torchrec_exfm import functional, losses  # noqa: E402
 from torchrec_exfm._warnings import (  # noqa: E402
     DistillationWarning,
     ExFMWarning,
@@ -57,6 +57,7 @@ __all__ = [
     "export_student",
     "functional",
     "load_training",
+    "losses",
     "save_training",
     "student_state_dict",
 ]

@@ -105,3 +105,13 @@ def check_adapter(
         raise ValueError(
             f"the adapter should be for (teachers, tasks) = {expected}; received {adapter.shape}"
         )
+
+
+def check_groups(head: AuxiliaryHead, groups: object) -> None:
+    """Raise where a term's loss compares examples of a group, and nothing tells the groups."""
+    names = [term.name for term in head.terms if term.loss.needs_groups]
+    if names and groups is None:
+        raise ValueError(
+            f"the losses of the terms {names} compare the examples of a group, and received no "
+            "groups: pass groups=..., a function of the user's batch to its ids, to the pipeline"
+        )

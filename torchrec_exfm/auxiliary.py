@@ -19,6 +19,7 @@ from torchrec_exfm.tasks import (
     check_kinds,
     check_names,
     check_tasks,
+    checked_groups,
     checked_labels,
     checked_weights,
     count_outputs,
@@ -39,6 +40,7 @@ class AuxiliaryHead(nn.Module):
         \\mathrm{mean}_{b\\text{ present}} \\; h(D_k(x_b)_t,
         \\min(α_k σ(y_{F,b,t} + \\log r_{F,k} - \\log r_{S,t}), 1))
 
+    h is the task's own loss, or what the term names in its place (:mod:`torchrec_exfm.losses`).
     r_F and r_S are the negative sampling rates of the teacher's data and of the student's, 1 unless
     given: :class:`DistillationTerm` and :class:`Task`. Logits of adapted terms are not moved, nor
     are predictions of a regression.
@@ -131,6 +133,7 @@ class AuxiliaryHead(nn.Module):
         labels: Tensor | None = None,
         weights: Tensor | None = None,
         counts: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms.
 
@@ -147,14 +150,16 @@ class AuxiliaryHead(nn.Module):
             weights: (B, T), or (B,) for all tasks, the examples' weights; None: all 1.
             counts: (2, M, T), the denominators of the means: of the outputs, and of those with a
                 label. See ``count`` of :func:`torchrec_exfm.functional.masked_mean`.
+            groups: (B,) int64, equal for the examples of a group, in any order; needed by terms
+                whose loss compares them. Groups are those of this rank's examples.
 
         Returns:
             L_D as a scalar, and the K unweighted losses, detached.
 
         Raises:
-            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted``, ``serving``
-                or ``labels`` are needed and not there; for labels or weights of another shape, and
-                on the CPU for infinite labels and negative weights.
+            ValueError: if the outputs' shape does not fit B, M and T, or ``adapted``, ``serving``,
+                ``labels`` or ``groups`` are needed and not there; for labels, weights or groups of
+                another shape or dtype, and on the CPU for infinite labels and negative weights.
         """
         shared = [shared] if isinstance(shared, Tensor) else list(shared)
         size = len(shared[0])
@@ -167,6 +172,8 @@ class AuxiliaryHead(nn.Module):
         labels = checked_labels(labels, self.tasks, size) if needs_labels else None
         if weights is not None:
             weights = checked_weights(weights, self.tasks, size)
+        if any(term.loss.needs_groups for term in self.terms):
+            groups = checked_groups(groups, size)
         if counts is None:
             counts = count_outputs(teacher.presence, labels, weights)
         inputs = TermInputs(
@@ -178,6 +185,7 @@ class AuxiliaryHead(nn.Module):
             label_count=counts[-1],
             absent=find_absent(teacher.presence, None, weights),
             unlabelled=None if labels is None else find_absent(teacher.presence, labels, weights),
+            groups=groups,
         )
         pairs = [term(shared, serving, inputs) for term in self.term_losses]
         taught, losses = zip(*pairs, strict=True)

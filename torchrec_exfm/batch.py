@@ -175,6 +175,7 @@ class StepInputs:
     weights: Tensor | None = None
     counts: Tensor | None = None
     adapted: Tensor | None = None
+    groups: Tensor | None = None
 
 
 Started: TypeAlias = TeacherOutputs | Future[TeacherOutputs] | Callable[[Any], TeacherOutputs]

@@ -16,6 +16,7 @@ from torchrec.streamable import Pipelineable
 from torchrec_exfm._checks import (
     check_adapter,
     check_features,
+    check_groups,
     check_on_error,
     check_teacher,
     warn_of_optimizer,
@@ -78,6 +79,9 @@ class ExFMSteps(TrainPipeline[In, Out]):
             the adapter, for terms with a margin, and to know B where the teacher failed.
         weights: takes the user's batch to its examples' weights, (B,) or by task (B, T), in the
             means of terms, adapter and margins (not in the student's own loss). None: all 1.
+        groups: takes the user's batch to (B,) int64 ids, equal for the examples of a request, page
+            or session, in any order; needed by terms whose loss compares them. Groups are those of
+            a rank's batch: one that is spread over ranks is several.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
         **kwargs: those of TorchRec's pipeline.
@@ -89,10 +93,11 @@ class ExFMSteps(TrainPipeline[In, Out]):
 
     Raises:
         ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit, or a
-            look-up's teachers and tasks; for ``free_features_storage_early`` with a live teacher;
-            for ``on_teacher_error="mask"`` with a live teacher, or with none. In ``progress`` if
-            ``labels`` or ``weights`` do not fit the batch, or what they give does not fit the
-            outputs; on the CPU for infinite labels and negative weights.
+            look-up's teachers and tasks; for terms that need groups without ``groups``; for
+            ``free_features_storage_early`` with a live teacher; for ``on_teacher_error="mask"``
+            with a live teacher, or with none. In ``progress`` if ``labels``, ``weights`` or
+            ``groups`` do not fit the batch, or what they give does not fit the outputs; on the CPU
+            for infinite labels and negative weights.
         TypeError: for a teacher of another kind. In ``progress`` for ``ExFMBatch`` from the loader
             and a teacher as well, or neither.
         RuntimeError: in the first ``progress``, if the model can't be traced.
@@ -117,6 +122,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         adapter_optimizer: torch.optim.Optimizer | None = None,
         labels: Callable[[Any], Tensor] = operator.attrgetter("labels"),
         weights: Callable[[Any], Tensor] | None = None,
+        groups: Callable[[Any], Tensor] | None = None,
         trace: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -124,6 +130,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         check_teacher(teacher, head, model)
         check_on_error(on_teacher_error, teacher)
         check_adapter(head, adapter, adapter_optimizer)
+        check_groups(head, groups)
         pipeline: Any = super()
         pipeline.__init__(model, optimizer, device, *args, **kwargs)
         check_features(teacher, self)
@@ -150,6 +157,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
             self.adapter_optimizer,
             labels=labels,
             weights=weights,
+            groups=groups,
             group=group,
             device=device,
         )

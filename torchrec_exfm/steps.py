@@ -41,6 +41,7 @@ class Steps:
         adapter_optimizer: over its parameters.
         labels: takes the user's batch to its labels.
         weights: takes the user's batch to its weights, or None.
+        groups: takes the user's batch to the ids of its examples' groups, or None.
         group: the ranks that average, or None.
         device: where the step runs.
     """
@@ -54,6 +55,7 @@ class Steps:
         *,
         labels: Callable[[Any], Tensor],
         weights: Callable[[Any], Tensor] | None,
+        groups: Callable[[Any], Tensor] | None,
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
@@ -63,6 +65,7 @@ class Steps:
         self._adapter_optimizer = adapter_optimizer
         self._labels = labels
         self._weights = weights
+        self._groups = groups
         self._group = group
         self._device = device
         self._copy_stream = side_stream(device)
@@ -109,9 +112,10 @@ class Steps:
             labels = checked_labels(read_labels(self._labels, batch.batch), tasks, size)
         if self._weights is not None:
             weights = checked_weights(_read("weights", self._weights, batch.batch), tasks, size)
+        groups = None if self._groups is None else _read("groups", self._groups, batch.batch)
         counts = count_outputs(teacher.presence, labels, weights)
         wait = start_average([counts], self._group)
-        return partial(self._inputs, teacher, labels, weights, counts, wait)
+        return partial(self._inputs, teacher, labels, weights, counts, groups, wait)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _inputs(
@@ -120,6 +124,7 @@ class Steps:
         labels: Tensor | None,
         weights: Tensor | None,
         counts: Tensor,
+        groups: Tensor | None,
         wait: Callable[[], None],
     ) -> StepInputs:
         """Wait for the counts; let the adapter take its step."""
@@ -136,7 +141,7 @@ class Steps:
                     weights=weights,
                     group=self._group,
                 )
-        return StepInputs(teacher, labels, weights, counts, adapted)
+        return StepInputs(teacher, labels, weights, counts, adapted, groups)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:

@@ -156,6 +156,19 @@ def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> 
     return weights
 
 
+def checked_groups(groups: Tensor | None, batch_size: int) -> Tensor:
+    """Return ids of groups, (B,) int64; raise a ValueError for another shape or dtype, or none."""
+    received = type(groups).__name__
+    if isinstance(groups, Tensor):
+        if groups.shape == (batch_size,) and groups.dtype == torch.int64:
+            return groups
+        received = f"{groups.dtype} of {tuple(groups.shape)}"
+    raise ValueError(
+        f"groups should be int64 ids of shape {(batch_size,)}, one for each example; received "
+        f"{received}: tell the pipeline where they are (groups=...)"
+    )
+
+
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
     """(B, T) floats out of (B, T) or, for one task, (B,)."""
     shapes = [(batch_size, len(tasks)), *[(batch_size,)] * (len(tasks) == 1 or what == "weights")]

@@ -9,18 +9,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.functional import check_sampling_rate, scale_label
+from torchrec_exfm.functional import check_sampling_rate
 from torchrec_exfm.heads import DistillationHead
+from torchrec_exfm.losses.contract import Loss, LossInputs
+from torchrec_exfm.losses.elementwise import task_loss
 from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses, pick_columns
 
 __all__ = ["DistillationTerm"]
 
+TASK_LOSS = task_loss()
 LEAD_DECAY = 0.99  # of the running means that tell whether a teacher leads, per step
 
 
@@ -38,8 +40,10 @@ class DistillationTerm:
             Without, the teacher's bias goes right into what is served.
         tasks: the names of the tasks it covers; None: all. Terms over different tasks give each
             task its own α, β and w.
+        loss: one of :mod:`torchrec_exfm.losses`, or a ``Loss`` of your own; by default each task's
+            own, cross entropy or squared error.
         alpha: α, label scaling: multiplies the soft label, which is then clipped at 1 (or the
-            prediction of a regression, unclipped).
+            prediction of a regression, unclipped). For ``task_loss()`` and ``temperature()``.
         beta: β, gradient scaling: multiplies this head's gradient into the backbone.
         weight: w, multiplies the term in the loss, and so every gradient of it.
         hidden: widths of the head's hidden layers; () for a linear head.
@@ -55,16 +59,18 @@ class DistillationTerm:
             learns from the student's own labels. Neither does a regression.
 
     Raises:
-        ValueError: if α is not positive, if β or w is negative, or one is not finite; if the rate
-            is outside (0, 1], or is not 1 and the term is adapted; for a β or hidden layers of a
-            term of the serving head; for a margin that is not positive, or of another term.
-        TypeError: if ``hidden`` or ``tasks`` is no tuple.
+        ValueError: if α is not positive, if β or w is negative, or one is not finite; if α is not 1
+            and the loss does not take it; if the rate is outside (0, 1], or is not 1 and the term
+            is adapted; for a β or hidden layers of a term of the serving head; for a margin that is
+            not positive, or of another term.
+        TypeError: if ``hidden`` or ``tasks`` is no tuple, or ``loss`` no ``Loss``.
     """
 
     teacher: str = "teacher"
     adapted: bool = False
     serving: bool = False
     tasks: tuple[str, ...] | None = None
+    loss: Loss = TASK_LOSS
     alpha: float = 1.0
     beta: float = 1.0
     weight: float = 1.0
@@ -78,6 +84,13 @@ class DistillationTerm:
                 raise ValueError(f"{name} should be a finite number >= 0; received {value}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha should be a finite number > 0; received {self.alpha}")
+        if not isinstance(self.loss, Loss):
+            raise TypeError(
+                "loss should be a Loss, as torchrec_exfm.losses.listwise() returns, or Loss("
+                f"a function of LossInputs); received {self.loss!r}"
+            )
+        if self.alpha != 1 and not self.loss.takes_alpha:
+            raise ValueError(f"alpha should be 1 with this loss; received {self.alpha}")
         if self.serving and (self.beta != 1 or self.hidden != type(self).hidden):
             raise ValueError(
                 "a term of the serving head has no head of its own and no gradient to scale: leave "
@@ -121,6 +134,7 @@ class TermInputs:
         label_count: (M, T), those of the running means, 0 where there is no label.
         absent: (B, M, T), boolean, which examples have no part in the loss.
         unlabelled: (B, M, T), boolean, which have none in the running means; None without labels.
+        groups: (B,), ids of groups; None where no loss needs them.
     """
 
     values: Tensor
@@ -131,6 +145,7 @@ class TermInputs:
     label_count: Tensor
     absent: Tensor
     unlabelled: Tensor | None
+    groups: Tensor | None
 
 
 class TermLoss(nn.Module):
@@ -159,7 +174,12 @@ class TermLoss(nn.Module):
         self.columns = [names.index(name) for name in term.tasks or names]
         self._covers_all = self.columns == list(range(len(names)))
         self.tasks = [tasks[t] for t in self.columns]
-        self.loss = partial(mean_task_losses, self.tasks)
+        regressions = [task.name for task in self.tasks if task.regression]
+        if term.loss.binary_only and regressions:
+            raise ValueError(
+                f"the loss of the term {term.name!r} should be one for regressions too; received "
+                f"one for binary tasks alone over {regressions}: give those a term of their own"
+            )
         self._shifts = [self._shift(task) for task in self.tasks]
         covered = [[t for t in self.columns if t in of_tap] for of_tap, _ in taps]
         order = list(itertools.chain(*covered))
@@ -181,10 +201,15 @@ class TermLoss(nn.Module):
         outputs = self._outputs(shared, serving)
         absent = self._pick(inputs.absent.select(1, self.teacher))
         values = self._values(inputs, absent)
-        targets = map_tasks(self.tasks, self._soft_label, values).to(outputs.dtype)
         weights = None if inputs.weights is None else self._pick(inputs.weights)
-        count = self._pick(inputs.count[self.teacher])
-        means = self.loss(outputs, targets, absent, count, weights)
+        count, alpha = self._pick(inputs.count[self.teacher]), self.term.alpha
+        parts = (self.tasks, outputs, values, absent, count, alpha, weights, inputs.groups)
+        means = self.term.loss(LossInputs(*parts))
+        if means.shape != (len(self.tasks),):
+            raise ValueError(
+                f"the loss of the term {self.term.name!r} should return {(len(self.tasks),)}, one "
+                f"value for each of its tasks; received {tuple(means.shape)}"
+            )
         loss = taught = _mean(means)
         if self.lead_losses is not None:
             taught = _mean(self.lead * means)
@@ -214,7 +239,8 @@ class TermLoss(nn.Module):
         unlabelled = self._pick(inputs.unlabelled.select(1, self.teacher)).unsqueeze(1)
         weights = None if weights is None else weights.unsqueeze(1)
         count = self._pick(inputs.label_count[self.teacher])
-        losses = self.loss(both, labels, unlabelled, count, weights).to(self.lead_losses.dtype)
+        losses = mean_task_losses(self.tasks, both, labels, unlabelled, count, weights)
+        losses = losses.to(self.lead_losses.dtype)
         # A mean of nothing is NaN here; an overflow would stay for ever
         usable = losses.amax(0) < math.inf
         losses = torch.where(usable, losses, self.lead_losses)
@@ -241,12 +267,6 @@ class TermLoss(nn.Module):
         if not any(self._shifts):
             return values
         return map_tasks(self.tasks, lambda task, column: column + self._shift(task), values)
-
-    def _soft_label(self, task: Task, values: Tensor) -> Tensor:
-        alpha = self.term.alpha
-        if task.regression:
-            return values if alpha == 1 else alpha * values
-        return values.sigmoid() if alpha == 1 else scale_label(values.sigmoid(), alpha)
 
     def _shift(self, task: Task) -> float:
         """From the rate of the teacher's data to that of the student's: log r_F - log r_S."""
