@@ -35,6 +35,7 @@ from torchrec_exfm import (
 )
 from torchrec_exfm import sources as exfm_sources
 from torchrec_exfm._ranks import of_each_rank
+from torchrec_exfm.wrapper import find_wrapper
 
 
 class Clipping(TrainPipelineSparseDist[Any, Any]):
@@ -164,6 +165,31 @@ def check_collectives_do_not_depend_on_a_ranks_teacher(rank: int, world_size: in
         orders += of_each_rank(issued.order)
     assert all(order == orders[0] for order in orders)
     assert world_size == 1 or orders[0].count("allreduce_") >= 3 * 6
+
+
+def check_two_forwards_of_a_batch(rank: int, world_size: int) -> None:
+    """The second learns from the inputs of the first; the running means are those of one rank."""
+    terms = (DistillationTerm(teacher="a", serving=True, margin=1.5),)
+    trainee = rm.sharded(rm.wrapped(terms=terms), world_size)
+    head = find_wrapper(trainee.model).auxiliary_head
+    seen = []
+
+    def twice(batch: Any) -> Any:
+        trainee.model(batch)
+        seen.append(batch.step_inputs)
+        output = trainee.model(batch)
+        assert batch.step_inputs is seen[-1]
+        return output
+
+    pipeline = rm.pipeline_of(trainee, teacher=rm.informed, trace=False, custom_model_fwd=twice)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = 0.0
+    rm.drained(pipeline, 3 * rm.parts(rank, world_size))
+    assert len(seen) == 18
+    (means,) = head.lead_losses
+    for other in rm.on_every_rank(means):
+        rm.assert_same(other, means)
+    assert float(means.min()) > 0 and float(means.max()) < 5
 
 
 class LookUp:

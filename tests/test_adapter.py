@@ -257,6 +257,35 @@ def test_a_subclass_is_refused() -> None:
             pass
 
 
+def _frozen(adapter: StudentAdapter) -> None:
+    next(adapter.parameters()).requires_grad_(False)
+
+
+def _with_another_layer(adapter: StudentAdapter) -> None:
+    adapter.mlps[0].insert(2, torch.nn.LayerNorm(32))
+
+
+def _tied(adapter: StudentAdapter) -> None:
+    adapter.mlps[1] = adapter.mlps[0]
+
+
+def _hooked(adapter: StudentAdapter) -> None:
+    adapter.mlps[0].register_forward_hook(lambda *_: None)
+
+
+def _normed(adapter: StudentAdapter) -> None:
+    torch.nn.utils.parametrizations.weight_norm(adapter.mlps[0][0])
+
+
+@pytest.mark.parametrize("change", [_frozen, _with_another_layer, _tied, _hooked, _normed])
+def test_layers_whose_gradient_is_not_known_are_refused(change: Any) -> None:
+    adapter, teacher = StudentAdapter(num_teachers=2), make_teacher(0, B, teachers=2)
+    change(adapter)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="should have the layers that StudentAdapter makes"):
+        adapter_step(adapter, optimizer, teacher, make_labels(tasks=1))
+
+
 def trained(tasks: tuple[Task, ...], sample: Callable[..., Any]) -> StudentAdapter:
     torch.manual_seed(0)
     adapter = StudentAdapter(tasks=tasks)

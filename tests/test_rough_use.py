@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import warnings
 from typing import Any
@@ -126,6 +127,86 @@ def test_an_empty_batch_passes(shape: tuple[int, ...]) -> None:
     loss, _ = AuxiliaryHead(4)(torch.zeros(0, 4, requires_grad=True), outputs)
     loss.backward()
     assert loss.item() == 0
+    shared = torch.zeros(0, 4, requires_grad=True)
+    loss, _ = AuxiliaryHead(4)(shared, outputs, weights=torch.zeros(shape[:1]))
+    assert loss.item() == 0
+
+
+def test_outputs_are_a_copy_of_what_they_are_made_from() -> None:
+    """A loader may fill the same column again, or have cut a small one out of a large one."""
+    column = torch.arange(1000.0)
+    outputs = TeacherOutputs(column[:3])
+    column.fill_(-1)
+    assert outputs.values.flatten().tolist() == [0, 1, 2]
+    assert len(pickle.dumps(outputs)) < 2000
+    with torch.inference_mode():
+        column = torch.zeros(3)
+    head = AuxiliaryHead(4, tasks=[Task(regression=True)])
+    head(torch.zeros(3, 4, requires_grad=True), TeacherOutputs(column))[0].backward()
+
+
+class Giving:
+    """A source that gives one thing after the other."""
+
+    def __init__(self, *started: Any) -> None:
+        self.started = iter(started)
+
+    def start(self, batch: Any) -> Any:
+        return next(self.started)
+
+
+@pytest.mark.parametrize(
+    ("started", "error", "message"),
+    [
+        ([], RuntimeError, "ended before the batches"),
+        ([None], TypeError, r"teacher should be TeacherOutputs; received NoneType"),
+        ([lambda _: torch.zeros(8)], TypeError, r"should give TeacherOutputs.*received Tensor"),
+        ([lambda _: make_teacher(0, 8, tasks=3)], ValueError, r"of shape \(B, 1, 1\)"),
+    ],
+)
+def test_a_source_that_gives_something_else_is_told(
+    started: list[Any], error: type[Exception], message: str
+) -> None:
+    wrapper = ExFMWrapper(hand_train(), tap="score")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    pipeline = TrainPipelineExFM(wrapper, optimizer, CPU, teacher=Giving(*started))
+    with pytest.raises(error, match=message):
+        pipeline.progress(iter([make_hand_batch(0, 8)]))
+
+
+def test_a_step_that_failed_leaves_nothing_behind() -> None:
+    """No tap is open, no flag is set, and the batch is asked for anew."""
+    wrapper = ExFMWrapper(hand_train(), tap="score")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    forward: list[Any] = [wrapper]
+    sizes = iter([5, 8, 8])
+    pipeline = TrainPipelineExFM(
+        wrapper,
+        optimizer,
+        CPU,
+        teacher=Giving(*[lambda _: make_teacher(0, next(sizes))] * 3),
+        custom_model_fwd=lambda batch: forward[0](batch),
+    )
+    batches = iter([make_hand_batch(step, 8) for step in range(3)])
+    pipeline.fill_pipeline(batches)
+    with pytest.raises(ValueError, match="teacher outputs should be of shape"):
+        pipeline.progress(batches)
+    assert not wrapper.exfm.taps[0]._open
+    pipeline.progress(batches)
+    forward[0] = lambda batch: wrapper.student(batch.batch)
+    with pytest.raises(RuntimeError, match="should run the ExFMWrapper"):
+        pipeline.progress(batches)
+    forward[0] = wrapper
+    pipeline.progress(batches)
+    with pytest.raises(StopIteration):
+        pipeline.progress(batches)
+
+
+def test_a_class_is_no_teacher() -> None:
+    wrapper = ExFMWrapper(hand_train(), tap="score")
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="received type"):
+        TrainPipelineExFM(wrapper, optimizer, CPU, teacher=Giving)  # type: ignore[arg-type]
 
 
 def test_a_student_that_can_not_be_copied_trains_and_says_so_at_export() -> None:

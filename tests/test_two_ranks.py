@@ -50,6 +50,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_without_dmp, True),
     *((pipelines.check_mixin_of_weight_zero_is_plain, name) for name in ("base", "lite", "own")),
     *((pipelines.check_mixin_equals_train_pipeline_exfm, name) for name in ("base", "lite")),
+    (pipelines.check_two_forwards_of_a_batch,),
     (pipelines.check_collectives_do_not_depend_on_a_ranks_teacher,),
     (checks.check_changed_ids_are_told,),
     (checks.check_tables_left_whole_are_told,),

@@ -18,7 +18,7 @@ from torchrec_exfm.sources import LiveTeacher, TeacherSource
 def check_teacher(teacher: object, head: AuxiliaryHead, model: nn.Module) -> None:
     """Raise unless it is a kind of teacher, other than the student, of the head's names."""
     known = teacher is None or callable(teacher) or isinstance(teacher, TeacherSource)
-    if isinstance(teacher, nn.Module) or not known:
+    if isinstance(teacher, (nn.Module, type)) or not known:
         raise TypeError(
             "teacher should be None, a function of the batch, a TeacherLookup, LiveTeacher(module) "
             f"or another source with start(batch); received {type(teacher).__name__}"

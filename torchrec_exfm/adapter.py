@@ -172,7 +172,11 @@ def adapter_step(
 
     Raises:
         ValueError: as for :meth:`StudentAdapter.loss`.
+        TypeError: for an adapter whose layers were changed, frozen, tied or hooked since it was
+            made.
     """
+    _check_closed_form(adapter)
+    check_outputs_shape(teacher, adapter.shape)
     labels, weights, count = _checked(adapter, teacher, labels, weights, count)
     parameters = list(adapter.parameters())
     with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
@@ -198,6 +202,22 @@ def adapter_step(
         for m, perceptron in enumerate(mlps):
             torch.add(values[:, m], run_mlp(perceptron, inputs[:, m])[-1], out=adapted[:, m])
     return adapted
+
+
+def _check_closed_form(adapter: StudentAdapter) -> None:
+    """Raise unless all that moves the adapter's outputs is in its own, plain, trainable layers."""
+    mlps: Any = adapter.mlps
+    layers = [layer for perceptron in mlps for layer in getattr(perceptron, "children", tuple)()]
+    linear = [layer for layer in layers if type(layer) is nn.Linear]
+    parameters = {id(p) for p in adapter.parameters() if p.requires_grad and not p._backward_hooks}
+    hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in [*mlps, *layers])
+    known = all(type(layer) in (nn.Linear, nn.ReLU) for layer in layers)
+    if hooked or not known or len(parameters) != 2 * len(linear):
+        raise TypeError(
+            "the adapter should have the layers that StudentAdapter makes, all of them trained, as "
+            "its gradient is taken in closed form; received others, or some that are frozen, tied "
+            "or hooked: change tasks and hidden, or train a module of your own"
+        )
 
 
 def _checked(

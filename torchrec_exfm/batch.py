@@ -29,8 +29,8 @@ class TeacherOutputs(Pipelineable):
             the task's units for regression. (B, T) is taken for one teacher, (B,) for one
             teacher and one task. Kept as float32, cut off from any graph.
         presence: boolean, of the same shape as ``values`` (or (B,), for all teachers and tasks
-            at once): which outputs are there. None: all, and ``values`` may be kept as they are,
-            without a copy. The value of a missing output is ignored, and may be NaN.
+            at once): which outputs are there. None: all. The value of a missing output is
+            ignored, and may be NaN.
         age_seconds: (B, M), or (B,) for one teacher: how far each teacher's training lay behind
             the example's event (event time - time it was trained through), or None if it is not
             known.
@@ -66,7 +66,9 @@ class TeacherOutputs(Pipelineable):
         if values.dim() < 3:
             values = values.reshape(shape[0], 1, *(shape[1:] or (1,)))
         self.presence = _presence_like(values, shape, presence)
-        self.values = values if presence is None else values.masked_fill(~self.presence, 0.0)
+        # A copy even where all are there: a loader may use the memory of its column again.
+        absent = None if presence is None else ~self.presence
+        self.values = values.clone() if absent is None else values.masked_fill(absent, 0.0)
         _check_finite(self.values, self.presence)
         self.age_seconds = _age_like(values, age_seconds)
         if self.age_seconds is not None:
@@ -192,6 +194,10 @@ class Steps(Protocol):
         """Start to average over the ranks what the heads have measured in their forward."""
         ...
 
+    def wait(self) -> None:
+        """Wait for what :meth:`end` has started."""
+        ...
+
 
 class ExFMBatch(Pipelineable, Generic[BatchT]):
     """The user's batch and what the teachers said of its examples.
@@ -237,6 +243,8 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         """
         known = self.step_inputs
         if known is not None:
+            if self._steps is not None:
+                self._steps.wait()
             return lambda: known
         if self._steps is None:
             raise TypeError(
@@ -244,16 +252,11 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
                 f"without a pipeline; received {type(self._teacher).__name__}: wait for them, and "
                 "move them to the device"
             )
-        finish = self._steps.start(self)
+        return self._steps.start(self)
 
-        def inputs() -> StepInputs:
-            self.step_inputs = finish()
-            return self.step_inputs
-
-        return inputs
-
-    def end_step(self) -> None:
-        """End what :meth:`start_step` has started, after the heads' forward."""
+    def end_step(self, inputs: StepInputs) -> None:
+        """End what :meth:`start_step` has started, after the heads have taken its inputs."""
+        self.step_inputs = inputs
         if self._steps is not None:
             self._steps.end()
 

@@ -187,13 +187,25 @@ class ExFMSteps(TrainPipeline[In, Out]):
 
     def progress(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Train on one batch, as TorchRec's pipeline does."""
-        # TorchRec's pipelines tell by its identity whether an iterator is a new one.
-        if self._feed is None or self._feed.batches is not dataloader_iter:
-            self._feed = Feed(dataloader_iter, self._steps)
         pipeline: Any = super()
-        outputs = pipeline.progress(self._feed, *args, **kwargs)
+        self._steps.started = False
+        outputs = pipeline.progress(self._fed(dataloader_iter), *args, **kwargs)
         self._steps.finish()
         return outputs
+
+    def fill_pipeline(self, dataloader_iter: Iterator[Any]) -> None:
+        """Load the first batches, as TorchRec's pipeline does by itself at the first step."""
+        pipeline: Any = super()
+        pipeline.fill_pipeline(self._fed(dataloader_iter))
+
+    def _fed(self, batches: Iterator[Any]) -> Feed:
+        """The iterator that makes each batch carry its outputs."""
+        if isinstance(batches, Feed):
+            return batches
+        # TorchRec's pipelines tell by its identity whether an iterator is a new one.
+        if self._feed is None or self._feed.batches is not batches:
+            self._feed = Feed(batches, self._steps)
+        return self._feed
 
     def _pipeline_model(
         self, batch: Any, context: Any, pipelined_forward: Any = None, **kwargs: Any

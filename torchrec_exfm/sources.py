@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +23,8 @@ from torchrec_exfm.batch import Started, TeacherOutputs
 __all__ = ["LiveTeacher", "TeacherSource"]
 
 RETRY_SECONDS = 30.0  # for so long a teacher that failed is not asked anew
-MASKED_ERRORS = (OSError, RuntimeError)  # StoreError is one of them; others are wrong set-ups
+# StoreError is a RuntimeError; errors of other kinds come from wrong set-ups.
+MASKED_ERRORS = (OSError, RuntimeError, CancelledError)
 TELLING_OUTPUTS = 64  # so many do not lie in [0, 1] by chance
 
 

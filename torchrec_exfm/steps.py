@@ -20,7 +20,7 @@ from torchrec_exfm._ranks import start_average
 from torchrec_exfm._user import read
 from torchrec_exfm.adapter import StudentAdapter, adapter_step
 from torchrec_exfm.auxiliary import AuxiliaryHead
-from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
+from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs, check_outputs_shape
 from torchrec_exfm.sources import ProbabilityCheck, TeacherSource
 from torchrec_exfm.tasks import checked_labels, checked_weights, count_outputs
 
@@ -71,7 +71,7 @@ class Steps:
         self._copy_stream = side_stream(device)
         self._check_probabilities = ProbabilityCheck(head)
         self._wait_for_leads: Callable[[], None] = lambda: None
-        self._started = False
+        self.started = False
 
     def load(self, batch: Any) -> Any:
         """Start to bring the outputs of a batch that the data loader gives."""
@@ -93,7 +93,10 @@ class Steps:
                 f"the data loader should give ExFMBatch; received {type(batch).__name__}: or tell "
                 "the pipeline where the teachers' outputs come from (teacher=...)"
             )
-        outputs = self._source.start(batch)
+        try:
+            outputs = self._source.start(batch)
+        except StopIteration as error:  # it would end the epoch
+            raise RuntimeError("the teacher's outputs ended before the batches") from error
         if isinstance(outputs, TeacherOutputs) and self._copy_stream is not None:
             return self._pinned(outputs)  # a copy from other memory would stop the host
         return outputs
@@ -101,10 +104,11 @@ class Steps:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has collectives and futures
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
         """Resolve the outputs, and start to count them; the returned function gives the inputs."""
-        self._end()
-        self._started = True
+        self.wait()
+        self.started = True
         with record_function("## teacher_outputs ##"):
             teacher = self._resolved(batch.teacher, batch.batch)
+        check_outputs_shape(teacher, (len(self._head.teachers), len(self._head.tasks)))
         self._check_probabilities(teacher)
         tasks, size = self._head.tasks, len(teacher.values)
         labels = weights = None
@@ -146,6 +150,7 @@ class Steps:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """Start to average the running means of terms with a margin, while backward runs."""
+        self.wait()
         self._wait_for_leads = start_average(self._head.lead_losses, self._group)
 
     def finish(self) -> None:
@@ -154,16 +159,16 @@ class Steps:
         Raises:
             RuntimeError: if no step was started in training.
         """
-        self._end()
-        if self._head.training and not self._started:
+        self.wait()
+        if self._head.training and not self.started:
             raise RuntimeError(
                 "the forward of each step should run the ExFMWrapper; this one did not, and "
                 "nothing was distilled: let custom_model_fwd call the wrapped model on the batch "
                 "that it is given"
             )
-        self._started = False
 
-    def _end(self) -> None:
+    def wait(self) -> None:
+        """Wait for what :meth:`end` has started."""
         self._wait_for_leads()
         self._wait_for_leads = lambda: None
 
@@ -171,6 +176,11 @@ class Steps:
         """Outputs on the device."""
         while not isinstance(started, TeacherOutputs):
             late = hasattr(started, "result")
+            if not late and not callable(started):
+                raise TypeError(
+                    "a teacher should give TeacherOutputs, or a future of them; received "
+                    f"{type(started).__name__}: make it TeacherOutputs(logits)"
+                )
             started = self._copied(started.result()) if late else started(batch)
         return started.to(self._device)
 

@@ -127,7 +127,7 @@ def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | Non
     if labels is not None:
         masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # not NaN
     if weights is not None:
-        masks = masks * weights.reshape(len(weights), 1, -1)
+        masks = masks * (weights.unsqueeze(1) if weights.dim() > 1 else weights.reshape(-1, 1, 1))
     return masks.sum(1, dtype=torch.float32)
 
 

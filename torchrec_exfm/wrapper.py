@@ -113,7 +113,12 @@ class ExFMWrapper(nn.Module):
         inputs = batch.start_step() if carries_outputs and self.training else None
         for tap in self.exfm.taps:
             tap.open()
-        outputs = self.student(batch.batch if carries_outputs else batch)
+        try:
+            outputs = self.student(batch.batch if carries_outputs else batch)
+        except BaseException:
+            for tap in self.exfm.taps:
+                tap.clear()
+            raise
         if self.training:
             return self.exfm(outputs, batch, inputs)
         for tap in self.exfm.taps:
@@ -197,7 +202,7 @@ class _Supervision(nn.Module):
             added, self.last_losses = self.auxiliary_head(
                 shared, serving=serving, **vars(step_inputs)
             )
-            batch.end_step()
+            batch.end_step(step_inputs)
         finally:
             for tap in self.taps:
                 tap.clear()
