@@ -121,7 +121,9 @@ class Cell:
     def name(self) -> str:
         """Of its file: another one for every other cell, and for every change of a setting."""
         told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
-        terms = [asdict(term) for term in terms_of(self.arm)]
+        terms = [vars(term).copy() for term in terms_of(self.arm)]
+        for term in terms:
+            assert term.pop("loss") is Term().loss  # of every arm, and no part of a name
         text = json.dumps([told, terms, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
