@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 import stream_jobs as jobs
 import torch
+from models import hand_train, make_hand_batch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 from torchrec_exfm import TeacherMissingWarning
+from torchrec_exfm._compat import batches_in_flight
 from torchrec_exfm.das import (
     Snapshot,
     TeacherLookup,
@@ -156,6 +158,22 @@ def pipeline() -> Any:
 def windows(*parts: Iterable[Any], begin: int = 100) -> Iterator[Window]:
     for number, part in enumerate(parts):
         yield Window(begin + 10 * number, begin + 10 * (number + 1), part)
+
+
+def test_torchrecs_other_pipelines_pass_from_window_to_window() -> None:
+    """TrainPipelineBase has to be told of a new iterator, and holds its batch elsewhere."""
+    model = hand_train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    base: Any = TrainPipelineBase(model, optimizer, torch.device("cpu"))
+    seen: list[Any] = []
+    parts = [[make_hand_batch(2 * number + i, 8) for i in range(2)] for number in range(3)]
+    assert len(list(train_windows(base, windows(*parts), step=seen.append))) == 3
+    assert len(seen) == 6 and batches_in_flight(base) == 0
+    base.reset()
+    base.progress(iter(parts[0]))
+    assert batches_in_flight(base) == 1
+    with pytest.raises(ValueError, match="1 in flight"):
+        list(train_windows(base, windows(*parts)))
 
 
 def test_every_batch_of_every_window_is_a_step() -> None:
