@@ -589,7 +589,7 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="should hold an ExFMWrapper"):
         rm.pipeline_of(bare, teacher=rm.logged)
     wrong = rm.pipeline_of(trainee, teacher=lambda batch: TeacherOutputs(batch.values[:, :1]))
-    with pytest.raises(ValueError, match=r"should be of shape \(\d+, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"should be of shape \(B, 2, 2\)"):
         rm.drained(wrong, _present(batches))
     lost = rm.pipeline_of(
         adapting, teacher=rm.logged, adapter=rm.two_task_adapter(), labels=lambda batch: batch.lost
