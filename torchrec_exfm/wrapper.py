@@ -115,15 +115,10 @@ class ExFMWrapper(nn.Module):
             tap.open()
         try:
             outputs = self.student(batch.batch if carries_outputs else batch)
-        except BaseException:
+            return self.exfm(outputs, batch, inputs) if self.training else outputs
+        finally:
             for tap in self.exfm.taps:
                 tap.clear()
-            raise
-        if self.training:
-            return self.exfm(outputs, batch, inputs)
-        for tap in self.exfm.taps:
-            tap.clear()
-        return outputs
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -189,23 +184,17 @@ class _Supervision(nn.Module):
     def forward(
         self, outputs: Any, batch: Any, inputs: Callable[[], StepInputs] | None
     ) -> tuple[Tensor, Any]:
-        try:
-            if inputs is None:
-                raise TypeError(
-                    f"training should be given an ExFMBatch; received {type(batch).__name__}: let "
-                    "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
-                )
-            loss, rest = _checked_contract(outputs)
-            has_heads = not all(term.serving for term in self.auxiliary_head.terms)
-            shared = [tap.take_input(learns=has_heads) for tap in self.taps]
-            serving, step_inputs = self._serving(outputs), inputs()
-            added, self.last_losses = self.auxiliary_head(
-                shared, serving=serving, **vars(step_inputs)
+        if inputs is None:
+            raise TypeError(
+                f"training should be given an ExFMBatch; received {type(batch).__name__}: let "
+                "TrainPipelineExFM make it, or build ExFMBatch(batch, TeacherOutputs(...))"
             )
-            batch.end_step(step_inputs)
-        finally:
-            for tap in self.taps:
-                tap.clear()
+        loss, rest = _checked_contract(outputs)
+        has_heads = not all(term.serving for term in self.auxiliary_head.terms)
+        shared = [tap.take_input(learns=has_heads) for tap in self.taps]
+        serving, step_inputs = self._serving(outputs), inputs()
+        added, self.last_losses = self.auxiliary_head(shared, serving=serving, **vars(step_inputs))
+        batch.end_step(step_inputs)
         self.last_teacher = step_inputs.teacher
         return loss + added, rest
 
