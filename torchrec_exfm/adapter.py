@@ -176,11 +176,10 @@ def adapter_step(
             made.
     """
     _check_closed_form(adapter)
-    check_outputs_shape(teacher, adapter.shape)
-    labels, weights, count = _checked(adapter, teacher, labels, weights, count)
     parameters = list(adapter.parameters())
-    with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(teacher.values.device.type, enabled=False):
         values, inputs = adapter._inputs(teacher)
+        labels, weights, count = _checked(adapter, teacher, labels, weights, count)
         gradients = _allocate_gradients(parameters)
         mlps: Any = adapter.mlps
         scale = positive(count).reciprocal()

@@ -174,6 +174,7 @@ class Steps:
 
     def _resolved(self, started: Any, batch: Any) -> TeacherOutputs:
         """Outputs on the device."""
+        late = False
         while not isinstance(started, TeacherOutputs):
             late = hasattr(started, "result")
             if not late and not callable(started):
@@ -181,13 +182,13 @@ class Steps:
                     "a teacher should give TeacherOutputs, or a future of them; received "
                     f"{type(started).__name__}: make it TeacherOutputs(logits)"
                 )
-            started = self._copied(started.result()) if late else started(batch)
-        return started.to(self._device)
+            started = started.result() if late else started(batch)
+        return self._copied(started) if late else started.to(self._device)
 
     def _copied(self, outputs: TeacherOutputs) -> TeacherOutputs:
         """Copy from the host on a stream of its own, which waits for no other copy."""
         if self._copy_stream is None:
-            return outputs
+            return outputs.to(self._device)
         accelerator = torch.get_device_module(self._device)
         with accelerator.stream(self._copy_stream):
             copied = self._pinned(outputs).to(self._device, non_blocking=True)
