@@ -56,20 +56,35 @@ def check_weight_zero_is_plain(
     rank: int, world_size: int, name: str, adapted: bool, ranking: bool = False
 ) -> None:
     """With w = 0 the student trains as if there were no teacher, to the bit."""
-    student = students()[name]
-    bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
-    plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
-    expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
-
     terms = [DistillationTerm(weight=0.0), DistillationTerm(weight=0.0, adapted=True)]
     terms = terms[: 1 + adapted]
     if ranking:
         terms += [DistillationTerm(weight=0.0, loss=rm.PAIRS)]
         terms += [DistillationTerm(weight=0.0, loss=rm.LISTS, serving=True)]
+    pipelines = (TrainPipelineSparseDist, TrainPipelineExFM)
+    assert_weight_zero_is_plain(rank, world_size, name, terms, *pipelines)
+
+
+def assert_weight_zero_is_plain(
+    rank: int,
+    world_size: int,
+    name: str,
+    terms: Sequence[DistillationTerm],
+    plain_type: type[Any],
+    exfm_type: type[Any],
+) -> None:
+    """Train a student in a pipeline, and beside terms of weight 0 in one with teachers."""
+    student = students()[name]
+    bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
+    plain = plain_type(bare.model, bare.optimizer, device())
+    expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
+
     wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms)
     trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
-    options = {"adapter": StudentAdapter(), "labels": _labels} if adapted else {}
-    pipeline = rm.pipeline_of(trainee, groups=_threes, **options)
+    options: dict[str, Any] = {"groups": _threes}
+    if any(term.adapted for term in terms):
+        options |= {"adapter": StudentAdapter(), "labels": _labels}
+    pipeline = exfm_type(trainee.model, trainee.optimizer, device(), **options)
     outputs = rm.drained(pipeline, rm.random_batches(student, rank))
 
     assert len(outputs) == 5

@@ -12,7 +12,6 @@ from unittest import mock
 import rank_checks as checks
 import rank_models as rm
 import torch
-from models import students
 from ranks import device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,11 +26,8 @@ from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSpa
 from torchrec_exfm import (
     DistillationTerm,
     ExFMSteps,
-    ExFMWrapper,
-    StudentAdapter,
     TeacherMissingWarning,
     TeacherOutputs,
-    student_state_dict,
 )
 from torchrec_exfm import sources as exfm_sources
 from torchrec_exfm._ranks import of_each_rank
@@ -74,22 +70,12 @@ def mixed(base: type[Any]) -> type[Any]:
 
 def check_mixin_of_weight_zero_is_plain(rank: int, world_size: int, name: str) -> None:
     """With w = 0, and an adapter beside it, equal to the bit to the pipeline without the mixin."""
-    student, base = students()["dlrm"], BASES[name]
-    bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
-    plain = base(bare.model, bare.optimizer, device())
-    expected = rm.drained(plain, rm.random_batches(student, rank, supervised=False))
     terms = [
         DistillationTerm(weight=0.0),
         DistillationTerm(weight=0.0, adapted=True, serving=True, margin=0.5),
     ]
-    wrapper = ExFMWrapper(student.factory(), tap=student.tap, terms=terms)
-    trainee = rm.sharded(wrapper, world_size, fused=torch.optim.Adagrad)
-    pipeline = mixed(base)(trainee.model, trainee.optimizer, device(), adapter=StudentAdapter())
-    outputs = rm.drained(pipeline, rm.random_batches(student, rank))
-    assert len(outputs) == 5
-    rm.assert_same(outputs, expected)
-    trained = rm.snapshot(student_state_dict(trainee.model))
-    rm.assert_same(trained, rm.snapshot(bare.model.state_dict()))
+    base = BASES[name]
+    checks.assert_weight_zero_is_plain(rank, world_size, "dlrm", terms, base, mixed(base))
 
 
 def check_mixin_equals_train_pipeline_exfm(rank: int, world_size: int, name: str) -> None:
