@@ -308,6 +308,7 @@ def check_a_loop_of_ones_own(rank: int, world_size: int) -> None:
         torch.optim.Adam(adapter.parameters(), lr=1e-2, fused=True),
         labels=lambda batch: batch.labels,
         weights=None,
+        groups=None,
         group=dist.group.WORLD if world_size > 1 else None,
         device=device(),
     )
