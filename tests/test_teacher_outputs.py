@@ -18,8 +18,8 @@ NAN, INF = float("nan"), float("inf")
 SHAPES = [((4,), (4, 1, 1)), ((4, 3), (4, 1, 3)), ((4, 2, 3), (4, 2, 3)), ((0, 2, 3), (0, 2, 3))]
 
 
-def parts(outputs: TeacherOutputs) -> list[Tensor | None]:
-    return [outputs.values, outputs.presence, outputs.age_seconds]
+def parts(outputs: TeacherOutputs) -> list[Tensor]:
+    return [tensor for tensor in vars(outputs).values() if tensor is not None]
 
 
 @pytest.mark.parametrize(("shape", "expected"), SHAPES)
@@ -130,7 +130,9 @@ def test_what_is_no_probability_is_refused(value: float) -> None:
 
 @pytest.mark.parametrize("device", [CPU, META])
 def test_to_moves_every_part_and_keeps_its_dtype(device: torch.device) -> None:
-    outputs = TeacherOutputs(torch.ones(4, 2, 1), age_seconds=torch.ones(4, 2))
+    ages, embeddings = torch.ones(4, 2), torch.ones(4, 2, 3)
+    outputs = TeacherOutputs(torch.ones(4, 2, 1), age_seconds=ages, embeddings=embeddings)
+    assert len(parts(outputs)) == 5
     moved = outputs.to(device, non_blocking=True)
     assert moved is not outputs and isinstance(moved, TeacherOutputs)
     for before, after in zip(parts(outputs), parts(moved), strict=True):
@@ -141,13 +143,16 @@ def test_to_moves_every_part_and_keeps_its_dtype(device: torch.device) -> None:
 
 
 def test_every_part_is_pinned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs, stream = TeacherOutputs(torch.ones(2), age_seconds=torch.ones(2)), object()
+    ages, embeddings = torch.ones(2), torch.ones(2, 3)
+    outputs = TeacherOutputs(torch.ones(2), age_seconds=ages, embeddings=embeddings)
+    stream = object()
     pinned, recorded = [], []
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, s: recorded.append((self, s)))
     copied = outputs.pin_memory()
     outputs.record_stream(stream)  # type: ignore[arg-type]
     for seen in (pinned, [tensor for tensor, _ in recorded]):
+        assert len(seen) == 5
         assert all(a is b for a, b in zip(seen, parts(outputs), strict=True))
     assert all(of is stream for _, of in recorded)
     assert not any(a is b for a, b in zip(parts(copied), parts(outputs), strict=True))
@@ -173,3 +178,51 @@ def test_an_age_that_is_not_finite_is_refused_where_there_is_an_output(age: floa
     with pytest.raises(ValueError, match="age_seconds should be finite"):
         TeacherOutputs(values, age_seconds=ages)
     TeacherOutputs(values, torch.tensor([True, False]), ages)
+
+
+def test_embeddings_are_kept_by_example_and_teacher() -> None:
+    given = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    given.data[1] = float("nan")
+    there = torch.tensor([True, False, True])
+    outputs = TeacherOutputs(torch.zeros(3), embeddings=given, embedding_presence=there)
+    assert outputs.embeddings is not None and not outputs.embeddings.requires_grad
+    assert outputs.embeddings.shape == (3, 1, 4) and outputs.embeddings.dtype == torch.float32
+    assert torch.equal(outputs.embeddings[there, 0], given.detach()[there].float())
+    assert not outputs.embeddings[1].any()
+    assert outputs.embedding_presence is not None
+    assert outputs.embedding_presence.tolist() == [[True], [False], [True]]
+
+
+def test_embeddings_are_those_of_examples_with_an_output_unless_told() -> None:
+    presence = torch.tensor([[[True, False], [False, False]]])
+    outputs = TeacherOutputs(torch.zeros(1, 2, 2), presence, embeddings=torch.ones(1, 2, 3))
+    assert outputs.embeddings is not None and outputs.embedding_presence is not None
+    assert outputs.embedding_presence.tolist() == [[True, False]]
+    assert outputs.embeddings.tolist() == [[[1.0] * 3, [0.0] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "presence", "match"),
+    [
+        (torch.zeros(2), None, r"embeddings should be of shape \(2, 1, E\); received \(2,\)"),
+        (torch.zeros(3, 4), None, r"embeddings should be of shape \(2, 1, E\)"),
+        (torch.zeros(2, 2, 4), None, r"embeddings should be of shape \(2, 1, E\)"),
+        (torch.tensor([[0.0], [float("inf")]]), None, "received NaN or infinity for 1 examples"),
+        (torch.zeros(2, 4), torch.ones(2), "should be boolean and of shape"),
+        (torch.zeros(2, 4), torch.ones(3, dtype=torch.bool), "should be boolean and of shape"),
+    ],
+)
+def test_bad_embeddings_are_refused(embeddings: Tensor, presence: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        TeacherOutputs(torch.zeros(2), embeddings=embeddings, embedding_presence=presence)
+
+
+def test_embeddings_of_another_kind_are_refused() -> None:
+    with pytest.raises(TypeError, match="embeddings should be of a floating-point dtype"):
+        TeacherOutputs(torch.zeros(2), embeddings=torch.zeros(2, 4, dtype=torch.int8))
+
+
+def test_missing_outputs_have_no_embeddings() -> None:
+    outputs = TeacherOutputs.missing(3, 2)
+    assert outputs.embeddings is not None and outputs.embeddings.shape == (3, 2, 0)
+    assert outputs.embedding_presence is not None and not outputs.embedding_presence.any()

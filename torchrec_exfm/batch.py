@@ -1,6 +1,6 @@
 """The teacher's outputs, and the batch that carries them beside the user's own.
 
-Shapes: B examples, M teachers, T tasks.
+Shapes: B examples, M teachers, T tasks, E width of a teacher's embedding.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class TeacherOutputs(Pipelineable):
         age_seconds: (B, M), or (B,) for one teacher: how far each teacher's training lay behind
             the example's event (event time - time it was trained through), or None if it is not
             known.
+        embeddings: (B, M, E) floating point, or (B, E) for one teacher: the teacher's embedding of
+            each example, such as its last hidden layer; None: there are none. Kept as float32, cut
+            off from any graph.
+        embedding_presence: boolean, (B, M), or (B,) for one teacher: which embeddings are there;
+            None: those of examples with any output. What is missing is ignored, and may be NaN.
 
     Raises:
         TypeError: for a wrong kind or dtype.
@@ -51,9 +56,17 @@ class TeacherOutputs(Pipelineable):
     values: Tensor
     presence: Tensor
     age_seconds: Tensor | None
+    embeddings: Tensor | None
+    embedding_presence: Tensor | None
 
     def __init__(
-        self, values: Tensor, presence: Tensor | None = None, age_seconds: Tensor | None = None
+        self,
+        values: Tensor,
+        presence: Tensor | None = None,
+        age_seconds: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        embedding_presence: Tensor | None = None,
     ) -> None:
         _check_tensor("teacher outputs", values, floating=True)
         if values.dim() not in (1, 2, 3):
@@ -73,6 +86,13 @@ class TeacherOutputs(Pipelineable):
         self.age_seconds = _age_like(values, age_seconds)
         if self.age_seconds is not None:
             _check_ages(self.age_seconds, self.presence.any(-1))
+        self.embeddings = self.embedding_presence = None
+        if embeddings is not None:
+            there = self.presence.any(-1)
+            if embedding_presence is not None:
+                there = _presence_of_embeddings(there.shape, embedding_presence)
+            self.embeddings = _embeddings_like(embeddings, there)
+            self.embedding_presence = there
 
     @classmethod
     def from_probabilities(
@@ -114,14 +134,15 @@ class TeacherOutputs(Pipelineable):
 
     @classmethod
     def missing(cls, batch_size: int, num_teachers: int = 1, num_tasks: int = 1) -> TeacherOutputs:
-        """No output for any of ``batch_size`` examples.
+        """No output for any of ``batch_size`` examples, and no embedding (E is 0).
 
         Example:
             >>> TeacherOutputs.missing(2).presence.any().item()
             False
         """
         values = torch.zeros(batch_size, num_teachers, num_tasks)
-        return cls(values, torch.zeros_like(values, dtype=torch.bool))
+        none = torch.zeros_like(values, dtype=torch.bool)
+        return cls(values, none, embeddings=values[..., :0])
 
     def to(
         self,
@@ -149,15 +170,14 @@ class TeacherOutputs(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses these tensors."""
-        for tensor in (self.values, self.presence, self.age_seconds):
+        for tensor in vars(self).values():
             if tensor is not None:
                 tensor.record_stream(stream)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TeacherOutputs:
         moved = copy.copy(self)
-        moved.values = function(self.values)
-        moved.presence = function(self.presence)
-        moved.age_seconds = None if self.age_seconds is None else function(self.age_seconds)
+        for name, tensor in vars(self).items():
+            setattr(moved, name, None if tensor is None else function(tensor))
         return moved
 
     def __repr__(self) -> str:
@@ -352,6 +372,38 @@ def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
             f"age_seconds should be of shape {tuple(expected)}; received {tuple(age_seconds.shape)}"
         )
     return age_seconds.detach().float().reshape(expected)
+
+
+def _embeddings_like(embeddings: Tensor, presence: Tensor) -> Tensor:
+    """(B, M, E) float32, 0 where missing."""
+    _check_tensor("embeddings", embeddings, floating=True)
+    shape = tuple(presence.shape)
+    if embeddings.dim() == 2 and shape[1] == 1:
+        embeddings = embeddings.unsqueeze(1)
+    if embeddings.dim() != 3 or embeddings.shape[:2] != shape:
+        raise ValueError(
+            f"embeddings should be of shape ({shape[0]}, {shape[1]}, E); received "
+            f"{tuple(embeddings.shape)}"
+        )
+    embeddings = embeddings.detach().float().masked_fill(~presence.unsqueeze(-1), 0.0)
+    bad = ~embeddings.isfinite()
+    if _any_on_host(bad):
+        raise ValueError(
+            f"embeddings should be finite; received NaN or infinity for {int(bad.any(-1).sum())} "
+            "examples; mark missing ones in embedding_presence"
+        )
+    return embeddings
+
+
+def _presence_of_embeddings(shape: torch.Size, presence: Tensor) -> Tensor:
+    _check_tensor("embedding_presence", presence, floating=False)
+    fits = presence.shape == shape or (presence.shape == shape[:1] and shape[1] == 1)
+    if presence.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"embedding_presence should be boolean and of shape {tuple(shape)}; received "
+            f"{presence.dtype} of {tuple(presence.shape)}"
+        )
+    return presence.reshape(shape)
 
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:
