@@ -14,9 +14,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import ebnerd
 import movielens  # puts the example's folder on the path
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +48,7 @@ CPU = torch.device("cpu")
 FIRST_WEEK = 27  # of the evaluation: half of the rows of either stream are before it
 TEACHER_BATCH = 2048
 WIDTH = demo.TEACHER["width"]  # of the teacher's tables, if not told otherwise
+DIRECTIONS = 12  # of the teacher's last hidden layer, for terms that teach it
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Source:
         rich: those of the teacher.
         rates: batch size, learning rate, and that of the tables, of the two students: the best for
             them without a teacher, see `quality.py --tune`.
+        tuning_week, first_week: settings are chosen on the weeks from the first of these on, and
+            evaluated on those from the second on (days, where a stream counts days).
     """
 
     load: Callable[[], data.Stream]
@@ -65,6 +70,19 @@ class Source:
     strong: tuple[Sequence[str], Sequence[str]]
     rich: tuple[Sequence[str], Sequence[str]]
     rates: dict[str, tuple[int, float, float]]
+    tuning_week: int = 14
+    first_week: int = FIRST_WEEK
+
+
+def ebnerd_folder() -> Path:
+    """The folder of EB-NeRD, which the user gives; processes of a pool get it with the rest."""
+    folder = os.environ.get("EBNERD")
+    if not folder:
+        raise SystemExit(
+            "The table Ranking needs the folder of EB-NeRD's demo, with `train` and `validation`. "
+            "Received none: give --ebnerd FOLDER, or set EBNERD. (recsys.eb.dk has the data)"
+        )
+    return Path(folder)
 
 
 SOURCES = {
@@ -81,6 +99,15 @@ SOURCES = {
         strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
         rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
         rates={"lean": (256, 1e-3, 0.3), "strong": (256, 2e-3, 0.1)},
+    ),
+    "ebnerd": Source(
+        load=lambda: ebnerd.load_stream(ebnerd_folder()),
+        lean=(ebnerd.LEAN_SPARSE, ebnerd.LEAN_DENSE),
+        strong=(ebnerd.LEAN_SPARSE, ebnerd.STRONG_DENSE),
+        rich=(ebnerd.RICH_SPARSE, ebnerd.RICH_DENSE),
+        rates={"lean": (256, 1e-3, 0.3), "strong": (256, 1e-3, 0.3)},
+        tuning_week=4,
+        first_week=8,
     ),
 }
 
@@ -134,6 +161,7 @@ def teacher_logits(
     delays: Sequence[int] = (),
     frozen_after: int | None = None,
     scored: Array | None = None,
+    fitted_before: int | None = None,
 ) -> dict[str, Array]:
     """What a teacher says of each example, by how old it is: logits (B,), NaN where there are none.
 
@@ -145,9 +173,12 @@ def teacher_logits(
         delays: for each, week t is scored by the snapshot of the end of week t - 1 - delay.
         frozen_after: the week whose snapshot scores all later ones.
         scored: rows (a mask) that snapshots score; None: all.
+        fitted_before: the week whose beginning the directions are fitted at; None: without them.
 
     Returns:
         "fresh": logged in its own training forward, before the update; "delay-D" and "frozen".
+        "directions", (B, DIRECTIONS): the last hidden layer of that forward along its first
+        principal directions among the scored rows before `fitted_before`, NaN there.
     """
     torch.manual_seed(seed)
     sizes = {**demo.TEACHER, "width": width}
@@ -156,6 +187,7 @@ def teacher_logits(
     feeds = ["fresh", *(f"delay-{delay}" for delay in delays)]
     feeds += [] if frozen_after is None else ["frozen"]
     logits = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
+    hidden = None if fitted_before is None else Hidden(module, len(stream), scored)
     snapshots: dict[int, list[Tensor]] = {}
     weeks = np.asarray(stream.week)
     begin = 0
@@ -173,13 +205,64 @@ def teacher_logits(
                 logits[feed][rows] = score(model, values, stream.select(rows), features)
         end = last // TEACHER_BATCH * TEACHER_BATCH  # never a row of the next week
         part, fresh = stream.select(slice(begin, end)), logits["fresh"][begin:end]
+        if hidden is not None and week == fitted_before:
+            hidden.fit()
         train(model, optimizer, data.batches(part, *features, TEACHER_BATCH), part, fresh)
+        if hidden is not None:
+            hidden.take(slice(begin, end))
         begin = end
         if delays or frozen_after is not None:
             oldest = week - max(delays, default=0)
             kept = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
             snapshots = {**kept, week: [value.clone() for value in parameters(model)]}
-    return logits
+    return logits if hidden is None else {**logits, "directions": hidden.values}
+
+
+class Hidden:
+    """A teacher's last hidden layer as it trains, along directions that are fitted on the past.
+
+    Args:
+        module: the teacher.
+        size: B.
+        scored: rows (a mask) that are wanted; None: all.
+
+    Attributes:
+        values: (B, DIRECTIONS) float32, NaN before the fit and where they are not wanted.
+    """
+
+    def __init__(self, module: torch.nn.Module, size: int, scored: Array | None) -> None:
+        self.values = np.full((size, DIRECTIONS), np.nan, np.float32)
+        self._wanted = np.ones(size, bool) if scored is None else scored
+        self._past: list[Tensor] = []
+        self._taken: list[Tensor] = []
+        self._fitted: tuple[Tensor, Tensor] | None = None
+        module.get_submodule(demo.TAP).register_forward_pre_hook(self._see)
+
+    def _see(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if layer.training:
+            self._taken.append(inputs[0].detach().clone())
+
+    def take(self, rows: slice) -> None:
+        """Keep what was seen of the rows since the last time."""
+        if not self._taken:
+            return
+        seen = torch.cat(self._taken)
+        self._taken.clear()
+        wanted = self._wanted[rows]
+        seen = seen[torch.from_numpy(wanted)]
+        if self._fitted is None:
+            self._past.append(seen)
+            return
+        mean, directions = self._fitted
+        self.values[rows.start + np.flatnonzero(wanted)] = ((seen - mean) @ directions).numpy()
+
+    def fit(self) -> None:
+        """Principal directions of all that was kept so far."""
+        past = torch.cat(self._past)
+        self._past.clear()
+        mean = past.mean(0)
+        _, _, directions = torch.linalg.svd(past - mean, full_matrices=False)
+        self._fitted = mean, directions[:DIRECTIONS].T
 
 
 def parameters(model: torch.nn.Module) -> list[Tensor]:
@@ -232,6 +315,7 @@ def student_logits(
     seed: int,
     terms: Sequence[DistillationTerm] = (),
     teacher: Array | None = None,
+    embeddings: Array | None = None,
     adapter: tuple[float, int] = (1e-2, 32),
     task: Task | None = None,
 ) -> Array:
@@ -244,6 +328,7 @@ def student_logits(
         seed: of its parameters.
         terms: how it learns from the teacher; none: TorchRec's own pipeline.
         teacher: logits (B,), NaN where there is none.
+        embeddings: the teacher's, (B, E), NaN where there is none; None: without.
         adapter: the student adapter's learning rate and width, if a term needs one.
         task: with the rate at which negatives of the stream were sampled.
     """
@@ -267,14 +352,20 @@ def student_logits(
         rate, width = adapter
         options["adapter"] = made = StudentAdapter(hidden=(width,))
         options["adapter_optimizer"] = torch.optim.Adam(made.parameters(), lr=rate, fused=True)
-    pipeline = TrainPipelineExFM(model, optimizer, CPU, **options)
-    for rows, (_, outputs, _) in demo.progress(pipeline, _with_teacher(feed, teacher), stream):
+    pipeline = TrainPipelineExFM(model, optimizer, CPU, groups=attrgetter("groups"), **options)
+    feed = _with_teacher(feed, teacher, embeddings)
+    for rows, (_, outputs, _) in demo.progress(pipeline, feed, stream):
         logits[rows] = outputs.numpy()
     return logits
 
 
-def _with_teacher(feed: Iterator[Any], logits: Array) -> Iterator[Any]:
+def _with_teacher(
+    feed: Iterator[Any], logits: Array, embeddings: Array | None = None
+) -> Iterator[Any]:
     for rows, batch in feed:
         values = torch.from_numpy(np.array(logits[rows]))
-        there = ~values.isnan()
-        yield rows, ExFMBatch(batch, TeacherOutputs(values.nan_to_num(), there))
+        options = {}
+        if embeddings is not None:
+            taught = torch.from_numpy(np.array(embeddings[rows]))
+            options = {"embeddings": taught, "embedding_presence": ~taught[:, 0].isnan()}
+        yield rows, ExFMBatch(batch, TeacherOutputs(values, ~values.isnan(), **options))

@@ -29,11 +29,13 @@ import passes
 import quality_report
 import torch
 from passes import SOURCES, WIDTH, Array
+from ranking import group_figures
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
 from torchrec_exfm import Task
 from torchrec_exfm.functional import correct_sampling
+from torchrec_exfm.losses import listwise, pairwise
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
@@ -48,9 +50,12 @@ VERTICALS = {  # departments of 50,000 to 250,000 examples; the five largest gen
         "SEAFOOD-PCKGD",
     ),
     "movielens": ("Comedy", "Action", "Drama", "Horror", "Adventure"),
+    "ebnerd": ("front page", "article page"),
 }
 SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps, but for that of freshness
 TUNED = {"promotions": SWEPT, "movielens": ("Drama", "Horror", "Adventure")}
+RANKED = {"promotions": ("MEAT-PCKGD", "PRODUCE"), "ebnerd": VERTICALS["ebnerd"]}
+STUDENTS = ("lean", "strong")
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
 DELAYS = (0, 1, 2, 4, 8, 16)
 FROZEN_AFTER = 16
@@ -58,7 +63,7 @@ SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 WIDTHS = (4, 8, 16, 32, 64)
 SMALL_BATCH = 128
 OTHER_RATES = (256, 5e-4, 1.0)  # a little better for the lean student than those it is run with
-TUNING_WEEK, TUNING_SEED = 14, 100  # settings are chosen on the weeks from there to the evaluation
+TUNING_SEED = 100
 GRID = tuple(itertools.product((256, 512), (5e-4, 1e-3, 2e-3), (0.1, 0.3, 0.5, 1.0)))
 KEPT = 0.2  # of the negatives, by the student that samples once more
 
@@ -74,6 +79,11 @@ ARMS: dict[str, tuple[Term, ...]] = {
     "AH + SA by margin": (Term(), Term(adapted=True, serving=True, margin=0.25)),
 }
 RECIPE = "AH + SA by margin"  # what the library advises
+RANKING_ARMS = {  # of the table Ranking; the weights were chosen on the weeks before the evaluation
+    "recipe + pairwise": (*ARMS[RECIPE], Term(loss=pairwise())),
+    "recipe + listwise": (*ARMS[RECIPE], Term(loss=listwise())),
+    "recipe + calibrated listwise": (*ARMS[RECIPE], Term(loss=listwise(calibrated=True))),
+}
 VARIANTS = {  # of it, for the sweep over the adapter
     "margin 0.1": (Term(), Term(adapted=True, serving=True, margin=0.1)),
     "margin 0.5": (Term(), Term(adapted=True, serving=True, margin=0.5)),
@@ -123,7 +133,8 @@ class Cell:
         told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
         terms = [vars(term).copy() for term in terms_of(self.arm)]
         for term in terms:
-            assert term.pop("loss") is Term().loss  # of every arm, and no part of a name
+            if (loss := term.pop("loss")) is not Term().loss:  # that of a term, if not told
+                term["loss"] = (loss.function.func.__name__, *loss.function.args)
         text = json.dumps([told, terms, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -132,14 +143,26 @@ def settings(source: str) -> dict[str, Any]:
     """What a run rests on beside its cell; of the code nothing is told."""
     features = {name: getattr(SOURCES[source], name) for name in ("lean", "strong", "rich")}
     names = ("TEACHER", "STUDENT", "TEACHER_RATES")
-    weeks = (passes.FIRST_WEEK, TUNING_WEEK, FROZEN_AFTER, passes.TEACHER_BATCH)
+    first = SOURCES[source].first_week, SOURCES[source].tuning_week
+    weeks = (*first, FROZEN_AFTER, passes.TEACHER_BATCH)
     formats = (passes.data.FORMAT_VERSION, passes.movielens.FORMAT_VERSION)
     models = {name: getattr(passes.demo, name) for name in names}
-    return {**features, **models, "weeks": weeks, "formats": formats}
+    told = {**features, **models, "weeks": weeks, "formats": formats}
+    if source == "ebnerd":
+        digest = passes.ebnerd.digest(passes.ebnerd_folder())
+        told["ebnerd"] = (passes.ebnerd.FORMAT_VERSION, digest)
+    return told
 
 
 def terms_of(arm: str) -> tuple[Term, ...]:
-    return {**ARMS, **VARIANTS}.get(arm, ())
+    return {**ARMS, **VARIANTS, **RANKING_ARMS}.get(arm, ())
+
+
+def said_for(cell: Cell) -> set[str]:
+    """What a cell needs of its teacher: what `passes.teacher_logits` calls it."""
+    if cell.arm == "none":
+        return set()
+    return {cell.feed, "directions"} if "directions" in cell.arm else {cell.feed}
 
 
 def groups(quick: bool) -> list[list[Cell]]:
@@ -220,6 +243,19 @@ def batches(quick: bool) -> Iterator[Cell]:
             yield replace(cell, rates=OTHER_RATES)
 
 
+def ranking(quick: bool) -> list[Cell]:
+    """What terms over groups add to the recipe."""
+    arms = ("teacher", "none", "AH", RECIPE, *RANKING_ARMS)
+    cells = [
+        Cell(source, vertical, student, arm, seed)
+        for source, verticals in RANKED.items()
+        for seed, vertical, student, arm in itertools.product(
+            SEEDS[:2] if quick else SEEDS, verticals[-1:] if quick else verticals, STUDENTS, arms
+        )
+    ]
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
 def tuning() -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
     for source, verticals in TUNED.items():
@@ -228,7 +264,7 @@ def tuning() -> Iterator[Cell]:
 
 
 def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> None:
-    """Run a teacher, and keep what it says: one file for each age of it."""
+    """Run a teacher, and keep what it says: one file for each age of it, and its directions."""
     stream = passes.stream_of(source)
     used = np.logical_or.reduce(
         [passes.demo.rows_of(stream, vertical) for vertical in VERTICALS[source]]
@@ -241,6 +277,7 @@ def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> 
         delays=[int(feed.removeprefix("delay-")) for feed in feeds if "-" in feed],
         frozen_after=FROZEN_AFTER if "frozen" in feeds else None,
         scored=used,
+        fitted_before=SOURCES[source].tuning_week if "directions" in feeds else None,
     )
     for feed, values in logits.items():
         write(
@@ -261,23 +298,29 @@ def run(cell: Cell, folder: Path) -> None:
     if cell.arm != "none":
         file = teacher_file(folder, cell.source, cell.width, cell.seed, cell.feed)
         teacher = np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift)
+    embeddings = None
+    if "directions" in said_for(cell):
+        file = teacher_file(folder, cell.source, cell.width, cell.seed, "directions")
+        embeddings = np.load(file, mmap_mode="r")[rows]
     rates = passes.sampling_rates(cell.source)[rows]
     if cell.kept < 1:
         drawn = np.random.default_rng(cell.seed).random(len(stream)) < cell.kept
         chosen = (stream.label == 1) | drawn
         stream, teacher, rates = stream.select(chosen), teacher[chosen], rates[chosen]
+        embeddings = None if embeddings is None else embeddings[chosen]
     if cell.arm == "teacher":
         batch_size, *_ = SOURCES[cell.source].rates[cell.student]
         logits = teacher.copy()
         logits[len(logits) // batch_size * batch_size :] = np.nan  # the student drops them too
     else:
-        logits = _student(cell, stream, teacher)
-    there = ~np.isnan(logits)
-    counted = there & (stream.week >= passes.FIRST_WEEK)
-    early = there & (stream.week < passes.FIRST_WEEK) & (stream.week >= TUNING_WEEK)
+        logits = _student(cell, stream, teacher, embeddings)
+    there, source = ~np.isnan(logits), SOURCES[cell.source]
+    counted = there & (stream.week >= source.first_week)
+    early = there & (stream.week < source.first_week) & (stream.week >= source.tuning_week)
     result = {
         **asdict(cell),
         **figures(logits[counted], stream.label[counted]),
+        **group_figures(logits[counted], stream.label[counted], stream.group[counted]),
         "early_ne": normalized_entropy(logits[early], stream.label[early]),
         "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
         "bins": reliability(logits[counted], stream.label[counted]),
@@ -290,7 +333,7 @@ def run(cell: Cell, folder: Path) -> None:
     write(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
 
 
-def _student(cell: Cell, stream: Any, teacher: Array) -> Array:
+def _student(cell: Cell, stream: Any, teacher: Array, embeddings: Array | None) -> Array:
     source = SOURCES[cell.source]
     return passes.student_logits(
         stream,
@@ -299,6 +342,7 @@ def _student(cell: Cell, stream: Any, teacher: Array) -> Array:
         seed=cell.seed,
         terms=terms_of(cell.arm),
         teacher=teacher,
+        embeddings=embeddings,
         adapter=cell.adapter,
         task=Task(negative_sampling_rate=cell.kept if cell.corrected else 1.0),
     )
@@ -371,8 +415,8 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None
     """Run what is missing, one part after the other."""
     feeds: dict[tuple[str, int, int], set[str]] = {}
     for cell in itertools.chain(*parts):
-        if cell.arm != "none":
-            feeds.setdefault((cell.source, cell.width, cell.seed), set()).add(cell.feed)
+        if said := said_for(cell):
+            feeds.setdefault((cell.source, cell.width, cell.seed), set()).update(said)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=passes.start
     ) as pool:

@@ -124,6 +124,11 @@ class Stream:
     def __len__(self) -> int:
         return len(self.time)
 
+    @property
+    def group(self) -> Array:
+        """The trip of each example, equal for those that were in view together, int64 (B,)."""
+        return self.example_id >> _PRODUCT_BITS
+
     def select(self, rows: Array | slice) -> Stream:
         """The examples at `rows` (a mask, positions or a slice), in that order."""
         return Stream(
@@ -188,6 +193,11 @@ class StreamBatch(Batch):
 
     example_ids: torch.Tensor
     event_seconds: torch.Tensor
+
+    @property
+    def groups(self) -> torch.Tensor:
+        """The trip of each example, int64 (B,)."""
+        return self.example_ids >> _PRODUCT_BITS
 
     def to(self, device: torch.device, non_blocking: bool = False) -> StreamBatch:
         return self._with(super().to(device, non_blocking))
