@@ -616,7 +616,7 @@ def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match=r"labels should .*lost.*pass labels="):
         rm.drained(lost, batches)
     ranking = rm.sharded(rm.wrapped(terms=rm.RANKING[:1]), world_size)
-    with pytest.raises(ValueError, match=r"terms \['a'\] compare.*pass groups=\.\.\."):
+    with pytest.raises(ValueError, match=r"terms \['a'\] need groups.*pass groups=\.\.\."):
         rm.pipeline_of(ranking, teacher=rm.logged)
     for groups, message in (
         (lambda batch: batch.lost, r"groups should take .*lost.*pass groups="),

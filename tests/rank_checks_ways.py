@@ -309,6 +309,7 @@ def check_a_loop_of_ones_own(rank: int, world_size: int) -> None:
         labels=lambda batch: batch.labels,
         weights=None,
         groups=None,
+        candidates=None,
         group=dist.group.WORLD if world_size > 1 else None,
         device=device(),
     )

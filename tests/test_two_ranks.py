@@ -15,6 +15,7 @@ import rank_checks_pipelines as pipelines
 import rank_checks_resume as resume
 import rank_checks_serving as serving
 import rank_checks_store as of_store
+import rank_checks_towers as towers
 from models import students
 from rank_models import SHARDINGS
 from ranks import Ranks, check_name
@@ -52,6 +53,9 @@ CHECKS: list[tuple[Any, ...]] = [
     *((pipelines.check_mixin_equals_train_pipeline_exfm, name) for name in ("base", "lite")),
     (pipelines.check_two_forwards_of_a_batch,),
     (pipelines.check_collectives_do_not_depend_on_a_ranks_teacher,),
+    (towers.check_two_towers_agree_with_one,),
+    (towers.check_pipelined_towers_equal_plain,),
+    (towers.check_towers_of_weight_zero_are_plain,),
     (checks.check_changed_ids_are_told,),
     (checks.check_tables_left_whole_are_told,),
     (checks.check_untraceable_is_told,),

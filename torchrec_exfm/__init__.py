@@ -29,6 +29,7 @@ from torchrec_exfm.monitor import RunMonitor  # noqa: E402
 from torchrec_exfm.pipeline import ExFMSteps, TrainPipelineExFM  # noqa: E402
 from torchrec_exfm.resume import load_training, save_training  # noqa: E402
 from torchrec_exfm.sources import LiveTeacher, TeacherSource  # noqa: E402
+from torchrec_exfm.tap import OutputsOf  # noqa: E402
 from torchrec_exfm.tasks import Task  # noqa: E402
 from torchrec_exfm.terms import DistillationTerm  # noqa: E402
 from torchrec_exfm.wrapper import ExFMWrapper  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "LiveTeacher",
     "MetricsRestartedWarning",
     "NotPipelinedWarning",
+    "OutputsOf",
     "RunMonitor",
     "StudentAdapter",
     "Task",

@@ -107,11 +107,12 @@ def check_adapter(
         )
 
 
-def check_groups(head: AuxiliaryHead, groups: object) -> None:
-    """Raise where a term's loss compares examples of a group, and nothing tells the groups."""
-    names = [term.name for term in head.terms if term.loss.needs_groups]
-    if names and groups is None:
-        raise ValueError(
-            f"the losses of the terms {names} compare the examples of a group, and received no "
-            "groups: pass groups=..., a function of the user's batch to its ids, to the pipeline"
-        )
+def check_keys(head: AuxiliaryHead, groups: object, candidates: object) -> None:
+    """Raise where a term's loss compares examples by a key, and nothing tells it."""
+    for what, keys in (("groups", groups), ("candidates", candidates)):
+        names = [term.name for term in head.terms if getattr(term.loss, f"needs_{what}")]
+        if names and keys is None:
+            raise ValueError(
+                f"the losses of the terms {names} need {what}, and received none: pass {what}=..., "
+                "a function of the user's batch to its ids, to the pipeline"
+            )

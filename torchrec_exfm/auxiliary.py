@@ -19,13 +19,14 @@ from torchrec_exfm.tasks import (
     check_kinds,
     check_names,
     check_tasks,
+    checked_candidates,
     checked_groups,
     checked_labels,
     checked_weights,
     count_outputs,
     find_absent,
 )
-from torchrec_exfm.terms import DistillationTerm, TermInputs, TermLoss
+from torchrec_exfm.terms import DistillationTerm, Targets, TermInputs, TermLoss
 
 __all__ = ["AuxiliaryHead"]
 
@@ -134,6 +135,7 @@ class AuxiliaryHead(nn.Module):
         weights: Tensor | None = None,
         counts: Tensor | None = None,
         groups: Tensor | None = None,
+        candidates: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the terms.
 
@@ -149,17 +151,22 @@ class AuxiliaryHead(nn.Module):
                 under data parallelism average ``lead_losses`` over the ranks then.
             weights: (B, T), or (B,) for all tasks, the examples' weights; None: all 1.
             counts: (2, M, T), the denominators of the means: of the outputs, and of those with a
-                label. See ``count`` of :func:`torchrec_exfm.functional.masked_mean`.
+                label. See ``count`` of :func:`torchrec_exfm.functional.masked_mean`. Last that of
+                the embeddings where a term learns from them, (3, M, T).
             groups: (B,) int64, equal for the examples of a group, in any order; needed by terms
                 whose loss compares them. Groups are those of this rank's examples.
+            candidates: (B,) int64, the ids of the examples' items, or a pair of them and (B,) log
+                q, how often an item is sampled; needed by losses over in-batch candidates, which
+                are those of this rank's examples.
 
         Returns:
             L_D as a scalar, and the K unweighted losses, detached.
 
         Raises:
             ValueError: if the outputs' shape does not fit B, M and T, or ``adapted``, ``serving``,
-                ``labels`` or ``groups`` are needed and not there; for labels, weights or groups of
-                another shape or dtype, and on the CPU for infinite labels and negative weights.
+                ``labels``, ``groups``, ``candidates`` or the teachers' embeddings are needed and
+                not there; for one of them of another shape or dtype, and on the CPU for infinite
+                labels and log q, and negative weights.
         """
         shared = [shared] if isinstance(shared, Tensor) else list(shared)
         size = len(shared[0])
@@ -174,22 +181,44 @@ class AuxiliaryHead(nn.Module):
             weights = checked_weights(weights, self.tasks, size)
         if any(term.loss.needs_groups for term in self.terms):
             groups = checked_groups(groups, size)
+        needs_candidates = any(term.loss.needs_candidates for term in self.terms)
+        there = self.embedding_presence(teacher)
         if counts is None:
-            counts = count_outputs(teacher.presence, labels, weights)
+            counts = count_outputs(teacher.presence, labels, weights, there)
+        embeddings = None
+        if there is not None and teacher.embeddings is not None:
+            absent = find_absent(there.unsqueeze(-1).expand_as(teacher.presence), None, weights)
+            embeddings = Targets(teacher.embeddings, absent, positive(counts[-1]))
+        absent = find_absent(teacher.presence, None, weights)
         inputs = TermInputs(
-            values=teacher.values,
+            outputs=Targets(teacher.values, absent, positive(counts[0])),
+            embeddings=embeddings,
             adapted=adapted,
             labels=labels,
             weights=weights,
-            count=positive(counts[0]),
-            label_count=counts[-1],
-            absent=find_absent(teacher.presence, None, weights),
+            label_count=counts[0 if labels is None else 1],
             unlabelled=None if labels is None else find_absent(teacher.presence, labels, weights),
             groups=groups,
+            candidates=checked_candidates(candidates, size) if needs_candidates else None,
         )
         pairs = [term(shared, serving, inputs) for term in self.term_losses]
         taught, losses = zip(*pairs, strict=True)
         return sum(taught[1:], taught[0]), torch.stack(losses)
+
+    def embedding_presence(self, teacher: TeacherOutputs) -> Tensor | None:
+        """Which of the teachers' embeddings are there, (B, M); None where no term needs them.
+
+        Raises:
+            ValueError: if a term does, and the outputs have none.
+        """
+        names = [term.name for term in self.terms if term.loss.embeddings]
+        if names and teacher.embeddings is None:
+            raise ValueError(
+                f"the losses of the terms {names} learn from the teachers' embeddings, and "
+                "received outputs without: look them up with TeacherLookup(embeddings=True), or "
+                "give TeacherOutputs(..., embeddings=...)"
+            )
+        return teacher.embedding_presence if names else None
 
     def _check_outputs(self, teacher: TeacherOutputs, size: int) -> None:
         expected = (size, len(self.teachers), len(self.tasks))

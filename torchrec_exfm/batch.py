@@ -198,6 +198,7 @@ class StepInputs:
     counts: Tensor | None = None
     adapted: Tensor | None = None
     groups: Tensor | None = None
+    candidates: Any = None
 
 
 Started: TypeAlias = TeacherOutputs | Future[TeacherOutputs] | Callable[[Any], TeacherOutputs]

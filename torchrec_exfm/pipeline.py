@@ -16,7 +16,7 @@ from torchrec.streamable import Pipelineable
 from torchrec_exfm._checks import (
     check_adapter,
     check_features,
-    check_groups,
+    check_keys,
     check_on_error,
     check_teacher,
     warn_of_optimizer,
@@ -82,6 +82,9 @@ class ExFMSteps(TrainPipeline[In, Out]):
         groups: takes the user's batch to (B,) int64 ids, equal for the examples of a request, page
             or session, in any order; needed by terms whose loss compares them. Groups are those of
             a rank's batch: one that is spread over ranks is several.
+        candidates: takes the user's batch to its items' ids, (B,) int64, or to a pair of them and
+            (B,) log q, how often an item is sampled; needed by losses over in-batch candidates,
+            which are those of a rank's batch.
         trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
             ``TrainPipelineBase``.
         **kwargs: those of TorchRec's pipeline.
@@ -93,11 +96,12 @@ class ExFMSteps(TrainPipeline[In, Out]):
 
     Raises:
         ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit, or a
-            look-up's teachers and tasks; for terms that need groups without ``groups``; for
-            ``free_features_storage_early`` with a live teacher; for ``on_teacher_error="mask"``
-            with a live teacher, or with none. In ``progress`` if ``labels``, ``weights`` or
-            ``groups`` do not fit the batch, or what they give does not fit the outputs; on the CPU
-            for infinite labels and negative weights.
+            look-up's teachers and tasks; for terms that need ``groups`` or ``candidates`` without
+            them; for ``free_features_storage_early`` with a live teacher; for
+            ``on_teacher_error="mask"`` with a live teacher, or with none. In ``progress`` if one of
+            the functions does not fit the batch, or what it gives does not fit the outputs; for
+            outputs without embeddings where a term learns from them; on the CPU for infinite
+            labels and negative weights.
         TypeError: for a teacher of another kind. In ``progress`` for ``ExFMBatch`` from the loader
             and a teacher as well, or neither.
         RuntimeError: in the first ``progress``, if the model can't be traced.
@@ -123,6 +127,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         labels: Callable[[Any], Tensor] = operator.attrgetter("labels"),
         weights: Callable[[Any], Tensor] | None = None,
         groups: Callable[[Any], Tensor] | None = None,
+        candidates: Callable[[Any], Any] | None = None,
         trace: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -130,7 +135,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         check_teacher(teacher, head, model)
         check_on_error(on_teacher_error, teacher)
         check_adapter(head, adapter, adapter_optimizer)
-        check_groups(head, groups)
+        check_keys(head, groups, candidates)
         pipeline: Any = super()
         pipeline.__init__(model, optimizer, device, *args, **kwargs)
         check_features(teacher, self)
@@ -158,6 +163,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
             labels=labels,
             weights=weights,
             groups=groups,
+            candidates=candidates,
             group=group,
             device=device,
         )

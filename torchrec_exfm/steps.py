@@ -7,6 +7,7 @@ it, and :class:`ExFMWrapper` calls it from its forward, where every pipeline pas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ class Steps:
         labels: takes the user's batch to its labels.
         weights: takes the user's batch to its weights, or None.
         groups: takes the user's batch to the ids of its examples' groups, or None.
+        candidates: takes the user's batch to the ids of its items, and log q, or None.
         group: the ranks that average, or None.
         device: where the step runs.
     """
@@ -56,6 +58,7 @@ class Steps:
         labels: Callable[[Any], Tensor],
         weights: Callable[[Any], Tensor] | None,
         groups: Callable[[Any], Tensor] | None,
+        candidates: Callable[[Any], Any] | None,
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
@@ -66,6 +69,7 @@ class Steps:
         self._labels = labels
         self._weights = weights
         self._groups = groups
+        self._candidates = candidates
         self._group = group
         self._device = device
         self._copy_stream = side_stream(device)
@@ -116,36 +120,32 @@ class Steps:
             labels = checked_labels(read_labels(self._labels, batch.batch), tasks, size)
         if self._weights is not None:
             weights = checked_weights(_read("weights", self._weights, batch.batch), tasks, size)
-        groups = None if self._groups is None else _read("groups", self._groups, batch.batch)
-        counts = count_outputs(teacher.presence, labels, weights)
+        keys = (("groups", self._groups), ("candidates", self._candidates))
+        groups, candidates = (f and _read(what, f, batch.batch) for what, f in keys)
+        embeddings = self._head.embedding_presence(teacher)
+        counts = count_outputs(teacher.presence, labels, weights, embeddings)
         wait = start_average([counts], self._group)
-        return partial(self._inputs, teacher, labels, weights, counts, groups, wait)
+        inputs = StepInputs(teacher, labels, weights, counts, None, groups, candidates)
+        return partial(self._adapted, inputs, wait)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _inputs(
-        self,
-        teacher: TeacherOutputs,
-        labels: Tensor | None,
-        weights: Tensor | None,
-        counts: Tensor,
-        groups: Tensor | None,
-        wait: Callable[[], None],
-    ) -> StepInputs:
+    def _adapted(self, inputs: StepInputs, wait: Callable[[], None]) -> StepInputs:
         """Wait for the counts; let the adapter take its step."""
         wait()
-        adapted = None
-        if self._adapter is not None and self._adapter_optimizer is not None:
-            with record_function("## adapter_step ##"):
-                adapted = adapter_step(
-                    self._adapter,
-                    self._adapter_optimizer,
-                    teacher,
-                    labels,
-                    count=counts[1],
-                    weights=weights,
-                    group=self._group,
-                )
-        return StepInputs(teacher, labels, weights, counts, adapted, groups)
+        if self._adapter is None or self._adapter_optimizer is None:
+            return inputs
+        assert inputs.counts is not None
+        with record_function("## adapter_step ##"):
+            adapted = adapter_step(
+                self._adapter,
+                self._adapter_optimizer,
+                inputs.teacher,
+                inputs.labels,
+                count=inputs.counts[1],
+                weights=inputs.weights,
+                group=self._group,
+            )
+        return replace(inputs, adapted=adapted)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:

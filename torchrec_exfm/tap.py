@@ -1,4 +1,4 @@
-"""Reading a representation out of an unedited student: hooks on one of its submodules.
+"""Reading a representation out of an unedited student: hooks on its submodules.
 
 Shapes: B examples, D width of the shared representation.
 """
@@ -14,41 +14,87 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_exfm._warnings import DistillationWarning
+from torchrec_exfm.tasks import check_names
+
+
+class OutputsOf:
+    """Names submodules whose outputs, side by side, are the shared representation.
+
+    ``ExFMWrapper(student, tap=OutputsOf("query_tower", "item_tower"))``: two towers, [u, v], which
+    losses over in-batch candidates take in two halves, the query's first. An output is (B, D_i), or
+    a tuple of such tensors.
+
+    Args:
+        *modules: names below the student.
+
+    Raises:
+        ValueError: for no names, or one that comes twice.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self.modules = check_names("modules of OutputsOf", modules)
+
+    def __repr__(self) -> str:
+        return f"OutputsOf{self.modules}"
 
 
 class Tap:
-    """Keeps the first argument of a submodule, (B, D), for one forward.
+    """Keeps the shared representation, (B, D), for one forward.
 
-    And its output, the logits of ``tasks``, if ``keeps_output``.
+    It is the first argument of the module that ``where`` names, or what the modules of
+    :class:`OutputsOf` return, side by side. Beside it the output of the module, the logits of
+    ``tasks``, if ``keeps_output``.
+
+    Args:
+        where: as named.
+        modules: those.
+        width: D.
+        tasks: the names of the tasks that share the representation.
+        keeps_output: as above.
+        halves: the outputs are two of one width, a query's and an item's.
     """
 
     def __init__(
-        self, name: str, tapped: nn.Module, width: int, tasks: Sequence[str], keeps_output: bool
+        self,
+        where: str | OutputsOf,
+        modules: Sequence[nn.Module],
+        width: int,
+        tasks: Sequence[str],
+        *,
+        keeps_output: bool,
+        halves: bool,
     ) -> None:
-        self.name = name
+        if halves and isinstance(where, str):
+            raise ValueError(
+                "a loss over in-batch candidates should be given tap=OutputsOf(query tower, item "
+                f"tower); received tap={where!r}"
+            )
+        self.name = ", ".join(names_of(where))
         self.width = width
         self.tasks = tuple(tasks)
-        self._argument = next(iter(inspect.signature(tapped.forward).parameters), "")
-        self._input: Any = None
-        self._output: Any = None
-        self._calls = 0
+        self._of_outputs = isinstance(where, OutputsOf)
+        self._halves = halves
+        self._modules = tuple(modules)
+        self._inputs: list[Any] = []  # one for each call
+        self._outputs: dict[nn.Module, Any] = {}
         self._open = False
-        tapped.register_forward_pre_hook(self.keep_input, with_kwargs=True)
-        if keeps_output:
-            tapped.register_forward_hook(self.keep_output)
+        for module in modules:
+            module.register_forward_pre_hook(self.keep_input, with_kwargs=True)
+            if keeps_output or self._of_outputs:
+                module.register_forward_hook(self.keep_output)
 
     def keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
         if not self._open:  # the student runs by itself, or once more in backward
             return
         only = next(iter(kwargs.values())) if len(kwargs) == 1 else None
-        self._input = args[0] if args else kwargs.get(self._argument, only)
-        self._calls += 1
+        first = "" if args else next(iter(inspect.signature(module.forward).parameters), "")
+        self._inputs.append(args[0] if args else kwargs.get(first, only))
 
     def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook: the output as it is now, as the student may change it in place."""
         if self._open:
-            self._output = output.clone() if isinstance(output, Tensor) else output
+            self._outputs[module] = _copied(output)
 
     def open(self) -> None:
         """Keep what comes, from now until the tap is cleared."""
@@ -57,31 +103,42 @@ class Tap:
 
     def clear(self) -> None:
         """Forget, and close."""
-        self._input, self._output, self._calls, self._open = None, None, 0, False
+        self._inputs, self._outputs, self._open = [], {}, False
 
     def take_input(self, *, learns: bool = True) -> Tensor:
         """The representation of this forward, (B, D), from which the network below learns.
 
         Raises:
-            RuntimeError: if the submodule did not run exactly once.
-            ValueError: if its first argument is of another shape.
+            RuntimeError: if a module did not run exactly once.
+            ValueError: if what it is given, or what it returns, is of another shape.
         """
-        if self._calls != 1:
+        ran = len(self._outputs if self._of_outputs else self._inputs)
+        if not ran == len(self._inputs) == len(self._modules):
             raise RuntimeError(
                 f"the tapped module {self.name!r} should run exactly once in the student's "
-                f"forward; it ran {self._calls} times: tap a module that runs once, or one for "
-                "each task (tap={task: module, ...})"
+                f"forward; it ran {len(self._inputs)} times: tap a module that runs once, or one "
+                "for each task (tap={task: module, ...})"
             )
-        value = self._input
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != self.width:
+        parts, what = self._inputs, "first argument"
+        if self._of_outputs:
+            outputs, what = [self._outputs[module] for module in self._modules], "output"
+            parts = [each for part in outputs for each in (part if type(part) is tuple else [part])]
+        widths = [v.shape[1] if isinstance(v, Tensor) and v.dim() == 2 else -1 for v in parts]
+        if -1 in widths or sum(widths) != self.width:
             raise ValueError(
-                f"the first argument of the tapped module {self.name!r} should be a tensor of "
-                f"shape (B, {self.width}); received {_shape(value)}: pass in_features, or tap a "
-                "module that takes such a tensor"
+                f"the {what} of the tapped module {self.name!r} should be a tensor of "
+                f"shape (B, {self.width}); received {', '.join(map(_shape, parts))}: pass "
+                "in_features, or tap a module that takes such a tensor"
             )
+        if self._halves and widths != [self.width / 2] * 2:
+            raise ValueError(
+                f"the outputs of {self.name!r} should be a query's vectors and an item's, of one "
+                f"width, for a loss over in-batch candidates; received the widths {widths}"
+            )
+        shared: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if learns:
-            self._warn_without_gradient("input", value)
-        return value
+            self._warn_without_gradient(what, shared)
+        return shared
 
     def take_output(self) -> Tensor:
         """What the submodule returned: the logits of the tap's tasks, (B, tasks).
@@ -89,10 +146,11 @@ class Tap:
         Raises:
             ValueError: for an output of another shape.
         """
-        output, width = self._output, len(self.tasks)
+        output = None if self._of_outputs else self._outputs.get(self._modules[0])
+        width = len(self.tasks)
         self._warn_without_gradient("output", output)
         fits = isinstance(output, Tensor) and output.dim() in (1, 2)
-        if not fits or output.numel() != len(output) * width:
+        if output is None or not fits or output.numel() != len(output) * width:
             raise ValueError(
                 f"the output of the tapped module {self.name!r} should be the logits of the tasks "
                 f"{list(self.tasks)}, (B, {width}); received {_shape(output)}: tap the module that "
@@ -112,6 +170,13 @@ class Tap:
             )
 
 
+def _copied(output: Any) -> Any:
+    """Tensors as they are now."""
+    if isinstance(output, (tuple, list)):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
+
+
 def remove_taps(student: nn.Module) -> None:
     """Drop the hooks of an earlier wrapper around the same student."""
     for module in student.modules():
@@ -120,6 +185,11 @@ def remove_taps(student: nn.Module) -> None:
                 if isinstance(getattr(hook, "__self__", None), Tap):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def names_of(where: str | OutputsOf) -> tuple[str, ...]:
+    """The names of the modules that it names."""
+    return where.modules if isinstance(where, OutputsOf) else (where,)
 
 
 def tapped_module(student: nn.Module, tap: str) -> nn.Module:
@@ -145,19 +215,22 @@ def tapped_module(student: nn.Module, tap: str) -> nn.Module:
     return tapped
 
 
-def tapped_width(tapped: nn.Module, tap: str) -> int:
-    """D, of the first linear layer.
+def tapped_width(where: str | OutputsOf, modules: Sequence[nn.Module]) -> int:
+    """D: what the first linear layer takes, or what the last ones of several modules give.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if one has none.
     """
-    for module in tapped.modules():
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    raise ValueError(
-        f"the width of the shared representation can't be told from the tapped module {tap!r} "
-        f"({type(tapped).__name__}), which has no nn.Linear: pass in_features"
-    )
+    total = 0
+    for name, module in zip(names_of(where), modules, strict=True):
+        linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
+        if not linear:
+            raise ValueError(
+                "the width of the shared representation can't be told from the tapped module "
+                f"{name!r} ({type(module).__name__}), which has no nn.Linear: pass in_features"
+            )
+        total += linear[0].in_features if isinstance(where, str) else linear[-1].out_features
+    return total
 
 
 def _candidates(student: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,20 +113,28 @@ def find_absent(presence: Tensor, labels: Tensor | None, weights: Tensor | None)
     return absent if weights is None else absent | (weights == 0).unsqueeze(1)
 
 
-def count_outputs(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+def count_outputs(
+    presence: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    embeddings: Tensor | None = None,
+) -> Tensor:
     """Add up the weights of the examples that have an output, and of those with a label as well.
 
     Args:
         presence: (B, M, T), which outputs are there.
         labels: (B, T), NaN where one is missing; None: count no labels.
         weights: (B, T), or (B,) for all tasks; None: all 1.
+        embeddings: (B, M), which embeddings are there; None: count none.
 
     Returns:
-        (2, M, T), or (1, M, T) without labels.
+        (1, M, T), with labels or embeddings (2, M, T), with both (3, M, T), those last.
     """
     masks = presence.unsqueeze(0)
     if labels is not None:
         masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # not NaN
+    if embeddings is not None:
+        masks = torch.cat([masks, embeddings.unsqueeze(-1).expand_as(presence).unsqueeze(0)])
     if weights is not None:
         masks = masks * (weights.unsqueeze(1) if weights.dim() > 1 else weights.reshape(-1, 1, 1))
     return masks.sum(1, dtype=torch.float32)
@@ -167,6 +176,38 @@ def checked_groups(groups: Tensor | None, batch_size: int) -> Tensor:
         f"groups should be int64 ids of shape {(batch_size,)}, one for each example; received "
         f"{received}: tell the pipeline where they are (groups=...)"
     )
+
+
+def checked_candidates(candidates: Any, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    """Return ids of items, (B,) int64, and log q, (B,) or None; raise a ValueError for others.
+
+    Raises:
+        ValueError: also for a log q that is not finite, on the CPU.
+    """
+    parts = candidates if isinstance(candidates, (tuple, list)) else (candidates, None)
+    ids: Any
+    log_q: Any
+    ids, log_q = parts if len(parts) == 2 else (None, None)
+    shape = (batch_size,)
+    fits = isinstance(ids, Tensor) and ids.shape == shape and ids.dtype == torch.int64
+    if log_q is not None:
+        floats = isinstance(log_q, Tensor) and log_q.dtype.is_floating_point
+        fits = fits and floats and log_q.shape == shape
+    if not fits:
+        received = [f"{p.dtype} of {tuple(p.shape)}" for p in parts if isinstance(p, Tensor)]
+        raise ValueError(
+            f"candidates should be int64 ids of items of shape {shape}, or a pair of them and log "
+            f"q, floats of the same shape; received {received or type(candidates).__name__}: tell "
+            "the pipeline where they are (candidates=...)"
+        )
+    if log_q is not None and log_q.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~log_q.isfinite()
+        if bool(wrong.any()):
+            raise ValueError(
+                f"log q of the candidates should be finite; received {int(wrong.sum())} values "
+                "that are not: an item that comes was sampled, with a probability above 0"
+            )
+    return ids, log_q
 
 
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_exfm.functional import check_sampling_rate
+from torchrec_exfm.functional import check_sampling_rate, scale_gradient
 from torchrec_exfm.heads import DistillationHead
 from torchrec_exfm.losses.contract import Loss, LossInputs
 from torchrec_exfm.losses.elementwise import task_loss
@@ -41,7 +41,8 @@ class DistillationTerm:
         tasks: the names of the tasks it covers; None: all. Terms over different tasks give each
             task its own α, β and w.
         loss: one of :mod:`torchrec_exfm.losses`, or a ``Loss`` of your own; by default each task's
-            own, cross entropy or squared error.
+            own, cross entropy or squared error. One of the teacher's embeddings has a projection
+            of the shared representation as its head, or none.
         alpha: α, label scaling: multiplies the soft label, which is then clipped at 1 (or the
             prediction of a regression, unclipped). For ``task_loss()`` and ``temperature()``.
         beta: β, gradient scaling: multiplies this head's gradient into the backbone.
@@ -96,6 +97,21 @@ class DistillationTerm:
                 "a term of the serving head has no head of its own and no gradient to scale: leave "
                 f"hidden and beta as they are; received hidden={self.hidden}, beta={self.beta}"
             )
+        if self.loss.width is not None and self.serving:
+            raise ValueError(
+                "serving should be False with a loss of the shared representation; received True"
+            )
+        if self.loss.width == 0 and self.hidden != type(self).hidden:
+            raise ValueError(
+                "a loss of the two towers themselves has no head: leave hidden as it is; received "
+                f"{self.hidden}"
+            )
+        if self.loss.embeddings and (self.adapted or self.negative_sampling_rate != 1):
+            raise ValueError(
+                "adapted and negative_sampling_rate are for a teacher's outputs, and the loss "
+                f"learns from its embeddings; received adapted={self.adapted}, "
+                f"negative_sampling_rate={self.negative_sampling_rate}"
+            )
         if self.margin is not None and not (self.serving and 0 < self.margin < math.inf):
             raise ValueError(
                 "margin should be None, or a number > 0 of a term with serving=True; received "
@@ -121,31 +137,46 @@ class DistillationTerm:
         return "/".join([self.teacher, *through, *(self.tasks or ())])
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What a loss learns from, of all teachers and tasks.
+
+    Args:
+        values: (B, M, T), the teachers' outputs, or (B, M, E), their embeddings; 0 where missing.
+        absent: (B, M, T), boolean, which examples have no part in the loss.
+        count: (M, T), the denominators of the loss, positive.
+    """
+
+    values: Tensor
+    absent: Tensor
+    count: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class TermInputs:
     """What the terms of a step share, of all teachers and tasks.
 
     Args:
-        values: (B, M, T), the teachers' outputs, 0 where one is missing.
-        adapted: (B, M, T), the adapter's; None where no term is adapted.
+        outputs: of the teachers.
+        embeddings: of the teachers; None where no loss needs them.
+        adapted: (B, M, T), the adapter's outputs; None where no term is adapted.
         labels: (B, T), NaN where one is missing; None where no running mean is to be updated.
         weights: (B, T); None: all 1.
-        count: (M, T), the denominators of the loss, positive.
-        label_count: (M, T), those of the running means, 0 where there is no label.
-        absent: (B, M, T), boolean, which examples have no part in the loss.
+        label_count: (M, T), denominators of the running means, 0 where there is no label.
         unlabelled: (B, M, T), boolean, which have none in the running means; None without labels.
         groups: (B,), ids of groups; None where no loss needs them.
+        candidates: ids of items, and log q; None where no loss needs them.
     """
 
-    values: Tensor
+    outputs: Targets
+    embeddings: Targets | None
     adapted: Tensor | None
     labels: Tensor | None
     weights: Tensor | None
-    count: Tensor
     label_count: Tensor
-    absent: Tensor
     unlabelled: Tensor | None
     groups: Tensor | None
+    candidates: tuple[Tensor, Tensor | None] | None
 
 
 class TermLoss(nn.Module):
@@ -185,11 +216,19 @@ class TermLoss(nn.Module):
         order = list(itertools.chain(*covered))
         self._order = [order.index(t) for t in self.columns]
         self._taps = [] if term.serving else [i for i, columns in enumerate(covered) if columns]
+        self._part = [k for k, i in enumerate(self._taps) for _ in covered[i]]
+        width = term.loss.width
+        if width == 0 and len(self._taps) > 1:
+            raise ValueError(
+                f"the loss of the term {term.name!r} should be of tasks that share two towers; "
+                f"received {len(self._taps)} taps: give each a term of its own"
+            )
         self.heads = nn.ModuleList(
             DistillationHead(
-                taps[i][1], num_tasks=len(covered[i]), hidden=term.hidden, beta=term.beta
+                taps[i][1], num_tasks=width or len(covered[i]), hidden=term.hidden, beta=term.beta
             )
             for i in self._taps
+            if width != 0
         )
         means = torch.zeros(2, len(self.columns), device="cpu") if term.margin else None
         self.register_buffer("lead_losses", means)
@@ -199,12 +238,14 @@ class TermLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The term's loss as it is taught, w and lead in it, and as it is, detached."""
         outputs = self._outputs(shared, serving)
-        absent = self._pick(inputs.absent.select(1, self.teacher))
-        values = self._values(inputs, absent)
+        targets = inputs.embeddings if self.term.loss.embeddings else inputs.outputs
+        assert targets is not None
+        absent = self._pick(targets.absent.select(1, self.teacher))
+        values = self._values(inputs, targets.values, absent)
         weights = None if inputs.weights is None else self._pick(inputs.weights)
-        count, alpha = self._pick(inputs.count[self.teacher]), self.term.alpha
-        parts = (self.tasks, outputs, values, absent, count, alpha, weights, inputs.groups)
-        means = self.term.loss(LossInputs(*parts))
+        count, alpha = self._pick(targets.count[self.teacher]), self.term.alpha
+        parts = (self.tasks, outputs, values, absent, count, alpha, weights)
+        means = self.term.loss(LossInputs(*parts, inputs.groups, inputs.candidates))
         if means.shape != (len(self.tasks),):
             raise ValueError(
                 f"the loss of the term {self.term.name!r} should return {(len(self.tasks),)}, one "
@@ -248,20 +289,35 @@ class TermLoss(nn.Module):
         self.lead_losses = self.lead_losses.lerp(losses, 1 - LEAD_DECAY)
 
     def _outputs(self, shared: Sequence[Tensor], serving: Tensor | None) -> Tensor:
-        """(B, U) in float32 or more."""
+        """(B, U), or (B, U, D) of a loss of representations, in float32 or more."""
         if serving is not None and self.term.serving:
             # Without weight not even zeros go back: they could change how a gradient lies in memory
             outputs = self._pick(serving if self.term.weight else serving.detach())
+        elif self.term.loss.width == 0:
+            towers = shared[self._taps[0]]
+            towers = scale_gradient(towers, self.term.beta) if self.term.weight else towers.detach()
+            outputs = towers.unsqueeze(1).expand(-1, len(self.columns), -1)
         else:
             parts = [head(shared[i]) for i, head in zip(self._taps, self.heads, strict=True)]
-            outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            outputs = pick_columns(outputs, self._order)
+            if self.term.loss.width is None:
+                outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                outputs = pick_columns(outputs, self._order)
+            else:
+                outputs = torch.stack([parts[self._part[i]] for i in self._order], dim=1)
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
-    def _values(self, inputs: TermInputs, absent: Tensor) -> Tensor:
-        """(B, U) logits or predictions, as if learnt from the student's data."""
+    def _values(self, inputs: TermInputs, values: Tensor, absent: Tensor) -> Tensor:
+        """(B, U) logits or predictions, as if learnt from the student's data; or embeddings."""
+        if self.term.loss.embeddings:
+            values = values.select(1, self.teacher).unsqueeze(1)
+            missing = not values.shape[-1]  # of the whole batch: they have no width
+            return (
+                values.new_zeros(*values.shape[:2], self.term.loss.width or 0)
+                if missing
+                else values
+            )
         if not self.term.adapted or inputs.adapted is None:
-            values = self._pick(inputs.values.select(1, self.teacher))
+            values = self._pick(values.select(1, self.teacher))
         else:
             values = self._pick(inputs.adapted.select(1, self.teacher)).masked_fill(absent, 0.0)
         if not any(self._shifts):

@@ -16,7 +16,7 @@ from torchrec_exfm._compat import sharded_names
 from torchrec_exfm._user import outline, read
 from torchrec_exfm.auxiliary import AuxiliaryHead, ByTasks, by_tasks
 from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
-from torchrec_exfm.tap import Tap, remove_taps, tapped_module, tapped_width
+from torchrec_exfm.tap import OutputsOf, Tap, names_of, remove_taps, tapped_module, tapped_width
 from torchrec_exfm.tasks import Task, check_tasks, pick_columns
 from torchrec_exfm.terms import DistillationTerm
 
@@ -48,11 +48,14 @@ class ExFMWrapper(nn.Module):
             in a ``DLRMTrain``. For terms with ``serving=True`` its output is the logits, (B, T).
             Where tasks have towers of their own, as under a shared bottom, MMoE or PLE: a mapping
             from each task, or a tuple of tasks that share one, to its tower,
-            ``{"click": "towers.click", "buy": "towers.buy"}``.
+            ``{"click": "towers.click", "buy": "towers.buy"}``. In the place of a name
+            :class:`OutputsOf` several: what they return, side by side, is the representation; so
+            for two towers, ``OutputsOf("query_tower", "item_tower")``.
         terms: what is distilled, see :class:`DistillationTerm`.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs and of the labels.
-        in_features: D; None: that of the first ``nn.Linear`` in the tapped module.
+        in_features: D; None: that of the first ``nn.Linear`` in the tapped module (of the last of
+            each, for ``OutputsOf``).
         serving_logits: takes what the student returns to its logits, (B, T) or (B,), with their
             gradient, for terms with ``serving=True``; None: they are the tapped module's output.
 
@@ -66,7 +69,7 @@ class ExFMWrapper(nn.Module):
         self,
         student: nn.Module,
         *,
-        tap: str | ByTasks[str],
+        tap: str | OutputsOf | ByTasks[str | OutputsOf],
         terms: Sequence[DistillationTerm] = (DistillationTerm(),),
         teachers: Sequence[str] = ("teacher",),
         tasks: Sequence[Task] = (Task(),),
@@ -75,25 +78,31 @@ class ExFMWrapper(nn.Module):
     ) -> None:
         super().__init__()
         _check_bare(student)
+        groups: list[tuple[tuple[str, ...], str | OutputsOf]]
         groups = by_tasks("tap", tap, check_tasks(tasks))
-        modules = [tapped_module(student, name) for _, name in groups]
+        modules = [
+            [tapped_module(student, name) for name in names_of(where)] for _, where in groups
+        ]
         widths: dict[str | tuple[str, ...], int] = {
-            names: tapped_width(module, name) if in_features is None else in_features
-            for (names, name), module in zip(groups, modules, strict=True)
+            names: tapped_width(where, tapped) if in_features is None else in_features
+            for (names, where), tapped in zip(groups, modules, strict=True)
         }
         with torch.random.fork_rng(devices=[]):  # the student's initialisation stays as it was
             heads = AuxiliaryHead(widths, terms=terms, teachers=teachers, tasks=tasks)
-        weight = next(modules[0].parameters(), None)
+        weight = next(modules[0][0].parameters(), None)
         if weight is not None and not weight.is_meta:
             heads.to(device=weight.device, dtype=weight.dtype)
         remove_taps(student)
         self.bare_student = (_without_weights(student),)  # a tuple: no submodule, no state
         self.student = student
         keeps_output = serving_logits is None and any(term.serving for term in heads.terms)
-        taps = [
-            Tap(name, module, widths[names], names, keeps_output)
-            for (names, name), module in zip(groups, modules, strict=True)
-        ]
+        taps = []
+        for (names, where), tapped in zip(groups, modules, strict=True):
+            halves = any(
+                term.loss.width == 0 and {*names} & {*(term.tasks or names)} for term in heads.terms
+            )
+            options = {"keeps_output": keeps_output, "halves": halves}
+            taps.append(Tap(where, tapped, widths[names], names, **options))
         self.exfm = _Supervision(heads, taps, serving_logits)
 
     def forward(self, batch: Any) -> Any:

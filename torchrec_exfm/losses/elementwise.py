@@ -5,13 +5,12 @@ Shapes: B examples, U tasks of a term. z is the student's logit (or prediction),
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from torch import Tensor
 
 from torchrec_exfm.functional import present_mean, scale_label, squared_error
-from torchrec_exfm.losses.contract import Loss, LossInputs
+from torchrec_exfm.losses.contract import Loss, LossInputs, check_temperature
 from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses
 
 
@@ -41,9 +40,7 @@ def temperature(tau: float) -> Loss:
     Raises:
         ValueError: for another τ.
     """
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau should be a finite number > 0; received {tau}")
-    return Loss(partial(_task_loss, tau=tau), takes_alpha=True)
+    return Loss(partial(_task_loss, tau=check_temperature("tau", tau)), takes_alpha=True)
 
 
 def squared_error_of_logits() -> Loss:
