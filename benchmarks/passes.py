@@ -105,7 +105,7 @@ SOURCES = {
         lean=(ebnerd.LEAN_SPARSE, ebnerd.LEAN_DENSE),
         strong=(ebnerd.LEAN_SPARSE, ebnerd.STRONG_DENSE),
         rich=(ebnerd.RICH_SPARSE, ebnerd.RICH_DENSE),
-        rates={"lean": (256, 1e-3, 0.3), "strong": (256, 1e-3, 0.3)},
+        rates={"lean": (256, 2e-3, 0.5), "strong": (256, 2e-3, 0.3)},
         tuning_week=4,
         first_week=8,
     ),

@@ -1,6 +1,7 @@
 """When does external distillation pay, and how much: the paper's experiments on real streams.
 
     python benchmarks/quality.py [--quick] [--tune] [--workers N] [--out FOLDER] [--no-run]
+                                 [--table ranking] [--ebnerd FOLDER]
 
 One pass in time order, each example scored before it is trained on, figures over weeks 27 and
 later, several seeds (a teacher and its students share one). Each run of a student is kept in a file
@@ -27,15 +28,15 @@ import common
 import numpy as np
 import passes
 import quality_report
+import ranking as ranking_report
 import torch
 from passes import SOURCES, WIDTH, Array
-from ranking import group_figures
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
 from torchrec_exfm import Task
 from torchrec_exfm.functional import correct_sampling
-from torchrec_exfm.losses import listwise, pairwise
+from torchrec_exfm.losses import Loss, cosine_of_embeddings, listwise, pairwise
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
@@ -53,7 +54,11 @@ VERTICALS = {  # departments of 50,000 to 250,000 examples; the five largest gen
     "ebnerd": ("front page", "article page"),
 }
 SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps, but for that of freshness
-TUNED = {"promotions": SWEPT, "movielens": ("Drama", "Horror", "Adventure")}
+TUNED = {
+    "promotions": SWEPT,
+    "movielens": ("Drama", "Horror", "Adventure"),
+    "ebnerd": VERTICALS["ebnerd"],
+}
 RANKED = {"promotions": ("MEAT-PCKGD", "PRODUCE"), "ebnerd": VERTICALS["ebnerd"]}
 STUDENTS = ("lean", "strong")
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
@@ -83,6 +88,10 @@ RANKING_ARMS = {  # of the table Ranking; the weights were chosen on the weeks b
     "recipe + pairwise": (*ARMS[RECIPE], Term(loss=pairwise())),
     "recipe + listwise": (*ARMS[RECIPE], Term(loss=listwise())),
     "recipe + calibrated listwise": (*ARMS[RECIPE], Term(loss=listwise(calibrated=True))),
+    "recipe + representation": (
+        *ARMS[RECIPE],
+        Term(loss=cosine_of_embeddings(passes.DIRECTIONS), hidden=(), weight=0.1),
+    ),
 }
 VARIANTS = {  # of it, for the sweep over the adapter
     "margin 0.1": (Term(), Term(adapted=True, serving=True, margin=0.1)),
@@ -134,9 +143,15 @@ class Cell:
         terms = [vars(term).copy() for term in terms_of(self.arm)]
         for term in terms:
             if (loss := term.pop("loss")) is not Term().loss:  # that of a term, if not told
-                term["loss"] = (loss.function.func.__name__, *loss.function.args)
+                term["loss"] = _told(loss)
         text = json.dumps([told, terms, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _told(loss: Loss) -> list[Any]:
+    """What a loss is, in words and numbers: its function, what that was given, its width."""
+    function = getattr(loss.function, "func", loss.function)
+    return [function.__name__, *getattr(loss.function, "args", ()), loss.width]
 
 
 def settings(source: str) -> dict[str, Any]:
@@ -162,7 +177,8 @@ def said_for(cell: Cell) -> set[str]:
     """What a cell needs of its teacher: what `passes.teacher_logits` calls it."""
     if cell.arm == "none":
         return set()
-    return {cell.feed, "directions"} if "directions" in cell.arm else {cell.feed}
+    taught = any(term.loss.embeddings for term in terms_of(cell.arm))
+    return {cell.feed, "directions"} if taught else {cell.feed}
 
 
 def groups(quick: bool) -> list[list[Cell]]:
@@ -259,6 +275,8 @@ def ranking(quick: bool) -> list[Cell]:
 def tuning() -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
     for source, verticals in TUNED.items():
+        if source == "ebnerd" and not os.environ.get("EBNERD"):
+            continue
         for student, vertical, rates in itertools.product(("lean", "strong"), verticals, GRID):
             yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
 
@@ -320,7 +338,7 @@ def run(cell: Cell, folder: Path) -> None:
     result = {
         **asdict(cell),
         **figures(logits[counted], stream.label[counted]),
-        **group_figures(logits[counted], stream.label[counted], stream.group[counted]),
+        **ranking_report.group_figures(logits[counted], stream.label[counted], stream.group[counted]),
         "early_ne": normalized_entropy(logits[early], stream.label[early]),
         "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
         "bins": reliability(logits[counted], stream.label[counted]),
@@ -457,8 +475,9 @@ def tune(folder: Path, workers: int) -> None:
     parts = [list(tuning())]
     measure(parts, folder, workers)
     results = finished(parts, folder)
-    for source, student in itertools.product(VERTICALS, ("lean", "strong")):
-        print(f"\n{source}, {student}: batch, rate, rate of the tables: mean NE of weeks 14 to 26")
+    sources = dict.fromkeys(r["source"] for r in results)
+    for source, student in itertools.product(sources, STUDENTS):
+        print(f"\n{source}, {student}: batch, rate, rate of the tables: early NE")
         means = {
             rates: np.mean(
                 [
@@ -478,26 +497,40 @@ def tune(folder: Path, workers: int) -> None:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
+    parser.add_argument("--table", choices=["ranking"], help="this one alone; others stay")
+    parser.add_argument("--ebnerd", type=Path, help="folder of EB-NeRD, for the table Ranking")
     parser.add_argument("--no-run", action="store_true", help="the page from what is there")
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     options = parser.parse_args()
+    if options.ebnerd:
+        os.environ["EBNERD"] = str(options.ebnerd.absolute())  # for the processes of the pool
     if options.tune:
         return tune(options.out, options.workers)
-    parts = groups(options.quick)
+    parts = [] if options.table else groups(options.quick)
+    ranked = [ranking(options.quick)] if options.table or os.environ.get("EBNERD") else []
     if not options.no_run:
-        measure(parts, options.out, options.workers)
-    kept = {
-        "recipe": RECIPE,
-        "planned": len({cell for part in parts for cell in part}),
-        "environment": common.environment(),
-        "results": finished(parts, options.out),
-    }
-    if options.no_run and not kept["results"]:
-        kept = json.loads(KEPT_FILE.read_text())
-    elif not options.quick:
+        measure([*parts, *ranked], options.out, options.workers)
+    kept = {} if options.quick else json.loads(KEPT_FILE.read_text())
+    new = measured(parts, options.out)
+    if told := measured(ranked, options.out):
+        new["ranking"] = told
+    kept |= new
+    if new and not options.quick:
         KEPT_FILE.write_text(quality_report.as_text(kept))
-    quality_report.write_page(kept, options.out if options.quick else HERE)
+    table = ranking_report.table(kept["ranking"]) if "ranking" in kept else ()
+    if options.quick and options.table:
+        print("".join(table))
+    else:
+        quality_report.write_page(kept, options.out if options.quick else HERE, table)
+
+
+def measured(parts: Sequence[Sequence[Cell]], folder: Path) -> dict[str, Any]:
+    """What is kept of the cells that have been run; nothing if none has."""
+    results = finished(parts, folder)
+    planned = len({cell for part in parts for cell in part})
+    kept = {"recipe": RECIPE, "planned": planned, "environment": common.environment()}
+    return {**kept, "results": results} if results else {}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -538,7 +538,7 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
                 )
 
 
-def page(kept: Mapping[str, Any]) -> str:
+def page(kept: Mapping[str, Any], ranking: Iterable[str] = ()) -> str:
     results = kept["results"]
     recipe = kept["recipe"]
     tables = itertools.chain(
@@ -549,6 +549,7 @@ def page(kept: Mapping[str, Any]) -> str:
         scale(results),
         one_to_n(results, recipe),
         sampling(results),
+        ranking,
         batches(results),
     )
     ran, planned = len(results), kept.get("planned", len(results))
@@ -636,15 +637,29 @@ def _draw_weeks(axes: Any, results: Sequence[Result]) -> None:
 
 def as_text(kept: Mapping[str, Any]) -> str:
     """JSON, a line for each result, numbers to six digits; no more than is shown."""
-    lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
+    text = _as_text(kept, map(_short, kept["results"]))
+    if "ranking" not in kept:
+        return f"{text}\n"
+    ranked = _as_text(kept["ranking"], map(_short_ranked, kept["ranking"]["results"]))
+    return f'{text[:-1]},\n"ranking": {ranked}}}\n'
+
+
+def _as_text(kept: Mapping[str, Any], results: Iterable[Result]) -> str:
+    lines = ",\n".join(map(json.dumps, results))
     head = json.dumps({name: kept[name] for name in ("recipe", "planned", "environment")})
-    return f'{head[:-1]},\n"results": [\n{lines}\n]}}\n'
+    return f'{head[:-1]},\n"results": [\n{lines}\n]}}'
+
+
+def _short_ranked(result: Result) -> dict[str, Any]:
+    cell = ("source", "vertical", "student", "arm", "seed")
+    figures = ("rows", "groups", *FIGURES, "group_auc", "ndcg")
+    return {name: _rounded(result[name]) for name in (*cell, *figures)}
 
 
 def _short(result: Result) -> dict[str, Any]:
     drawn = result["source"] == "promotions" and result["student"] == "lean"
     drawn = drawn and result["seed"] == 0 and result["feed"] == "fresh"
-    dropped = {"early_ne", "seconds"} | (set() if drawn else {"weeks", "bins"})
+    dropped = {"early_ne", "seconds", "group_auc", "ndcg", "groups"} | (set() if drawn else {"weeks", "bins"})
     dropped |= {"unsampled"} if result["kept"] == PLAIN["kept"] else set()
     return {name: _rounded(value) for name, value in result.items() if name not in dropped}
 
@@ -657,11 +672,11 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def write_page(kept: Mapping[str, Any], folder: Path) -> None:
+def write_page(kept: Mapping[str, Any], folder: Path, ranking: Iterable[str] = ()) -> None:
     """QUALITY.md and quality.png; the first is printed as well."""
     missing = {"weeks": [], "bins": []}
     results = [{**missing, **result} for result in kept["results"]]
-    text = page({**kept, "results": results})
+    text = page({**kept, "results": results}, ranking)
     draw(results, folder / "quality.png")
     (folder / "QUALITY.md").write_text(text)
     print(text)

@@ -7,8 +7,12 @@ A tiny stream of five weeks stands for the real ones.
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ import numpy as np
 import passes
 import quality
 import quality_report
+import ranking
 import torch
 from passes import data
 from scipy import stats
 
 from torchrec_exfm import DistillationTerm, ExFMMetrics
+from torchrec_exfm.losses import cosine_of_embeddings, listwise
 
 WEEKS, WEEKLY, BATCH = 5, 90, 32
 FEATURES = (("household", "product"), ("hour_sin", "hour_cos"))
@@ -86,6 +92,98 @@ def check_a_teachers_age() -> None:
     expected = np.where(stream.label == 1, said["delay-0"], np.nan)
     # in other batches: float32 rounds the sums of order 1 that a logit near 0 is the rest of
     np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+
+
+def check_directions_are_fitted_on_the_past() -> None:
+    """A teacher's last hidden layer, seen before the update, along directions of earlier weeks."""
+    stream = tiny_stream()
+    wanted = stream.label == 1
+    seen: list[torch.Tensor] = []
+    plain = passes.Hidden.take
+    options = {"delays": (0,), "frozen_after": None, "scored": wanted, "fitted_before": 3}
+
+    def take(hidden: passes.Hidden, rows: slice) -> None:
+        seen.append(torch.cat(hidden._taken))
+        plain(hidden, rows)
+
+    with mock.patch.object(passes.Hidden, "take", take):
+        said = teach(stream, **options)
+    assert np.array_equal(said["fresh"], teach(stream)["fresh"], equal_nan=True)
+    layer, first = torch.cat(seen).double().numpy(), 2 * WEEKLY // BATCH * BATCH
+    past = layer[:first][wanted[:first]]
+    values, vectors = np.linalg.eigh(np.cov(past.T))
+    ours = said["directions"]
+    there = ~np.isnan(ours[:, 0])
+    assert np.array_equal(np.flatnonzero(there), first + np.flatnonzero(wanted[first : len(layer)]))
+    # To be compared without the signs and order that directions are free in: lengths and angles
+    top = (layer[there[: len(layer)]] - past.mean(0)) @ vectors[:, -passes.DIRECTIONS :]
+    np.testing.assert_allclose(ours[there] @ ours[there].T, top @ top.T, rtol=1e-3, atol=1e-4)
+    changed = teach(flipped_from(stream, 3), **options)["directions"]
+    assert np.array_equal(changed[: first + BATCH], ours[: first + BATCH], equal_nan=True)
+    assert not np.array_equal(changed, ours, equal_nan=True)
+
+
+def check_a_student_is_taught_groups_and_directions() -> None:
+    """Groups are those of the stream; a missing direction is left out."""
+    stream = tiny_stream()
+    teacher = stream.dense["hour_sin"]
+    embeddings = np.random.default_rng(5).normal(size=(len(stream), 4)).astype(np.float32)
+
+    def student(stream: data.Stream, term: DistillationTerm, **options: Any) -> np.ndarray:
+        options = {"seed": 3, "terms": (term,), "teacher": teacher, **options}
+        return passes.student_logits(stream, FEATURES, RATES, **options)
+
+    term = DistillationTerm(loss=listwise(calibrated=True))
+    alone = replace(stream, example_id=np.arange(len(stream)) << 25)
+    together = replace(stream, example_id=(np.arange(len(stream)) // 6) << 25)
+    free = student(alone, replace(term, weight=0.0))
+    assert np.array_equal(student(alone, term), free, equal_nan=True)  # a list of one says nothing
+    assert not np.array_equal(student(together, term), free, equal_nan=True)
+
+    term = DistillationTerm(loss=cosine_of_embeddings(4), hidden=())
+    missing = np.full_like(embeddings, np.nan)
+    free = student(stream, replace(term, weight=0.0), embeddings=embeddings)
+    assert np.array_equal(student(stream, term, embeddings=missing), free, equal_nan=True)
+    assert not np.array_equal(student(stream, term, embeddings=embeddings), free, equal_nan=True)
+
+
+def check_figures_within_groups() -> None:
+    """Against every pair, and every order of what is tied."""
+    rng = np.random.default_rng(4)
+    for size, levels in ((1, 1), (60, 3), (60, 8), (60, 10**6)):
+        groups, logits = rng.integers(0, 12, size), rng.integers(0, levels, size) / 2 - 1
+        labels = (rng.random(size) < 0.4).astype(np.float32)
+        found = ranking.group_figures(logits, labels, groups)
+        expected = brute_force(logits.tolist(), labels.tolist(), groups.tolist())
+        assert found["groups"] == len(expected)
+        if expected:
+            mean = np.mean(expected, 0)
+            np.testing.assert_allclose([found["group_auc"], found["ndcg"]], mean, rtol=1e-12)
+    assert found["groups"] > 5
+    nothing = ranking.group_figures(np.zeros(0), np.zeros(0), np.zeros(0, int))
+    assert nothing["groups"] == 0 and math.isnan(nothing["ndcg"])
+
+
+def brute_force(
+    logits: list[float], labels: list[float], groups: list[int]
+) -> list[tuple[float, float]]:
+    """AUC and NDCG@5 of each group with both labels."""
+    figures = []
+    for group in set(groups):
+        rows = [i for i, g in enumerate(groups) if g == group]
+        good, bad = ([i for i in rows if labels[i] == y] for y in (1, 0))
+        if not good or not bad:
+            continue
+        pairs = [(logits[i], logits[j]) for i in good for j in bad]
+        auc = sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs)
+        gains = [
+            sum(labels[i] / math.log2(2 + at) for at, i in enumerate(order[:5]))
+            for order in itertools.permutations(rows)
+            if all(logits[a] >= logits[b] for a, b in itertools.pairwise(order))
+        ]
+        ideal = sum(1 / math.log2(2 + at) for at in range(min(5, len(good))))
+        figures.append((auc, sum(gains) / len(gains) / ideal))
+    return figures
 
 
 def check_a_student_scores_before_it_trains() -> None:
@@ -164,10 +262,48 @@ def check_a_row_has_the_rate_of_its_basket() -> None:
 
 
 def check_cells_have_names_of_their_own() -> None:
-    cells = [cell for part in quality.groups(quick=False) for cell in part]
-    assert len({cell.name for cell in cells}) == len(set(cells))
-    quick = {cell for part in quality.groups(quick=True) for cell in part}
-    assert quick <= set(cells)
+    with ebnerd_of("one"):
+        cells = all_cells(quick=False)
+        names = {cell: cell.name for cell in cells}
+        assert len(set(names.values())) == len(cells)
+        assert set(all_cells(quick=True)) <= set(cells)
+    with ebnerd_of("another"):  # data are another cell
+        assert all((cell.name != names[cell]) == (cell.source == "ebnerd") for cell in cells)
+
+
+def all_cells(quick: bool) -> set[quality.Cell]:
+    parts = [*quality.groups(quick), quality.ranking(quick)]
+    return {cell for part in parts for cell in part}
+
+
+@contextmanager
+def ebnerd_of(digest: str) -> Iterator[None]:
+    with (
+        mock.patch.dict("os.environ", EBNERD="anywhere"),
+        mock.patch.object(passes.ebnerd, "digest", return_value=digest),
+    ):
+        yield
+
+
+def check_the_losses_of_a_term_are_in_the_name() -> None:
+    cell = quality.Cell("promotions", "PRODUCE", "lean", "recipe + pairwise", 0)
+    names = {cell.name}
+    for loss in (listwise(), listwise(calibrated=True), cosine_of_embeddings(3)):
+        arms = {cell.arm: (DistillationTerm(loss=loss),)}
+        with mock.patch.dict(quality.RANKING_ARMS, arms):
+            names.add(cell.name)
+    assert len(names) == 4
+
+
+def check_a_missing_folder_is_told() -> None:
+    with mock.patch.dict("os.environ"):
+        passes.os.environ.pop("EBNERD", None)
+        try:
+            passes.ebnerd_folder()
+        except SystemExit as error:
+            assert "--ebnerd FOLDER" in str(error)
+        else:
+            raise AssertionError("no error")
 
 
 def check_tables() -> None:
@@ -199,6 +335,42 @@ def check_tables() -> None:
     text = "".join(quality_report.ablation(results, "AH"))
     assert "| AH | -2.0" in text or "| AH | -1.9" in text
     assert ("a, b" in text or "b, a" in text) and "0.10" in text  # the transfer ratio, 2 of 20
+
+
+def check_the_table_of_ranking() -> None:
+    """Changes against none, tests against the recipe, and whether the aim is met."""
+    rng, results = np.random.default_rng(6), []
+    effect = {"none": 0.0, "teacher": 0.1, "R": 0.01, "recipe + pairwise": 0.01}
+    for arm, gain in {**effect, "recipe + calibrated listwise": 0.02}.items():
+        for seed, vertical in itertools.product(range(5), "ab"):
+            level = 1 + gain + (arm != "none") * rng.normal(0, 1e-4)
+            cell = {"source": "s", "student": "lean", "vertical": vertical, "arm": arm}
+            figures = {"ne": 0.8, "auc": 0.7, "group_auc": 0.6 * level, "ndcg": 0.5 * level}
+            results.append({**cell, **figures, "seed": seed, "calibration": 1.0, "groups": 9})
+    kept = {"recipe": "R", "planned": 50, "environment": quality.common.environment()}
+    text = "".join(ranking.table({**kept, "results": results}))
+    change = ranking.changes(results, "R")
+    assert change is not None and change["group_auc"].shape == (5, 2)
+    assert abs(change["group_auc"].mean() - 1) < 0.05 and "Not through" not in text
+    assert "Met: s, lean." in text
+    assert "| recipe + calibrated listwise | +1.0" in text
+    for factor in (1.02, 0.98):  # no longer calibrated
+        off = [
+            {**r, "calibration": factor} if r["arm"] == "recipe + calibrated listwise" else r
+            for r in results
+        ]
+        assert "Met: **nowhere**" in "".join(ranking.table({**kept, "results": off}))
+    assert "Not through: 49 of 50" in "".join(ranking.table({**kept, "results": results[1:]}))
+
+
+def check_what_is_kept_is_read_again() -> None:
+    """One table alone leaves the others as they are, to the byte."""
+    text = quality.KEPT_FILE.read_text()
+    kept = quality.json.loads(text)
+    assert quality_report.as_text(kept) == text
+    ranked = {"recipe": "R", "planned": 0, "environment": {}, "results": []}
+    again = quality.json.loads(quality_report.as_text({**kept, "ranking": ranked}))
+    assert again == {**kept, "ranking": ranked}
 
 
 def check_a_cell_is_kept_whole() -> None:
