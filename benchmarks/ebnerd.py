@@ -259,9 +259,7 @@ def _freshness(shown: pl.DataFrame, reads: pl.DataFrame) -> dict[str, data.Array
     }
 
 
-def _earlier_clicks(
-    shown: pl.DataFrame, sparse: dict[str, data.Array]
-) -> dict[str, data.Array]:
+def _earlier_clicks(shown: pl.DataFrame, sparse: dict[str, data.Array]) -> dict[str, data.Array]:
     """What the pages say that were left before this one was opened, float32 (B,).
 
     For each of `SEEN_KEYS`, and for the page's article with the one in view: log1p of how many
@@ -324,9 +322,13 @@ def _reads(shown: pl.DataFrame, reads: pl.DataFrame) -> dict[str, data.Array]:
     for name, columns in (("user", ["user_id"]), ("user_article", ["user_id", "article_id"])):
         both = pl.concat([reads.select(columns), shown.select(columns)])
         group = both.select(pl.struct(columns).rank("dense")).to_series().cast(pl.Int64).to_numpy()
-        count, days = data.earlier_purchases(
-            group[: len(reads)], reads["time"].to_numpy(), group[len(reads) :], time
-        ) if len(reads) else (np.zeros(len(time)), np.full(len(time), data.NEVER_DAYS))
+        count, days = (
+            data.earlier_purchases(
+                group[: len(reads)], reads["time"].to_numpy(), group[len(reads) :], time
+            )
+            if len(reads)
+            else (np.zeros(len(time)), np.full(len(time), data.NEVER_DAYS))
+        )
         dense[f"{name}_log_reads"] = np.log1p(count).astype(np.float32)
         dense[f"{name}_log_days"] = np.log1p(days).astype(np.float32)
     return dense

@@ -49,6 +49,7 @@ FIRST_WEEK = 27  # of the evaluation: half of the rows of either stream are befo
 TEACHER_BATCH = 2048
 WIDTH = demo.TEACHER["width"]  # of the teacher's tables, if not told otherwise
 DIRECTIONS = 12  # of the teacher's last hidden layer, for terms that teach it
+TAUGHT = f"directions-{DIRECTIONS}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def teacher_logits(
 
     Returns:
         "fresh": logged in its own training forward, before the update; "delay-D" and "frozen".
-        "directions", (B, DIRECTIONS): the last hidden layer of that forward along its first
+        `TAUGHT`, (B, DIRECTIONS): the last hidden layer of that forward along its first
         principal directions among the scored rows before `fitted_before`, NaN there.
     """
     torch.manual_seed(seed)
@@ -215,7 +216,7 @@ def teacher_logits(
             oldest = week - max(delays, default=0)
             kept = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
             snapshots = {**kept, week: [value.clone() for value in parameters(model)]}
-    return logits if hidden is None else {**logits, "directions": hidden.values}
+    return logits if hidden is None else {**logits, TAUGHT: hidden.values}
 
 
 class Hidden:

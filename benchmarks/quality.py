@@ -59,7 +59,7 @@ TUNED = {
     "movielens": ("Drama", "Horror", "Adventure"),
     "ebnerd": VERTICALS["ebnerd"],
 }
-RANKED = {"promotions": ("MEAT-PCKGD", "PRODUCE"), "ebnerd": VERTICALS["ebnerd"]}
+RANKED = {"promotions": ("MEAT-PCKGD",), "ebnerd": VERTICALS["ebnerd"]}
 STUDENTS = ("lean", "strong")
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
 DELAYS = (0, 1, 2, 4, 8, 16)
@@ -178,7 +178,7 @@ def said_for(cell: Cell) -> set[str]:
     if cell.arm == "none":
         return set()
     taught = any(term.loss.embeddings for term in terms_of(cell.arm))
-    return {cell.feed, "directions"} if taught else {cell.feed}
+    return {cell.feed, passes.TAUGHT} if taught else {cell.feed}
 
 
 def groups(quick: bool) -> list[list[Cell]]:
@@ -292,10 +292,10 @@ def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> 
         SOURCES[source].rich,
         seed=seed,
         width=width,
-        delays=[int(feed.removeprefix("delay-")) for feed in feeds if "-" in feed],
+        delays=[int(feed.removeprefix("delay-")) for feed in feeds if feed.startswith("delay-")],
         frozen_after=FROZEN_AFTER if "frozen" in feeds else None,
         scored=used,
-        fitted_before=SOURCES[source].tuning_week if "directions" in feeds else None,
+        fitted_before=SOURCES[source].tuning_week if passes.TAUGHT in feeds else None,
     )
     for feed, values in logits.items():
         write(
@@ -317,8 +317,8 @@ def run(cell: Cell, folder: Path) -> None:
         file = teacher_file(folder, cell.source, cell.width, cell.seed, cell.feed)
         teacher = np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift)
     embeddings = None
-    if "directions" in said_for(cell):
-        file = teacher_file(folder, cell.source, cell.width, cell.seed, "directions")
+    if passes.TAUGHT in said_for(cell):
+        file = teacher_file(folder, cell.source, cell.width, cell.seed, passes.TAUGHT)
         embeddings = np.load(file, mmap_mode="r")[rows]
     rates = passes.sampling_rates(cell.source)[rows]
     if cell.kept < 1:
@@ -338,7 +338,9 @@ def run(cell: Cell, folder: Path) -> None:
     result = {
         **asdict(cell),
         **figures(logits[counted], stream.label[counted]),
-        **ranking_report.group_figures(logits[counted], stream.label[counted], stream.group[counted]),
+        **ranking_report.group_figures(
+            logits[counted], stream.label[counted], stream.group[counted]
+        ),
         "early_ne": normalized_entropy(logits[early], stream.label[early]),
         "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
         "bins": reliability(logits[counted], stream.label[counted]),

@@ -659,7 +659,8 @@ def _short_ranked(result: Result) -> dict[str, Any]:
 def _short(result: Result) -> dict[str, Any]:
     drawn = result["source"] == "promotions" and result["student"] == "lean"
     drawn = drawn and result["seed"] == 0 and result["feed"] == "fresh"
-    dropped = {"early_ne", "seconds", "group_auc", "ndcg", "groups"} | (set() if drawn else {"weeks", "bins"})
+    dropped = {"early_ne", "seconds", "group_auc", "ndcg", "groups"}
+    dropped |= set() if drawn else {"weeks", "bins"}
     dropped |= {"unsampled"} if result["kept"] == PLAIN["kept"] else set()
     return {name: _rounded(value) for name, value in result.items() if name not in dropped}
 

@@ -111,14 +111,14 @@ def check_directions_are_fitted_on_the_past() -> None:
     assert np.array_equal(said["fresh"], teach(stream)["fresh"], equal_nan=True)
     layer, first = torch.cat(seen).double().numpy(), 2 * WEEKLY // BATCH * BATCH
     past = layer[:first][wanted[:first]]
-    values, vectors = np.linalg.eigh(np.cov(past.T))
-    ours = said["directions"]
+    _, vectors = np.linalg.eigh(np.cov(past.T))
+    ours = said[passes.TAUGHT]
     there = ~np.isnan(ours[:, 0])
     assert np.array_equal(np.flatnonzero(there), first + np.flatnonzero(wanted[first : len(layer)]))
     # To be compared without the signs and order that directions are free in: lengths and angles
     top = (layer[there[: len(layer)]] - past.mean(0)) @ vectors[:, -passes.DIRECTIONS :]
     np.testing.assert_allclose(ours[there] @ ours[there].T, top @ top.T, rtol=1e-3, atol=1e-4)
-    changed = teach(flipped_from(stream, 3), **options)["directions"]
+    changed = teach(flipped_from(stream, 3), **options)[passes.TAUGHT]
     assert np.array_equal(changed[: first + BATCH], ours[: first + BATCH], equal_nan=True)
     assert not np.array_equal(changed, ours, equal_nan=True)
 

@@ -272,9 +272,7 @@ def test_what_was_read_and_how_old_it_is(stream: data.Stream, rows: list[Row]) -
 
 
 @pytest.mark.parametrize("at", [0, 60, 120, -1])
-def test_nothing_looks_ahead(
-    stream: data.Stream, rows: list[Row], at: int, tmp_path: Path
-) -> None:
+def test_nothing_looks_ahead(stream: data.Stream, rows: list[Row], at: int, tmp_path: Path) -> None:
     """Neither to the labels of the same second, nor to those of pages that are still read."""
     now = rows[at].page.time
 

@@ -232,6 +232,15 @@ def test_ids_are_unique_and_in_order_of_time_basket_and_product(
     assert order == sorted(order)
 
 
+def test_a_group_is_a_trip(stream: data.Stream) -> None:
+    """In the stream and in its batches: one id for a trip, in as many rows as it has products."""
+    baskets = [basket for basket, _ in pairs(stream)]
+    assert 1 < len(set(baskets)) < len(baskets)
+    assert stream.group.tolist() == baskets
+    _, batch = next(data.batches(stream, data.LEAN_SPARSE, data.LEAN_DENSE, 8))
+    assert batch.groups.dtype == torch.int64 and batch.groups.tolist() == baskets[:8]
+
+
 def test_example_ids_say_when_they_do_not_fit() -> None:
     ids = data.example_ids(np.array([2**38 - 1, 3]), np.array([2**25 - 1, 5]))
     assert ids.tolist() == [2**63 - 1, 3 * 2**25 + 5]
