@@ -5,8 +5,8 @@
 
 One pass in time order, each example scored before it is trained on, figures over weeks 27 and
 later, several seeds (a teacher and its students share one). The table Ranking is run where the
-folder of EB-NeRD's demo is given, and otherwise stays as it is. Each run of a student is kept in a file
-of its own, so that a stopped job goes on where it was. At the end benchmarks/QUALITY.md, its
+folder of EB-NeRD's demo is given, and otherwise stays as it is. Each run of a student is kept in a
+file of its own, so that a stopped job goes on where it was. At the end benchmarks/QUALITY.md, its
 pictures and measured/quality.json are written from what was measured (with --quick the tables are
 printed, and nothing is kept in the repository).
 """

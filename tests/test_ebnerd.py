@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -328,14 +329,16 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         (lambda path: rewrite(path, lambda t: t.with_columns(user_id=pl.lit("a"))), "user_id|str"),
     ],
 )
-def test_another_form_is_refused(how: object, received: str, tmp_path: Path) -> None:
+def test_another_form_is_refused(
+    how: Callable[[Path], object], received: str, tmp_path: Path
+) -> None:
     path = write_folder(tmp_path, random_pages()) / "train" / "behaviors.parquet"
     how(path)
     with pytest.raises(ValueError, match=f"(?s)behaviors.parquet should be.*{received}"):
         ebnerd.read_tables(tmp_path)
 
 
-def rewrite(path: Path, change: object) -> None:
+def rewrite(path: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     change(pl.read_parquet(path)).write_parquet(path)
 
 
