@@ -195,6 +195,27 @@ def test_no_loss_of_representations_asks_the_device_for_a_value(name: str) -> No
 
 
 @names
+def test_scores_are_of_float32_under_autocast(name: str) -> None:
+    inputs = make_inputs(name, dtype=torch.float32)
+    expected = with_gradient(LOSSES[name][0], inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = with_gradient(LOSSES[name][0], inputs)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_queries_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many scores are held at a time, losses and gradients are the same."""
+    for name in ("divergence", "positives"):
+        inputs = make_inputs(name, weighted=True, corrected=True)
+        whole = with_gradient(LOSSES[name][0], inputs)
+        with monkeypatch.context() as patched:
+            patched.setattr("torchrec_exfm.losses.two_towers.SCORES", 7 * SIZE)
+            parts = with_gradient(LOSSES[name][0], inputs)
+        for part, one in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part, one, rtol=1e-12, atol=1e-15)
+
+
+@names
 def test_a_loss_travels_to_other_processes(name: str) -> None:
     again = pickle.loads(pickle.dumps(DistillationTerm(loss=LOSSES[name][0]))).loss
     inputs = make_inputs(name)
