@@ -1,6 +1,6 @@
 """The look-up of a batch's outputs by example id: a window at a time, off the training thread.
 
-B examples, M teachers, T tasks.
+B examples, M teachers, T tasks, embeddings of E numbers in W bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torchrec_exfm.das.arrays import (
     utc,
 )
 from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.embeddings import decode
 from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.index import WindowIndex
 from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
@@ -44,7 +45,8 @@ __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
 
-_Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), ages in seconds and presence (B,)
+# values (B, T), and W bytes as more of them; ages in seconds and presence (B,)
+_Found: TypeAlias = tuple[Floats, Floats, Mask]
 
 
 @dataclass
@@ -111,6 +113,8 @@ class TeacherLookup:
         refresh_seconds: how often to see whether rows came late into the windows in memory: for so
             long a look-up may miss them. None: never (what is read depends on the store alone, not
             on time).
+        embeddings: give the teachers' embeddings too, for W bytes a row in memory. One is missing
+            where its output is, and where the row was written without.
 
     A look-up that is pickled is made anew where it arrives, with counters of its own: hand it to
     spawned processes, not to forked ones.
@@ -123,8 +127,8 @@ class TeacherLookup:
 
     Raises:
         TypeError: for a store of another kind.
-        ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
-            teacher.
+        ValueError: for a wrong value; if the store lacks a task, has outputs and none of a
+            teacher, or was made without the embeddings that are asked for.
 
     Example:
         >>> import tempfile
@@ -155,6 +159,7 @@ class TeacherLookup:
         bad_rows: BadRows = "refuse",
         max_windows: int = 2,
         refresh_seconds: float | None = 60.0,
+        embeddings: bool = False,
     ) -> None:
         arguments = dict(locals())  # before there are other names
         del arguments["self"], arguments["store"], arguments["teachers"]
@@ -194,6 +199,7 @@ class TeacherLookup:
         if max_windows < 1:
             raise ValueError(f"max_windows should be at least 1; received {max_windows}")
         check_bad_rows(bad_rows)
+        self._embedding_bytes = self.store.format.embedding_bytes if embeddings else 0
         self._ids = ids
         self._event_seconds = event_seconds
         self._missing = missing
@@ -211,6 +217,7 @@ class TeacherLookup:
                 bad_rows=bad_rows,
                 max_windows=max_windows,
                 refresh_seconds=refresh_seconds,
+                embedding_bytes=self._embedding_bytes,
             )
             for teacher, counters in self.counters.items()
         }
@@ -280,12 +287,20 @@ class TeacherLookup:
         values, age_seconds, presence = (
             np.stack(parts, axis=1) for parts in zip(*found, strict=True)
         )
+        values, data = np.split(values, [len(self.store.tasks)], axis=2)
+        given = {}
+        if self._embedding_bytes:
+            data = data.view(np.uint8)[:, :, : self._embedding_bytes]
+            embeddings = torch.from_numpy(decode(data, self.store.format.embedding_resolution))
+            there = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
+            given = {"embeddings": embeddings, "embedding_presence": there}
         if self.tasks != self.store.tasks:
             values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
         return TeacherOutputs(
             torch.from_numpy(values),
             torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
             torch.from_numpy(age_seconds),
+            **given,
         )
 
     def _of_teacher(self, teacher: str, ids: Ints, needed: list[int], windows: Ints) -> _Found:
@@ -341,6 +356,7 @@ class _Windows:
     bad_rows: BadRows
     max_windows: int
     refresh_seconds: float | None
+    embedding_bytes: int
     known: list[int] = field(default_factory=list)  # windows in the store
 
     def __post_init__(self) -> None:
@@ -352,7 +368,8 @@ class _Windows:
     def find(self, ids: Ints, needed: list[int], windows: Ints) -> _Found:
         """The outputs of examples (B,) in ``windows`` (B,), which are those needed."""
         self._refresh()
-        values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
+        columns = len(self.store.tasks) + -(-self.embedding_bytes // 4)
+        values = np.zeros((len(ids), columns), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
         for window in needed:
@@ -407,7 +424,9 @@ class _Windows:
     def _read(self, window: int) -> _Window:
         self.store.refresh()
         self.known = self.store.windows(self.teacher)
-        rows, quarantined = self.store.read(self.teacher, window, bad_rows=self.bad_rows)
+        rows, quarantined = self.store.read(
+            self.teacher, window, bad_rows=self.bad_rows, embeddings=self.embedding_bytes > 0
+        )
         self._quarantined[window] = sum(quarantined.values())
         self.counters.quarantined = sum(self._quarantined.values())
         if self.snapshot is not None:
@@ -415,8 +434,11 @@ class _Windows:
         if len(self.excluded):
             rows = rows[~among(rows.snapshot, self.excluded)]
         rows = newest(rows)
-        index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
-        del rows
+        # the index keeps any float32 to the bit, so four bytes of an embedding may go as one
+        data = np.pad(rows.embedding, ((0, 0), (0, -self.embedding_bytes % 4))).view(np.float32)
+        values = np.concatenate([rows.outputs, data], axis=1)
+        index = WindowIndex(rows.example_id, values, rows.age_seconds)
+        del rows, data, values
         pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         return _Window(index, self.store.files(self.teacher, window))
 
