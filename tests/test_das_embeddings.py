@@ -158,7 +158,6 @@ def test_numbers_that_bytes_can_not_hold_are_refused(tmp_path: Path, bad: float)
         ([], ValueError, r"of shape \(1, 5\); received \(0,\)"),
         ([[1] * E], TypeError, "floating-point numbers; received int64"),
         ([[0.5] * 4 + [None]], ValueError, "no nulls and nothing masked"),
-        (pa.table({str(i): [0.5] for i in range(E)}), TypeError, "no names for its columns"),
     ],
 )
 def test_other_shapes_and_nulls_are_refused(
