@@ -178,7 +178,7 @@ def test_a_store_without_refuses_them_everywhere(tmp_path: Path) -> None:
         lambda: TeacherLookup(store, "fm", embeddings=True),
         lambda: TeacherLogger(store, "fm").log([9], [AT], one, embeddings=one[None]),
     ):
-        with pytest.raises(ValueError, match=r"embedding_width, which is 0: make .*create") as e:
+        with pytest.raises(ValueError, match=r"with an embedding_width; it is 0: make") as e:
             act()
         dd.sentence(e.value)
     assert dd.by_id(store) == {0: [0.5], 1: [1.5], 2: [2.5]}
@@ -391,7 +391,7 @@ def test_a_store_of_before_is_read_and_written_as_one_without(tmp_path: Path) ->
     assert old.format == store.format and old.format.embedding_width == 0
     old.write(snapshot(), [1], [0.5], [AT])
     assert dd.by_id(old) == {1: [0.5]}
-    with pytest.raises(ValueError, match="which is 0"):
+    with pytest.raises(ValueError, match="it is 0"):
         old.write(snapshot(), [2], [0.5], [AT], embeddings=[[0.5]])
 
 

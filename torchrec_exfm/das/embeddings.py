@@ -1,12 +1,9 @@
 """Teachers' embeddings as the bytes that the store keeps: E numbers in W bytes, little-endian.
 
-| resolution | W | a row |
-|---|---|---|
-| ``float16`` | 2 E | each number e as a float16, to the nearest, ties to even |
-| ``int8`` | 4 + E | a float32 scale = max abs(e) / 127, each e / scale as int8, to the nearest |
-
-Where there is no embedding, the store has null, and memory 255 in each byte: NaN as a float16 and
-as a scale, which no row that is written has. A scale is at least 2^-126, that of zeros too.
+``float16``: each number e as one, to the nearest, ties to even; W = 2 E. ``int8``: a float32 scale,
+max abs(e) / 127 (2^-126 at least), then each e / scale as int8, to the nearest; W = 4 + E. A row
+without an embedding is null on disk and 255 in each byte in memory: NaN as a float16 and as a
+scale, which no row that is written has.
 """
 
 from __future__ import annotations
@@ -31,8 +28,7 @@ def encode(embeddings: Floats, resolution: str) -> Bytes:
     if len(bad):
         raise ValueError(
             "embeddings should be finite, and at most 65504 as float16; received others in "
-            f"{len(bad)} rows: {first_few(bad)}: correct or scale them; a store that is made with "
-            "embedding_resolution='int8' holds any size"
+            f"{len(bad)} rows: {first_few(bad)}: correct or scale them; int8 holds any size"
         )
     if resolution == "float16":
         return numbers.view(np.uint8)

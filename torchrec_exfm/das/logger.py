@@ -89,7 +89,7 @@ class TeacherLogger:
         ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
         outputs: Callable[[Any], Tensor] = lambda output: output[1][1],
-        embeddings: Callable[[Any], Tensor | None] = lambda output: None,
+        embeddings: Callable[[Any], Tensor] | None = None,
         shard_rows: int = 2**18,
         bad_rows: BadRows = "refuse",
     ) -> None:
@@ -125,8 +125,8 @@ class TeacherLogger:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if module.training:
                 batch = arguments[0]
-                embeddings = self._embeddings(output)
                 ids, event_seconds = self._ids(batch), self._event_seconds(batch)
+                embeddings = self._embeddings and self._embeddings(output)
                 self.log(ids, event_seconds, self._outputs(output), embeddings=embeddings)
 
         self._handles.append(model.register_forward_hook(hook))
@@ -143,7 +143,7 @@ class TeacherLogger:
             TypeError: for ids and times of another dtype.
             ValueError: for bad rows in an earlier shard; for nulls; for another shape.
         """
-        values = self._store.columns(outputs, embeddings, len(outputs))
+        values = self._store.columns(outputs, embeddings, outputs.shape[:1].numel())
         for _, _, before in (self._rows or self._handed_over)[-1:]:
             if before.shape[1] != values.shape[1]:
                 raise ValueError(

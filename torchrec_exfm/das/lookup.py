@@ -45,8 +45,7 @@ __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
 
-# values (B, T), and W bytes as more of them; ages in seconds and presence (B,)
-_Found: TypeAlias = tuple[Floats, Floats, Mask]
+_Found: TypeAlias = tuple[Floats, Floats, Mask]  # (B, T + W / 4); ages in seconds, presence (B,)
 
 
 @dataclass
@@ -364,12 +363,13 @@ class _Windows:
         self._reread: dict[int, Future[_Window]] = {}
         self._refreshed = time.monotonic()
         self._quarantined: dict[int, int] = {}  # rows, by window
+        # four bytes of an embedding in one: the index keeps any float32 to the bit
+        self._columns = len(self.store.tasks) + -(-self.embedding_bytes // 4)
 
     def find(self, ids: Ints, needed: list[int], windows: Ints) -> _Found:
         """The outputs of examples (B,) in ``windows`` (B,), which are those needed."""
         self._refresh()
-        columns = len(self.store.tasks) + -(-self.embedding_bytes // 4)
-        values = np.zeros((len(ids), columns), dtype=np.float32)
+        values = np.zeros((len(ids), self._columns), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
         for window in needed:
@@ -434,11 +434,11 @@ class _Windows:
         if len(self.excluded):
             rows = rows[~among(rows.snapshot, self.excluded)]
         rows = newest(rows)
-        # the index keeps any float32 to the bit, so four bytes of an embedding may go as one
-        data = np.pad(rows.embedding, ((0, 0), (0, -self.embedding_bytes % 4))).view(np.float32)
-        values = np.concatenate([rows.outputs, data], axis=1)
+        values, tasks = np.zeros((len(rows), self._columns), np.float32), len(self.store.tasks)
+        values[:, :tasks] = rows.outputs
+        values.view(np.uint8)[:, 4 * tasks :][:, : self.embedding_bytes] = rows.embedding
         index = WindowIndex(rows.example_id, values, rows.age_seconds)
-        del rows, data, values
+        del rows, values
         pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         return _Window(index, self.store.files(self.teacher, window))
 
@@ -464,12 +464,8 @@ def _versions(versions: Collection[int]) -> Ints:
 
 
 def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if (
-        unknown
-        or len(set(names)) < len(names)
-        or (not names and what not in ("snapshot", "exclude"))
-    ):
+    none = not names and what not in ("snapshot", "exclude")
+    if none or not set(names) <= set(known) or len(set(names)) < len(names):
         raise ValueError(
             f"{what} should be of those there are, {tuple(known)}, each at most once; received "
             f"{tuple(names)}"

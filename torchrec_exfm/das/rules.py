@@ -26,10 +26,7 @@ BadRows: TypeAlias = Literal["refuse", "quarantine"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one teacher: outputs (n, T), embeddings in bytes (n, W), other columns (n,).
-
-    Times are in epoch microseconds. W is 0 where embeddings were not asked for.
-    """
+    """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds."""
 
     example_id: Ints
     outputs: Floats

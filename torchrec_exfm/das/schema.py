@@ -112,8 +112,7 @@ class StoreFormat:
         """W, the bytes of an embedding; a ValueError where the store was made without."""
         if not (width := self.embedding_width):
             raise ValueError(
-                "embeddings should be of the store's embedding_width, which is 0: make another "
-                "store, by TeacherStore.create(url, embedding_width=...)"
+                "embeddings should be of a store with an embedding_width; it is 0: make another"
             )
         return 2 * width if self.embedding_resolution == "float16" else 4 + width
 

@@ -288,9 +288,8 @@ class _Job:
 
     def _write(self, name: str, shard: _Shard, snapshot: Snapshot, values: Tensor) -> WriteReport:
         outputs, embeddings = values.tensor_split([len(self.store.tasks)], dim=1)
-        options: Any = {"shard": name, "bad_rows": self.bad_rows}
-        options["embeddings"] = None if self.embeddings is None else embeddings
-        return self.store.write(snapshot, shard.ids, outputs, shard.seconds, **options)
+        options: Any = {"embeddings": self.embeddings and embeddings, "bad_rows": self.bad_rows}
+        return self.store.write(snapshot, shard.ids, outputs, shard.seconds, shard=name, **options)
 
     def _wait(self) -> None:
         if self.writing is not None:

@@ -280,27 +280,21 @@ class TeacherStore:
                 notes if quarantined and last is None else {},  # counted once
             )
 
-        made = self.table.commit("can't be written to, and nothing of this shard was", prepare)
-        return WriteReport(
-            written=int((~there).sum()) if made is not None else 0,
-            quarantined=quarantined if made is not None else {},
-            committed=made is not None,
-            stored_before=int(there.sum()),
-        )
+        if self.table.commit("can't be written to, and nothing of this shard was", prepare) is None:
+            return WriteReport(0, committed=False, stored_before=int(there.sum()))
+        before = int(there.sum())
+        return WriteReport(len(there) - before, quarantined, stored_before=before)
 
     def columns(self, outputs: Tensor, embeddings: Tensor | None, rows: int) -> Tensor:
-        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E).
-
-        A ValueError for another shape, and for embeddings in a store without.
-        """
+        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
         given = {"outputs": (outputs, len(self.tasks))}
         if embeddings is not None and self.format.embedding_bytes:
             given["embeddings"] = embeddings, self.format.embedding_width
         for name, (values, width) in given.items():
             if values.dim() < 1 or len(values) != rows or values.numel() != rows * width:
                 raise ValueError(
-                    f"{name} should be of shape {(rows, width)} (examples, as the store has them); "
-                    f"received {tuple(values.shape)}: is the batch of all that were asked for?"
+                    f"{name} should be of shape {(rows, width)} (examples, the store's width); "
+                    f"received {tuple(values.shape)}: are they of all the examples asked for?"
                 )
         return torch.cat([values.detach().reshape(rows, -1) for values, _ in given.values()], 1)
 
@@ -409,9 +403,8 @@ class TeacherStore:
         wanted = pa.schema([schema.field(name) for name in (*names, *self.format.outputs)])
         table = self.table.read(file, wanted)
         outputs = np.stack([_array(table, name) for name in self.format.outputs], axis=1)
-        none = np.empty((len(outputs), 0), np.uint8)
-        columns = {"embedding": none, **{name: _array(table, name) for name in names}}
-        rows = Rows(outputs=outputs, **columns)
+        columns = {name: _array(table, name) for name in names}
+        rows = Rows(**{"outputs": outputs, "embedding": outputs[:, :0].view(np.uint8), **columns})
         if file.snapshots is not None and len(rows):
             bounds = int(rows.snapshot.min()), int(rows.snapshot.max())
             if bounds != file.snapshots:
