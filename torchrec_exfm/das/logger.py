@@ -143,7 +143,7 @@ class TeacherLogger:
             TypeError: for ids and times of another dtype.
             ValueError: for bad rows in an earlier shard; for nulls; for another shape.
         """
-        values = self._store.columns(outputs, embeddings, outputs.shape[:1].numel())
+        values = self._store.format.joined(outputs, embeddings, outputs.shape[:1].numel())
         for _, _, before in (self._rows or self._handed_over)[-1:]:
             if before.shape[1] != values.shape[1]:
                 raise ValueError(

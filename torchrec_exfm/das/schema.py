@@ -29,7 +29,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
+import torch
 from deltalake import ColumnProperties, WriterProperties
+from torch import Tensor
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
 
@@ -115,6 +117,19 @@ class StoreFormat:
                 "embeddings should be of a store with an embedding_width; it is 0: make another"
             )
         return 2 * width if self.embedding_resolution == "float16" else 4 + width
+
+    def joined(self, outputs: Tensor, embeddings: Tensor | None, rows: int) -> Tensor:
+        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
+        given = {"outputs": (outputs, len(self.tasks))}
+        if embeddings is not None and self.embedding_bytes:
+            given["embeddings"] = embeddings, self.embedding_width
+        for name, (values, width) in given.items():
+            if values.dim() < 1 or len(values) != rows or values.numel() != rows * width:
+                raise ValueError(
+                    f"{name} should be of shape {(rows, width)} (examples, the store's width); "
+                    f"received {tuple(values.shape)}: are they of all the examples asked for?"
+                )
+        return torch.cat([values.detach().reshape(rows, -1) for values, _ in given.values()], 1)
 
     def to_json(self) -> str:
         """The table's description."""

@@ -265,8 +265,8 @@ class _Job:
         for rows in shard.pieces(self.batch_size):
             with torch.no_grad():
                 output = self.pipeline.progress(feed)
-                embeddings = None if self.embeddings is None else self.embeddings(output)
-                values = self.store.columns(self.outputs(output), embeddings, max(len(rows), 1))
+                logits, hidden = self.outputs(output), self.embeddings and self.embeddings(output)
+                values = self.store.format.joined(logits, hidden, max(len(rows), 1))
             parts.append(values.float()[: len(rows)])
             self.report.fillers += not len(rows)
             bar.update(min(len(rows) * world_size(), bar.total - bar.n))

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from torchrec_exfm.das.arrays import (
     MAX_SECONDS,
@@ -284,19 +282,6 @@ class TeacherStore:
             return WriteReport(0, committed=False, stored_before=int(there.sum()))
         before = int(there.sum())
         return WriteReport(len(there) - before, quarantined, stored_before=before)
-
-    def columns(self, outputs: Tensor, embeddings: Tensor | None, rows: int) -> Tensor:
-        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
-        given = {"outputs": (outputs, len(self.tasks))}
-        if embeddings is not None and self.format.embedding_bytes:
-            given["embeddings"] = embeddings, self.format.embedding_width
-        for name, (values, width) in given.items():
-            if values.dim() < 1 or len(values) != rows or values.numel() != rows * width:
-                raise ValueError(
-                    f"{name} should be of shape {(rows, width)} (examples, the store's width); "
-                    f"received {tuple(values.shape)}: are they of all the examples asked for?"
-                )
-        return torch.cat([values.detach().reshape(rows, -1) for values, _ in given.values()], 1)
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
         """Say that a writer has written all that it will of events before a time.
