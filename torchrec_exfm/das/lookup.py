@@ -112,8 +112,8 @@ class TeacherLookup:
         refresh_seconds: how often to see whether rows came late into the windows in memory: for so
             long a look-up may miss them. None: never (what is read depends on the store alone, not
             on time).
-        embeddings: give the teachers' embeddings too, for W bytes a row in memory. One is missing
-            where its output is, and where the row was written without.
+        embeddings: give the teachers' embeddings too, for W bytes a row in memory, and several
+            times that while it is read. One is missing where its output is, or was written without.
 
     A look-up that is pickled is made anew where it arrives, with counters of its own: hand it to
     spawned processes, not to forked ones.
