@@ -56,6 +56,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (towers.check_two_towers_agree_with_one,),
     (towers.check_pipelined_towers_equal_plain,),
     (towers.check_towers_of_weight_zero_are_plain,),
+    (towers.check_stored_embeddings_equal_columns,),
     (checks.check_changed_ids_are_told,),
     (checks.check_tables_left_whole_are_told,),
     (checks.check_untraceable_is_told,),

@@ -473,6 +473,9 @@ def _array(table: pa.Table, name: str) -> Any:
         column = column.cast(pa.int64())
     if pa.types.is_fixed_size_binary(column.type):
         size = column.type.byte_width
-        data = column.fill_null(MISSING * size).buffers()[1]
-        return np.frombuffer(data or b"", np.uint8).reshape(-1, size)[: len(column)]
+        column = column.fill_null(MISSING * size)
+        data = column.buffers()[1]
+        return np.frombuffer(data or b"", np.uint8).reshape(-1, size)[column.offset :][
+            : len(column)
+        ]
     return column.to_numpy(zero_copy_only=False)
