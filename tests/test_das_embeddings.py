@@ -20,6 +20,7 @@ from das_data import AT, WINDOW, new_store, snapshot
 from deltalake import DeltaTable, write_deltalake
 from torch import nn
 
+from torchrec_exfm import TeacherMissingWarning
 from torchrec_exfm.das import StoreError, TeacherLogger, TeacherLookup, TeacherStore, forget
 from torchrec_exfm.das.__main__ import main
 from torchrec_exfm.das.embeddings import decode, encode
@@ -534,3 +535,20 @@ def test_embeddings_of_a_training_forward_by_a_hook(tmp_path: Path) -> None:
         expected.update(zip(ids.tolist(), [reference(r, "float16")[1] for r in rows], strict=True))
     logger.close()
     assert given(lookup_of(store), dict.fromkeys(range(6), AT)) == list(expected.values())
+
+
+def test_rows_without_embeddings_are_told_once(tmp_path: Path) -> None:
+    """A term that learns them would learn nothing, and nobody would see it."""
+    store = store_of(tmp_path)
+    store.write(snapshot(), [1, 2], [0.5, 1.5], [AT, AT])
+    lookup = lookup_of(store)
+    for _ in range(9):
+        lookup({1: AT, 2: AT})
+    with pytest.warns(TeacherMissingWarning, match=r"fm has no embedding for any of the first 20"):
+        lookup({1: AT, 2: AT})
+    assert lookup.counters["fm"].embedded == 0
+    store.write(snapshot(2), [1], [0.5], [AT], embeddings=embeddings_of(1))
+    lookup.refresh()
+    for _ in range(12):  # an output of another version, and no second warning
+        lookup({1: AT, 2: AT})
+    assert lookup.counters["fm"].embedded == 12

@@ -233,3 +233,11 @@ def test_missing_outputs_have_no_embeddings() -> None:
     outputs = TeacherOutputs.missing(3, 2)
     assert outputs.embeddings is not None and outputs.embeddings.shape == (3, 2, 0)
     assert outputs.embedding_presence is not None and not outputs.embedding_presence.any()
+
+
+def test_probabilities_may_have_embeddings_beside_them() -> None:
+    there = torch.tensor([True, False])
+    given = {"embeddings": torch.ones(2, 3), "embedding_presence": there}
+    outputs = TeacherOutputs.from_probabilities(torch.tensor([0.5, 0.5]), **given)
+    assert outputs.values.flatten().tolist() == [0.0, 0.0]
+    assert outputs.embeddings is not None and outputs.embeddings.sum() == 3

@@ -102,6 +102,7 @@ class TeacherOutputs(Pipelineable):
         age_seconds: Tensor | None = None,
         *,
         eps: float = 1e-6,
+        **embeddings: Tensor | None,
     ) -> TeacherOutputs:
         """From probabilities in [0, 1], as logits: log(p / (1 - p)), with p kept in [ε, 1 - ε].
 
@@ -110,6 +111,7 @@ class TeacherOutputs(Pipelineable):
             presence: as for the class.
             age_seconds: as for the class.
             eps: ε, in [1e-7, 0.5): keeps the logits of 0 and 1 finite (±13.8 for the default).
+            **embeddings: ``embeddings`` and ``embedding_presence``, as for the class.
 
         Raises:
             TypeError: as for the class.
@@ -122,7 +124,7 @@ class TeacherOutputs(Pipelineable):
         if not 1e-7 <= eps < 0.5:
             raise ValueError(f"eps should be in [1e-7, 0.5); received {eps}")
         _check_tensor("teacher probabilities", probabilities, floating=True)
-        outputs = cls(probabilities, presence, age_seconds)
+        outputs = cls(probabilities, presence, age_seconds, **embeddings)
         outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))
         if _any_on_host(outside):
             raise ValueError(

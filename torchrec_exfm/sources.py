@@ -73,14 +73,15 @@ class LiveTeacher:
         model: ``model(batch)`` on the user's batch, on the student's device; put into
             evaluation mode.
         outputs: takes what it returns to logits (or predictions of a regression) of shape (B, T)
-            or (B,); the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+            or (B,), or to ``TeacherOutputs``, with embeddings; the default fits TorchRec's contract
+            ``(loss, (loss, logits, labels))``.
 
     Raises:
         ValueError: when called, if ``outputs`` does not fit what the model returns.
     """
 
     def __init__(
-        self, model: nn.Module, *, outputs: Callable[[Any], Tensor] = lambda output: output[1][1]
+        self, model: nn.Module, *, outputs: Callable[[Any], Any] = lambda output: output[1][1]
     ) -> None:
         self.model = model.eval()
         self.outputs = outputs
@@ -94,7 +95,8 @@ class LiveTeacher:
         with torch.no_grad():
             output = self.model(batch)
             what = "what the live teacher's forward returns to its logits"
-            return TeacherOutputs(read("outputs", self.outputs, output, "LiveTeacher", what))
+            made = read("outputs", self.outputs, output, "LiveTeacher", what)
+            return made if isinstance(made, TeacherOutputs) else TeacherOutputs(made)
 
 
 class MaskedErrors:

@@ -55,6 +55,7 @@ class LookupCounters:
     Attributes:
         asked: examples that were looked up.
         present: with an output that was given.
+        embedded: with an embedding that was given, if embeddings were asked for.
         missing: without one in the store.
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
@@ -64,6 +65,7 @@ class LookupCounters:
 
     asked: int = 0
     present: int = 0
+    embedded: int = 0
     missing: int = 0
     stale: int = 0
     quarantined: int = 0
@@ -293,6 +295,8 @@ class TeacherLookup:
             embeddings = torch.from_numpy(decode(data, self.store.format.embedding_resolution))
             there = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
             given = {"embeddings": embeddings, "embedding_presence": there}
+            for teacher, count in zip(self.teachers, there.sum(0).tolist(), strict=True):
+                self._count_embeddings(teacher, count)
         if self.tasks != self.store.tasks:
             values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
         return TeacherOutputs(
@@ -334,6 +338,18 @@ class TeacherLookup:
             )
         counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
         return values, age_seconds, presence
+
+    def _count_embeddings(self, teacher: str, count: int) -> None:
+        counters = self.counters[teacher]
+        counters.embedded += count
+        silent = counters.batches == _SILENT_BATCHES and not counters.embedded
+        if silent and counters.present:
+            warnings.warn(
+                f"{self.store.url}: {teacher} has no embedding for any of the first "
+                f"{counters.present} examples with an output: were they written with embeddings=?",
+                TeacherMissingWarning,
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True)
