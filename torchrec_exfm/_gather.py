@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchrec_exfm._compat import (
-    DTensor,
     ShardedTensor,
     communication_device,
     group_of_shards,
@@ -19,8 +19,6 @@ from torchrec_exfm._compat import (
     shape_and_dtype,
 )
 from torchrec_exfm._ranks import of_each_rank
-
-__all__ = ["gather_to_rank_0"]
 
 PIECE_BYTES = 64 * 2**20
 

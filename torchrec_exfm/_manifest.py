@@ -33,8 +33,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
-__all__ = ["METADATA", "Place", "document_of", "fits", "read_metadata", "refusal"]
-
 METADATA = "metadata.json"
 _FORMAT = "torchrec_exfm.checkpoint"
 _VERSION = 2

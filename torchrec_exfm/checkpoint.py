@@ -25,16 +25,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.utils import _create_file_view  # not public
 
 from torchrec_exfm._compat import shape_and_dtype
-from torchrec_exfm._manifest import METADATA, Place, document_of, read_metadata, refusal
+from torchrec_exfm._manifest import METADATA, Place, document_of, refusal
+from torchrec_exfm._manifest import read_metadata as read_metadata
 from torchrec_exfm._ranks import distributed, of_each_rank, on_rank_0, rank, world_size
-
-__all__ = [
-    "load_checkpoint",
-    "on_every_rank",
-    "open_checkpoint",
-    "read_metadata",
-    "save_checkpoint",
-]
 
 _MAX_KEPT_BYTES = 2**30
 _T = TypeVar("_T")

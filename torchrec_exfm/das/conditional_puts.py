@@ -16,8 +16,6 @@ from deltalake.fs import DeltaStorageHandler
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.redaction import told
 
-__all__ = ["check_conditional_puts"]
-
 _WRITERS = 4
 _ROUNDS = 20  # where a reply takes no time, two rounds of three teach nothing
 

@@ -27,8 +27,6 @@ from torchrec_exfm.das.errors import (
 from torchrec_exfm.das.folder import Folder
 from torchrec_exfm.das.log import Log
 
-__all__ = ["Commit", "DataFile", "Table"]
-
 _ATTEMPTS = 20
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
 

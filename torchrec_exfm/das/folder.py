@@ -10,8 +10,6 @@ from deltalake.fs import DeltaStorageHandler
 
 from torchrec_exfm.das.errors import StoreError
 
-__all__ = ["Folder"]
-
 
 class Folder:
     """A local folder, or one of an object store, which knows no links.

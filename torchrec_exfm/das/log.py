@@ -21,8 +21,6 @@ from deltalake import DeltaTable
 from torchrec_exfm.das.errors import StoreError, telling
 from torchrec_exfm.das.folder import Folder
 
-__all__ = ["Log"]
-
 _LOG = "_delta_log"
 _CHECKPOINT = {"add": ("path", "partitionValues", "size"), "txn": ("appId", "version")}
 _OURS = ("shard/", "write/", "watermark/", "snapshot/")  # names of the package's transactions

@@ -12,8 +12,6 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
 
 from torchrec_exfm.das.urls import is_container
 
-__all__ = ["redacted", "told"]
-
 HIDDEN = "***"
 _LONGEST = 500  # characters of a library's text in a message
 

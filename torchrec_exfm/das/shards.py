@@ -14,8 +14,6 @@ from torchrec_exfm.das.index import mix
 from torchrec_exfm.das.rules import Rows
 from torchrec_exfm.das.schema import Snapshot
 
-__all__ = ["Shard"]
-
 
 @dataclass(frozen=True)
 class Shard:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["check_options", "is_container", "normal_url"]
-
 # In an object store: no character in which a URL may carry a secret (@ ? # % ;), and none at which
 # the library panics ([ \ ] ^ |). Of two spellings of a place, as of a percent-encoded one, one is
 # enough.
