@@ -51,16 +51,11 @@ class TeacherSource(Protocol):
         ...
 
 
-class _Columns:
-    """Outputs that a function reads out of the batch."""
-
-    def __init__(self, function: Callable[[Any], TeacherOutputs]) -> None:
-        self.start = function
-
-
 def source_of(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
     """The source that a teacher is, or that a function makes; None: the loader brings outputs."""
-    return teacher if teacher is None or isinstance(teacher, TeacherSource) else _Columns(teacher)
+    if teacher is None or isinstance(teacher, TeacherSource):
+        return teacher
+    return SimpleNamespace(start=teacher)
 
 
 class LiveTeacher:
