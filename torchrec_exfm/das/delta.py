@@ -53,7 +53,7 @@ class Commit:
     the same moment. ``notes`` are kept in the log.
     """
 
-    act: Callable[[CommitProperties], object]
+    act: Callable[[CommitProperties], Mapping[str, Any] | None]
     transaction: tuple[str, int] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -144,8 +144,8 @@ class Table:
                 another writer was faster. None: there is nothing to do.
 
         Returns:
-            What the log says of the commit, if its reply was lost, or else nothing; None if there
-            was nothing to do.
+            What the act gave, or what the log says of the commit, if its reply was lost; None if
+            there was nothing to do.
 
         Raises:
             StoreError: if it can't be made; then nothing of it is there, unless the text says that
@@ -164,8 +164,7 @@ class Table:
                 mark = uuid.uuid4().hex
                 try:
                     with self._telling(failure):
-                        commit.act(_properties(commit, mark))
-                    return {}
+                        return commit.act(_properties(commit, mark)) or {}
                 except StoreError as error:
                     # it may be there all the same: its reply was lost, or what failed came after it
                     if (made := self._commit_since(before, mark)) is not None:
@@ -196,18 +195,15 @@ class Table:
 
     def delete(self, predicate: str) -> int:
         """Delete the rows that fit a predicate, in one commit, and return how many there were."""
-        metrics: dict[str, Any] = {}
 
-        def act(properties: CommitProperties) -> None:
-            metrics.update(
-                self.delta.delete(
-                    predicate, writer_properties=self.properties, commit_properties=properties
-                )
+        def act(properties: CommitProperties) -> Mapping[str, Any]:
+            return self.delta.delete(
+                predicate, writer_properties=self.properties, commit_properties=properties
             )
 
         self._folder.check_links()
         made = self.commit("can't delete", lambda: Commit(act)) or {}
-        return int({**made.get("operationMetrics", {}), **metrics}["num_deleted_rows"])
+        return int(made.get("operationMetrics", made)["num_deleted_rows"])
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
