@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -84,7 +85,6 @@ class Table:
         self._lock = threading.RLock()
         self._listed: tuple[int, list[DataFile]] | None = None
         self._folder = Folder(url, self._options)
-        self._log: Log | None = None
         with self._reading_log("can't be opened"):
             try:
                 self.delta = DeltaTable(url, storage_options=self._options)
@@ -320,12 +320,10 @@ class Table:
                 raise StoreError(f"{where}: has nulls where none may be: it is not of this table")
             return rows.cast(columns)
 
-    @property
+    @functools.cached_property
     def log(self) -> Log:
         """The log of the table."""
-        if self._log is None:
-            self._log = Log(self._folder, self._options)
-        return self._log
+        return Log(self._folder)
 
     def _check(self) -> None:
         """Check that the version that is read is of a protocol, and commits, that can be read."""

@@ -28,16 +28,10 @@ _DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Log:
-    """The log in the folder of a table, as far as it has been checked.
+    """The log in the folder of a table, as far as it has been checked."""
 
-    Args:
-        folder: of the table.
-        storage_options: of deltalake.
-    """
-
-    def __init__(self, folder: Folder, storage_options: dict[str, str]) -> None:
+    def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._options = storage_options
         summed_up = [file for file in self._files() if file[1].endswith(".parquet")]
         self._begin = summed_up[-1][0] if summed_up else -1  # the version of the last checkpoint
         self._checked = self._begin
@@ -70,7 +64,7 @@ class Log:
     def _files(self) -> list[tuple[int, str]]:
         """The commits and checkpoints: their versions and paths."""
         self._folder.check_inside(_LOG)
-        with telling(self._folder.url, "its log can't be listed", self._options):
+        with telling(self._folder.url, "its log can't be listed", self._folder.options):
             infos = self._folder.filesystem.get_file_info(pa_fs.FileSelector(_LOG))
         named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
         return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
@@ -83,7 +77,7 @@ class Log:
         """
         self._folder.check_inside(path)
         # what can't be read just now is no damage: that is an error of its own
-        with telling(f"{self._folder.url}/{path}", "can't be read", self._options):
+        with telling(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
             try:
                 with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
@@ -122,8 +116,9 @@ class Log:
         if self._begin < 0:
             return set()
         try:
-            with telling(self._folder.url, "can't be read", self._options):
-                table = DeltaTable(self._folder.url, self._begin, storage_options=self._options)
+            url, options = self._folder.url, self._folder.options
+            with telling(url, "can't be read", options):
+                table = DeltaTable(url, self._begin, storage_options=options)
                 paths = pa.table(table.get_add_actions())["path"].to_pylist()
         except StoreError:
             return None
