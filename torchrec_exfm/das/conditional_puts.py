@@ -24,14 +24,8 @@ def check_conditional_puts(url: str, storage_options: Mapping[str, str] | None =
     """Check that of several first commits to a table an object store takes one.
 
     A commit is a put with ``If-None-Match: *``. Where the store ignores that, a commit overwrites
-    another, and rows are lost without a word. A folder with a table, and a local one, aren't tried.
-
-    Args:
-        url: of the table to be created; what is tried there is removed again.
-        storage_options: of deltalake.
-
-    Raises:
-        StoreError: if several are taken, or the store can't be written to.
+    another, and rows are lost without a word. A folder with a table, and a local one, aren't tried;
+    what is tried is removed again.
     """
     options = dict(storage_options or {})
     if "://" not in url:

@@ -60,15 +60,7 @@ class Commit:
 
 
 class Table:
-    """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest.
-
-    Attributes:
-        delta: the table of the deltalake library.
-        properties: of the files that are written.
-
-    Raises:
-        StoreError: if there is none, or none that can be read.
-    """
+    """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest."""
 
     def __init__(
         self,
@@ -78,7 +70,7 @@ class Table:
     ) -> None:
         self.url = url
         self.partition = tuple(partition)
-        self.properties = WriterProperties()
+        self.properties = WriterProperties()  # of the files that are written
         self._options = dict(storage_options or {})
         self._process = os.getpid()
         # what a commit is based on must not move while it is prepared, by another thread's refresh
@@ -138,14 +130,11 @@ class Table:
     ) -> Mapping[str, Any] | None:
         """Make a commit once, and go to it.
 
-        Args:
-            failure: what to say where it can't be made.
-            prepare: gives the commit, as of the table's newest version; it is asked again where
-                another writer was faster. None: there is nothing to do.
+        ``prepare`` gives the commit, as of the table's newest version; it is asked again where
+        another writer was faster. None, there and in return: there is nothing to do.
 
         Returns:
-            What the act gave, or what the log says of the commit, if its reply was lost; None if
-            there was nothing to do.
+            What the act gave, or what the log says of the commit, if its reply was lost.
 
         Raises:
             StoreError: if it can't be made; then nothing of it is there, unless the text says that
@@ -244,11 +233,7 @@ class Table:
             return self.delta.vacuum(hours, False, enforce)
 
     def files(self) -> list[DataFile]:
-        """The data files of this version.
-
-        Raises:
-            StoreError: if the path of one leaves the table's folder, or the log contradicts itself.
-        """
+        """The data files of this version, all within the table's folder."""
         if self._listed is None or self._listed[0] != self.version:
             with self._reading_log():
                 actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pydict()
@@ -285,12 +270,7 @@ class Table:
         )
 
     def read(self, file: DataFile, columns: pa.Schema) -> pa.Table:
-        """The rows of a data file.
-
-        Raises:
-            MissingFileError: if it is not there.
-            StoreError: if it is cut short or is not a file of this table.
-        """
+        """The rows of a data file; a MissingFileError if it is not there."""
         where = f"{self.url}/{file.path}"
         self._folder.check_inside(file.path)
         with telling(where, "can't be read", self._options):

@@ -39,11 +39,7 @@ class Log:
         self._added: set[str] | None = set()  # paths, since then; None: a commit was not there
 
     def check(self, version: int) -> None:
-        """Check the commits up to a version that were not checked before.
-
-        Raises:
-            StoreError: if one has lost lines, or is damaged; the text names it.
-        """
+        """Check the commits up to a version that were not checked before."""
         while self._checkpoint:
             self._check_file(self._checkpoint[0])
             del self._checkpoint[0]

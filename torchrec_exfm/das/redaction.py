@@ -38,10 +38,6 @@ def redacted(text: str, storage_options: Mapping[str, str] | None = None) -> str
     That is every value of the options and of environment variables that object stores take
     credentials from, also percent-encoded; of every URL the user, the query and the fragment. Of an
     option that is a URL, scheme, host and port stay.
-
-    Args:
-        text: of a library.
-        storage_options: of deltalake.
     """
     for secret in sorted(_secrets(storage_options or {}), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -54,10 +50,7 @@ def told(
     """Return a library's error as one line to be told, and what to raise from.
 
     The cause is None where its own text, or that of the errors behind it, has something to hide:
-    a traceback would print it ::
-
-        text, cause = told(error, options)
-        raise StoreError(f"{url}: can't be read ({text})") from cause
+    a traceback would print it.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|↳", "", redacted(str(error), storage_options))
     line = ": ".join(filter(None, map(str.strip, text.splitlines()))) or type(error).__name__

@@ -45,8 +45,7 @@ class Shard:
     ) -> bool:
         """Whether what was written by the name, of the number ``last``, may be in the files.
 
-        Raises:
-            ValueError: if it may be, and was of another number.
+        It raises where that may be, and was of another number.
         """
         if last == number:
             return True
@@ -66,11 +65,7 @@ class Shard:
         return file.partition[0] == self.snapshot.teacher and lowest <= version <= highest
 
     def find(self, rows: Rows, stored: Rows, alike: Callable[[Floats, Floats], Mask]) -> Mask:
-        """Which rows (n,), of those offered, are among those stored in their windows.
-
-        Raises:
-            ValueError: if outputs of one are there that are not ``alike``.
-        """
+        """Which of the rows (n,) are among those stored; it raises where outputs differ."""
         logged = bool(len(rows) and rows.logged[0])
         stored = stored[(stored.snapshot == self.snapshot.version) & (stored.logged == logged)]
         if not len(stored) or not len(rows):

@@ -211,12 +211,7 @@ def rows_of_registry(store: TeacherStore) -> Iterator[dict[str, Any]]:
 
 
 def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
-    """Where a checkpoint is.
-
-    Raises:
-        StoreError: for a name that :func:`publish` does not make, or a link out of the folder.
-        ValueError: if the store knows no folder for checkpoints.
-    """
+    """Where a checkpoint is, by a name that :func:`publish` makes."""
     if store.checkpoints is None:
         raise ValueError(
             f"checkpoints should be a folder that all ranks share, as {store.url} is no local one; "
