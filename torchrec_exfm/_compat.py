@@ -34,8 +34,7 @@ from torchrec_exfm._warnings import DistillationWarning
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that average the dense gradients, by DDP or FSDP2; None if that is one or none.
 
-    Warns:
-        DistillationWarning: if there are several ranks, and neither.
+    It warns where there are several ranks, and neither.
     """
     for module in model.modules():
         group = _averaging_group(module)

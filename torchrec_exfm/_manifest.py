@@ -66,13 +66,7 @@ def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, A
 def read_metadata(folder: Path, share: slice = slice(None)) -> dcp.Metadata:
     """Read what a checkpoint holds, and where (``storage_data``: a place for each chunk, by key).
 
-    Args:
-        folder: of a checkpoint.
-        share: of its files, those whose digests are compared; sizes are for all of them.
-
-    Raises:
-        FileNotFoundError: if there is no ``metadata.json``.
-        ValueError: if the files are not what it says, or can't be.
+    Of its files the sizes are compared, and of a ``share`` the digests.
     """
     path = folder / METADATA
     if not path.exists():

@@ -16,12 +16,8 @@ import warnings
 from collections.abc import Mapping
 from importlib import metadata, util
 
-UNKNOWN = "unknown"
-"""The version of what can be imported but has no metadata, as a nightly by another name."""
-
-GONE = "gone"
-"""The version of what has metadata but no files, as FBGEMM after its twin was uninstalled."""
-
+UNKNOWN = "unknown"  # what can be imported but has no metadata, as a nightly by another name
+GONE = "gone"  # what has metadata but no files, as FBGEMM after its twin was uninstalled
 _TWINS = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 _TORCHREC_NEEDS = ("tensordict", "torchmetrics", "tqdm", "pyre-extensions")
 _NAMES = ("torch", *_TWINS, "torchrec", *_TORCHREC_NEEDS, "iopath")
@@ -36,11 +32,7 @@ _NEWEST_FBGEMM_MINOR = 9
 def check() -> None:
     """Refuse a set of torch, FBGEMM and TorchRec that can't load, and warn of an untried TorchRec.
 
-    Raises:
-        ImportError: one sentence: what was found, what goes together, what to install.
-
-    Warns:
-        ExFMWarning: one sentence: which versions of TorchRec were tried, and what was found.
+    Both in one sentence: what was found, what goes together, what to install.
     """
     versions = installed()
     wrong, untried = explain(versions), doubt(versions)

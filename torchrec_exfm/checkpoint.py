@@ -38,17 +38,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
     Every rank must call it, with one folder that all of them see; without ``torch.distributed`` it
     is one process. ``metadata.json`` comes last and at once, so that a save that was killed leaves
-    a folder that ``load_checkpoint`` refuses. A save that fails removes what it has written.
-
-    Args:
-        folder: a new one, or one that holds no checkpoint.
-        state: a model's ``state_dict()``, of tensors, ShardedTensors and DTensors.
-
-    Raises:
-        TypeError: if something in the state is no tensor.
-        FileExistsError: if the folder holds a checkpoint, of any tool: the files of one are never
-            written over.
-        OSError: if a file could not be written.
+    a folder that ``load_checkpoint`` refuses. A save that fails removes what it has written. The
+    files of a checkpoint, of any tool, are never written over.
     """
     folder, files = Path(folder), _Files()
     on_every_rank(lambda: _check_tensors(state))
@@ -82,19 +73,10 @@ def load_checkpoint(
 
     Every rank must call it. Nothing is unpickled but tensors, by ``torch.load`` with
     ``weights_only=True``, and nothing is opened outside the folder. Every rank checks all that it
-    will read, and a share of the files' digests, before any of them copies anything.
+    will read, and a share of the files' digests, before any of them copies anything: after an error
+    the state is as before, on every rank. What else the checkpoint holds is not read.
 
-    Args:
-        folder: what ``save_checkpoint`` wrote.
-        state: the ``state_dict()`` of a model; what else the checkpoint holds is not read.
-        metadata: what ``open_checkpoint`` returned for the folder, if it was called.
-
-    Raises:
-        TypeError: if something in the state is no tensor.
-        FileNotFoundError: if there is no ``metadata.json``, as after a save that did not end.
-        ValueError: if a file is missing or another than was saved, or has a name that leads out of
-            the folder; if the checkpoint has no tensor of a key, or one of another shape or dtype.
-            The state is as before then, on every rank.
+    ``metadata`` is what ``open_checkpoint`` returned for the folder, if it was called.
     """
     saved = open_checkpoint(folder) if metadata is None else metadata
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -89,10 +89,7 @@ def run_mlp(perceptron: nn.Sequential, inputs: Tensor) -> list[Tensor]:
 def fill_mlp_gradients(perceptron: nn.Sequential, inputs: list[Tensor], slope: Tensor) -> None:
     """Write an :func:`mlp`'s gradients into what its parameters' ``grad`` holds.
 
-    Args:
-        perceptron: whose parameters have gradients.
-        inputs: of its linear layers, as :func:`run_mlp` gave them.
-        slope: the derivative of the loss by the outputs.
+    ``inputs`` are as :func:`run_mlp` gave them, the slope is the loss's derivative by the outputs.
     """
     for layer, values in reversed(list(zip(_linear_layers(perceptron), inputs, strict=True))):
         torch.mm(slope.t(), values, out=layer.weight.grad)

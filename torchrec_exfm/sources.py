@@ -97,15 +97,12 @@ class MaskedErrors:
 
     A source that has failed is left alone for ``RETRY_SECONDS``. ``size`` gives the number of
     examples of a batch, ``shape`` is that of an example's outputs, (M, T).
-
-    Attributes:
-        failures: batches that went without outputs.
     """
 
     def __init__(
         self, source: TeacherSource, size: Callable[[Any], int], shape: tuple[int, int]
     ) -> None:
-        self.failures = 0
+        self.failures = 0  # batches that went without outputs
         self._source = source
         self._size = size
         self._shape = shape
