@@ -119,9 +119,7 @@ def group_of_shards(tensor: ShardedTensor | DTensor) -> dist.ProcessGroup | None
     return dist.group.WORLD if mesh.size() == dist.get_world_size() else None
 
 
-def local_shards(
-    tensor: ShardedTensor | DTensor,
-) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+def local_shards(tensor: ShardedTensor | DTensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """This rank's shards of a tensor, each with its offsets in the whole."""
     if isinstance(tensor, ShardedTensor):
         shards = tensor.local_shards()

@@ -149,16 +149,12 @@ def _tensor(
     chunks: list[dcp.ChunkStorageMetadata] = []
     places: list[Place] = []
     for chunk in record["chunks"]:
-        file, offsets, sizes = (
-            chunk["file"],
-            torch.Size(chunk["offsets"]),
-            torch.Size(chunk["sizes"]),
-        )
+        file, sizes = chunk["file"], torch.Size(chunk["sizes"])
         if file not in paths:
             raise refusal(what, "be in the files that are described", repr(file))
         if math.prod(sizes) * dtype.itemsize > chunk["length"]:
             raise refusal(what, f"have bytes for chunks of {list(sizes)}", f"{chunk['length']}")
-        chunks.append(dcp.ChunkStorageMetadata(offsets, sizes))
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk["offsets"]), sizes))
         places.append(Place(paths[file], chunk["offset"], chunk["length"], sizes, dtype))
     if not _covered_once(shape, chunks):
         received = f"{[(*chunk.offsets, *chunk.sizes) for chunk in chunks]!r:.80}"

@@ -157,9 +157,8 @@ def forget(
         )
     if before_seconds is not None:
         window = as_second("before_seconds", before_seconds) // store.format.window_seconds
-        return ForgetReport(
-            store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}"), 0
-        )
+        rows = store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}")
+        return ForgetReport(rows, 0)
     numbers = sorted({_version(version) for version in ([] if versions is None else versions)})
     if not numbers:
         return ForgetReport(0, 0)
