@@ -112,10 +112,7 @@ def load_checkpoint(
 
 
 def open_checkpoint(folder: Path) -> dcp.Metadata:
-    """Check a checkpoint on all ranks, each a share of its files; the errors of ``read_metadata``.
-
-    Every rank must call it.
-    """
+    """Check a checkpoint, each rank a share of its files; every rank must call it."""
     return on_every_rank(lambda: read_metadata(folder, slice(rank(), None, world_size())))
 
 

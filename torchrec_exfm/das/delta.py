@@ -128,17 +128,11 @@ class Table:
     def commit(
         self, failure: str, prepare: Callable[[], Commit | None]
     ) -> Mapping[str, Any] | None:
-        """Make a commit once, and go to it.
+        """Make a commit once, and go to it; return what it gave, or the log says if that was lost.
 
         ``prepare`` gives the commit, as of the table's newest version; it is asked again where
-        another writer was faster. None, there and in return: there is nothing to do.
-
-        Returns:
-            What the act gave, or what the log says of the commit, if its reply was lost.
-
-        Raises:
-            StoreError: if it can't be made; then nothing of it is there, unless the text says that
-                this can't be seen.
+        another writer was faster. None, there and in return: there is nothing to do. After an error
+        nothing of the commit is there, unless the text says that this can't be seen.
         """
         check_process(self._process)
         with self._lock:
