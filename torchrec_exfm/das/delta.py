@@ -63,15 +63,12 @@ class Table:
     """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest."""
 
     def __init__(
-        self,
-        url: str,
-        partition: Sequence[str] = (),
-        storage_options: Mapping[str, str] | None = None,
+        self, url: str, partition: Sequence[str], storage_options: Mapping[str, str]
     ) -> None:
         self.url = url
         self.partition = tuple(partition)
         self.properties = WriterProperties()  # of the files that are written
-        self._options = dict(storage_options or {})
+        self._options = dict(storage_options)
         self._process = os.getpid()
         # what a commit is based on must not move while it is prepared, by another thread's refresh
         self._lock = threading.RLock()
