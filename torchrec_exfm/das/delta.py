@@ -92,19 +92,17 @@ class Table:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         """Make an empty table; one that is there is left as it is."""
-        try:
-            with telling(url, "can't be made", storage_options):
-                DeltaTable.create(
-                    url,
-                    schema,
-                    mode="ignore",
-                    partition_by=list(partition),
-                    description=description,
-                    storage_options=dict(storage_options or {}),
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-        except ConflictError:  # another process was first
-            return
+        another_was_first = contextlib.suppress(ConflictError)
+        with another_was_first, telling(url, "can't be made", storage_options):
+            DeltaTable.create(
+                url,
+                schema,
+                mode="ignore",
+                partition_by=list(partition),
+                description=description,
+                storage_options=dict(storage_options or {}),
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
 
     @property
     def version(self) -> int:

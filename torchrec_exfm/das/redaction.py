@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -92,10 +93,8 @@ def _parts(value: str) -> Iterator[str]:
     yield value
     yield from (line.strip() for line in value.splitlines())
     if value.startswith("{"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             yield from _leaves(json.loads(value))
-        except (ValueError, RecursionError):
-            return
 
 
 def _leaves(data: Any) -> Iterator[str]:
