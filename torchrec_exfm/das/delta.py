@@ -225,22 +225,21 @@ class Table:
         """The data files of this version, all within the table's folder."""
         if self._listed is None or self._listed[0] != self.version:
             with self._reading_log():
-                actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pydict()
+                actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
                 partition = tuple(self.delta.metadata().partition_columns)
             if partition != self.partition:
                 raise StoreError(
                     f"{self.url}: is partitioned by {partition}, not by {self.partition}: its rows "
                     "are not read; it is damaged, or of another program"
                 )
-            files = [self._data_file(actions, row) for row in range(len(actions["path"]))]
-            self._listed = self.version, files
+            self._listed = self.version, [self._data_file(action) for action in actions]
         return self._listed[1]
 
-    def _data_file(self, actions: Mapping[str, Sequence[Any]], row: int) -> DataFile:
-        path = unquote(actions["path"][row])  # the log has it percent-encoded
+    def _data_file(self, action: Mapping[str, Any]) -> DataFile:
+        path = unquote(action["path"])  # the log has it percent-encoded
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", path) or ".." in path.split("/"):
-            raise self._folder.refusal(actions["path"][row])
-        values = tuple(actions[f"partition.{name}"][row] for name in self.partition)
+            raise self._folder.refusal(action["path"])
+        values = tuple(action[f"partition.{name}"] for name in self.partition)
         folders = [f"{name}={value}" for name, value in zip(self.partition, values, strict=True)]
         written = [unquote(folder) for folder in path.split("/")[: len(folders)]]
         if written[:1] and written[0].startswith(self.partition[0] + "=") and written != folders:
@@ -248,15 +247,9 @@ class Table:
                 f"{self.url}/{path}: the log says that it is of {'/'.join(folders)}: the log is "
                 "damaged; restore it"
             )
-        lowest, highest = (actions.get(f"{end}.snapshot") for end in ("min", "max"))
-        known = lowest and highest and lowest[row] is not None and highest[row] is not None
-        return DataFile(
-            path,
-            actions["size_bytes"][row],
-            actions["num_records"][row],
-            values,
-            (lowest[row], highest[row]) if lowest and highest and known else None,
-        )
+        bounds: tuple[Any, Any] = action.get("min.snapshot"), action.get("max.snapshot")
+        snapshots = None if None in bounds else bounds
+        return DataFile(path, action["size_bytes"], action["num_records"], values, snapshots)
 
     def read(self, file: DataFile, columns: pa.Schema) -> pa.Table:
         """The rows of a data file; a MissingFileError if it is not there."""
