@@ -103,7 +103,6 @@ def _transfer(
 ) -> None:
     # A batch, if of one: NCCL sends it through the group's own communicator. For a plain send it
     # would open a communicator, with memory on the GPU, for each pair of ranks.
-    for work in dist.batch_isend_irecv(
-        [dist.P2POp(operation, piece, group=group, group_peer=peer)]
-    ):
+    batch = [dist.P2POp(operation, piece, group=group, group_peer=peer)]
+    for work in dist.batch_isend_irecv(batch):
         work.wait()
