@@ -96,13 +96,10 @@ class Log:
         unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
         unknown -= self._added
         # others may remove what was removed before
-        if (
-            ours
-            and unknown
-            and (before := self._added_before) is not None
-            and (unknown := unknown - before)
-        ):
-            return f"removes {min(unknown)!r}, which was not there: it is damaged"
+        if ours and unknown and self._added_before is not None:
+            unknown -= self._added_before
+            if unknown:
+                return f"removes {min(unknown)!r}, which was not there: it is damaged"
         self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
         return None
 
