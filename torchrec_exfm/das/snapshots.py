@@ -20,7 +20,7 @@ from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, as_int, as_second
 from torchrec_exfm.das.delta import Commit
-from torchrec_exfm.das.errors import StoreError
+from torchrec_exfm.das.errors import StoreError, telling
 from torchrec_exfm.das.schema import SNAPSHOT_NUMBERS, SNAPSHOTS, Snapshot, check_name
 from torchrec_exfm.das.store import TeacherStore
 
@@ -194,10 +194,8 @@ def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
     snapshots = []
     for row in rows_of_registry(store):
         seconds = row["trained_through"] // MICROSECONDS
-        try:
+        with telling(row["file"], "is damaged"):
             snapshot = Snapshot(row["teacher"], row["version"], seconds)
-        except ValueError as error:
-            raise StoreError(f"{row['file']}: is damaged ({error})") from error
         snapshots.append((snapshot, row["checkpoint"]))
     return snapshots
 
