@@ -10,6 +10,7 @@ As a script, ``python -I torchrec_exfm/_versions.py`` prints what is wrong and e
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -49,11 +50,9 @@ def installed() -> dict[str, str]:
     modules = {name: name.removesuffix("-cpu").replace("-", "_") for name in _NAMES}
     versions: dict[str, str] = {}
     for name, module in modules.items():
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        versions[name] = version if _is_importable(module) else GONE
+            versions[name] = version if _is_importable(module) else GONE
     seen = {modules[name] for name in versions}
     for name, module in modules.items():
         if module not in seen and _is_importable(module):
