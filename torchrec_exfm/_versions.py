@@ -31,10 +31,7 @@ _NEWEST_FBGEMM_MINOR = 9
 
 
 def check() -> None:
-    """Refuse a set of torch, FBGEMM and TorchRec that can't load, and warn of an untried TorchRec.
-
-    Both in one sentence: what was found, what goes together, what to install.
-    """
+    """Refuse a set of torch, FBGEMM and TorchRec that can't load; warn of an untried TorchRec."""
     versions = installed()
     wrong, untried = explain(versions), doubt(versions)
     if wrong is not None:

@@ -43,10 +43,7 @@ class Shard:
     def may_be_there(
         self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
     ) -> bool:
-        """Whether what was written by the name, of the number ``last``, may be in the files.
-
-        It raises where that may be, and was of another number.
-        """
+        """Whether what the name wrote may be in the files; it raises if ``last`` differs then."""
         if last == number:
             return True
         version = self.snapshot.version
