@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,10 +27,9 @@ from torch.distributed.checkpoint.utils import _create_file_view  # not public
 from torchrec_exfm._compat import shape_and_dtype
 from torchrec_exfm._manifest import METADATA, Place, document_of, refusal
 from torchrec_exfm._manifest import read_metadata as read_metadata
-from torchrec_exfm._ranks import distributed, of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import T, distributed, of_each_rank, on_rank_0, rank, world_size
 
 _MAX_KEPT_BYTES = 2**30
-_T = TypeVar("_T")
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -116,7 +115,7 @@ def open_checkpoint(folder: Path) -> dcp.Metadata:
     return on_every_rank(lambda: read_metadata(folder, slice(rank(), None, world_size())))
 
 
-def on_every_rank(function: Callable[[], _T]) -> _T:
+def on_every_rank(function: Callable[[], T]) -> T:
     """Call a function on every rank; an error of any rank is raised on all of them."""
     result, failure = None, None
     try:
@@ -128,7 +127,7 @@ def on_every_rank(function: Callable[[], _T]) -> _T:
     for each in failures:
         if each is not None:
             raise each
-    return cast(_T, result)
+    return cast(T, result)
 
 
 class _Files(FileSystem):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,7 @@ class DistillationHead(nn.Module):
         """(B, D) shared representation -> (B, T) logits or predictions."""
         if self.beta != 1:
             shared = scale_gradient(shared, self.beta)
-        dtype = cast(nn.Linear, next(iter(self.mlp))).weight.dtype
+        dtype = _linear_layers(self.mlp)[0].weight.dtype
         if shared.dtype != dtype and not _autocast_applies(shared, dtype):
             shared = shared.to(dtype)  # the student may have run under an autocast of its own
         outputs: Tensor = self.mlp(shared)
