@@ -51,16 +51,11 @@ class TeacherSource(Protocol):
         ...
 
 
-class _Columns:
-    """Outputs that a function reads out of the batch."""
-
-    def __init__(self, function: Callable[[Any], TeacherOutputs]) -> None:
-        self.start = function
-
-
 def source_of(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
     """The source that a teacher is, or that a function makes; None: the loader brings outputs."""
-    return teacher if teacher is None or isinstance(teacher, TeacherSource) else _Columns(teacher)
+    if teacher is None or isinstance(teacher, TeacherSource):
+        return teacher
+    return SimpleNamespace(start=teacher)
 
 
 class LiveTeacher:
@@ -104,15 +99,12 @@ class MaskedErrors:
 
     A source that has failed is left alone for ``RETRY_SECONDS``. ``size`` gives the number of
     examples of a batch, ``shape`` is that of an example's outputs, (M, T).
-
-    Attributes:
-        failures: batches that went without outputs.
     """
 
     def __init__(
         self, source: TeacherSource, size: Callable[[Any], int], shape: tuple[int, int]
     ) -> None:
-        self.failures = 0
+        self.failures = 0  # batches that went without outputs
         self._source = source
         self._size = size
         self._shape = shape
