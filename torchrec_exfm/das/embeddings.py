@@ -13,8 +13,6 @@ import numpy as np
 from torchrec_exfm.das.arrays import Bytes, Floats
 from torchrec_exfm.das.rules import first_few
 
-__all__ = ["MISSING", "decode", "encode"]
-
 MISSING = b"\xff"
 _RANGE = np.finfo(np.float32)
 _SCALES = _RANGE.tiny, np.nextafter(_RANGE.max / np.float32(127), np.float32(0))  # 127 are finite

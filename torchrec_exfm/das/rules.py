@@ -19,8 +19,6 @@ from torchrec_exfm.das.arrays import (
     utc,
 )
 
-__all__ = ["Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
-
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 
 

@@ -35,16 +35,6 @@ from torch import Tensor
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
 
-__all__ = [
-    "FORMAT_VERSION",
-    "KEYS",
-    "PARTITION",
-    "TIMESTAMP",
-    "Snapshot",
-    "StoreFormat",
-    "check_name",
-]
-
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
 MAX_TASKS = 1_000

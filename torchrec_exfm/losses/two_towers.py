@@ -110,7 +110,8 @@ class _Divergence(torch.autograd.Function):
         queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
         of_queries, of_items = slopes.transpose(0, 1).chunk(2, dim=-1)
         share = share.t().unsqueeze(-1)  # (U, B, 1)
-        for rows in torch.arange(len(vectors), device=vectors.device).split(_block(vectors)):
+        block = max(1, SCORES // max(1, len(vectors)))
+        for rows in torch.arange(len(vectors), device=vectors.device).split(block):
             log_p = _log_softmax(vectors, tau, inputs, rows)
             log_q = log_targets(rows)
             lead = log_q - log_p
@@ -132,10 +133,6 @@ class _Divergence(torch.autograd.Function):
 def _present(vectors: Tensor, absent: Tensor) -> Tensor:
     """NaN of an absent example would be NaN in every gradient."""
     return vectors.masked_fill(absent.unsqueeze(-1), 0.0)
-
-
-def _block(vectors: Tensor) -> int:
-    return max(1, SCORES // max(1, len(vectors)))
 
 
 def _log_softmax(vectors: Tensor, tau: float, inputs: LossInputs, rows: Tensor) -> Tensor:
