@@ -16,7 +16,8 @@ the widths of the serving head. hand_written: one head of 128, and a second loss
 own forward. matmuls, wide_matmuls: nothing but the multiplications of the two heads, forward and
 backward; exfm_less_matmuls is what is left of exfm without them, over plain.
 
-Losses, on one rank: ah, whose term has another loss, in groups of 10 examples.
+Losses, on one rank: ah, whose term has another loss, in groups of 10 examples, or learns from
+embeddings of 64 by a linear head. Two towers: two_towers.py.
 
 Small batches, on one rank and one thread: AH and the recipe (an auxiliary head, and the serving
 head taught by margin from the adapter) over plain, in seconds on a core, not by the clock, as other
@@ -36,6 +37,7 @@ import common
 import numpy as np
 import torch
 import torch.distributed as dist
+import two_towers
 from reference import (
     KEYS,
     SNAPSHOT,
@@ -56,8 +58,10 @@ from torchrec.models.dlrm import DLRMTrain
 from training import (
     AH,
     AH_SA,
+    EMBEDDING,
     RECIPE,
     Arm,
+    embeddings,
     exfm,
     kernels_of,
     on_ranks,
@@ -94,6 +98,8 @@ LOSSES = {
     "pairwise": losses.pairwise(),
     "listwise": losses.listwise(),
     "listwise_calibrated": losses.listwise(calibrated=True),
+    "cosine_of_embeddings": losses.cosine_of_embeddings(EMBEDDING),
+    "squared_error_of_embeddings": losses.squared_error_of_embeddings(EMBEDDING),
 }
 
 Times: TypeAlias = dict[str, list[common.Time]]
@@ -126,7 +132,11 @@ def measure(quick: bool) -> dict[str, Any]:
     of_losses = loss_figures(
         [on_ranks(1, losses_on_rank, batch, rounds, turn) for turn in range(launches)]
     )
-    parts = {"small": small, "losses": of_losses}
+    launched = [
+        on_ranks(1, two_towers.towers_on_rank, batch, rounds, turn) for turn in range(launches)
+    ]
+    towers = two_towers.figures(joined(launched))
+    parts = {"small": small, "losses": of_losses, "two_towers": towers}
     return {**result, "details": {"batch": batch, **details, **parts}}
 
 
@@ -170,8 +180,11 @@ def losses_on_rank(
     device: torch.device, folder: str, batch: int, rounds: int, launch: int
 ) -> Times:
     batches = Stream(ROWS).pool(8, batch)
-    terms = {name: [replace(AH[0], loss=loss)] for name, loss in LOSSES.items()}
-    made = {name: Arm(exfm(device, these), batches) for name, these in terms.items()}
+    made = {}
+    for name, loss in LOSSES.items():
+        changed = {"hidden": (), "loss": loss} if loss.embeddings else {"loss": loss}
+        teacher = {"teacher": embeddings} if loss.embeddings else {}
+        made[name] = Arm(exfm(device, [replace(AH[0], **changed)], **teacher), batches)
     made["plain"] = Arm(plain(device), batches)
     steps = 20 if device.type == "cuda" else 2
     return take_turns(made, device, rounds=rounds, steps=steps)
@@ -367,6 +380,7 @@ def markdown(result: dict[str, Any]) -> str:
         "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
         "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
         f"{loss_markdown(details['losses']) if 'losses' in details else ''}"
+        f"{two_towers.markdown(details['two_towers']) if 'two_towers' in details else ''}"
         f"{small_markdown(details['small']) if 'small' in details else ''}"
     )
 

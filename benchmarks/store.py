@@ -1,6 +1,6 @@
 """The store on one core: its rows on disk and in memory, and how fast they go in and come out.
 
-    python benchmarks/store.py [--json] [--quick] [--rows N]
+    python benchmarks/store.py [--json] [--quick] [--rows N] [--embeddings]
 
 All rows lie in one time window, 2^18 a commit. Ids are random (hash_ids) or sequential; the top
 level has disk with sequential ones, all else with random ones, at bfloat16. The rest is in details.
@@ -8,6 +8,10 @@ level has disk with sequential ones, all else with random ones, at bfloat16. The
 A look-up is TeacherLookup(batch) of 8192 examples at random places in the window, all of it: ids
 and times from the batch, threads, index, checks, counters. The gather that it is compared with is
 numpy's take of the same rows, by position, from records of 16 bytes (id, age, value).
+
+Embeddings are measured on 2^18 rows of random ids in one commit, each width and resolution against
+none. They look like a teacher's hidden layer: 64 normal inputs through a random linear layer, then
+ReLU or tanh. With --embeddings that is all, as a table.
 
 All is pinned to one core. Rates are medians (over batches, commits or reads) by the time that the
 process had the core, so that other work on the machine counts less; "on_the_wall" is by the clock.
@@ -42,14 +46,18 @@ AIMS = {
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--rows", type=int, help="of the window (10 million; --quick: 1 million)")
+    parser.add_argument("--embeddings", action="store_true", help="a table of these alone")
     options = parser.parse_args()
+    if options.embeddings:
+        pin()
+        print(table_of_embeddings(embeddings(options.quick)))
+        return
     common.show(measure(options.quick, options.rows), options.json, AIMS)
 
 
 def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
     rows = rows or (1_000_000 if quick else 10_000_000)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that is started from now on
-    os.environ["OMP_NUM_THREADS"] = "1"
+    pin()
     details: dict[str, Any] = {"rows": rows, "batch": BATCH, "rows_of_a_commit": COMMIT}
     with tempfile.TemporaryDirectory(prefix="benchmark-store-") as folder:
         write(f"{folder}/small", "random", rows=1)
@@ -64,6 +72,7 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
                 **common.in_process(look_up, folder, ids, rows),
             }
         details["windows_x10"] = windows_x10(folder, rows // 100)
+    details["embeddings"] = embeddings(quick)
     random, sequential = details["random"], details["sequential"]
     return {
         "write_rows_per_s": random["write_rows_per_s"]["median"],
@@ -73,6 +82,11 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
         "bytes_per_row_in_memory": random["bytes_per_row_in_memory"],
         "details": details,
     }
+
+
+def pin() -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that is started from now on
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -92,6 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
         ("read_rows_per_s", "a window read into memory, rows/s", ""),
     ]
     windows = details["windows_x10"]
+    of_embeddings = details.get("embeddings")  # measured files of before have none
     return (
         f"{common.cell(details['rows'])} rows of one task in one time window, batches of "
         f"{details['batch']:,}, on one core; rates by the time that the process had the core.\n\n"
@@ -102,6 +117,7 @@ def markdown(result: dict[str, Any]) -> str:
         + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows in the place of 10, "
         f"visited in order, look-ups go at {common.cell(windows['rows_per_s_ratio'])} times the "
         f"rate, and the peak of memory is {common.cell(windows['peak_ratio'])} times as high."
+        + (f"\n\nWith embeddings:\n\n{table_of_embeddings(of_embeddings)}" if of_embeddings else "")
     )
 
 
@@ -118,6 +134,57 @@ def write(
         arguments = (SNAPSHOT, part.example_ids, outputs, part.event_seconds)
         times.append((len(places), common.timed(store.write, *arguments)))
     return times
+
+
+def embeddings(quick: bool) -> list[dict[str, Any]]:
+    """Bytes a row and the rate of look-ups, for each width and resolution, and for none."""
+    cases = [(0, "float16"), *itertools.product((16, 32, 64), ("float16", "int8"))]
+    rows = 2**15 if quick else COMMIT
+    with tempfile.TemporaryDirectory(prefix="benchmark-store-") as folder:
+        return common.in_process(_embeddings, folder, rows, cases)
+
+
+def _embeddings(folder: str, rows: int, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    random = np.random.default_rng(0)
+    part = examples(np.arange(rows), "random", rows)
+    outputs = random.normal(-2.0, 1.5, rows).astype(np.float32)
+    inputs = random.normal(size=(rows, 64)).astype(np.float32)
+    results, lookups = [], []
+    for width, resolution in cases:
+        hidden = inputs @ random.normal(0, 0.125, (64, width)).astype(np.float32)
+        result: dict[str, Any] = {"rows": rows, "width": width, "resolution": resolution}
+        for name, layer in (("relu", np.maximum(hidden, 0)), ("tanh", np.tanh(hidden))):
+            url = f"{folder}/{name}-{width}-{resolution}"
+            kind: Any = {"embedding_width": width, "embedding_resolution": resolution}
+            store = TeacherStore.create(url, window_seconds=WINDOW, **kind)
+            given = {"embeddings": layer} if width else {}
+            store.write(SNAPSHOT, part.example_ids, outputs, part.event_seconds, **given)
+            result[f"bytes_per_row_on_disk_{name}"] = bytes_per_row(url, rows)
+        lookup = TeacherLookup(TeacherStore(url), "fm", embeddings=width > 0)
+        lookup(part)
+        (window,) = lookup._windows["fm"]._held.values()
+        result["bytes_per_row_in_memory"] = common.rounded(window.result().index.nbytes / rows)
+        results.append(result)
+        lookups.append(lookup)
+    times: list[list[tuple[int, common.Time]]] = [[] for _ in cases]
+    for batch in random_batches("random", rows, BATCHES // 4):
+        for of_case, lookup in zip(times, lookups, strict=True):
+            of_case.append((BATCH, common.timed(lookup, batch)))
+    for result, of_case in zip(results, times, strict=True):
+        result["lookup_rows_per_s"] = common.rates(of_case)
+    return results
+
+
+def table_of_embeddings(results: list[dict[str, Any]]) -> str:
+    fields = ("bytes_per_row_on_disk_relu", "bytes_per_row_on_disk_tanh", "bytes_per_row_in_memory")
+    header = ["", "on disk, ReLU", "on disk, tanh", "in memory", "look-up, rows/s"]
+    rows = []
+    for result in results:
+        kind = "E = {width}, {resolution}" if result["width"] else "no embeddings"
+        figures = [result[field] for field in (*fields, "lookup_rows_per_s")]
+        rows.append([kind.format(**result), *figures])
+    return common.table(header, rows)
 
 
 def bytes_per_row(url: str, rows: int) -> float:

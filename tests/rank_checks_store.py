@@ -374,6 +374,64 @@ def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
         assert_near(stored(store, "a"), said_by(4, examples))
 
 
+WIDTH = 5  # of the layer before the logits
+
+
+def hidden_layer(model: nn.Module) -> nn.Module:
+    """Which the model's forward does not return."""
+    return next(m for name, m in model.named_modules() if name.endswith("over_arch.model.0"))
+
+
+def embeddings_of(store: TeacherStore, examples: rm.Columns) -> dict[int, list[float]]:
+    """Those that are stored, of all examples."""
+    found = TeacherLookup(store, "a", embeddings=True, max_windows=100)(examples)
+    assert found.embeddings is not None and found.embedding_presence is not None
+    assert found.embedding_presence.all()
+    return dict(zip(examples.example_ids.tolist(), found.embeddings[:, 0].tolist(), strict=True))
+
+
+def check_embeddings_are_scored(rank: int, world_size: int, resolution: str) -> None:
+    """From a hook, and gathered with the outputs: as a model on no ranks has them."""
+    examples = whole()
+    model, bare = teacher_model(world_size, seed=4), rm.two_task_student(4).to(device())
+    kept: list[Tensor] = []
+    for each in (model, bare):
+        hidden_layer(each).register_forward_hook(lambda *call: kept.append(call[-1]))
+    options: Any = {"device": device(), "batch_size": 5, "shard_rows": 7, "progress": False}
+    with rm.shared_folder() as name:
+        of_embeddings = {"embedding_width": WIDTH, "embedding_resolution": resolution}
+        store = new_store(Path(name) / "store", **of_embeddings)
+        snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+        with mock.patch.object(dist, "gather", wraps=dist.gather) as gather:
+            score(
+                model,
+                store,
+                three_students(examples),
+                snapshot,
+                embeddings=lambda output: kept.pop(),
+                **options,
+            )
+        assert not kept
+        store.refresh()
+        commits = sum(len(store.files("a", window)) for window in store.windows("a"))
+        assert gather.call_count == (commits if world_size > 1 else 0)
+        assert_near(stored(store, "a"), said_by(4, examples))
+        rows = torch.arange(len(examples.labels))
+        with torch.no_grad():
+            bare(taken(examples, rows).to(device()))
+        (hidden,) = kept
+        found = torch.tensor(list(embeddings_of(store, examples).values()))
+        # half of the last bit of float16, half a step of int8; and what ranks differ by, as above
+        size = hidden.cpu().abs()
+        largest = size.amax(1, keepdim=True)
+        bound = size * 2.0**-11 + 2.0**-25 if resolution == "float16" else largest / 254
+        assert ((found - hidden.cpu()).abs() <= bound + 1e-5 * largest + 1e-6).all()
+        wrong = {"embeddings": lambda output: output[1]}  # of the tasks' width
+        other = Snapshot("a", 2, TRAINED_THROUGH)
+        with pytest.raises(ValueError, match=r"embeddings should be of shape \(\d, 5\) .*, 2\)"):
+            score(model, store, three_students(examples), other, **wrong, **options)
+
+
 def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
     """Leaks, ids with two times, ranks with other examples."""
     examples = whole()
@@ -466,3 +524,22 @@ def check_logging_the_training_forward(rank: int, world_size: int) -> None:
         assert logger.written == 0 and logger.logged_before == len(ids)
         dist.barrier()
         assert stored(store, "a") == found
+
+
+def check_embeddings_are_logged(rank: int, world_size: int) -> None:
+    """Those that the training forward has had, to the bit of float16."""
+    batches = parts(rank, world_size)
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store", embedding_width=WIDTH)
+        trainee = rm.sharded(rm.two_task_student(), world_size)
+        kept: list[Tensor] = []
+        hidden_layer(trainee.model).register_forward_hook(lambda *call: kept.append(call[-1]))
+        pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
+        with TeacherLogger(store, "a", embeddings=lambda output: kept[-1]) as logger:
+            logger.attach(trainee.model)
+            rm.drained(pipeline, batches)
+        dist.barrier()
+        assert len(kept) == STEPS
+        for batch, hidden in zip(batches, kept, strict=True):
+            found = torch.tensor(list(embeddings_of(store, batch).values()))
+            assert torch.equal(found, hidden.detach().cpu().half().float())

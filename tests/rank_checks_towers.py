@@ -10,6 +10,7 @@ from typing import Any
 import rank_models as rm
 import representation_reference as reference
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from models import DIM, tables
 from ranks import device
@@ -29,6 +30,7 @@ from torchrec_exfm import (
     student_state_dict,
 )
 from torchrec_exfm.batch import StepInputs
+from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore
 from torchrec_exfm.losses import (
     cosine_of_embeddings,
     in_batch_positives,
@@ -244,3 +246,36 @@ def check_towers_of_weight_zero_are_plain(rank: int, world_size: int) -> None:
         for key, value in items.state_dict().items():
             key = f"student.two_tower.candidate_proj.{key}"
             assert torch.equal(value, own[key].cpu())
+
+
+def check_stored_embeddings_equal_columns(rank: int, world_size: int) -> None:
+    """From a store as float16, some of them without one, as if they were columns; to the bit."""
+    data = []
+    for step, batch in enumerate(global_data()):
+        ids = 100 * step + torch.arange(rm.GLOBAL_SIZE)
+        there = batch.presence & batch.embedding_presence
+        keys = {"example_ids": ids, "event_seconds": 1_000 + ids, "embedding_presence": there}
+        embeddings = batch.embeddings.half().float()
+        data.append(rm.Columns(**(batch.columns | keys | {"embeddings": embeddings})))
+
+    with rm.shared_folder() as folder:
+        if rank == 0:
+            store = TeacherStore.create(
+                f"{folder}/store", resolution="float32", embedding_width=EMBEDDING
+            )
+            for batch in data:
+                for given in (True, False):
+                    rows = batch.presence & (batch.embedding_presence == given)
+                    embeddings = batch.embeddings[rows] if given else None
+                    columns = batch.example_ids[rows], batch.values[rows], batch.event_seconds[rows]
+                    store.write(Snapshot("fm", 1, 10), *columns, embeddings=embeddings)
+        dist.barrier()
+        runs = []
+        with TeacherLookup(TeacherStore(f"{folder}/store"), "fm", embeddings=True) as lookup:
+            for source in (teacher, lookup):
+                trainee = rm.sharded(wrapped(), world_size)
+                pipeline = rm.pipeline_of(trainee, teacher=source, candidates=_candidates)
+                outputs = rm.drained(pipeline, [rm.part_of(b, rank, world_size) for b in data])
+                runs.append((outputs, rm.snapshot(trainee.model.state_dict())))
+        rm.assert_same(*runs)
+        dist.barrier()

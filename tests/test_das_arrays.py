@@ -163,7 +163,8 @@ def test_what_is_null_or_masked_is_refused(
     assert store.refresh() == 0
 
 
-def test_masked_embeddings_are_refused(store: TeacherStore) -> None:
+def test_masked_embeddings_are_refused(tmp_path: Path) -> None:
+    store = dd.new_store(tmp_path, embedding_width=2)
     for embeddings in (
         np.ma.array([[1.0, 2.0]], mask=[[False, True]]),
         [np.ma.array([1.0, 2.0], mask=[False, True])],
@@ -457,6 +458,7 @@ def test_keys_may_be_a_table(store: TeacherStore, make: Callable[[Any], Any]) ->
 
 
 @pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
-def test_a_table_of_embeddings_is_refused(store: TeacherStore, make: Callable[[Any], Any]) -> None:
+def test_a_table_of_embeddings_is_refused(tmp_path: Path, make: Callable[[Any], Any]) -> None:
+    store = dd.new_store(tmp_path, embedding_width=2)
     with pytest.raises(TypeError, match=r"no names for its columns; received \['b', 'a'\]: pass"):
         store.write(snapshot(), [1], [0.5], [AT], embeddings=make({"b": [1.0], "a": [2.0]}))

@@ -31,7 +31,7 @@ Content = dict[str, Any]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A store with all that one may hold: keys, embeddings, a watermark, snapshots."""
-    store = dd.new_store(tmp_path / "store", tasks=("click", "buy"))
+    store = dd.new_store(tmp_path / "store", tasks=("click", "buy"), embedding_width=2)
     ids = np.arange(ROWS) * 1_000_003
     outputs = np.random.default_rng(0).normal(size=(ROWS, 2)).astype(np.float32)
     seconds = AT + np.arange(ROWS) * (2 * WINDOW // ROWS)

@@ -143,9 +143,7 @@ def miscount(store: TeacherStore) -> Path:
 def drop_column(store: TeacherStore) -> Path:
     """A file of the size in the log, in which a column is lacking that may be null."""
     file = newest_file(store)
-    rewrite(
-        file, pq.ParquetFile(file).read().drop_columns("embedding"), Path(store.url) / "outputs"
-    )
+    rewrite(file, pq.ParquetFile(file).read().drop_columns("item_id"), Path(store.url) / "outputs")
     return file
 
 
@@ -210,7 +208,7 @@ LATER = {"event_time": (START + DAY + 5) * 10**6, "window": START // DAY + 1}
         (overwrite, "can't be read"),
         (link, "is not in the table's folder"),
         (repartition, "is partitioned by ('window', 'teacher'), not by ('teacher', 'window')"),
-        (drop_column, "lacks the columns ['embedding']"),
+        (drop_column, "lacks the columns ['item_id']"),
         (widen, "not as in the format: ['pyarrow.Field<extra: int64>']"),
         (planted(snapshot=3, trained_through=(START + 100) * 10**6), "1 of 1 rows leak"),
         (planted(output_buy=float("nan")), "1 of 1 rows have an output that is NaN"),

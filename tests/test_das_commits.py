@@ -269,11 +269,12 @@ def test_ties_are_won_by_what_was_logged_and_then_by_the_last_score() -> None:
         trained_through=throughs,
         logged=logged > 0,
         scored_at=times,
+        embedding=np.arange(8, dtype=np.uint8)[:, None],
     )
     for seed in range(10):
         won = newest(rows[np.random.default_rng(seed).permutation(8)])
         assert won.example_id.tolist() == [0, 1, 2, 3]
-        assert won.outputs.ravel().tolist() == [1.0, 2.0, 5.0, 6.0]
+        assert won.outputs.ravel().tolist() == won.embedding.ravel().tolist() == [1, 2, 5, 6]
 
 
 def test_the_newest_snapshot_before_a_time(tmp_path: Path) -> None:

@@ -69,15 +69,16 @@ def write(draw: st.DrawFn, examples: list[int]) -> tuple[Snapshot, bool, list[in
 def written(data: st.DataObject, folder: Path) -> Case:
     times = data.draw(EXAMPLES)
     examples = sorted(times)
-    case = Case(times, {id_: [] for id_ in examples}, [], new_store(folder, window_seconds=WINDOW))
+    store = new_store(folder, window_seconds=WINDOW, embedding_width=1)
+    case = Case(times, {id_: [] for id_ in examples}, [], store)
     for number in range(data.draw(st.integers(2, 5))):
         snapshot, logged, ids, outputs = data.draw(write(examples))
         through = snapshot.trained_through_seconds
         leaks = [id_ for id_ in ids if times[id_] <= through and not logged]
         seconds = [times[id_] for id_ in ids]
-        report = case.store.write(
-            snapshot, ids, outputs, seconds, logged=logged, bad_rows="quarantine"
-        )
+        embeddings = [[float(number)]] * len(ids) if has_embeddings(number) else None
+        options = {"embeddings": embeddings, "logged": logged}
+        report = store.write(snapshot, ids, outputs, seconds, bad_rows="quarantine", **options)
         assert (report.written, sum(report.quarantined.values())) == (
             len(ids) - len(leaks),
             len(leaks),
@@ -87,6 +88,11 @@ def written(data: st.DataObject, folder: Path) -> Case:
                 said = Said(snapshot.version, logged, number, output, through)
                 case.rows[id_].append(said)
     return case
+
+
+def has_embeddings(number: int) -> bool:
+    """Whether a write has its number as the embedding of each row, or none."""
+    return number % 3 < 2
 
 
 @FEW
@@ -140,6 +146,7 @@ def test_what_is_looked_up_is_what_the_rule_says(data: st.DataObject) -> None:
             snapshot=pinned,
             max_age_seconds=oldest,
             max_windows=most,
+            embeddings=True,
         )
         there = st.sampled_from(sorted(case.times.items()))
         elsewhere = st.tuples(st.integers(0, TOP), st.integers(0, TIMES + WINDOW))
@@ -162,6 +169,7 @@ def check_batch(
 ) -> None:
     found = lookup(batch)
     assert found.values.shape == found.presence.shape == (len(batch), 1, 1)
+    assert found.embeddings is not None and found.embedding_presence is not None
     assert found.age_seconds is not None and found.age_seconds.shape == (len(batch), 1)
     for row, (id_, at) in enumerate(batch):
         said = None
@@ -172,6 +180,9 @@ def check_batch(
         outcome = "missing" if said is None else "stale" if stale else "present"
         asked.update(["asked", outcome])
         assert bool(found.presence[row]) == (outcome == "present")
+        there = said is not None and outcome == "present" and has_embeddings(said.write)
+        assert bool(found.embedding_presence[row]) == there
         if said is not None and outcome == "present":
             assert found.values[row].item() == np.float32(said.output)
+            assert found.embeddings[row].item() == (said.write if there else 0)
             assert found.age_seconds[row].item() == age

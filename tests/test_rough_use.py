@@ -421,6 +421,9 @@ def test_a_student_or_a_live_teacher_that_returns_a_dict_is_told_so() -> None:
         LiveTeacher(student)(make_batch())
     told = LiveTeacher(student, outputs=lambda output: output["logits"])
     assert told(make_batch()).values.shape == (8, 1, 1)
+    told = LiveTeacher(student, outputs=lambda output: TeacherOutputs(output["logits"], **hidden))
+    hidden = {"embeddings": torch.ones(8, 3)}
+    assert told(make_batch()).embeddings.shape == (8, 1, 3)
 
 
 def test_the_pipeline_is_a_generic_class_with_torchrecs_options_by_position() -> None:

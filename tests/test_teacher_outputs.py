@@ -208,8 +208,11 @@ def test_embeddings_are_those_of_examples_with_an_output_unless_told() -> None:
         (torch.zeros(3, 4), None, r"embeddings should be of shape \(2, 1, E\)"),
         (torch.zeros(2, 2, 4), None, r"embeddings should be of shape \(2, 1, E\)"),
         (torch.tensor([[0.0], [float("inf")]]), None, "received NaN or infinity for 1 examples"),
-        (torch.zeros(2, 4), torch.ones(2), "should be boolean and of shape"),
-        (torch.zeros(2, 4), torch.ones(3, dtype=torch.bool), "should be boolean and of shape"),
+        (
+            torch.zeros(2, 4),
+            torch.ones(3, dtype=torch.bool),
+            "embedding_presence should be of shape",
+        ),
     ],
 )
 def test_bad_embeddings_are_refused(embeddings: Tensor, presence: Any, match: str) -> None:
@@ -220,9 +223,21 @@ def test_bad_embeddings_are_refused(embeddings: Tensor, presence: Any, match: st
 def test_embeddings_of_another_kind_are_refused() -> None:
     with pytest.raises(TypeError, match="embeddings should be of a floating-point dtype"):
         TeacherOutputs(torch.zeros(2), embeddings=torch.zeros(2, 4, dtype=torch.int8))
+    with pytest.raises(TypeError, match=r"embedding_presence should be of dtype torch\.bool"):
+        TeacherOutputs(
+            torch.zeros(2), embeddings=torch.zeros(2, 4), embedding_presence=torch.ones(2)
+        )
 
 
 def test_missing_outputs_have_no_embeddings() -> None:
     outputs = TeacherOutputs.missing(3, 2)
     assert outputs.embeddings is not None and outputs.embeddings.shape == (3, 2, 0)
     assert outputs.embedding_presence is not None and not outputs.embedding_presence.any()
+
+
+def test_probabilities_may_have_embeddings_beside_them() -> None:
+    there = torch.tensor([True, False])
+    given = {"embeddings": torch.ones(2, 3), "embedding_presence": there}
+    outputs = TeacherOutputs.from_probabilities(torch.tensor([0.5, 0.5]), **given)
+    assert outputs.values.flatten().tolist() == [0.0, 0.0]
+    assert outputs.embeddings is not None and outputs.embeddings.sum() == 3

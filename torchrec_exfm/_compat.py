@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor as ShardedTensor
 from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipeline
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist as TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.metrics.auc import LABELS, PREDICTIONS, WEIGHTS, AUCMetric, AUCMetricComputation
 from torchrec.metrics.metrics_namespace import MetricName, MetricPrefix
@@ -29,40 +30,11 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWra
 
 from torchrec_exfm._warnings import DistillationWarning
 
-__all__ = [
-    "DTensor",
-    "ShardedTensor",
-    "TieAwareAUC",
-    "TrainPipelineSparseDist",
-    "batches_in_flight",
-    "communication_device",
-    "data_parallel_group",
-    "frees_features",
-    "fused_optimizers",
-    "fused_steps",
-    "group_of_shards",
-    "kind_of",
-    "local_shards",
-    "metric_computations",
-    "metric_state",
-    "pipeline_parts",
-    "pipelined_names",
-    "set_metric_state",
-    "shape_and_dtype",
-    "sharded_names",
-    "side_stream",
-    "single_optimizers",
-    "step_if",
-    "tables_left_whole",
-    "take_next_iterator",
-]
-
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that average the dense gradients, by DDP or FSDP2; None if that is one or none.
 
-    Warns:
-        DistillationWarning: if there are several ranks, and neither.
+    It warns where there are several ranks, and neither.
     """
     for module in model.modules():
         group = _averaging_group(module)
@@ -147,9 +119,7 @@ def group_of_shards(tensor: ShardedTensor | DTensor) -> dist.ProcessGroup | None
     return dist.group.WORLD if mesh.size() == dist.get_world_size() else None
 
 
-def local_shards(
-    tensor: ShardedTensor | DTensor,
-) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+def local_shards(tensor: ShardedTensor | DTensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """This rank's shards of a tensor, each with its offsets in the whole."""
     if isinstance(tensor, ShardedTensor):
         shards = tensor.local_shards()

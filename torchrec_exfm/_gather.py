@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchrec_exfm._compat import (
-    DTensor,
     ShardedTensor,
     communication_device,
     group_of_shards,
@@ -19,8 +19,6 @@ from torchrec_exfm._compat import (
     shape_and_dtype,
 )
 from torchrec_exfm._ranks import of_each_rank
-
-__all__ = ["gather_to_rank_0"]
 
 PIECE_BYTES = 64 * 2**20
 
@@ -105,7 +103,6 @@ def _transfer(
 ) -> None:
     # A batch, if of one: NCCL sends it through the group's own communicator. For a plain send it
     # would open a communicator, with memory on the GPU, for each pair of ranks.
-    for work in dist.batch_isend_irecv(
-        [dist.P2POp(operation, piece, group=group, group_peer=peer)]
-    ):
+    batch = [dist.P2POp(operation, piece, group=group, group_peer=peer)]
+    for work in dist.batch_isend_irecv(batch):
         work.wait()

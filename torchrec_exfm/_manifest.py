@@ -33,8 +33,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
-__all__ = ["METADATA", "Place", "document_of", "fits", "read_metadata", "refusal"]
-
 METADATA = "metadata.json"
 _FORMAT = "torchrec_exfm.checkpoint"
 _VERSION = 2
@@ -68,13 +66,7 @@ def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, A
 def read_metadata(folder: Path, share: slice = slice(None)) -> dcp.Metadata:
     """Read what a checkpoint holds, and where (``storage_data``: a place for each chunk, by key).
 
-    Args:
-        folder: of a checkpoint.
-        share: of its files, those whose digests are compared; sizes are for all of them.
-
-    Raises:
-        FileNotFoundError: if there is no ``metadata.json``.
-        ValueError: if the files are not what it says, or can't be.
+    Of its files the sizes are compared, and of a ``share`` the digests.
     """
     path = folder / METADATA
     if not path.exists():
@@ -157,16 +149,12 @@ def _tensor(
     chunks: list[dcp.ChunkStorageMetadata] = []
     places: list[Place] = []
     for chunk in record["chunks"]:
-        file, offsets, sizes = (
-            chunk["file"],
-            torch.Size(chunk["offsets"]),
-            torch.Size(chunk["sizes"]),
-        )
+        file, sizes = chunk["file"], torch.Size(chunk["sizes"])
         if file not in paths:
             raise refusal(what, "be in the files that are described", repr(file))
         if math.prod(sizes) * dtype.itemsize > chunk["length"]:
             raise refusal(what, f"have bytes for chunks of {list(sizes)}", f"{chunk['length']}")
-        chunks.append(dcp.ChunkStorageMetadata(offsets, sizes))
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk["offsets"]), sizes))
         places.append(Place(paths[file], chunk["offset"], chunk["length"], sizes, dtype))
     if not _covered_once(shape, chunks):
         received = f"{[(*chunk.offsets, *chunk.sizes) for chunk in chunks]!r:.80}"

@@ -19,8 +19,6 @@ from torchrec_exfm._compat import (
     single_optimizers,
 )
 
-__all__ = ["NamedOptimizer", "named_optimizers"]
-
 
 class NamedOptimizer(NamedTuple):
     """An optimizer that is no combination of others, and its parameters by name."""

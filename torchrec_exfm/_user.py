@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 def read(name: str, function: Callable[[Any], Any], value: Any, owner: str, what: str) -> Any:
-    """Call a function that a user gave to ``owner`` as the argument ``name``.
-
-    Raises:
-        ValueError: if it does not fit the value; ``what`` it should take to what.
-    """
+    """Call what a user gave to ``owner`` as ``name``; ``what`` says what it should take to what."""
     try:
         return function(value)
     except (AttributeError, IndexError, KeyError, TypeError) as error:

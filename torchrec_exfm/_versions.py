@@ -10,18 +10,15 @@ As a script, ``python -I torchrec_exfm/_versions.py`` prints what is wrong and e
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
 from collections.abc import Mapping
 from importlib import metadata, util
 
-UNKNOWN = "unknown"
-"""The version of what can be imported but has no metadata, as a nightly by another name."""
-
-GONE = "gone"
-"""The version of what has metadata but no files, as FBGEMM after its twin was uninstalled."""
-
+UNKNOWN = "unknown"  # what can be imported but has no metadata, as a nightly by another name
+GONE = "gone"  # what has metadata but no files, as FBGEMM after its twin was uninstalled
 _TWINS = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 _TORCHREC_NEEDS = ("tensordict", "torchmetrics", "tqdm", "pyre-extensions")
 _NAMES = ("torch", *_TWINS, "torchrec", *_TORCHREC_NEEDS, "iopath")
@@ -34,14 +31,7 @@ _NEWEST_FBGEMM_MINOR = 9
 
 
 def check() -> None:
-    """Refuse a set of torch, FBGEMM and TorchRec that can't load, and warn of an untried TorchRec.
-
-    Raises:
-        ImportError: one sentence: what was found, what goes together, what to install.
-
-    Warns:
-        ExFMWarning: one sentence: which versions of TorchRec were tried, and what was found.
-    """
+    """Refuse a set of torch, FBGEMM and TorchRec that can't load; warn of an untried TorchRec."""
     versions = installed()
     wrong, untried = explain(versions), doubt(versions)
     if wrong is not None:
@@ -57,11 +47,9 @@ def installed() -> dict[str, str]:
     modules = {name: name.removesuffix("-cpu").replace("-", "_") for name in _NAMES}
     versions: dict[str, str] = {}
     for name, module in modules.items():
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        versions[name] = version if _is_importable(module) else GONE
+            versions[name] = version if _is_importable(module) else GONE
     seen = {modules[name] for name in versions}
     for name, module in modules.items():
         if module not in seen and _is_importable(module):

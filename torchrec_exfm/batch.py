@@ -90,7 +90,7 @@ class TeacherOutputs(Pipelineable):
         if embeddings is not None:
             there = self.presence.any(-1)
             if embedding_presence is not None:
-                there = _presence_of_embeddings(there.shape, embedding_presence)
+                there = _presence_like(there, there.shape, embedding_presence, "embedding_presence")
             self.embeddings = _embeddings_like(embeddings, there)
             self.embedding_presence = there
 
@@ -102,6 +102,7 @@ class TeacherOutputs(Pipelineable):
         age_seconds: Tensor | None = None,
         *,
         eps: float = 1e-6,
+        **embeddings: Tensor | None,
     ) -> TeacherOutputs:
         """From probabilities in [0, 1], as logits: log(p / (1 - p)), with p kept in [ε, 1 - ε].
 
@@ -110,6 +111,7 @@ class TeacherOutputs(Pipelineable):
             presence: as for the class.
             age_seconds: as for the class.
             eps: ε, in [1e-7, 0.5): keeps the logits of 0 and 1 finite (±13.8 for the default).
+            **embeddings: ``embeddings`` and ``embedding_presence``, as for the class.
 
         Raises:
             TypeError: as for the class.
@@ -122,7 +124,7 @@ class TeacherOutputs(Pipelineable):
         if not 1e-7 <= eps < 0.5:
             raise ValueError(f"eps should be in [1e-7, 0.5); received {eps}")
         _check_tensor("teacher probabilities", probabilities, floating=True)
-        outputs = cls(probabilities, presence, age_seconds)
+        outputs = cls(probabilities, presence, age_seconds, **embeddings)
         outside = outputs.presence & ((outputs.values < 0) | (outputs.values > 1))
         if _any_on_host(outside):
             raise ValueError(
@@ -347,18 +349,20 @@ def _check_tensor(what: str, value: object, *, floating: bool) -> None:
         )
 
 
-def _presence_like(values: Tensor, shape: torch.Size, presence: Tensor | None) -> Tensor:
+def _presence_like(
+    values: Tensor, shape: torch.Size, presence: Tensor | None, what: str = "presence"
+) -> Tensor:
     if presence is None:
         return torch.ones_like(values, dtype=torch.bool)
-    _check_tensor("presence", presence, floating=False)
+    _check_tensor(what, presence, floating=False)
     if presence.dtype != torch.bool:
-        raise TypeError(f"presence should be of dtype torch.bool; received {presence.dtype}")
+        raise TypeError(f"{what} should be of dtype torch.bool; received {presence.dtype}")
     if presence.shape == shape:
         return presence.reshape(values.shape)
     if presence.shape == values.shape[:1]:
-        return presence.reshape(-1, 1, 1).expand(values.shape).contiguous()
+        return presence.reshape(-1, *[1] * (values.dim() - 1)).expand(values.shape).contiguous()
     raise ValueError(
-        f"presence should be of the outputs' shape {tuple(shape)} or ({shape[0]},); received "
+        f"{what} should be of shape {tuple(shape)} or ({shape[0]},); received "
         f"{tuple(presence.shape)}"
     )
 
@@ -394,17 +398,6 @@ def _embeddings_like(embeddings: Tensor, presence: Tensor) -> Tensor:
             "examples; mark missing ones in embedding_presence"
         )
     return embeddings
-
-
-def _presence_of_embeddings(shape: torch.Size, presence: Tensor) -> Tensor:
-    _check_tensor("embedding_presence", presence, floating=False)
-    fits = presence.shape == shape or (presence.shape == shape[:1] and shape[1] == 1)
-    if presence.dtype != torch.bool or not fits:
-        raise ValueError(
-            f"embedding_presence should be boolean and of shape {tuple(shape)}; received "
-            f"{presence.dtype} of {tuple(presence.shape)}"
-        )
-    return presence.reshape(shape)
 
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,19 +25,11 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.utils import _create_file_view  # not public
 
 from torchrec_exfm._compat import shape_and_dtype
-from torchrec_exfm._manifest import METADATA, Place, document_of, read_metadata, refusal
-from torchrec_exfm._ranks import distributed, of_each_rank, on_rank_0, rank, world_size
-
-__all__ = [
-    "load_checkpoint",
-    "on_every_rank",
-    "open_checkpoint",
-    "read_metadata",
-    "save_checkpoint",
-]
+from torchrec_exfm._manifest import METADATA, Place, document_of, refusal
+from torchrec_exfm._manifest import read_metadata as read_metadata
+from torchrec_exfm._ranks import T, distributed, of_each_rank, on_rank_0, rank, world_size
 
 _MAX_KEPT_BYTES = 2**30
-_T = TypeVar("_T")
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -45,17 +37,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
     Every rank must call it, with one folder that all of them see; without ``torch.distributed`` it
     is one process. ``metadata.json`` comes last and at once, so that a save that was killed leaves
-    a folder that ``load_checkpoint`` refuses. A save that fails removes what it has written.
-
-    Args:
-        folder: a new one, or one that holds no checkpoint.
-        state: a model's ``state_dict()``, of tensors, ShardedTensors and DTensors.
-
-    Raises:
-        TypeError: if something in the state is no tensor.
-        FileExistsError: if the folder holds a checkpoint, of any tool: the files of one are never
-            written over.
-        OSError: if a file could not be written.
+    a folder that ``load_checkpoint`` refuses. A save that fails removes what it has written. The
+    files of a checkpoint, of any tool, are never written over.
     """
     folder, files = Path(folder), _Files()
     on_every_rank(lambda: _check_tensors(state))
@@ -89,19 +72,10 @@ def load_checkpoint(
 
     Every rank must call it. Nothing is unpickled but tensors, by ``torch.load`` with
     ``weights_only=True``, and nothing is opened outside the folder. Every rank checks all that it
-    will read, and a share of the files' digests, before any of them copies anything.
+    will read, and a share of the files' digests, before any of them copies anything: after an error
+    the state is as before, on every rank. What else the checkpoint holds is not read.
 
-    Args:
-        folder: what ``save_checkpoint`` wrote.
-        state: the ``state_dict()`` of a model; what else the checkpoint holds is not read.
-        metadata: what ``open_checkpoint`` returned for the folder, if it was called.
-
-    Raises:
-        TypeError: if something in the state is no tensor.
-        FileNotFoundError: if there is no ``metadata.json``, as after a save that did not end.
-        ValueError: if a file is missing or another than was saved, or has a name that leads out of
-            the folder; if the checkpoint has no tensor of a key, or one of another shape or dtype.
-            The state is as before then, on every rank.
+    ``metadata`` is what ``open_checkpoint`` returned for the folder, if it was called.
     """
     saved = open_checkpoint(folder) if metadata is None else metadata
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -137,14 +111,11 @@ def load_checkpoint(
 
 
 def open_checkpoint(folder: Path) -> dcp.Metadata:
-    """Check a checkpoint on all ranks, each a share of its files; the errors of ``read_metadata``.
-
-    Every rank must call it.
-    """
+    """Check a checkpoint, each rank a share of its files; every rank must call it."""
     return on_every_rank(lambda: read_metadata(folder, slice(rank(), None, world_size())))
 
 
-def on_every_rank(function: Callable[[], _T]) -> _T:
+def on_every_rank(function: Callable[[], T]) -> T:
     """Call a function on every rank; an error of any rank is raised on all of them."""
     result, failure = None, None
     try:
@@ -156,7 +127,7 @@ def on_every_rank(function: Callable[[], _T]) -> _T:
     for each in failures:
         if each is not None:
             raise each
-    return cast(_T, result)
+    return cast(T, result)
 
 
 class _Files(FileSystem):

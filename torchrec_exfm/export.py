@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from torchrec_exfm._compat import DTensor, ShardedTensor, shape_and_dtype
+from torchrec_exfm._compat import ShardedTensor, shape_and_dtype
 from torchrec_exfm._gather import gather_to_rank_0
 from torchrec_exfm._ranks import rank
 from torchrec_exfm.wrapper import find_wrapper

@@ -204,16 +204,10 @@ def masked_mean(
 def present_mean(
     values: Tensor, absent: Tensor, count: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """As :func:`masked_mean`, of a mask and a positive count that several means share.
+    """As :func:`masked_mean`, of a mask and a count that several means share.
 
-    Args:
-        values: (B, ...).
-        absent: (B, ...), boolean, true where an example should have no influence.
-        count: (...), the denominator; a mean without an example is NaN where it is 0.
-        weights: (B, ...), 0 for absent examples alone; None: all 1.
-
-    Returns:
-        (...).
+    ``absent`` is true where an example should have no influence; others have no weight of 0.
+    Without an example the mean is NaN if the count is 0.
     """
     values = values if weights is None else weights * values
     return values.masked_fill(absent, 0.0).sum(0) / count

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,7 @@ class DistillationHead(nn.Module):
         """(B, D) shared representation -> (B, T) logits or predictions."""
         if self.beta != 1:
             shared = scale_gradient(shared, self.beta)
-        dtype = cast(nn.Linear, next(iter(self.mlp))).weight.dtype
+        dtype = _linear_layers(self.mlp)[0].weight.dtype
         if shared.dtype != dtype and not _autocast_applies(shared, dtype):
             shared = shared.to(dtype)  # the student may have run under an autocast of its own
         outputs: Tensor = self.mlp(shared)
@@ -89,10 +88,7 @@ def run_mlp(perceptron: nn.Sequential, inputs: Tensor) -> list[Tensor]:
 def fill_mlp_gradients(perceptron: nn.Sequential, inputs: list[Tensor], slope: Tensor) -> None:
     """Write an :func:`mlp`'s gradients into what its parameters' ``grad`` holds.
 
-    Args:
-        perceptron: whose parameters have gradients.
-        inputs: of its linear layers, as :func:`run_mlp` gave them.
-        slope: the derivative of the loss by the outputs.
+    ``inputs`` are as :func:`run_mlp` gave them, the slope is the loss's derivative by the outputs.
     """
     for layer, values in reversed(list(zip(_linear_layers(perceptron), inputs, strict=True))):
         torch.mm(slope.t(), values, out=layer.weight.grad)

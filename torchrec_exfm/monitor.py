@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +82,6 @@ class RunMonitor:
         OSError: if the folder can't be written.
 
     Example:
-        >>> import itertools
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
         >>> from torchrec.datasets.random import RandomRecDataset
         >>> from torchrec.models.dlrm import DLRM, DLRMTrain
@@ -95,13 +93,10 @@ class RunMonitor:
         >>> pipeline = TrainPipelineExFM(model, torch.optim.Adam(model.parameters()), device,
         ...     teacher=lambda batch: TeacherOutputs(torch.zeros(len(batch.labels))))
         >>> metrics = ExFMMetrics(batch_size=8, device=device)
-        >>> batches = itertools.islice(RandomRecDataset(["f"], 8, hash_size=10, num_dense=3), 20)
+        >>> batches = iter(RandomRecDataset(["f"], 8, hash_size=10, num_dense=3, num_batches=20))
         >>> with RunMonitor(pipeline, metrics, total_examples=160, progress=False) as monitor:
-        ...     while True:
-        ...         try:
-        ...             monitor.step(pipeline.progress(batches))
-        ...         except StopIteration:
-        ...             break
+        ...     for _ in range(20):
+        ...         monitor.step(pipeline.progress(batches))
         >>> monitor.last["coverage/teacher/label"]
         1.0
         >>> sorted(monitor.last)
@@ -156,12 +151,7 @@ class RunMonitor:
     def __enter__(self) -> RunMonitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._rows:  # a rank that failed would leave the others waiting
                 self._write()

@@ -158,7 +158,7 @@ def load_training(
         MetricsRestartedWarning: if there are metrics and they have to start anew.
 
     Example:
-        >>> import itertools, tempfile
+        >>> import tempfile
         >>> from torchrec.datasets.random import RandomRecDataset
         >>> from torchrec.models.dlrm import DLRM, DLRMTrain
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -170,8 +170,8 @@ def load_training(
         ...     optimizer = torch.optim.Adam(model.parameters())
         ...     return TrainPipelineExFM(model, optimizer, torch.device("cpu"),
         ...         teacher=lambda batch: TeacherOutputs(torch.zeros(len(batch.labels))))
-        >>> data = list(itertools.islice(
-        ...     RandomRecDataset(["f"], 2, hash_size=10, num_dense=3, manual_seed=0), 10))
+        >>> data = list(RandomRecDataset(
+        ...     ["f"], 2, hash_size=10, num_dense=3, manual_seed=0, num_batches=10))
         >>> folder, pipeline = tempfile.mkdtemp(), new_pipeline()
         >>> batches = iter(data)
         >>> for step in range(1, 7):

@@ -51,16 +51,11 @@ class TeacherSource(Protocol):
         ...
 
 
-class _Columns:
-    """Outputs that a function reads out of the batch."""
-
-    def __init__(self, function: Callable[[Any], TeacherOutputs]) -> None:
-        self.start = function
-
-
 def source_of(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
     """The source that a teacher is, or that a function makes; None: the loader brings outputs."""
-    return teacher if teacher is None or isinstance(teacher, TeacherSource) else _Columns(teacher)
+    if teacher is None or isinstance(teacher, TeacherSource):
+        return teacher
+    return SimpleNamespace(start=teacher)
 
 
 class LiveTeacher:
@@ -73,14 +68,15 @@ class LiveTeacher:
         model: ``model(batch)`` on the user's batch, on the student's device; put into
             evaluation mode.
         outputs: takes what it returns to logits (or predictions of a regression) of shape (B, T)
-            or (B,); the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+            or (B,), or to ``TeacherOutputs``, with embeddings; the default fits TorchRec's contract
+            ``(loss, (loss, logits, labels))``.
 
     Raises:
         ValueError: when called, if ``outputs`` does not fit what the model returns.
     """
 
     def __init__(
-        self, model: nn.Module, *, outputs: Callable[[Any], Tensor] = lambda output: output[1][1]
+        self, model: nn.Module, *, outputs: Callable[[Any], Any] = lambda output: output[1][1]
     ) -> None:
         self.model = model.eval()
         self.outputs = outputs
@@ -94,7 +90,8 @@ class LiveTeacher:
         with torch.no_grad():
             output = self.model(batch)
             what = "what the live teacher's forward returns to its logits"
-            return TeacherOutputs(read("outputs", self.outputs, output, "LiveTeacher", what))
+            made = read("outputs", self.outputs, output, "LiveTeacher", what)
+            return made if isinstance(made, TeacherOutputs) else TeacherOutputs(made)
 
 
 class MaskedErrors:
@@ -102,15 +99,12 @@ class MaskedErrors:
 
     A source that has failed is left alone for ``RETRY_SECONDS``. ``size`` gives the number of
     examples of a batch, ``shape`` is that of an example's outputs, (M, T).
-
-    Attributes:
-        failures: batches that went without outputs.
     """
 
     def __init__(
         self, source: TeacherSource, size: Callable[[Any], int], shape: tuple[int, int]
     ) -> None:
-        self.failures = 0
+        self.failures = 0  # batches that went without outputs
         self._source = source
         self._size = size
         self._shape = shape

@@ -35,17 +35,8 @@ class Steps:
     while backward runs. All of it in the order of the forwards, however many batches a pipeline
     holds at once.
 
-    Args:
-        head: of the student.
-        source: of the outputs; None: the batches carry them.
-        adapter: on the device, with ``adapter_optimizer``, or None.
-        adapter_optimizer: over its parameters.
-        labels: takes the user's batch to its labels.
-        weights: takes the user's batch to its weights, or None.
-        groups: takes the user's batch to the ids of its examples' groups, or None.
-        candidates: takes the user's batch to the ids of its items, and log q, or None.
-        group: the ranks that average, or None.
-        device: where the step runs.
+    The arguments are those of :class:`ExFMSteps`; without a ``source`` the batches carry their
+    outputs, and ``group`` has the ranks that average.
     """
 
     def __init__(

@@ -42,16 +42,8 @@ class Tap:
     """Keeps the shared representation, (B, D), for one forward.
 
     It is the first argument of the module that ``where`` names, or what the modules of
-    :class:`OutputsOf` return, side by side. Beside it the output of the module, the logits of
-    ``tasks``, if ``keeps_output``.
-
-    Args:
-        where: as named.
-        modules: those.
-        width: D.
-        tasks: the names of the tasks that share the representation.
-        keeps_output: as above.
-        halves: the outputs are two of one width, a query's and an item's.
+    :class:`OutputsOf` return, side by side; with ``halves`` two of one width, a query's and an
+    item's. Beside it the output of the module, the logits of ``tasks``, if ``keeps_output``.
     """
 
     def __init__(

@@ -97,20 +97,16 @@ class DistillationTerm:
                 "a term of the serving head has no head of its own and no gradient to scale: leave "
                 f"hidden and beta as they are; received hidden={self.hidden}, beta={self.beta}"
             )
-        if self.loss.width is not None and self.serving:
+        if (
+            (self.loss.width is not None and self.serving)
+            or (self.loss.embeddings and (self.adapted or self.negative_sampling_rate != 1))
+            or (self.loss.width == 0 and self.hidden != type(self).hidden)
+        ):
             raise ValueError(
-                "serving should be False with a loss of the shared representation; received True"
-            )
-        if self.loss.width == 0 and self.hidden != type(self).hidden:
-            raise ValueError(
-                "a loss of the two towers themselves has no head: leave hidden as it is; received "
-                f"{self.hidden}"
-            )
-        if self.loss.embeddings and (self.adapted or self.negative_sampling_rate != 1):
-            raise ValueError(
-                "adapted and negative_sampling_rate are for a teacher's outputs, and the loss "
-                f"learns from its embeddings; received adapted={self.adapted}, "
-                f"negative_sampling_rate={self.negative_sampling_rate}"
+                "serving, adapted and negative_sampling_rate are for losses of outputs, and hidden "
+                "for those with a head: leave them as they are with this loss; received "
+                f"serving={self.serving}, adapted={self.adapted}, "
+                f"negative_sampling_rate={self.negative_sampling_rate}, hidden={self.hidden}"
             )
         if self.margin is not None and not (self.serving and 0 < self.margin < math.inf):
             raise ValueError(
@@ -310,12 +306,9 @@ class TermLoss(nn.Module):
         """(B, U) logits or predictions, as if learnt from the student's data; or embeddings."""
         if self.term.loss.embeddings:
             values = values.select(1, self.teacher).unsqueeze(1)
-            missing = not values.shape[-1]  # of the whole batch: they have no width
-            return (
-                values.new_zeros(*values.shape[:2], self.term.loss.width or 0)
-                if missing
-                else values
-            )
+            if not values.shape[-1]:  # those of a whole batch are missing
+                values = values.new_zeros(*values.shape[:2], self.term.loss.width or 0)
+            return values
         if not self.term.adapted or inputs.adapted is None:
             values = self._pick(values.select(1, self.teacher))
         else:

@@ -95,6 +95,8 @@ def _show(options: argparse.Namespace) -> int:
 def _lines(shown: dict[str, Any]) -> Iterator[str]:
     """One short screen."""
     line = "format {version}, tasks {tasks}, windows of {window_seconds} s, {resolution}"
+    if shown["format"]["embedding_width"]:
+        line += ", embeddings of {embedding_width} in {embedding_resolution}"
     yield f"{shown['url']}: commit {shown['commit']}, " + line.format(**shown["format"])
     yield f"snapshots: {len(shown['snapshots'])} (here, at most the last {_SNAPSHOTS_SHOWN})"
     for row in shown["snapshots"][-_SNAPSHOTS_SHOWN:]:

@@ -13,10 +13,7 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.redaction import told
-
-__all__ = ["check_conditional_puts"]
+from torchrec_exfm.das.errors import StoreError, telling
 
 _WRITERS = 4
 _ROUNDS = 20  # where a reply takes no time, two rounds of three teach nothing
@@ -26,19 +23,13 @@ def check_conditional_puts(url: str, storage_options: Mapping[str, str] | None =
     """Check that of several first commits to a table an object store takes one.
 
     A commit is a put with ``If-None-Match: *``. Where the store ignores that, a commit overwrites
-    another, and rows are lost without a word. A folder with a table, and a local one, aren't tried.
-
-    Args:
-        url: of the table to be created; what is tried there is removed again.
-        storage_options: of deltalake.
-
-    Raises:
-        StoreError: if several are taken, or the store can't be written to.
+    another, and rows are lost without a word. A folder with a table, and a local one, aren't tried;
+    what is tried is removed again.
     """
     options = dict(storage_options or {})
     if "://" not in url:
         return
-    try:
+    with telling(url, "can't be written to", options):
         if DeltaTable.is_deltatable(url, options):
             return
         for _ in range(_ROUNDS):
@@ -49,9 +40,6 @@ def check_conditional_puts(url: str, storage_options: Mapping[str, str] | None =
                 return
         else:  # each writer saw the table of another: nothing was learnt that speaks against it
             return
-    except (DeltaError, OSError) as error:
-        text, cause = told(error, options)
-        raise StoreError(f"{url}: can't be written to ({text})") from cause
     raise StoreError(
         f"{url}: an object store should refuse to overwrite a commit (a conditional put, "
         f"If-None-Match: *); this one took {taken} in one place, so that writers would lose each "

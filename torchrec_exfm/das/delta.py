@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -26,8 +27,6 @@ from torchrec_exfm.das.errors import (
 )
 from torchrec_exfm.das.folder import Folder
 from torchrec_exfm.das.log import Log
-
-__all__ = ["Commit", "DataFile", "Table"]
 
 _ATTEMPTS = 20
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
@@ -55,38 +54,26 @@ class Commit:
     the same moment. ``notes`` are kept in the log.
     """
 
-    act: Callable[[CommitProperties], object]
+    act: Callable[[CommitProperties], Mapping[str, Any] | None]
     transaction: tuple[str, int] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Table:
-    """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest.
-
-    Attributes:
-        delta: the table of the deltalake library.
-        properties: of the files that are written.
-
-    Raises:
-        StoreError: if there is none, or none that can be read.
-    """
+    """A Delta table at a URL, as of one version; :meth:`refresh` goes to the newest."""
 
     def __init__(
-        self,
-        url: str,
-        partition: Sequence[str] = (),
-        storage_options: Mapping[str, str] | None = None,
+        self, url: str, partition: Sequence[str], storage_options: Mapping[str, str]
     ) -> None:
         self.url = url
         self.partition = tuple(partition)
-        self.properties = WriterProperties()
-        self._options = dict(storage_options or {})
+        self.properties = WriterProperties()  # of the files that are written
+        self._options = dict(storage_options)
         self._process = os.getpid()
         # what a commit is based on must not move while it is prepared, by another thread's refresh
         self._lock = threading.RLock()
         self._listed: tuple[int, list[DataFile]] | None = None
         self._folder = Folder(url, self._options)
-        self._log: Log | None = None
         with self._reading_log("can't be opened"):
             try:
                 self.delta = DeltaTable(url, storage_options=self._options)
@@ -105,19 +92,17 @@ class Table:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         """Make an empty table; one that is there is left as it is."""
-        try:
-            with telling(url, "can't be made", storage_options):
-                DeltaTable.create(
-                    url,
-                    schema,
-                    mode="ignore",
-                    partition_by=list(partition),
-                    description=description,
-                    storage_options=dict(storage_options or {}),
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-        except ConflictError:  # another process was first
-            return
+        another_was_first = contextlib.suppress(ConflictError)
+        with another_was_first, telling(url, "can't be made", storage_options):
+            DeltaTable.create(
+                url,
+                schema,
+                mode="ignore",
+                partition_by=list(partition),
+                description=description,
+                storage_options=dict(storage_options or {}),
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
 
     @property
     def version(self) -> int:
@@ -138,20 +123,11 @@ class Table:
     def commit(
         self, failure: str, prepare: Callable[[], Commit | None]
     ) -> Mapping[str, Any] | None:
-        """Make a commit once, and go to it.
+        """Make a commit once, and go to it; return what it gave, or the log says if that was lost.
 
-        Args:
-            failure: what to say where it can't be made.
-            prepare: gives the commit, as of the table's newest version; it is asked again where
-                another writer was faster. None: there is nothing to do.
-
-        Returns:
-            What the log says of the commit, if its reply was lost, or else nothing; None if there
-            was nothing to do.
-
-        Raises:
-            StoreError: if it can't be made; then nothing of it is there, unless the text says that
-                this can't be seen.
+        ``prepare`` gives the commit, as of the table's newest version; it is asked again where
+        another writer was faster. None, there and in return: there is nothing to do. After an error
+        nothing of the commit is there, unless the text says that this can't be seen.
         """
         check_process(self._process)
         with self._lock:
@@ -166,8 +142,7 @@ class Table:
                 mark = uuid.uuid4().hex
                 try:
                     with self._telling(failure):
-                        commit.act(_properties(commit, mark))
-                    return {}
+                        return commit.act(_properties(commit, mark)) or {}
                 except StoreError as error:
                     # it may be there all the same: its reply was lost, or what failed came after it
                     if (made := self._commit_since(before, mark)) is not None:
@@ -198,18 +173,15 @@ class Table:
 
     def delete(self, predicate: str) -> int:
         """Delete the rows that fit a predicate, in one commit, and return how many there were."""
-        metrics: dict[str, Any] = {}
 
-        def act(properties: CommitProperties) -> None:
-            metrics.update(
-                self.delta.delete(
-                    predicate, writer_properties=self.properties, commit_properties=properties
-                )
+        def act(properties: CommitProperties) -> Mapping[str, Any]:
+            return self.delta.delete(
+                predicate, writer_properties=self.properties, commit_properties=properties
             )
 
         self._folder.check_links()
         made = self.commit("can't delete", lambda: Commit(act)) or {}
-        return int({**made.get("operationMetrics", {}), **metrics}["num_deleted_rows"])
+        return int(made.get("operationMetrics", made)["num_deleted_rows"])
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Make the files of a partition (or of a table without any) one, sorted by example id."""
@@ -250,29 +222,24 @@ class Table:
             return self.delta.vacuum(hours, False, enforce)
 
     def files(self) -> list[DataFile]:
-        """The data files of this version.
-
-        Raises:
-            StoreError: if the path of one leaves the table's folder, or the log contradicts itself.
-        """
+        """The data files of this version, all within the table's folder."""
         if self._listed is None or self._listed[0] != self.version:
             with self._reading_log():
-                actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pydict()
+                actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
                 partition = tuple(self.delta.metadata().partition_columns)
             if partition != self.partition:
                 raise StoreError(
                     f"{self.url}: is partitioned by {partition}, not by {self.partition}: its rows "
                     "are not read; it is damaged, or of another program"
                 )
-            files = [self._data_file(actions, row) for row in range(len(actions["path"]))]
-            self._listed = self.version, files
+            self._listed = self.version, [self._data_file(action) for action in actions]
         return self._listed[1]
 
-    def _data_file(self, actions: Mapping[str, Sequence[Any]], row: int) -> DataFile:
-        path = unquote(actions["path"][row])  # the log has it percent-encoded
+    def _data_file(self, action: Mapping[str, Any]) -> DataFile:
+        path = unquote(action["path"])  # the log has it percent-encoded
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/", path) or ".." in path.split("/"):
-            raise self._folder.refusal(actions["path"][row])
-        values = tuple(actions[f"partition.{name}"][row] for name in self.partition)
+            raise self._folder.refusal(action["path"])
+        values = tuple(action[f"partition.{name}"] for name in self.partition)
         folders = [f"{name}={value}" for name, value in zip(self.partition, values, strict=True)]
         written = [unquote(folder) for folder in path.split("/")[: len(folders)]]
         if written[:1] and written[0].startswith(self.partition[0] + "=") and written != folders:
@@ -280,23 +247,12 @@ class Table:
                 f"{self.url}/{path}: the log says that it is of {'/'.join(folders)}: the log is "
                 "damaged; restore it"
             )
-        lowest, highest = (actions.get(f"{end}.snapshot") for end in ("min", "max"))
-        known = lowest and highest and lowest[row] is not None and highest[row] is not None
-        return DataFile(
-            path,
-            actions["size_bytes"][row],
-            actions["num_records"][row],
-            values,
-            (lowest[row], highest[row]) if lowest and highest and known else None,
-        )
+        bounds: tuple[Any, Any] = action.get("min.snapshot"), action.get("max.snapshot")
+        snapshots = None if None in bounds else bounds
+        return DataFile(path, action["size_bytes"], action["num_records"], values, snapshots)
 
     def read(self, file: DataFile, columns: pa.Schema) -> pa.Table:
-        """The rows of a data file.
-
-        Raises:
-            MissingFileError: if it is not there.
-            StoreError: if it is cut short or is not a file of this table.
-        """
+        """The rows of a data file; a MissingFileError if it is not there."""
         where = f"{self.url}/{file.path}"
         self._folder.check_inside(file.path)
         with telling(where, "can't be read", self._options):
@@ -326,12 +282,10 @@ class Table:
                 raise StoreError(f"{where}: has nulls where none may be: it is not of this table")
             return rows.cast(columns)
 
-    @property
+    @functools.cached_property
     def log(self) -> Log:
         """The log of the table."""
-        if self._log is None:
-            self._log = Log(self._folder, self._options)
-        return self._log
+        return Log(self._folder)
 
     def _check(self) -> None:
         """Check that the version that is read is of a protocol, and commits, that can be read."""

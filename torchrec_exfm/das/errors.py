@@ -33,9 +33,6 @@ def check_process(process: int) -> None:
 
     The library's threads, and those of a look-up, are not there after a fork: it would panic, and
     who waits for them would wait for ever.
-
-    Raises:
-        StoreError: that says what to do instead.
     """
     if os.getpid() != process:
         raise _forked()

@@ -10,27 +10,20 @@ from deltalake.fs import DeltaStorageHandler
 
 from torchrec_exfm.das.errors import StoreError
 
-__all__ = ["Folder"]
-
 
 class Folder:
-    """A local folder, or one of an object store, which knows no links.
-
-    Args:
-        url: of the folder.
-        storage_options: of deltalake.
-    """
+    """A local folder, or one of an object store, which knows no links."""
 
     def __init__(self, url: str, storage_options: dict[str, str]) -> None:
         self.url = url
-        self._options = storage_options
+        self.options = storage_options
 
     @functools.cached_property
     def filesystem(self) -> pa_fs.FileSystem:
         """Of the folder's own paths."""
         if "://" not in self.url:
             return pa_fs.SubTreeFileSystem(self.url, pa_fs.LocalFileSystem())
-        return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self._options))
+        return pa_fs.PyFileSystem(DeltaStorageHandler(self.url, self.options))
 
     def is_file(self, path: str) -> bool:
         """Whether there is such a file."""

@@ -21,8 +21,6 @@ from deltalake import DeltaTable
 from torchrec_exfm.das.errors import StoreError, telling
 from torchrec_exfm.das.folder import Folder
 
-__all__ = ["Log"]
-
 _LOG = "_delta_log"
 _CHECKPOINT = {"add": ("path", "partitionValues", "size"), "txn": ("appId", "version")}
 _OURS = ("shard/", "write/", "watermark/", "snapshot/")  # names of the package's transactions
@@ -30,16 +28,10 @@ _DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Log:
-    """The log in the folder of a table, as far as it has been checked.
+    """The log in the folder of a table, as far as it has been checked."""
 
-    Args:
-        folder: of the table.
-        storage_options: of deltalake.
-    """
-
-    def __init__(self, folder: Folder, storage_options: dict[str, str]) -> None:
+    def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._options = storage_options
         summed_up = [file for file in self._files() if file[1].endswith(".parquet")]
         self._begin = summed_up[-1][0] if summed_up else -1  # the version of the last checkpoint
         self._checked = self._begin
@@ -47,11 +39,7 @@ class Log:
         self._added: set[str] | None = set()  # paths, since then; None: a commit was not there
 
     def check(self, version: int) -> None:
-        """Check the commits up to a version that were not checked before.
-
-        Raises:
-            StoreError: if one has lost lines, or is damaged; the text names it.
-        """
+        """Check the commits up to a version that were not checked before."""
         while self._checkpoint:
             self._check_file(self._checkpoint[0])
             del self._checkpoint[0]
@@ -72,7 +60,7 @@ class Log:
     def _files(self) -> list[tuple[int, str]]:
         """The commits and checkpoints: their versions and paths."""
         self._folder.check_inside(_LOG)
-        with telling(self._folder.url, "its log can't be listed", self._options):
+        with telling(self._folder.url, "its log can't be listed", self._folder.options):
             infos = self._folder.filesystem.get_file_info(pa_fs.FileSelector(_LOG))
         named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
         return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
@@ -85,7 +73,7 @@ class Log:
         """
         self._folder.check_inside(path)
         # what can't be read just now is no damage: that is an error of its own
-        with telling(f"{self._folder.url}/{path}", "can't be read", self._options):
+        with telling(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
             try:
                 with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
@@ -108,13 +96,10 @@ class Log:
         unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
         unknown -= self._added
         # others may remove what was removed before
-        if (
-            ours
-            and unknown
-            and (before := self._added_before) is not None
-            and (unknown := unknown - before)
-        ):
-            return f"removes {min(unknown)!r}, which was not there: it is damaged"
+        if ours and unknown and self._added_before is not None:
+            unknown -= self._added_before
+            if unknown:
+                return f"removes {min(unknown)!r}, which was not there: it is damaged"
         self._added.update(unquote(action["add"]["path"]) for action in actions if "add" in action)
         return None
 
@@ -124,8 +109,9 @@ class Log:
         if self._begin < 0:
             return set()
         try:
-            with telling(self._folder.url, "can't be read", self._options):
-                table = DeltaTable(self._folder.url, self._begin, storage_options=self._options)
+            url, options = self._folder.url, self._folder.options
+            with telling(url, "can't be read", options):
+                table = DeltaTable(url, self._begin, storage_options=options)
                 paths = pa.table(table.get_add_actions())["path"].to_pylist()
         except StoreError:
             return None

@@ -3,7 +3,7 @@
 What the forward says of a batch, it says before the update that learns from the batch: so the
 output of an example does not know its label, however far the teacher has been trained since.
 
-B examples, T tasks.
+B examples, T tasks, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class TeacherLogger:
         event_seconds: takes the batch to its event times, (B,) epoch seconds.
         outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
             the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+        embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
 
@@ -88,6 +89,7 @@ class TeacherLogger:
         ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
         outputs: Callable[[Any], Tensor] = lambda output: output[1][1],
+        embeddings: Callable[[Any], Tensor] | None = None,
         shard_rows: int = 2**18,
         bad_rows: BadRows = "refuse",
     ) -> None:
@@ -102,6 +104,7 @@ class TeacherLogger:
         self._ids = ids
         self._event_seconds = event_seconds
         self._outputs = outputs
+        self._embeddings = embeddings
         self._shard_rows = shard_rows
         self._bad_rows: BadRows = bad_rows
         self._process = os.getpid()
@@ -122,25 +125,32 @@ class TeacherLogger:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if module.training:
                 batch = arguments[0]
-                self.log(self._ids(batch), self._event_seconds(batch), self._outputs(output))
+                ids, event_seconds = self._ids(batch), self._event_seconds(batch)
+                embeddings = self._embeddings and self._embeddings(output)
+                self.log(ids, event_seconds, self._outputs(output), embeddings=embeddings)
 
         self._handles.append(model.register_forward_hook(hook))
 
-    def log(self, ids: Any, event_seconds: Any, outputs: Tensor) -> None:
+    def log(
+        self, ids: Any, event_seconds: Any, outputs: Tensor, *, embeddings: Tensor | None = None
+    ) -> None:
         """Log the outputs of B examples; tensors may be on the device, and are not waited for.
+
+        Embeddings (B, E) come with every call, or with none.
 
         Raises:
             StoreError: if an earlier shard could not be written.
             TypeError: for ids and times of another dtype.
-            ValueError: for bad rows in an earlier shard; for nulls.
+            ValueError: for bad rows in an earlier shard; for nulls; for another shape.
         """
-        if outputs.dim() not in (1, 2):
-            raise ValueError(
-                f"outputs should be of shape (B, T) or (B,); received {tuple(outputs.shape)}"
-            )
-        self._rows.append(
-            (_copy("ids", ids), _copy("event_seconds", event_seconds), outputs.detach().clone())
-        )
+        values = self._store.format.joined(outputs, embeddings, outputs.shape[:1].numel())
+        for _, _, before in (self._rows or self._handed_over)[-1:]:
+            if before.shape[1] != values.shape[1]:
+                raise ValueError(
+                    "embeddings should come with every call of log() or with none; received "
+                    f"{'none' if embeddings is None else 'some'}: take another logger for these"
+                )
+        self._rows.append((_copy("ids", ids), _copy("event_seconds", event_seconds), values))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -196,19 +206,22 @@ class TeacherLogger:
             ready.synchronize()  # the writer's thread has a stream of its own
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
         seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
-        outputs = torch.cat([values.reshape(len(values), -1) for _, _, values in rows]).cpu()
+        columns = torch.cat([values for _, _, values in rows]).cpu()
         new = self._first_time(ids, seconds)
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
         for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
             chosen = new & (places // MAX_WINDOWS == part)
             if chosen.any():
+                values = columns[torch.from_numpy(chosen)]
+                outputs, embeddings = values.tensor_split([len(self._store.tasks)], dim=1)
                 report = self._store.write(
                     newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
                     ids[chosen],
-                    outputs[torch.from_numpy(chosen)],
+                    outputs,
                     seconds[chosen],
                     shard=f"log/{self._run}/{shard}/{part}",
                     logged=True,
+                    embeddings=embeddings if embeddings.shape[1] else None,
                     bad_rows=self._bad_rows,
                 )
                 self.written += report.written

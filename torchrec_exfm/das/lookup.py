@@ -1,6 +1,6 @@
 """The look-up of a batch's outputs by example id: a window at a time, off the training thread.
 
-B examples, M teachers, T tasks.
+B examples, M teachers, T tasks, embeddings of E numbers in W bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torchrec_exfm.das.arrays import (
     utc,
 )
 from torchrec_exfm.das.delta import DataFile
+from torchrec_exfm.das.embeddings import decode
 from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.index import WindowIndex
 from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
@@ -44,7 +45,7 @@ __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
 
-_Found: TypeAlias = tuple[Floats, Floats, Mask]  # values (B, T), ages in seconds and presence (B,)
+_Found: TypeAlias = tuple[Floats, Floats, Mask]  # (B, T + W / 4); ages in seconds, presence (B,)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class LookupCounters:
     Attributes:
         asked: examples that were looked up.
         present: with an output that was given.
+        embedded: with an embedding that was given, if embeddings were asked for.
         missing: without one in the store.
         stale: with one that is older than allowed; not given.
         quarantined: rows of the store left out because they break a rule.
@@ -63,6 +65,7 @@ class LookupCounters:
 
     asked: int = 0
     present: int = 0
+    embedded: int = 0
     missing: int = 0
     stale: int = 0
     quarantined: int = 0
@@ -111,6 +114,8 @@ class TeacherLookup:
         refresh_seconds: how often to see whether rows came late into the windows in memory: for so
             long a look-up may miss them. None: never (what is read depends on the store alone, not
             on time).
+        embeddings: give the teachers' embeddings too, for W bytes a row in memory, and several
+            times that while it is read. One is missing where its output is, or was written without.
 
     A look-up that is pickled is made anew where it arrives, with counters of its own: hand it to
     spawned processes, not to forked ones.
@@ -123,8 +128,8 @@ class TeacherLookup:
 
     Raises:
         TypeError: for a store of another kind.
-        ValueError: for a wrong value; if the store lacks a task, or has outputs and none of a
-            teacher.
+        ValueError: for a wrong value; if the store lacks a task, has outputs and none of a
+            teacher, or was made without the embeddings that are asked for.
 
     Example:
         >>> import tempfile
@@ -155,6 +160,7 @@ class TeacherLookup:
         bad_rows: BadRows = "refuse",
         max_windows: int = 2,
         refresh_seconds: float | None = 60.0,
+        embeddings: bool = False,
     ) -> None:
         arguments = dict(locals())  # before there are other names
         del arguments["self"], arguments["store"], arguments["teachers"]
@@ -194,6 +200,7 @@ class TeacherLookup:
         if max_windows < 1:
             raise ValueError(f"max_windows should be at least 1; received {max_windows}")
         check_bad_rows(bad_rows)
+        self._embedding_bytes = self.store.format.embedding_bytes if embeddings else 0
         self._ids = ids
         self._event_seconds = event_seconds
         self._missing = missing
@@ -211,6 +218,7 @@ class TeacherLookup:
                 bad_rows=bad_rows,
                 max_windows=max_windows,
                 refresh_seconds=refresh_seconds,
+                embedding_bytes=self._embedding_bytes,
             )
             for teacher, counters in self.counters.items()
         }
@@ -280,12 +288,22 @@ class TeacherLookup:
         values, age_seconds, presence = (
             np.stack(parts, axis=1) for parts in zip(*found, strict=True)
         )
+        values, data = np.split(values, [len(self.store.tasks)], axis=2)
+        given = {}
+        if self._embedding_bytes:
+            data = data.view(np.uint8)[:, :, : self._embedding_bytes]
+            embeddings = torch.from_numpy(decode(data, self.store.format.embedding_resolution))
+            there = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
+            given = {"embeddings": embeddings, "embedding_presence": there}
+            for teacher, count in zip(self.teachers, there.sum(0).tolist(), strict=True):
+                self._count_embeddings(teacher, count)
         if self.tasks != self.store.tasks:
             values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
         return TeacherOutputs(
             torch.from_numpy(values),
             torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
             torch.from_numpy(age_seconds),
+            **given,
         )
 
     def _of_teacher(self, teacher: str, ids: Ints, needed: list[int], windows: Ints) -> _Found:
@@ -321,6 +339,18 @@ class TeacherLookup:
         counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
         return values, age_seconds, presence
 
+    def _count_embeddings(self, teacher: str, count: int) -> None:
+        counters = self.counters[teacher]
+        counters.embedded += count
+        silent = counters.batches == _SILENT_BATCHES and not counters.embedded
+        if silent and counters.present:
+            warnings.warn(
+                f"{self.store.url}: {teacher} has no embedding for any of the first "
+                f"{counters.present} examples with an output: were they written with embeddings=?",
+                TeacherMissingWarning,
+                stacklevel=2,
+            )
+
 
 @dataclass(frozen=True)
 class _Window:
@@ -341,6 +371,7 @@ class _Windows:
     bad_rows: BadRows
     max_windows: int
     refresh_seconds: float | None
+    embedding_bytes: int
     known: list[int] = field(default_factory=list)  # windows in the store
 
     def __post_init__(self) -> None:
@@ -348,11 +379,13 @@ class _Windows:
         self._reread: dict[int, Future[_Window]] = {}
         self._refreshed = time.monotonic()
         self._quarantined: dict[int, int] = {}  # rows, by window
+        # four bytes of an embedding in one: the index keeps any float32 to the bit
+        self._columns = len(self.store.tasks) + -(-self.embedding_bytes // 4)
 
     def find(self, ids: Ints, needed: list[int], windows: Ints) -> _Found:
         """The outputs of examples (B,) in ``windows`` (B,), which are those needed."""
         self._refresh()
-        values = np.zeros((len(ids), len(self.store.tasks)), dtype=np.float32)
+        values = np.zeros((len(ids), self._columns), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
         for window in needed:
@@ -407,7 +440,9 @@ class _Windows:
     def _read(self, window: int) -> _Window:
         self.store.refresh()
         self.known = self.store.windows(self.teacher)
-        rows, quarantined = self.store.read(self.teacher, window, bad_rows=self.bad_rows)
+        rows, quarantined = self.store.read(
+            self.teacher, window, bad_rows=self.bad_rows, embeddings=self.embedding_bytes > 0
+        )
         self._quarantined[window] = sum(quarantined.values())
         self.counters.quarantined = sum(self._quarantined.values())
         if self.snapshot is not None:
@@ -415,8 +450,11 @@ class _Windows:
         if len(self.excluded):
             rows = rows[~among(rows.snapshot, self.excluded)]
         rows = newest(rows)
-        index = WindowIndex(rows.example_id, rows.outputs, rows.age_seconds)
-        del rows
+        values, tasks = np.zeros((len(rows), self._columns), np.float32), len(self.store.tasks)
+        values[:, :tasks] = rows.outputs
+        values.view(np.uint8)[:, 4 * tasks :][:, : self.embedding_bytes] = rows.embedding
+        index = WindowIndex(rows.example_id, values, rows.age_seconds)
+        del rows, values
         pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
         return _Window(index, self.store.files(self.teacher, window))
 
@@ -442,12 +480,8 @@ def _versions(versions: Collection[int]) -> Ints:
 
 
 def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if (
-        unknown
-        or len(set(names)) < len(names)
-        or (not names and what not in ("snapshot", "exclude"))
-    ):
+    none = not names and what not in ("snapshot", "exclude")
+    if none or not set(names) <= set(known) or len(set(names)) < len(names):
         raise ValueError(
             f"{what} should be of those there are, {tuple(known)}, each at most once; received "
             f"{tuple(names)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,8 +12,6 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
 
 from torchrec_exfm.das.urls import is_container
-
-__all__ = ["redacted", "told"]
 
 HIDDEN = "***"
 _LONGEST = 500  # characters of a library's text in a message
@@ -40,10 +39,6 @@ def redacted(text: str, storage_options: Mapping[str, str] | None = None) -> str
     That is every value of the options and of environment variables that object stores take
     credentials from, also percent-encoded; of every URL the user, the query and the fragment. Of an
     option that is a URL, scheme, host and port stay.
-
-    Args:
-        text: of a library.
-        storage_options: of deltalake.
     """
     for secret in sorted(_secrets(storage_options or {}), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -56,10 +51,7 @@ def told(
     """Return a library's error as one line to be told, and what to raise from.
 
     The cause is None where its own text, or that of the errors behind it, has something to hide:
-    a traceback would print it ::
-
-        text, cause = told(error, options)
-        raise StoreError(f"{url}: can't be read ({text})") from cause
+    a traceback would print it.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|↳", "", redacted(str(error), storage_options))
     line = ": ".join(filter(None, map(str.strip, text.splitlines()))) or type(error).__name__
@@ -101,10 +93,8 @@ def _parts(value: str) -> Iterator[str]:
     yield value
     yield from (line.strip() for line in value.splitlines())
     if value.startswith("{"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             yield from _leaves(json.loads(value))
-        except (ValueError, RecursionError):
-            return
 
 
 def _leaves(data: Any) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from torchrec_exfm.das.arrays import (
     MAX_SECONDS,
     MICROSECONDS,
+    Bytes,
     Floats,
     Ints,
     Mask,
@@ -18,14 +19,12 @@ from torchrec_exfm.das.arrays import (
     utc,
 )
 
-__all__ = ["Rows", "broken_rules", "check_bad_rows", "first_few", "newest", "sift"]
-
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one teacher: outputs (n, T), other columns (n,), times in epoch microseconds."""
+    """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds."""
 
     example_id: Ints
     outputs: Floats
@@ -34,6 +33,7 @@ class Rows:
     trained_through: Ints
     logged: Mask
     scored_at: Ints
+    embedding: Bytes
 
     def __len__(self) -> int:
         return len(self.example_id)
@@ -42,14 +42,15 @@ class Rows:
         return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Rows], num_tasks: int) -> Rows:
+    def concatenate(cls, parts: Sequence[Rows], num_tasks: int, embedding_bytes: int = 0) -> Rows:
         """The rows of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
             ints, bools = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
             outputs = np.empty((0, num_tasks), dtype=np.float32)
-            return cls(ints, outputs, ints, ints, ints, bools, ints)
+            embedding = np.empty((0, embedding_bytes), dtype=np.uint8)
+            return cls(ints, outputs, ints, ints, ints, bools, ints, embedding)
         names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 

@@ -14,7 +14,7 @@ One row is what one snapshot of one teacher said of one example:
 | ``logged`` | boolean | said in the teacher's own training forward, before its update |
 | ``scored_at`` | timestamp | when it was computed, by the clock on the wall |
 | ``user_id``, ``item_id``, ``category_id`` | int64, may be null | keys, to gather past outputs by |
-| ``embedding`` | list of float32, may be null | the teacher's embedding of the example |
+| ``embedding`` | binary, may be null | the teacher's, as in ``embeddings``, if the store has any |
 
 Timestamps are in UTC, of microseconds. The table's description holds the rest as JSON.
 """
@@ -29,19 +29,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
+import torch
 from deltalake import ColumnProperties, WriterProperties
+from torch import Tensor
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
-
-__all__ = [
-    "FORMAT_VERSION",
-    "KEYS",
-    "PARTITION",
-    "TIMESTAMP",
-    "Snapshot",
-    "StoreFormat",
-    "check_name",
-]
 
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
@@ -49,6 +41,7 @@ MAX_TASKS = 1_000
 KEYS = ("user_id", "item_id", "category_id")
 OPTIONAL = (*KEYS, "embedding")
 Resolution: TypeAlias = Literal["bfloat16", "float32"]
+EmbeddingResolution: TypeAlias = Literal["float16", "int8"]
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 SNAPSHOTS = pa.schema(
@@ -66,7 +59,7 @@ SNAPSHOT_NUMBERS = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StoreFormat:
     """What is fixed when a store is made: the arguments of ``TeacherStore.create``.
 
@@ -77,6 +70,8 @@ class StoreFormat:
     tasks: tuple[str, ...] = ("label",)
     window_seconds: int = 86_400
     resolution: Resolution = "bfloat16"
+    embedding_width: int = 0
+    embedding_resolution: EmbeddingResolution = "float16"
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
@@ -87,19 +82,44 @@ class StoreFormat:
             )
         for task in self.tasks:
             check_name("a task", task)
-        if not isinstance(self.window_seconds, int) or self.window_seconds < 1:
-            raise ValueError(
-                f"window_seconds should be a whole number from 1; received {self.window_seconds!r}"
-            )
-        if self.resolution not in get_args(Resolution):
-            raise ValueError(
-                f"resolution should be one of {get_args(Resolution)}; received {self.resolution!r}"
-            )
+        for name, least in (("window_seconds", 1), ("embedding_width", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name} should be a whole number from {least}; received {value!r}"
+                )
+        kinds = {"resolution": Resolution, "embedding_resolution": EmbeddingResolution}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ValueError(f"{name} should be one of {get_args(kind)}; received {value!r}")
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the columns of the outputs."""
         return tuple(f"output_{task}" for task in self.tasks)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """W, the bytes of an embedding; a ValueError where the store was made without."""
+        if not (width := self.embedding_width):
+            raise ValueError(
+                "embeddings should be of a store with an embedding_width; it is 0: make another"
+            )
+        return 2 * width if self.embedding_resolution == "float16" else 4 + width
+
+    def joined(self, outputs: Tensor, embeddings: Tensor | None, rows: int) -> Tensor:
+        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
+        given = {"outputs": (outputs, len(self.tasks))}
+        if embeddings is not None and self.embedding_bytes:
+            given["embeddings"] = embeddings, self.embedding_width
+        for name, (values, width) in given.items():
+            if values.dim() < 1 or len(values) != rows or values.numel() != rows * width:
+                raise ValueError(
+                    f"{name} should be of shape {(rows, width)} (examples, the store's width); "
+                    f"received {tuple(values.shape)}: are they of all the examples asked for?"
+                )
+        return torch.cat([values.detach().reshape(rows, -1) for values, _ in given.values()], 1)
 
     def to_json(self) -> str:
         """The table's description."""
@@ -143,9 +163,10 @@ class StoreFormat:
             "scored_at": TIMESTAMP,
             "teacher": pa.string(),
             "window": pa.int64(),
-            **dict.fromkeys(OPTIONAL, pa.int64()),
-            "embedding": pa.list_(pa.field("element", pa.float32())),
+            **dict.fromkeys(KEYS, pa.int64()),
         }
+        if self.embedding_width:
+            columns["embedding"] = pa.binary(self.embedding_bytes)  # Delta keeps no length
         fields = columns.items()
         return pa.schema([pa.field(name, kind, name in OPTIONAL) for name, kind in fields])
 
@@ -153,6 +174,7 @@ class StoreFormat:
         """Encodings that fit rows sorted by id: differences, and bytes of equal weight together."""
         differences = ColumnProperties(dictionary_enabled=False, encoding="DELTA_BINARY_PACKED")
         split = ColumnProperties(dictionary_enabled=False, encoding="BYTE_STREAM_SPLIT")
+        strings = ColumnProperties(dictionary_enabled=False, encoding="DELTA_LENGTH_BYTE_ARRAY")
         return WriterProperties(
             compression="ZSTD",
             compression_level=3,
@@ -160,6 +182,7 @@ class StoreFormat:
                 "example_id": differences,
                 "event_time": differences,
                 **dict.fromkeys(self.outputs, split),
+                "embedding": strings,
             },
         )
 

@@ -1,6 +1,6 @@
 """The teacher's pass: each example is scored once, however many students share it.
 
-n examples, B of a batch, T tasks.
+n examples, B of a batch, T tasks, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def score(
     device: torch.device,
     batch_size: int = 8192,
     outputs: Callable[[Any], Tensor] = lambda output: output[1],
+    embeddings: Callable[[Any], Tensor] | None = None,
     shard_rows: int = 2**18,
     bad_rows: BadRows = "refuse",
     progress: bool = True,
@@ -103,6 +104,7 @@ def score(
         outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits, not
             probabilities (or predictions), (B, T) or (B,); the default fits
             ``(loss, logits, labels)``.
+        embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
         progress: show a bar with rows a second and the time left, on rank 0.
@@ -126,7 +128,7 @@ def score(
     started = time.perf_counter()
     store = copy.copy(store)
     shards, shared = _plan(examples, store, shard_rows)
-    job = _Job(model, store, device, batch_size, outputs, bad_rows)
+    job = _Job(model, store, device, batch_size, outputs, embeddings, bad_rows)
     job.report.shared = shared
     total = sum(len(shard.ids) for shard in shards)
     bar = tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0)
@@ -170,6 +172,7 @@ class _Job:
     device: torch.device
     batch_size: int
     outputs: Callable[[Any], Tensor]
+    embeddings: Callable[[Any], Tensor] | None
     bad_rows: BadRows
 
     def __post_init__(self) -> None:
@@ -257,29 +260,25 @@ class _Job:
                 yield shard.examples.batch(torch.from_numpy(shard.positions[at]))
 
     def _forward(self, shard: _Shard, feed: Iterator[Any], bar: tqdm[Any]) -> Tensor:
-        """This rank's outputs, (rows of this rank, T), float32, on the device."""
+        """This rank's outputs and embeddings, (its rows, T + E), float32, on the device."""
         parts = []
         for rows in shard.pieces(self.batch_size):
             with torch.no_grad():
-                values = self.outputs(self.pipeline.progress(feed))
-            expected = max(len(rows), 1), len(self.store.tasks)
-            if len(values) != expected[0] or values.numel() != expected[0] * expected[1]:
-                raise ValueError(
-                    f"outputs(...) should be of shape {expected} (examples, the store's tasks); "
-                    f"received {tuple(values.shape)}: is the batch of all the positions asked for?"
-                )
-            parts.append(values.float().reshape(expected)[: len(rows)])
+                output = self.pipeline.progress(feed)
+                logits, hidden = self.outputs(output), self.embeddings and self.embeddings(output)
+                values = self.store.format.joined(logits, hidden, max(len(rows), 1))
+            parts.append(values.float()[: len(rows)])
             self.report.fillers += not len(rows)
             bar.update(min(len(rows) * world_size(), bar.total - bar.n))
         return torch.cat(parts)
 
     def _gather(self, mine: Tensor, rows: int, number: int) -> Tensor | None:
-        """The outputs of all ranks, in the order of the shard, on the rank that commits it."""
+        """The columns of all ranks, in the order of the shard, on the rank that commits it."""
         if world_size() == 1:
             return mine
         owner = number % world_size()
         sizes = [len(part) for part in np.array_split(np.arange(rows), world_size())]
-        padded = torch.zeros(max(sizes), len(self.store.tasks), device=self.device)
+        padded = torch.zeros(max(sizes), mine.shape[1], device=self.device)
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in sizes] if rank() == owner else None
         dist.gather(padded, parts, dst=owner)
@@ -288,9 +287,9 @@ class _Job:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def _write(self, name: str, shard: _Shard, snapshot: Snapshot, values: Tensor) -> WriteReport:
-        return self.store.write(
-            snapshot, shard.ids, values, shard.seconds, shard=name, bad_rows=self.bad_rows
-        )
+        outputs, embeddings = values.tensor_split([len(self.store.tasks)], dim=1)
+        options: Any = {"embeddings": self.embeddings and embeddings, "bad_rows": self.bad_rows}
+        return self.store.write(snapshot, shard.ids, outputs, shard.seconds, shard=name, **options)
 
     def _wait(self) -> None:
         if self.writing is not None:

@@ -14,8 +14,6 @@ from torchrec_exfm.das.index import mix
 from torchrec_exfm.das.rules import Rows
 from torchrec_exfm.das.schema import Snapshot
 
-__all__ = ["Shard"]
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -45,11 +43,7 @@ class Shard:
     def may_be_there(
         self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
     ) -> bool:
-        """Whether what was written by the name, of the number ``last``, may be in the files.
-
-        Raises:
-            ValueError: if it may be, and was of another number.
-        """
+        """Whether what the name wrote may be in the files; it raises if ``last`` differs then."""
         if last == number:
             return True
         version = self.snapshot.version
@@ -68,11 +62,7 @@ class Shard:
         return file.partition[0] == self.snapshot.teacher and lowest <= version <= highest
 
     def find(self, rows: Rows, stored: Rows, alike: Callable[[Floats, Floats], Mask]) -> Mask:
-        """Which rows (n,), of those offered, are among those stored in their windows.
-
-        Raises:
-            ValueError: if outputs of one are there that are not ``alike``.
-        """
+        """Which of the rows (n,) are among those stored; it raises where outputs differ."""
         logged = bool(len(rows) and rows.logged[0])
         stored = stored[(stored.snapshot == self.snapshot.version) & (stored.logged == logged)]
         if not len(stored) or not len(rows):

@@ -20,7 +20,7 @@ from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, as_int, as_second
 from torchrec_exfm.das.delta import Commit
-from torchrec_exfm.das.errors import StoreError
+from torchrec_exfm.das.errors import StoreError, telling
 from torchrec_exfm.das.schema import SNAPSHOT_NUMBERS, SNAPSHOTS, Snapshot, check_name
 from torchrec_exfm.das.store import TeacherStore
 
@@ -157,9 +157,8 @@ def forget(
         )
     if before_seconds is not None:
         window = as_second("before_seconds", before_seconds) // store.format.window_seconds
-        return ForgetReport(
-            store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}"), 0
-        )
+        rows = store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}")
+        return ForgetReport(rows, 0)
     numbers = sorted({_version(version) for version in ([] if versions is None else versions)})
     if not numbers:
         return ForgetReport(0, 0)
@@ -195,10 +194,8 @@ def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
     snapshots = []
     for row in rows_of_registry(store):
         seconds = row["trained_through"] // MICROSECONDS
-        try:
+        with telling(row["file"], "is damaged"):
             snapshot = Snapshot(row["teacher"], row["version"], seconds)
-        except ValueError as error:
-            raise StoreError(f"{row['file']}: is damaged ({error})") from error
         snapshots.append((snapshot, row["checkpoint"]))
     return snapshots
 
@@ -211,12 +208,7 @@ def rows_of_registry(store: TeacherStore) -> Iterator[dict[str, Any]]:
 
 
 def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
-    """Where a checkpoint is.
-
-    Raises:
-        StoreError: for a name that :func:`publish` does not make, or a link out of the folder.
-        ValueError: if the store knows no folder for checkpoints.
-    """
+    """Where a checkpoint is, by a name that :func:`publish` makes."""
     if store.checkpoints is None:
         raise ValueError(
             f"checkpoints should be a folder that all ranks share, as {store.url} is no local one; "

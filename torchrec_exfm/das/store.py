@@ -29,6 +29,7 @@ from torchrec_exfm.das.arrays import (
 )
 from torchrec_exfm.das.conditional_puts import check_conditional_puts
 from torchrec_exfm.das.delta import Commit, DataFile, Table
+from torchrec_exfm.das.embeddings import MISSING, encode
 from torchrec_exfm.das.errors import MissingFileError, StoreError
 from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
 from torchrec_exfm.das.schema import (
@@ -36,6 +37,7 @@ from torchrec_exfm.das.schema import (
     OPTIONAL,
     PARTITION,
     SNAPSHOTS,
+    EmbeddingResolution,
     Resolution,
     Snapshot,
     StoreFormat,
@@ -140,6 +142,8 @@ class TeacherStore:
         tasks: Sequence[str] = ("label",),
         window_seconds: int = 86_400,
         resolution: Resolution = "bfloat16",
+        embedding_width: int = 0,
+        embedding_resolution: EmbeddingResolution = "float16",
         storage_options: Mapping[str, str] | None = None,
         checkpoints: Path | str | None = None,
     ) -> TeacherStore:
@@ -153,6 +157,9 @@ class TeacherStore:
                 order of time.
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error
                 of at most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
+            embedding_width: E, of the embeddings that teachers may give; 0: there are none.
+            embedding_resolution: ``"float16"``, or ``"int8"`` with a scale for each embedding (an
+                error of at most max abs(e) / 254), for half of the bytes.
             storage_options: as for the class.
             checkpoints: as for the class.
 
@@ -163,7 +170,9 @@ class TeacherStore:
         if isinstance(tasks, str):
             raise ValueError(f"tasks should be a tuple of names; received {tasks!r}")
         names = tuple(tasks)
-        wanted = StoreFormat(tasks=names, window_seconds=window_seconds, resolution=resolution)
+        wanted = StoreFormat(
+            names, window_seconds, resolution, embedding_width, embedding_resolution
+        )
         check_options(storage_options)
         url = normal_url(url)
         where = f"{url}/outputs"
@@ -211,21 +220,24 @@ class TeacherStore:
                 of its own.
             logged: said in the teacher's own training forward, before its update.
             keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers.
-            embeddings: (n, K) floating point.
+            embeddings: (n, E) floating point, in a store that was made for them.
             bad_rows: what to do with rows that break a rule: ``"refuse"`` all the rows with an
                 error, or ``"quarantine"``: leave out the bad ones and count them.
 
         Raises:
             TypeError: for a wrong kind or dtype.
-            ValueError: for a wrong shape; for bad rows: negative or doubled ids, NaN or infinite
-                outputs, event times out of range, and leaks (the snapshot was trained through the
-                event time of the example or later, and the output was not logged); if the shard was
-                written with other rows; for rows of more than 1,000 windows.
+            ValueError: for a wrong shape; for embeddings that the store can't hold; for bad rows:
+                negative or doubled ids, NaN or infinite outputs, event times out of range, and
+                leaks (the snapshot was trained through the event time of the example or later, and
+                the output was not logged); if the shard was written with other rows; for rows of
+                more than 1,000 windows.
             StoreError: if the rows can't be written; then none is.
         """
         check_bad_rows(bad_rows)
         offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged)
-        optional = _optional_columns(len(offered), keys, embeddings)
+        optional = _keys(len(offered), keys)
+        if embeddings is not None:
+            optional["embedding"] = self._encoded(len(offered), embeddings)
         columns = self._columns(snapshot.teacher, offered, optional)
         broken = broken_rules(offered, None, self.format.window_seconds)
         where = f"{self.url}: nothing was written"
@@ -266,13 +278,10 @@ class TeacherStore:
                 notes if quarantined and last is None else {},  # counted once
             )
 
-        made = self.table.commit("can't be written to, and nothing of this shard was", prepare)
-        return WriteReport(
-            written=int((~there).sum()) if made is not None else 0,
-            quarantined=quarantined if made is not None else {},
-            committed=made is not None,
-            stored_before=int(there.sum()),
-        )
+        if self.table.commit("can't be written to, and nothing of this shard was", prepare) is None:
+            return WriteReport(0, committed=False, stored_before=int(there.sum()))
+        before = int(there.sum())
+        return WriteReport(len(there) - before, quarantined, stored_before=before)
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
         """Say that a writer has written all that it will of events before a time.
@@ -333,7 +342,7 @@ class TeacherStore:
         return event_seconds // self.format.window_seconds
 
     def read(
-        self, teacher: str, window: int, *, bad_rows: BadRows = "refuse"
+        self, teacher: str, window: int, *, bad_rows: BadRows = "refuse", embeddings: bool = False
     ) -> tuple[Rows, dict[str, int]]:
         """All rows of a window, as they were written: several of an example if there are.
 
@@ -344,6 +353,7 @@ class TeacherStore:
             window: one of :meth:`windows`.
             bad_rows: what to do with rows that break a rule: ``"refuse"`` (an error that names the
                 file and the rows), or ``"quarantine"``: leave them out.
+            embeddings: read them too: their bytes, all 255 where a row has none.
 
         Returns:
             The rows, and how many were left out, by the rule that they break.
@@ -352,14 +362,15 @@ class TeacherStore:
             StoreError: if a file is missing, cut short, foreign, or holds bad rows.
         """
         check_bad_rows(bad_rows)
+        size = self.format.embedding_bytes if embeddings else 0
         files = self.files(teacher, window)
         try:
-            parts = [self.read_file(file) for file in files]
+            parts = [self.read_file(file, embeddings) for file in files]
         except MissingFileError:  # compaction may have put another in its place
             self.refresh()
             if self.files(teacher, window) == files:
                 raise
-            return self.read(teacher, window, bad_rows=bad_rows)
+            return self.read(teacher, window, bad_rows=bad_rows, embeddings=embeddings)
         left_out = Counter[str]()
         for number, (file, rows) in enumerate(zip(files, parts, strict=True)):
             broken = broken_rules(rows, window, self.format.window_seconds)
@@ -367,16 +378,18 @@ class TeacherStore:
             good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
             left_out.update(quarantined)
             parts[number] = rows[good] if quarantined else rows
-        return Rows.concatenate(parts, len(self.tasks)), dict(left_out)
+        return Rows.concatenate(parts, len(self.tasks), size), dict(left_out)
 
-    def read_file(self, file: DataFile) -> Rows:
+    def read_file(self, file: DataFile, embeddings: bool = False) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
-        names = [field.name for field in fields(Rows) if field.name != "outputs"]
+        left_out = {"outputs"} if embeddings else {"outputs", "embedding"}
+        names = [field.name for field in fields(Rows) if field.name not in left_out]
         schema = self.format.schema()
         wanted = pa.schema([schema.field(name) for name in (*names, *self.format.outputs)])
         table = self.table.read(file, wanted)
         outputs = np.stack([_array(table, name) for name in self.format.outputs], axis=1)
-        rows = Rows(outputs=outputs, **{name: _array(table, name) for name in names})
+        columns = {name: _array(table, name) for name in names}
+        rows = Rows(**{"outputs": outputs, "embedding": outputs[:, :0].view(np.uint8), **columns})
         if file.snapshots is not None and len(rows):
             bounds = int(rows.snapshot.min()), int(rows.snapshot.max())
             if bounds != file.snapshots:
@@ -386,6 +399,12 @@ class TeacherStore:
                     "damaged; restore it from a copy"
                 )
         return rows
+
+    def _encoded(self, rows: int, embeddings: Any) -> pa.Array:
+        kind = pa.binary(self.format.embedding_bytes)
+        values = as_floats("embeddings", embeddings, (rows, self.format.embedding_width))
+        data = encode(values, self.format.embedding_resolution)
+        return pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(data)])
 
     def _to_write(
         self, snapshot: Snapshot, example_ids: Any, outputs: Any, event_seconds: Any, logged: bool
@@ -406,6 +425,7 @@ class TeacherStore:
             trained_through=np.full(n, snapshot.trained_through_seconds * MICROSECONDS),
             logged=np.full(n, bool(logged)),
             scored_at=np.full(n, int(time.time() * MICROSECONDS)),
+            embedding=np.empty((n, 0), np.uint8),
         )
 
     def _columns(self, teacher: str, rows: Rows, optional: dict[str, Any]) -> pa.Table:
@@ -430,25 +450,13 @@ def _check_shard(shard: object) -> None:
     raise ValueError(f"shard should be a name, in text, or None; received {shard!r:.200}")
 
 
-def _optional_columns(rows: int, keys: Mapping[str, Any] | None, embeddings: Any) -> dict[str, Any]:
+def _keys(rows: int, keys: Mapping[str, Any] | None) -> dict[str, Any]:
     keys = {} if keys is None else keys
     names = column_names(keys)
     if names is None or not set(names) <= set(KEYS):
         received = type(keys).__name__ if names is None else sorted(map(str, {*names} - {*KEYS}))
         raise ValueError(f"keys should be among {KEYS}; received {received}")
-    columns: dict[str, Any] = {name: as_int64(name, keys[name], rows) for name in names}
-    if embeddings is not None:
-        width = np.shape(embeddings)[-1] if np.ndim(embeddings) == 2 else 0
-        if not width:
-            raise ValueError(
-                f"embeddings should be of shape ({rows}, K); received {np.shape(embeddings)}"
-            )
-        flat = as_floats("embeddings", embeddings, (rows, width)).reshape(-1)
-        if not np.isfinite(flat).all():
-            raise ValueError("embeddings should be finite; received NaN or infinity")
-        offsets = np.arange(0, len(flat) + 1, width, dtype=np.int32)
-        columns["embedding"] = pa.ListArray.from_arrays(offsets, flat)
-    return columns
+    return {name: as_int64(name, keys[name], rows) for name in names}
 
 
 def _order(columns: pa.Table) -> Ints:
@@ -463,4 +471,11 @@ def _array(table: pa.Table, name: str) -> Any:
     column = table[name].combine_chunks()
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.int64())
+    if pa.types.is_fixed_size_binary(column.type):
+        size = column.type.byte_width
+        column = column.fill_null(MISSING * size)
+        data = column.buffers()[1]
+        return np.frombuffer(data or b"", np.uint8).reshape(-1, size)[column.offset :][
+            : len(column)
+        ]
     return column.to_numpy(zero_copy_only=False)

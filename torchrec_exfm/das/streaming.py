@@ -28,11 +28,7 @@ import torch
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipeline
 
-from torchrec_exfm._compat import (
-    batches_in_flight,
-    pipeline_parts,
-    take_next_iterator,
-)
+from torchrec_exfm._compat import batches_in_flight, pipeline_parts, take_next_iterator
 from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import as_second, check_duration, utc
@@ -216,7 +212,7 @@ def score_windows(
     begins: deque[int] = deque(maxlen=delay + 1)
     loaded: Snapshot | None = None
     writer = f"{teacher}/scores"
-    before_seconds = _watermark(store, writer)
+    before_seconds = on_rank_0(lambda: _watermark(store, writer)) or 0
     for window in _in_order(windows, before_seconds):
         begins.append(window.begin_seconds)
         if window.end_seconds <= before_seconds:
@@ -328,14 +324,10 @@ def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
     on_rank_0(lambda: store.advance_watermark(writer, before_seconds))
 
 
-def _watermark(store: TeacherStore, writer: str) -> int:
-    """The newest, as rank 0 sees it; 0 for none."""
-
-    def look() -> int:
-        store.refresh()
-        return store.watermark(writer) or 0
-
-    return on_rank_0(look)
+def _watermark(store: TeacherStore, writer: str) -> int | None:
+    """The newest."""
+    store.refresh()
+    return store.watermark(writer)
 
 
 def _wait(
@@ -351,9 +343,7 @@ def _wait(
     def look() -> str | None:
         """What is wrong so far; the store may be out of reach for a while."""
         try:
-            store = opened()
-            store.refresh()
-            watermark = store.watermark(writer)
+            watermark = _watermark(opened(), writer)
         except StoreError as error:
             return f"could not be read: {error}"
         if (watermark or 0) >= before_seconds:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["check_options", "is_container", "normal_url"]
-
 # In an object store: no character in which a URL may carry a secret (@ ? # % ;), and none at which
 # the library panics ([ \ ] ^ |). Of two spellings of a place, as of a percent-encoded one, one is
 # enough.
@@ -25,13 +23,8 @@ _UNTAKEN = re.compile(r"[\[\\\]^|\x00-\x1f]|%[0-9a-fA-F]{2}")  # of a local fold
 def normal_url(url: str | Path) -> str:
     """Return a local folder as its absolute path, ``file://`` URLs too; other URLs as they are.
 
-    What is refused is not repeated: it may hold credentials.
-
-    Raises:
-        TypeError: for no string or path.
-        ValueError: for an empty one; for a URL in which credentials have a place (user, query,
-            fragment, also percent-encoded), or with ``..`` in it; for characters that the library
-            can't take.
+    A URL in which credentials have a place (user, query, fragment, also percent-encoded) is
+    refused, and not repeated.
     """
     if not isinstance(url, (str, Path)):
         raise TypeError(
@@ -51,12 +44,7 @@ def normal_url(url: str | Path) -> str:
 
 
 def check_options(storage_options: Mapping[Any, Any] | None) -> None:
-    """Check what the library takes for granted of its options: it panics, or says less.
-
-    Raises:
-        TypeError: for other than strings by name.
-        ValueError: for an endpoint that is no URL.
-    """
+    """Check what the library takes for granted of its options: it panics, or says less."""
     for name, value in (storage_options or {}).items():
         if not (isinstance(name, str) and isinstance(value, str)):
             raise TypeError(

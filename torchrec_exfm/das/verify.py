@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from deltalake import Schema
 from deltalake.exceptions import DeltaError
 from tqdm import tqdm
 
@@ -86,7 +87,8 @@ class Verification:
     def _check_table(self) -> None:
         table = self._store.table
         self._check_log(table)
-        if differing := {*pa.schema(table.delta.schema())} ^ {*self._store.format.schema()}:
+        expected = pa.schema(Schema.from_arrow(self._store.format.schema()))
+        if differing := {*pa.schema(table.delta.schema())} ^ {*expected}:
             self._violation(f"{table.url}: not as in the format: {sorted(map(str, differing))}")
         for teacher in self._store.teachers():
             self._attempt(check_name, "a teacher", teacher)

@@ -6,18 +6,22 @@ v are a query's and an item's vector, a and b the teacher's, w an example's weig
 The candidates of a query are the items of its batch that are present: of those with the id of its
 own item only that one. With log q, the logarithm of how often an item is sampled (the expected
 number in a batch, or up to a constant), popular items count no more for coming often. Candidates
-are those of a rank's batch. Time and memory are O(B^2 U).
+are those of a rank's batch. Time is O(B^2 U), memory O(B U): the (B, B) of scores are never whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrec_exfm.functional import present_mean
 from torchrec_exfm.losses.contract import Loss, LossInputs, check_temperature
+
+SCORES = 2**22  # at a time
+NO_CANDIDATE = -1e30  # in the place of -inf: where no candidate is left there is no NaN then
 
 
 def in_batch_softmax(*, tau: float = 1.0, teacher_tau: float = 1.0) -> Loss:
@@ -69,28 +73,81 @@ def _divergence(tau: float, teacher_tau: float, inputs: LossInputs) -> Tensor:
             "the teacher's embeddings should be of an even width, the query's half and the item's; "
             f"received {inputs.values.shape[-1]}"
         )
-    log_p = _log_softmax(inputs.outputs, tau, inputs)
-    log_q = _log_softmax(inputs.values.to(log_p.dtype), teacher_tau, inputs)
-    losses = (log_q.exp() * (log_q - log_p)).sum(-1).t()
-    return present_mean(losses, inputs.absent, inputs.count, inputs.weights)
+    values = _present(inputs.values.to(inputs.outputs.dtype), inputs.absent)
+    return _mean(tau, inputs, None, partial(_log_softmax, values, teacher_tau, inputs))
 
 
 def _positives(tau: float, inputs: LossInputs) -> Tensor:
-    log_p = _log_softmax(inputs.outputs, tau, inputs).diagonal(dim1=1, dim2=2).t()
-    losses = -inputs.values.sigmoid() * log_p
-    return present_mean(losses, inputs.absent, inputs.count, inputs.weights)
+    return _mean(tau, inputs, inputs.values.sigmoid(), partial(_log_one_hot, inputs.outputs))
 
 
-def _log_softmax(vectors: Tensor, tau: float, inputs: LossInputs) -> Tensor:
-    """(B, U, D) vectors [u, v] -> (U, B, B), of each query's candidates; others have no share."""
+def _mean(tau: float, inputs: LossInputs, mass: Tensor | None, log_targets: Any) -> Tensor:
+    """(U,), the mean of the queries' divergences, each times its mass, (B, U)."""
+    share = inputs.count.reciprocal().expand(inputs.absent.shape)
+    for factor in (inputs.weights, mass):
+        share = share if factor is None else share * factor
+    share = share.masked_fill(inputs.absent, 0.0).to(inputs.outputs.dtype)
+    vectors = _present(inputs.outputs, inputs.absent)
+    with torch.autocast(vectors.device.type, enabled=False):  # scores of half precision are none
+        losses: Tensor = _Divergence.apply(vectors, tau, share, inputs, log_targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Divergence(torch.autograd.Function):
+    """The sum of share times divergence; the gradient is p - q, and made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        tau: float,
+        share: Tensor,
+        inputs: LossInputs,
+        log_targets: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """(B, U, D) and (B, U) -> (U,)."""
+        losses, slopes = vectors.new_zeros(vectors.shape[1]), torch.zeros_like(vectors)
+        queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
+        of_queries, of_items = slopes.transpose(0, 1).chunk(2, dim=-1)
+        share = share.t().unsqueeze(-1)  # (U, B, 1)
+        block = max(1, SCORES // max(1, len(vectors)))
+        for rows in torch.arange(len(vectors), device=vectors.device).split(block):
+            log_p = _log_softmax(vectors, tau, inputs, rows)
+            log_q = log_targets(rows)
+            lead = log_q - log_p
+            q = log_q.exp_()
+            losses += (lead.mul_(q).sum(-1, keepdim=True) * share[:, rows]).sum((1, 2))
+            slope, scale = log_p.exp_().sub_(q), share[:, rows] / tau
+            of_queries[:, rows] = scale * (slope @ items)
+            of_items += slope.transpose(1, 2) @ (scale * queries[:, rows])
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Of the vectors alone."""
+        (slopes,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(-1) * slopes, None, None, None, None
+
+
+def _present(vectors: Tensor, absent: Tensor) -> Tensor:
+    """NaN of an absent example would be NaN in every gradient."""
+    return vectors.masked_fill(absent.unsqueeze(-1), 0.0)
+
+
+def _log_softmax(vectors: Tensor, tau: float, inputs: LossInputs, rows: Tensor) -> Tensor:
+    """(B, U, D) vectors [u, v] -> (U, n, B), of n queries' candidates; others have no share."""
     assert inputs.candidates is not None
-    absent, (ids, log_q) = inputs.absent, inputs.candidates
-    vectors = vectors.masked_fill(absent.unsqueeze(-1), 0.0)  # NaN would be NaN in every gradient
+    ids, log_q = inputs.candidates
+    bias = torch.where(inputs.absent.t(), NO_CANDIDATE, 0.0).to(vectors.dtype)
+    bias = (bias if log_q is None else bias - log_q.to(bias.dtype)).unsqueeze(1)
     queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
-    scores = queries @ items.transpose(1, 2) / tau
-    if log_q is not None:
-        scores = scores - log_q.to(scores.dtype)
-    same = (ids == ids.unsqueeze(1)).fill_diagonal_(False)
-    # The lowest number in the place of -inf: where no candidate is left there is no NaN then
-    lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(same | absent.t().unsqueeze(1), lowest).log_softmax(-1)
+    scores = torch.baddbmm(bias, queries[:, rows] / tau, items.transpose(1, 2))
+    same = (ids[rows].unsqueeze(1) == ids).scatter_(1, rows.unsqueeze(1), False)
+    return scores.masked_fill_(same, NO_CANDIDATE).log_softmax(-1)
+
+
+def _log_one_hot(outputs: Tensor, rows: Tensor) -> Tensor:
+    """(1, n, B), the distribution that has each query's own item alone."""
+    log_q = outputs.new_full((1, len(rows), len(outputs)), NO_CANDIDATE)
+    return log_q.scatter_(2, rows.reshape(1, -1, 1), 0.0)
