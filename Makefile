@@ -76,8 +76,8 @@ bench: venv
 
 # What a teacher brings, on two real streams, and benchmarks/QUALITY.md from it: some three hours on 2
 # quiet cores, and goes on where it was stopped. QUICK=1: some minutes, and nothing is kept.
-# QUALITY='--table ranking --ebnerd FOLDER': the table on EB-NeRD's pages alone, half an hour, whose
-# folder nobody else can give; the other tables stay as they are.
+# QUALITY='--table ranking --ebnerd FOLDER': the table on trips and EB-NeRD's pages alone, some 70
+# minutes on 2 cores that others use too; the other tables stay as they are.
 quality: venv
 	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) $(QUALITY)
 

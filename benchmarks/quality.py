@@ -525,8 +525,12 @@ def main() -> None:
     if new and not options.quick:
         KEPT_FILE.write_text(quality_report.as_text(kept))
     table = ranking_report.table(kept["ranking"]) if "ranking" in kept else ()
-    if options.quick and options.table:
-        print("".join(table))
+    if options.table:
+        section = "".join(table)
+        if not options.quick:  # the others to the letter: they were made of more digits
+            file = HERE / "QUALITY.md"
+            file.write_text(quality_report.put_section(file.read_text(), section))
+        print(section)
     else:
         quality_report.write_page(kept, options.out if options.quick else HERE, table)
 

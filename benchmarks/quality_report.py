@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -556,6 +557,18 @@ def page(kept: Mapping[str, Any], ranking: Iterable[str] = ()) -> str:
     through = f"\n**Not through: {ran:,} of {planned:,} runs.**\n" if ran < planned else ""
     text = "".join([HEAD, through, PICTURE, *aims(results, recipe), *tables])
     return f"{text}\n{report.machine(kept['environment'])}\n"
+
+
+def put_section(page: str, section: str) -> str:
+    """The page with a section in the place of the one of that heading, or before its last."""
+    heading = section.lstrip().splitlines()[0]
+    parts = re.split(r"(?=\n## )", page)
+    at = [part.lstrip().startswith(f"{heading}\n") for part in parts]
+    if True in at:
+        parts[at.index(True)] = section
+    else:
+        parts.insert(-1, section)
+    return "".join(parts)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

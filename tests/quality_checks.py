@@ -360,7 +360,9 @@ def check_the_table_of_ranking() -> None:
             for r in results
         ]
         assert "Met: **nowhere**" in "".join(ranking.table({**kept, "results": off}))
-    assert "Not through: 49 of 50" in "".join(ranking.table({**kept, "results": results[1:]}))
+    part = "".join(ranking.table({**kept, "results": results[1:]}))  # without a whole seed
+    assert "Not through: 49 of 50" in part and "and 4 seeds" in part
+    assert "Of these 2 differences 1 are above 0 and 0 below" in text
 
 
 def check_what_is_kept_is_read_again() -> None:
@@ -371,6 +373,10 @@ def check_what_is_kept_is_read_again() -> None:
     ranked = {"recipe": "R", "planned": 0, "environment": {}, "results": []}
     again = quality.json.loads(quality_report.as_text({**kept, "ranking": ranked}))
     assert again == {**kept, "ranking": ranked}
+    page = "# Q\n\n## 1. A\n\na\n\n## 2. B\n\nb\n"
+    new = quality_report.put_section(page, "\n## 7. R\n\nr\n")
+    assert new == page.replace("\n## 2. B", "\n## 7. R\n\nr\n\n## 2. B")
+    assert quality_report.put_section(new, "\n## 7. R\n\ns\n") == new.replace("r\n", "s\n")
 
 
 def check_a_cell_is_kept_whole() -> None:
