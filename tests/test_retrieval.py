@@ -1,14 +1,17 @@
-"""Pairs, queries, search and figures of the retrieval example, against plain Python on small rows."""
+"""Pairs, queries, search and figures of retrieval, against plain Python on small rows."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 pytest.importorskip("faiss")
 
@@ -18,6 +21,10 @@ with pytest.MonkeyPatch.context() as patch:  # undone: other examples have files
     import teachers
     import towers
     from pairs import data, movielens
+    from retrieval import STUDENT
+
+from torchrec_exfm import DistillationTerm
+from torchrec_exfm.losses import in_batch_softmax
 
 USERS, MOVIES, RATINGS = 6, 12, 60
 
@@ -169,7 +176,7 @@ def test_item_to_item_weights_are_the_least_squares(
     for row, actual in zip(rows, scores, strict=True):
         history, _ = all_pairs.history.take(np.array([row]))
         mean = weights[history].sum(0) / math.sqrt(max(len(history), 1))
-        expected = teachers.SHARPNESS * mean + teachers.POPULARITY * np.log1p(likes.sum(0))
+        expected = teachers.SHARPNESS * mean + np.log1p(likes.sum(0))
         np.testing.assert_allclose(actual, expected, atol=50 * 1e-4)
 
 
@@ -197,7 +204,7 @@ def test_without_users_all_have_the_same_order(
     users, movies = np.split(logged.embeddings[~np.isnan(embeddings).any(1)], 2, axis=1)
     assert (users == users[0]).all()
     assert len(np.unique(movies[:, -1])) > 1
-    np.testing.assert_array_equal(users[0] @ movies.T, 0.5 * movies[:, -1])
+    np.testing.assert_array_equal(users[0] @ movies.T, movies[:, -1])
 
 
 def test_pairs_at_the_cut_have_the_features_of_a_rating_then(stream: data.Stream) -> None:
@@ -210,3 +217,38 @@ def test_pairs_at_the_cut_have_the_features_of_a_rating_then(stream: data.Stream
         np.testing.assert_allclose(asked.dense[name], stream.dense[name][[cut]], err_msg=name)
     for name in movielens.RICH_SPARSE:
         assert asked.sparse[name] == stream.sparse[name][cut], name
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_taught_towers_are_served_with_their_own_keys(
+    all_pairs: pairs.Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a weight of 0 they are those that were never taught, and elsewhere they are not."""
+    monkeypatch.setattr(teachers, "RANK", 4)
+    student = {**STUDENT, "width": 8, "layers": (8, 4), "batch_size": 6}
+    logits = np.zeros(RATINGS, np.float32)
+    logged = teachers.Logged(logits, teachers.log_embeddings(all_pairs, 9))
+    rows = np.tile(all_pairs.shuffled(9, seed=0), 2)
+    states = []
+    for weight in (None, 0.0, 1.0):
+        loss = in_batch_softmax(tau=STUDENT["tau"])
+        terms = [] if weight is None else [DistillationTerm(loss=loss, weight=weight)]
+        trained = towers.train(all_pairs, rows, student, seed=0, terms=terms, teacher=logged)
+        states.append(trained.state_dict())
+    bare, untaught, taught = states
+    assert list(taught) == list(bare)
+    assert any("query_proj" in key for key in bare)
+    for key in bare:
+        torch.testing.assert_close(whole(untaught[key]), whole(bare[key]), rtol=0, atol=0)
+    assert any((whole(taught[key]) != whole(bare[key])).any() for key in bare)
+
+
+def whole(value: Any) -> torch.Tensor:
+    return value.local_shards()[0].tensor if hasattr(value, "local_shards") else value

@@ -1,14 +1,15 @@
 """MovieLens-1M as pairs of a user and a movie that they like, for retrieval.
 
 A pair is a rating; a liked one, of four stars or more, is a positive. Ratings are in the order of
-time, and everything here is of a cut in it: what is before the cut is there to learn from, and whoever
-liked a movie before it and another after it is a query of the evaluation.
+time, which is cut once: what is before the cut is there to learn from, and whoever likes a movie
+before it and another after it is a query of the evaluation.
 
 Shapes: N ratings, B of them in a batch, Q queries, M movies that were rated before the cut.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,12 +23,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-ROOT = Path(__file__).resolve().parents[2]
-# After the script's own folder, for the stream and its rankers.
-sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "promo_response")]
+# After the script's own folder; with it come the stream, its rankers and their features.
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import data
-import movielens
+from passes import data, movielens
 
 Array = npt.NDArray[Any]
 
@@ -132,8 +131,8 @@ class Pairs:
         """The liked rows of the first parts: part by part, in random order within a part."""
         random = np.random.default_rng(seed)
         bounds = [self.cut(part) for part in range(parts + 1)]
-        each = zip(bounds[:-1], bounds[1:], strict=True)
-        return np.concatenate([random.permutation(self.liked_rows(*part)) for part in each])
+        rows = [self.liked_rows(*part) for part in itertools.pairwise(bounds)]
+        return np.concatenate([random.permutation(of_part) for of_part in rows])
 
 
 def pairs_of(stream: data.Stream) -> Pairs:

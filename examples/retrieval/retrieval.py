@@ -1,17 +1,19 @@
-"""Two towers for retrieval, taught by teachers that are no two towers: who finds what users like next?
+"""Two towers that search all movies for what a user likes next, taught by teachers that could not.
 
-    python examples/retrieval/retrieval.py                      # prints the table
-    python examples/retrieval/retrieval.py --validation         # of the part before: to choose by
-    python examples/retrieval/retrieval.py --write              # and writes README.md beside it
+    python examples/retrieval/retrieval.py                # prints the table
+    python examples/retrieval/retrieval.py --validation   # of the tenth before: to choose by
+    python examples/retrieval/retrieval.py --write        # and writes README.md beside it
 
-The towers train on the liked pairs of nine tenths of MovieLens-1M in the order of time, and search
-all movies for what the users of those come to like in the last tenth. Arms differ in what is taught,
-seeds in the parameters and the order of the pairs; the teachers speak once, to all students.
+The towers train on the liked pairs of the first nine tenths of MovieLens-1M, and search all
+movies for what their users come to like in the last. Arms differ in what is taught, seeds in
+parameters and the order of pairs; the teachers speak once, to all students.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,10 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-from main import set_up
 from pairs import PARTS, Array, Pairs, Queries, movielens, pairs_of, queries_of
+from passes import demo
 from scipy.stats import ttest_rel
 from teachers import RANK, ItemToItem, Logged, log_embeddings, rank_all, train_ranker
 from towers import TwoTower, measure, search, train, unseen, vectors
@@ -36,27 +37,31 @@ MOST = 100  # movies that are found
 STUDENT: dict[str, Any] = {
     "width": 32,
     "layers": (64, 32),
-    "tau": 0.1,
+    "tau": 0.15,
     "learning_rate": 1e-3,
     "table_learning_rate": 0.1,
-    "batch_size": 512,
+    "batch_size": 1024,
 }
 """The best on the validation part without a teacher; all arms have it."""
 
-IN_BATCH = DistillationTerm(loss=in_batch_softmax(tau=STUDENT["tau"]), weight=1.0)
+TAU = STUDENT["tau"]
+EMBEDDINGS = DistillationTerm(loss=in_batch_softmax(tau=TAU))
+UNTAUGHT, CONTROL = "untaught", "in-batch, popularity alone"
 TERMS = {
-    "untaught": [],
-    "AH on pair logits": [DistillationTerm()],
-    "in-batch, by pair logits": [DistillationTerm(loss=in_batch_positives(tau=STUDENT["tau"]))],
-    "in-batch, popularity alone": [IN_BATCH],
-    "in-batch, embeddings": [IN_BATCH],
+    UNTAUGHT: [],
+    "AH on pair logits": [DistillationTerm(weight=0.3)],
+    "in-batch, pair logits": [DistillationTerm(loss=in_batch_positives(tau=TAU), weight=0.3)],
+    CONTROL: [EMBEDDINGS],
+    "in-batch, embeddings": [EMBEDDINGS],
 }
+"""What arms learn beside the student's own loss; weights are the best of a few in validation."""
+
 FIGURES = ("Recall@10", "Recall@100", "NDCG@10")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all arms share: the pairs of the first parts, the outputs logged for them, the queries."""
+    """What all arms share: the pairs of the first parts, what is logged of them, the queries."""
 
     pairs: Pairs
     parts: int
@@ -67,7 +72,7 @@ class Task:
 def main() -> None:
     """Run all arms, and print the table."""
     options = parse_options()
-    set_up()
+    demo.set_up()
     task, teachers = prepare(PARTS - 2 if options.validation else PARTS - 1)
     arms = {name: [run(name, task, seed) for seed in range(options.seeds)] for name in TERMS}
     text = page(teachers, arms, task.parts, len(task.queries.rows))
@@ -101,7 +106,7 @@ def prepare(parts: int) -> tuple[Task, dict[str, dict[str, float]]]:
 
 def run(name: str, task: Task, seed: int, student: Mapping[str, Any] = STUDENT) -> dict[str, float]:
     """Train one arm's towers, and measure what they find."""
-    logged = task.logged.without_users() if "popularity" in name else task.logged
+    logged = task.logged.without_users() if name == CONTROL else task.logged
     rows = task.pairs.shuffled(task.parts, seed)
     towers = train(task.pairs, rows, student, seed=seed, terms=TERMS[name], teacher=logged)
     figures = measure(find(towers, task.pairs, task.queries), task.queries.relevant)
@@ -119,54 +124,57 @@ def find(towers: TwoTower, pairs: Pairs, queries: Queries) -> Array:
 def table(
     teachers: Mapping[str, Mapping[str, float]], arms: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> str:
-    """Means over the seeds with standard deviations; p of a paired t-test against untaught."""
-    header = ["", *FIGURES, "Recall@100 vs untaught", "p"]
+    """Means over the seeds ± standard deviations, and how Recall@100 compares with two arms."""
+    header = ["", *FIGURES, "Recall@100 against untaught", "against popularity alone"]
     rows = [
         [name, *(f"{figures[key]:.4f}" for key in FIGURES), "", ""]
         for name, figures in teachers.items()
     ]
-    none = np.array([figures["Recall@100"] for figures in arms["untaught"]])
+    recall = {name: [figures["Recall@100"] for figures in seeds] for name, seeds in arms.items()}
     for name, seeds in arms.items():
-        values = {key: np.array([figures[key] for figures in seeds]) for key in FIGURES}
-        row = [name, *(f"{v.mean():.4f} ± {v.std(ddof=1):.4f}" for v in values.values())]
-        taught = values["Recall@100"]
-        change = 100 * (taught.mean() / none.mean() - 1)
-        rows.append(
-            [*row, "", ""]
-            if name == "untaught"
-            else [*row, f"{change:+.1f} %", f"{ttest_rel(taught, none).pvalue:.2g}"]
-        )
-    return common.table(header, rows)
+        values = [[figures[key] for figures in seeds] for key in FIGURES]
+        cells = [f"{np.mean(column):.4f} ± {np.std(column, ddof=1):.4f}" for column in values]
+        others = [compared(recall[name], recall[arm]) for arm in (UNTAUGHT, CONTROL)]
+        rows.append([name, *cells, *others])
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compared(taught: Sequence[float], other: Sequence[float]) -> str:
+    """The change of the mean, and p of a paired t-test."""
+    if taught == other:
+        return ""
+    change = 100 * (np.mean(taught) / np.mean(other) - 1)
+    return f"{change:+.1f} %, p = {ttest_rel(taught, other).pvalue:.1g}"
 
 
 PAGE = """# Two towers for retrieval
 
-What towers that serve gain from teachers that could not serve, on MovieLens-1M. This page is written
-by the script; no figure is by hand.
+What towers that serve gain from teachers that could not, on MovieLens-1M. The script writes this
+page; no figure is by hand.
 
-* **Task.** Of all movies that anyone had rated before a cut in time (after {parts} tenths of the
-  ratings), find those that a user likes (four stars or more) between it and the end of the tenth that
-  follows. Movies that the user has rated before the cut are left out of the search. Queries are the
-  {queries:,} users who have liked a movie before the cut and like another after it.
-* **Student.** TorchRec's two towers: user id, gender, age, occupation, ZIP code, and title, year,
-  genres. In-batch softmax over liked pairs, corrected for popularity, one pass. Its settings are the
-  best without a teacher on the tenth before the last. It knows nothing of a user's history.
-* **Teachers.** Each says what it says of a pair before it learns from it, once for all students. The
-  ranker of the benchmarks has rich features of user and movie together, and a logit for each pair.
-  The item-to-item model has weights for each two movies (a linear autoencoder, of rank {rank}), and
-  reads a user's whole history; its score is a product of two embeddings.
-* **Arms.** AH: a head on [u, v] learns the ranker's logits. In-batch, by pair logits: pairs count as
-  far as the ranker has them for liked. In-batch, embeddings: each user's distribution over the movies
-  of the batch is the teacher's. Popularity alone: the same, of a teacher that does not know who asks.
-  All pairs of a retrieval log are liked ones, so that a second head on their label would learn a
-  constant: there is no such control.
-* **Served** are the towers that `export_student` gives, with their own keys; the FAISS index (exact
-  inner products) is filled from the item tower.
+* **Task.** A user likes a movie that gets four stars or more. Of all movies that anyone had rated
+  in the first {parts} tenths of the ratings, find those that a user likes in the tenth after them.
+  Movies that the user had rated by then are left out of the search. Queries are the {queries:,}
+  users who have liked a movie before this cut and like another after it.
+* **Student.** TorchRec's two towers, of user id, gender, age, occupation and ZIP code, and of
+  title, year and genres; no history. In-batch softmax over liked pairs, corrected for how often a
+  movie comes, in one pass. Its settings are the best without a teacher on the tenth before the last.
+* **Teachers.** Each speaks of a pair before it learns from it, once for all students. The ranker of
+  the benchmarks gives a logit, from features of user and movie together. The item-to-item model (a
+  linear autoencoder of rank {rank}) reads the user's whole history, and gives two embeddings, whose
+  product is its score.
+* **Arms.** AH: a head on [u, v] learns the ranker's logits. In-batch, pair logits: a pair counts as
+  far as the ranker has it for liked. In-batch, embeddings: the teacher's distribution over the
+  movies of the batch is taught. Popularity alone: the same without the user's half; what embeddings
+  gain beyond it is from knowing users. All pairs of a retrieval log are liked: a second head on the
+  label would learn a constant, so there is no such control.
+* **Served** are the towers out of `export_student`, with their own keys. The item tower fills the
+  index (FAISS, exact inner products).
 
-Means over {seeds} seeds ± their standard deviation; p is of a paired t-test of Recall@100 over the
-seeds. The teachers are the same for all seeds. Their own figures are what a student could come to,
-the ranker's those of a model that was made to tell liked movies from others that were rated, not from
-all.
+Means over {seeds} seeds ± their standard deviation; Recall@100 is compared over them, by paired
+t-tests. The teachers are the same for all seeds. The ranker was made to tell which of the rated
+movies are liked, not which of all movies are rated; that shows where it ranks all.
 
 {table}
 
@@ -185,7 +193,7 @@ def page(
         parts=parts,
         queries=queries,
         rank=RANK,
-        seeds=len(arms["untaught"]),
+        seeds=len(arms[UNTAUGHT]),
         table=table(teachers, arms),
         command=shlex.join(["python", "examples/retrieval/retrieval.py", *sys.argv[1:]]),
         machine=machine(),
@@ -193,10 +201,9 @@ def page(
 
 
 def machine() -> str:
-    about = common.environment()
-    versions = {**about["versions"], "faiss-cpu": version("faiss-cpu")}
-    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{about['cores']} cores of {about['cpu']}, GPU: {about['gpu']}; {listed}"
+    packages = ("torch", "torchrec", "numpy", "faiss-cpu")
+    versions = [f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+    return f"{os.cpu_count()} cores of {platform.machine()}; {', '.join(versions)}"
 
 
 def say(words: str) -> None:

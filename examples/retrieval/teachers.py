@@ -14,19 +14,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import models
-import movielens
 import numpy as np
-import passes
 import torch
 from pairs import Array, PairBatch, Pairs, Queries
+from passes import CPU, TEACHER_BATCH, data, demo, models, movielens, parameters, score
+from passes import train as train_one_pass
 from scipy.sparse import csr_matrix
 
 from torchrec_exfm import TeacherOutputs
 
 RANK = 64  # of the item-to-item weights
 RIDGE = 3000.0
-SHARPNESS, POPULARITY = 50.0, 0.5
+SHARPNESS = 50.0  # brings the scores to those of a softmax; the best for the student
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ItemToItem:
     X, users by movies, is 1 where one is liked. The weights are W = argmin |X - XW|² + λ|W|² with
     a diagonal of 0, in closed form, and W ≈ F Gᵀ of rank `RANK`. With n movies x liked before,
 
-        a . b = `SHARPNESS` (x W)_j / √n + `POPULARITY` log(1 + how often movie j is liked).
+        a . b = `SHARPNESS` (x W)_j / √n + log(1 + how often movie j is liked).
 
     Attributes:
         of_liked: F, float32 (V, RANK).
@@ -71,7 +70,7 @@ class ItemToItem:
         shares = np.repeat(1 / np.sqrt(np.maximum(lengths, 1)), lengths).astype(np.float32)
         liked = csr_matrix((shares, movies, bounds), (len(rows), len(self.counts)))
         ones = np.ones((len(rows), 1), np.float32)
-        return np.hstack([SHARPNESS * (liked @ self.of_liked), POPULARITY * ones])
+        return np.hstack([SHARPNESS * (liked @ self.of_liked), ones])
 
     def movies(self, ids: Array) -> Array:
         """b of some movies, float32 (B, E)."""
@@ -129,14 +128,14 @@ FEATURES = movielens.RICH_SPARSE, movielens.RICH_DENSE
 
 
 def train_ranker(stream: Any, end: int) -> tuple[Any, Array]:
-    """The benchmarks' ranker after one pass up to a row, and its logits before each update, (N,)."""
+    """The ranker after one pass up to a row, and its logits before each update, (N,)."""
     torch.manual_seed(0)
-    module = models.ranker(*FEATURES, stream.cardinalities, **passes.demo.TEACHER)
-    model, optimizer = models.distribute(module, passes.CPU, **passes.demo.TEACHER_RATES)
+    module = models.ranker(*FEATURES, stream.cardinalities, **demo.TEACHER)
+    model, optimizer = models.distribute(module, CPU, **demo.TEACHER_RATES)
     logits = np.full(len(stream), np.nan, np.float32)
-    part, size = stream.select(slice(0, end)), passes.TEACHER_BATCH
-    feed = passes.data.batches(part, *FEATURES, size)
-    passes.train(model, optimizer, feed, part, logits)
+    part, size = stream.select(slice(0, end)), TEACHER_BATCH
+    feed = data.batches(part, *FEATURES, size)
+    train_one_pass(model, optimizer, feed, part, logits)
     return model, logits
 
 
@@ -145,7 +144,7 @@ def rank_all(model: Any, stream: Any, queries: Queries, cut: int) -> Array:
     users, movies = len(queries.rows), len(queries.movies)
     of_user = np.repeat(queries.rows, movies)
     asked = _pairs_at(stream, of_user, np.tile(queries.movie_rows, users), cut)
-    logits = passes.score(model, passes.parameters(model), asked, FEATURES)
+    logits = score(model, parameters(model), asked, FEATURES)
     order = np.argsort(-logits.reshape(users, movies), axis=1, kind="stable")
     return queries.movies[order]
 

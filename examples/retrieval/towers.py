@@ -5,14 +5,15 @@ Shapes: B pairs, D width of a vector, Q queries, M movies, K movies that are fou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import faiss
-import models
 import numpy as np
 import torch
 from pairs import MOVIE, USER, Array, PairBatch, Pairs, Queries
+from passes import CPU, models
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
@@ -28,7 +29,6 @@ from torchrec_exfm import (
     export_student,
 )
 
-CPU = torch.device("cpu")
 TAP = OutputsOf("two_tower.query_proj", "two_tower.candidate_proj")
 
 
@@ -40,9 +40,9 @@ class Normalize(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """A user's vector u and a movie's v, (B, D) each, whose product u . v says how they go together.
+    """A user's vector u and a movie's v, (B, D) each: u . v says how they go together.
 
-    Each has a network of its own, on the side-by-side embeddings of its features.
+    Each has a network of its own, on the embeddings of its features side by side.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TwoTower(nn.Module):
 
 def _network(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.ReLU(), nn.Linear(inputs, outputs)]
     return nn.Sequential(*layers[1:], Normalize())
 
