@@ -146,16 +146,10 @@ def pairs_of(stream: data.Stream) -> Pairs:
     flags = np.stack([stream.dense[f"is_{genre}"] for genre in movielens.GENRES], axis=1)
     of_row, genres = np.nonzero(flags)
     bounds = np.searchsorted(of_row, np.arange(len(time) + 1))
-    return Pairs(
-        user,
-        movie,
-        time,
-        liked,
-        log_q,
-        {**ids, "genres": Bags(genres, bounds[:-1], bounds[1:])},
-        _history(user, movie, time, liked),
-        {**stream.cardinalities, "genres": len(movielens.GENRES)},
-    )
+    features = {**ids, "genres": Bags(genres, bounds[:-1], bounds[1:])}
+    sizes = {**stream.cardinalities, "genres": len(movielens.GENRES)}
+    history = _history(user, movie, time, liked)
+    return Pairs(user, movie, time, liked, log_q, features, history, sizes)
 
 
 def _history(user: Array, movie: Array, time: Array, liked: Array) -> Bags:

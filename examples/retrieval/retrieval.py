@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pairs import PARTS, Array, Pairs, Queries, movielens, pairs_of, queries_of
-from passes import demo
+from pairs import PARTS, Pairs, Queries, movielens, pairs_of, queries_of
+from passes import start
 from scipy.stats import ttest_rel
 from teachers import RANK, ItemToItem, Logged, log_embeddings, rank_all, train_ranker
-from towers import TwoTower, measure, search, train, unseen, vectors
+from towers import find, measure, search, train, unseen
 
 from torchrec_exfm import DistillationTerm
 from torchrec_exfm.losses import in_batch_positives, in_batch_softmax
@@ -57,6 +57,7 @@ TERMS = {
 """What arms learn beside the student's own loss; weights are the best of a few in validation."""
 
 FIGURES = ("Recall@10", "Recall@100", "NDCG@10")
+Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ class Task:
 def main() -> None:
     """Run all arms, and print the table."""
     options = parse_options()
-    demo.set_up()
+    start()
     task, teachers = prepare(PARTS - 2 if options.validation else PARTS - 1)
     arms = {name: [run(name, task, seed) for seed in range(options.seeds)] for name in TERMS}
-    text = page(teachers, arms, task.parts, len(task.queries.rows))
+    text = page(task, teachers, arms)
     print(text)
     if options.write:
         (HERE / "README.md").write_text(text)
 
 
-def prepare(parts: int) -> tuple[Task, dict[str, dict[str, float]]]:
+def prepare(parts: int) -> tuple[Task, dict[str, Figures]]:
     """The task whose cut is after so many parts, and what popularity and the teachers reach."""
     stream = movielens.load_stream()
     pairs = pairs_of(stream)
@@ -104,26 +105,17 @@ def prepare(parts: int) -> tuple[Task, dict[str, dict[str, float]]]:
     return Task(pairs, parts, Logged(logits, embeddings), queries), teachers
 
 
-def run(name: str, task: Task, seed: int, student: Mapping[str, Any] = STUDENT) -> dict[str, float]:
+def run(name: str, task: Task, seed: int) -> Figures:
     """Train one arm's towers, and measure what they find."""
     logged = task.logged.without_users() if name == CONTROL else task.logged
     rows = task.pairs.shuffled(task.parts, seed)
-    towers = train(task.pairs, rows, student, seed=seed, terms=TERMS[name], teacher=logged)
-    figures = measure(find(towers, task.pairs, task.queries), task.queries.relevant)
+    towers = train(task.pairs, rows, STUDENT, seed=seed, terms=TERMS[name], teacher=logged)
+    figures = measure(find(towers, task.pairs, task.queries, MOST), task.queries.relevant)
     say(f"{name}, seed {seed}: " + ", ".join(f"{key} {figures[key]:.4f}" for key in FIGURES))
     return figures
 
 
-def find(towers: TwoTower, pairs: Pairs, queries: Queries) -> Array:
-    """The movies that the towers find for each query, (Q, `MOST`)."""
-    users = vectors(towers, pairs, queries.rows, 0)
-    movies = vectors(towers, pairs, queries.movie_rows, 1)
-    return search(users, movies, queries, MOST)
-
-
-def table(
-    teachers: Mapping[str, Mapping[str, float]], arms: Mapping[str, Sequence[Mapping[str, float]]]
-) -> str:
+def table(teachers: Mapping[str, Figures], arms: Mapping[str, Sequence[Figures]]) -> str:
     """Means over the seeds ± standard deviations, and how Recall@100 compares with two arms."""
     header = ["", *FIGURES, "Recall@100 against untaught", "against popularity alone"]
     rows = [
@@ -159,7 +151,8 @@ page; no figure is by hand.
   users who have liked a movie before this cut and like another after it.
 * **Student.** TorchRec's two towers, of user id, gender, age, occupation and ZIP code, and of
   title, year and genres; no history. In-batch softmax over liked pairs, corrected for how often a
-  movie comes, in one pass. Its settings are the best without a teacher on the tenth before the last.
+  movie comes, in one pass. Its settings are the best without a teacher on the tenth before the
+  last.
 * **Teachers.** Each speaks of a pair before it learns from it, once for all students. The ranker of
   the benchmarks gives a logit, from features of user and movie together. The item-to-item model (a
   linear autoencoder of rank {rank}) reads the user's whole history, and gives two embeddings, whose
@@ -169,7 +162,7 @@ page; no figure is by hand.
   movies of the batch is taught. Popularity alone: the same without the user's half; what embeddings
   gain beyond it is from knowing users. All pairs of a retrieval log are liked: a second head on the
   label would learn a constant, so there is no such control.
-* **Served** are the towers out of `export_student`, with their own keys. The item tower fills the
+* **Served** are the towers out of `export_student`, with their own keys; the item tower fills the
   index (FAISS, exact inner products).
 
 Means over {seeds} seeds ± their standard deviation; Recall@100 is compared over them, by paired
@@ -182,28 +175,19 @@ movies are liked, not which of all movies are rated; that shows where it ranks a
 """
 
 
-def page(
-    teachers: Mapping[str, Mapping[str, float]],
-    arms: Mapping[str, Sequence[Mapping[str, float]]],
-    parts: int,
-    queries: int,
-) -> str:
+def page(task: Task, teachers: Mapping[str, Figures], arms: Mapping[str, Sequence[Figures]]) -> str:
     """The README."""
+    packages = ("torch", "torchrec", "numpy", "faiss-cpu")
+    versions = [f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
     return PAGE.format(
-        parts=parts,
-        queries=queries,
+        parts=task.parts,
+        queries=len(task.queries.rows),
         rank=RANK,
         seeds=len(arms[UNTAUGHT]),
         table=table(teachers, arms),
         command=shlex.join(["python", "examples/retrieval/retrieval.py", *sys.argv[1:]]),
-        machine=machine(),
+        machine=f"{os.cpu_count()} cores of {platform.machine()}; {', '.join(versions)}",
     )
-
-
-def machine() -> str:
-    packages = ("torch", "torchrec", "numpy", "faiss-cpu")
-    versions = [f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-    return f"{os.cpu_count()} cores of {platform.machine()}; {', '.join(versions)}"
 
 
 def say(words: str) -> None:
@@ -215,7 +199,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="students of each arm, 2 or more")
     parser.add_argument("--validation", action="store_true", help="of the tenth before the last")
     parser.add_argument("--write", action="store_true", help="write README.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds should be 2 or more, for a spread; received {options.seeds}")
+    return options
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def vectors(towers: TwoTower, pairs: Pairs, rows: Array, side: int) -> Array:
     return torch.cat(parts).numpy()
 
 
+def find(towers: TwoTower, pairs: Pairs, queries: Queries, most: int) -> Array:
+    """The movies that the towers find for each query, (Q, K) ids."""
+    users = vectors(towers, pairs, queries.rows, 0)
+    movies = vectors(towers, pairs, queries.movie_rows, 1)
+    return search(users, movies, queries, most)
+
+
 def search(users: Array, movies: Array, queries: Queries, most: int) -> Array:
     """The movies of the highest products, best first, (Q, K) ids, -1 where there are no more.
 
