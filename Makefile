@@ -1,4 +1,4 @@
-# make test | lint | demo | docs | works | notebooks | nightly | package | faults | bench | quality | gpu | clean
+# make test | lint | demo | retrieval | docs | works | notebooks | nightly | package | faults | bench | quality | gpu | clean
 #
 # Each but the last two sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo docs works notebooks nightly package faults bench quality gpu clean venv install
+.PHONY: test lint demo retrieval docs works notebooks nightly package faults bench quality gpu clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -39,6 +39,10 @@ lint: venv
 
 demo: venv
 	$(PY) examples/promo_response/main.py
+
+# Two towers for retrieval, five seeds, and examples/retrieval/README.md from them: some ten minutes.
+retrieval: venv
+	OMP_NUM_THREADS=1 $(PY) examples/retrieval/retrieval.py --write
 
 # The site, into build/docs; a warning is an error, a name without a page too.
 docs: venv

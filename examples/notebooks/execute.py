@@ -23,6 +23,8 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BESIDE = "examples/notebooks", "examples/promo_response", "examples/retrieval", "benchmarks"
 CELL_SECONDS = 600  # a cell that takes longer hangs
 MAX_BYTES = 150_000
 
@@ -42,16 +44,16 @@ def main() -> None:
 
 
 def executed(path: Path) -> Any:
-    """A notebook with its outputs, run beside copies of its folder and of the example's."""
+    """A notebook with its outputs, run in a copy of its folder beside those that it uses."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        for source in (HERE, HERE.parent / "promo_response"):
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source, Path(folder, source.name), ignore=ignored)
+        for name in BESIDE:
+            ignored = shutil.ignore_patterns("__pycache__", ".*", "measured")
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=ignored)
         # One thread; no start-up files and no history; stores that go with the folder.
         own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": folder, "TMPDIR": folder}
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"}  # files, no open port
-        where = {"metadata": {"path": str(Path(folder, HERE.name))}}
+        where = {"metadata": {"path": str(Path(folder, BESIDE[0]))}}
         client = NotebookClient(
             notebook,
             timeout=CELL_SECONDS,
