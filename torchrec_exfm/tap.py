@@ -70,6 +70,10 @@ class Tap:
         self._inputs: list[Any] = []  # one for each call
         self._outputs: dict[nn.Module, Any] = {}
         self._open = False
+        self._first_names = {
+            module: next(iter(inspect.signature(module.forward).parameters), "")
+            for module in modules
+        }
         for module in modules:
             module.register_forward_pre_hook(self.keep_input, with_kwargs=True)
             if keeps_output or self._of_outputs:
@@ -80,8 +84,7 @@ class Tap:
         if not self._open:  # the student runs by itself, or once more in backward
             return
         only = next(iter(kwargs.values())) if len(kwargs) == 1 else None
-        first = "" if args else next(iter(inspect.signature(module.forward).parameters), "")
-        self._inputs.append(args[0] if args else kwargs.get(first, only))
+        self._inputs.append(args[0] if args else kwargs.get(self._first_names[module], only))
 
     def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook: the output as it is now, as the student may change it in place."""
@@ -114,7 +117,9 @@ class Tap:
         parts, what = self._inputs, "first argument"
         if self._of_outputs:
             outputs, what = [self._outputs[module] for module in self._modules], "output"
-            parts = [each for part in outputs for each in (part if type(part) is tuple else [part])]
+            parts = [
+                v for output in outputs for v in (output if type(output) is tuple else [output])
+            ]
         widths = [v.shape[1] if isinstance(v, Tensor) and v.dim() == 2 else -1 for v in parts]
         if -1 in widths or sum(widths) != self.width:
             raise ValueError(

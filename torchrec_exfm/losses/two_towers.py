@@ -11,9 +11,9 @@ are those of a rank's batch. Time is O(B^2 U), memory O(B U): the (B, B) of scor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,11 +74,11 @@ def _divergence(tau: float, teacher_tau: float, inputs: LossInputs) -> Tensor:
             f"received {inputs.values.shape[-1]}"
         )
     values = _present(inputs.values.to(inputs.outputs.dtype), inputs.absent)
-    return _mean(tau, inputs, None, partial(_log_softmax, values, teacher_tau, inputs))
+    return _mean(tau, inputs, None, partial(_log_softmax, values, teacher_tau))
 
 
 def _positives(tau: float, inputs: LossInputs) -> Tensor:
-    return _mean(tau, inputs, inputs.values.sigmoid(), partial(_log_one_hot, inputs.outputs))
+    return _mean(tau, inputs, inputs.values.sigmoid(), _log_one_hot)
 
 
 def _mean(tau: float, inputs: LossInputs, mass: Tensor | None, log_targets: Any) -> Tensor:
@@ -103,17 +103,16 @@ class _Divergence(torch.autograd.Function):
         tau: float,
         share: Tensor,
         inputs: LossInputs,
-        log_targets: Callable[[Tensor], Tensor],
+        log_targets: Callable[[_Block], Tensor],
     ) -> Tensor:
         """(B, U, D) and (B, U) -> (U,)."""
         losses, slopes = vectors.new_zeros(vectors.shape[1]), torch.zeros_like(vectors)
         queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
         of_queries, of_items = slopes.transpose(0, 1).chunk(2, dim=-1)
         share = share.t().unsqueeze(-1)  # (U, B, 1)
-        block = max(1, SCORES // max(1, len(vectors)))
-        for rows in torch.arange(len(vectors), device=vectors.device).split(block):
-            log_p = _log_softmax(vectors, tau, inputs, rows)
-            log_q = log_targets(rows)
+        for block in _blocks(inputs):
+            rows = block.rows
+            log_p, log_q = _log_softmax(vectors, tau, block), log_targets(block)
             lead = log_q - log_p
             q = log_q.exp_()
             losses += (lead.mul_(q).sum(-1, keepdim=True) * share[:, rows]).sum((1, 2))
@@ -135,19 +134,33 @@ def _present(vectors: Tensor, absent: Tensor) -> Tensor:
     return vectors.masked_fill(absent.unsqueeze(-1), 0.0)
 
 
-def _log_softmax(vectors: Tensor, tau: float, inputs: LossInputs, rows: Tensor) -> Tensor:
-    """(B, U, D) vectors [u, v] -> (U, n, B), of n queries' candidates; others have no share."""
+class _Block(NamedTuple):
+    """Some of the queries, (n,), and what both distributions have of their candidates."""
+
+    rows: Tensor
+    same: Tensor  # (n, B), which are other examples of the query's own item
+    bias: Tensor  # (U, 1, B), -log q, and no share for absent examples
+
+
+def _blocks(inputs: LossInputs) -> Iterator[_Block]:
     assert inputs.candidates is not None
     ids, log_q = inputs.candidates
-    bias = torch.where(inputs.absent.t(), NO_CANDIDATE, 0.0).to(vectors.dtype)
+    bias = torch.where(inputs.absent.t(), NO_CANDIDATE, 0.0).to(inputs.outputs.dtype)
     bias = (bias if log_q is None else bias - log_q.to(bias.dtype)).unsqueeze(1)
+    size = max(1, SCORES // max(1, len(ids)))
+    for rows in torch.arange(len(ids), device=ids.device).split(size):
+        same = (ids[rows].unsqueeze(1) == ids).scatter_(1, rows.unsqueeze(1), False)
+        yield _Block(rows, same, bias)
+
+
+def _log_softmax(vectors: Tensor, tau: float, block: _Block) -> Tensor:
+    """(B, U, D) vectors [u, v] -> (U, n, B), of n queries' candidates; others have no share."""
     queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
-    scores = torch.baddbmm(bias, queries[:, rows] / tau, items.transpose(1, 2))
-    same = (ids[rows].unsqueeze(1) == ids).scatter_(1, rows.unsqueeze(1), False)
-    return scores.masked_fill_(same, NO_CANDIDATE).log_softmax(-1)
+    scores = torch.baddbmm(block.bias, queries[:, block.rows] / tau, items.transpose(1, 2))
+    return scores.masked_fill_(block.same, NO_CANDIDATE).log_softmax(-1)
 
 
-def _log_one_hot(outputs: Tensor, rows: Tensor) -> Tensor:
+def _log_one_hot(block: _Block) -> Tensor:
     """(1, n, B), the distribution that has each query's own item alone."""
-    log_q = outputs.new_full((1, len(rows), len(outputs)), NO_CANDIDATE)
-    return log_q.scatter_(2, rows.reshape(1, -1, 1), 0.0)
+    log_q = block.bias.new_full((1, *block.same.shape), NO_CANDIDATE)
+    return log_q.scatter_(2, block.rows.reshape(1, -1, 1), 0.0)
