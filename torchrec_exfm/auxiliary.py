@@ -182,12 +182,12 @@ class AuxiliaryHead(nn.Module):
         if any(term.loss.needs_groups for term in self.terms):
             groups = checked_groups(groups, size)
         needs_candidates = any(term.loss.needs_candidates for term in self.terms)
-        there = self.embedding_presence(teacher)
+        embedded = self.embedding_presence(teacher)
         if counts is None:
-            counts = count_outputs(teacher.presence, labels, weights, there)
+            counts = count_outputs(teacher.presence, labels, weights, embedded)
         embeddings = None
-        if there is not None and teacher.embeddings is not None:
-            absent = find_absent(there.unsqueeze(-1).expand_as(teacher.presence), None, weights)
+        if embedded is not None and teacher.embeddings is not None:
+            absent = find_absent(embedded.unsqueeze(-1).expand_as(teacher.presence), None, weights)
             embeddings = Targets(teacher.embeddings, absent, positive(counts[-1]))
         absent = find_absent(teacher.presence, None, weights)
         inputs = TermInputs(

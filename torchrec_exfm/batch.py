@@ -88,11 +88,13 @@ class TeacherOutputs(Pipelineable):
             _check_ages(self.age_seconds, self.presence.any(-1))
         self.embeddings = self.embedding_presence = None
         if embeddings is not None:
-            there = self.presence.any(-1)
+            embedded = self.presence.any(-1)
             if embedding_presence is not None:
-                there = _presence_like(there, there.shape, embedding_presence, "embedding_presence")
-            self.embeddings = _embeddings_like(embeddings, there)
-            self.embedding_presence = there
+                embedded = _presence_like(
+                    embedded, embedded.shape, embedding_presence, "embedding_presence"
+                )
+            self.embeddings = _embeddings_like(embeddings, embedded)
+            self.embedding_presence = embedded
 
     @classmethod
     def from_probabilities(

@@ -293,9 +293,9 @@ class TeacherLookup:
         if self._embedding_bytes:
             data = data.view(np.uint8)[:, :, : self._embedding_bytes]
             embeddings = torch.from_numpy(decode(data, self.store.format.embedding_resolution))
-            there = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
-            given = {"embeddings": embeddings, "embedding_presence": there}
-            for teacher, count in zip(self.teachers, there.sum(0).tolist(), strict=True):
+            embedded = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
+            given = {"embeddings": embeddings, "embedding_presence": embedded}
+            for teacher, count in zip(self.teachers, embedded.sum(0).tolist(), strict=True):
                 self._count_embeddings(teacher, count)
         if self.tasks != self.store.tasks:
             values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
