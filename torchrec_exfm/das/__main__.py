@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -141,6 +142,7 @@ class _Version:
     rows: int = 0
     covered: int = 0
     windows: list[int] = field(default_factory=list)
+    outputs: Any = 0
     output_sums: Any = 0.0
 
     def add(self, window: int, rows: Rows, asked: Ints | None) -> None:
@@ -148,17 +150,19 @@ class _Version:
         ids = np.unique(rows.example_id)
         self.covered += len(ids) if asked is None else int(among(asked, ids).sum())
         self.windows.append(window)
-        self.output_sums = self.output_sums + rows.outputs.sum(axis=0, dtype=np.float64)
+        self.outputs = self.outputs + np.isfinite(rows.outputs).sum(axis=0)
+        self.output_sums = self.output_sums + np.nansum(rows.outputs, axis=0, dtype=np.float64)
 
     def shown(self, store: TeacherStore, version: int, examples: int) -> dict[str, Any]:
-        means = (self.output_sums / self.rows).tolist()
+        known = self.outputs > 0  # a task that a teacher does not know has no mean
+        means = (self.output_sums[known] / self.outputs[known]).tolist()
         return {
             "version": version,
             "rows": self.rows,
             "windows": len(self.windows),
             "first": utc(self.windows[0] * store.format.window_seconds),
             "last": utc(self.windows[-1] * store.format.window_seconds),
-            "mean_output": dict(zip(store.tasks, means, strict=True)),
+            "mean_output": dict(zip(itertools.compress(store.tasks, known), means, strict=True)),
             "coverage": self.covered / max(examples, 1),
         }
 

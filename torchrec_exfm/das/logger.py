@@ -12,7 +12,7 @@ import copy
 import operator
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -60,6 +60,7 @@ class TeacherLogger:
         outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
             the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
         embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
+        tasks: as for :meth:`TeacherStore.write`.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
 
@@ -90,6 +91,7 @@ class TeacherLogger:
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
         outputs: Callable[[Any], Tensor] = lambda output: output[1][1],
         embeddings: Callable[[Any], Tensor] | None = None,
+        tasks: Sequence[str] | None = None,
         shard_rows: int = 2**18,
         bad_rows: BadRows = "refuse",
     ) -> None:
@@ -105,6 +107,7 @@ class TeacherLogger:
         self._event_seconds = event_seconds
         self._outputs = outputs
         self._embeddings = embeddings
+        self._tasks = self._store.format.chosen(tasks)
         self._shard_rows = shard_rows
         self._bad_rows: BadRows = bad_rows
         self._process = os.getpid()
@@ -143,7 +146,9 @@ class TeacherLogger:
             TypeError: for ids and times of another dtype.
             ValueError: for bad rows in an earlier shard; for nulls; for another shape.
         """
-        values = self._store.format.joined(outputs, embeddings, outputs.shape[:1].numel())
+        values = self._store.format.joined(
+            outputs, embeddings, outputs.shape[:1].numel(), self._tasks
+        )
         for _, _, before in (self._rows or self._handed_over)[-1:]:
             if before.shape[1] != values.shape[1]:
                 raise ValueError(
@@ -213,12 +218,13 @@ class TeacherLogger:
             chosen = new & (places // MAX_WINDOWS == part)
             if chosen.any():
                 values = columns[torch.from_numpy(chosen)]
-                outputs, embeddings = values.tensor_split([len(self._store.tasks)], dim=1)
+                outputs, embeddings = values.tensor_split([len(self._tasks)], dim=1)
                 report = self._store.write(
                     newest_snapshot(self._store, self.teacher) or Snapshot(self.teacher, 0, 0),
                     ids[chosen],
                     outputs,
                     seconds[chosen],
+                    tasks=self._tasks,
                     shard=f"log/{self._run}/{shard}/{part}",
                     logged=True,
                     embeddings=embeddings if embeddings.shape[1] else None,

@@ -20,11 +20,15 @@ from torchrec_exfm.das.arrays import (
 )
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
+ABSENT = np.uint32(0xFFFFFFFF)  # the bits of an output that is null in the store: of a NaN
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds."""
+    """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds.
+
+    An output that is null has the bits ``ABSENT``.
+    """
 
     example_id: Ints
     outputs: Floats
@@ -73,6 +77,8 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
         rules["repeat an example id"] = _repeated(rows.example_id)
     rules["have a negative example id"] = rows.example_id < 0
     infinite = np.logical_not(np.isfinite(rows.outputs).all(axis=1))
+    if infinite.any():
+        infinite = ~(np.isfinite(rows.outputs) | absent(rows.outputs)).all(axis=1)
     rules["have an output that is NaN or infinite"] = infinite
     out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
     unit = likely_unit(int(seconds.max(initial=0)))
@@ -83,6 +89,12 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     if window is not None:
         rules[f"lie outside of window {window}"] = seconds // window_seconds != window
     return {words: bad for words, bad in rules.items() if bad.any()}
+
+
+def absent(outputs: Floats) -> Mask:
+    """Which outputs are null in the store: their teacher does not know the task."""
+    null: Mask = outputs.view(np.uint32) == ABSENT
+    return null
 
 
 def _repeated(ids: Ints) -> Mask:

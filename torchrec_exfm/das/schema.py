@@ -5,7 +5,7 @@ One row is what one snapshot of one teacher said of one example:
 | column | type | |
 |---|---|---|
 | ``example_id`` | int64 | not negative |
-| ``output_TASK`` | float32 | for each task: a logit, or a prediction in the task's units |
+| ``output_TASK`` | float32, may be null | for each task: a logit, or a prediction in its units |
 | ``event_time`` | timestamp | of the example |
 | ``teacher`` | string | partition |
 | ``window`` | int64 | partition: event time in epoch seconds // ``window_seconds`` |
@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -34,6 +35,7 @@ from deltalake import ColumnProperties, WriterProperties
 from torch import Tensor
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
+from torchrec_exfm.das.rules import absent
 
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
@@ -97,7 +99,16 @@ class StoreFormat:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the columns of the outputs."""
-        return tuple(f"output_{task}" for task in self.tasks)
+        return columns_of(self.tasks)
+
+    def chosen(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        """Some of the tasks, or (None) all; a ValueError for others."""
+        names = self.tasks if tasks is None else (tasks,) if isinstance(tasks, str) else (*tasks,)
+        if not names or not {*names} <= {*self.tasks} or len({*names}) < len(names):
+            raise ValueError(
+                f"tasks should be of the store's, {self.tasks}, each at most once; received {names}"
+            )
+        return names
 
     @property
     def embedding_bytes(self) -> int:
@@ -108,9 +119,15 @@ class StoreFormat:
             )
         return 2 * width if self.embedding_resolution == "float16" else 4 + width
 
-    def joined(self, outputs: Tensor, embeddings: Tensor | None, rows: int) -> Tensor:
+    def joined(
+        self,
+        outputs: Tensor,
+        embeddings: Tensor | None,
+        rows: int,
+        tasks: Sequence[str] | None = None,
+    ) -> Tensor:
         """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
-        given = {"outputs": (outputs, len(self.tasks))}
+        given = {"outputs": (outputs, len(self.chosen(tasks)))}
         if embeddings is not None and self.embedding_bytes:
             given["embeddings"] = embeddings, self.embedding_width
         for name, (values, width) in given.items():
@@ -167,8 +184,8 @@ class StoreFormat:
         }
         if self.embedding_width:
             columns["embedding"] = pa.binary(self.embedding_bytes)  # Delta keeps no length
-        fields = columns.items()
-        return pa.schema([pa.field(name, kind, name in OPTIONAL) for name, kind in fields])
+        optional = {*OPTIONAL, *self.outputs}
+        return pa.schema([pa.field(name, kind, name in optional) for name, kind in columns.items()])
 
     def writer_properties(self) -> WriterProperties:
         """Encodings that fit rows sorted by id: differences, and bytes of equal weight together."""
@@ -202,15 +219,20 @@ class StoreFormat:
         where two neighbours may be that far apart, and of 2^-14 for float32.
         """
         step = 2.0 ** (-7 if self.resolution == "bfloat16" else -14)
-        size = np.abs(other)
+        size = np.where(absent(other), 0, np.abs(other))
         usual = np.median(size, axis=0) if len(size) else 0.0
         alike: Mask = np.abs(one - other) <= step * size + 2.0**-16 * usual
-        return alike
+        return alike | (absent(one) & absent(other))
 
 
 def _digest(fields: dict[str, Any]) -> str:
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def columns_of(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The names of the columns of tasks' outputs."""
+    return tuple(f"output_{task}" for task in tasks)
 
 
 def check_name(what: str, name: object) -> str:

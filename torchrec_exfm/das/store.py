@@ -31,7 +31,15 @@ from torchrec_exfm.das.conditional_puts import check_conditional_puts
 from torchrec_exfm.das.delta import Commit, DataFile, Table
 from torchrec_exfm.das.embeddings import MISSING, encode
 from torchrec_exfm.das.errors import MissingFileError, StoreError
-from torchrec_exfm.das.rules import BadRows, Rows, broken_rules, check_bad_rows, sift
+from torchrec_exfm.das.rules import (
+    ABSENT,
+    BadRows,
+    Rows,
+    absent,
+    broken_rules,
+    check_bad_rows,
+    sift,
+)
 from torchrec_exfm.das.schema import (
     KEYS,
     OPTIONAL,
@@ -41,6 +49,7 @@ from torchrec_exfm.das.schema import (
     Resolution,
     Snapshot,
     StoreFormat,
+    columns_of,
 )
 from torchrec_exfm.das.shards import Shard
 from torchrec_exfm.das.urls import check_options, normal_url
@@ -199,6 +208,7 @@ class TeacherStore:
         outputs: Any,
         event_seconds: Any,
         *,
+        tasks: Sequence[str] | None = None,
         shard: str | None = None,
         logged: bool = False,
         keys: Mapping[str, Any] | None = None,
@@ -214,6 +224,8 @@ class TeacherStore:
                 (``torch.logit`` makes them), else predictions. Columns with names (a DataFrame, an
                 Arrow table) are taken by name: those of the tasks, in any order.
             event_seconds: (n,) event times of the examples, epoch seconds.
+            tasks: those that the teacher knows: T is their number, and the outputs of the store's
+                others are null. None: all.
             shard: a name for this piece of work, among those of the snapshot: written again with
                 the same rows (ids and times; outputs up to rounding) only those are written that
                 have gone from the store since; keys and embeddings are not compared. None: a name
@@ -234,7 +246,8 @@ class TeacherStore:
             StoreError: if the rows can't be written; then none is.
         """
         check_bad_rows(bad_rows)
-        offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged)
+        known = self.format.chosen(tasks)
+        offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged, known)
         optional = _keys(len(offered), keys)
         if embeddings is not None:
             optional["embedding"] = self._encoded(len(offered), embeddings)
@@ -342,7 +355,13 @@ class TeacherStore:
         return event_seconds // self.format.window_seconds
 
     def read(
-        self, teacher: str, window: int, *, bad_rows: BadRows = "refuse", embeddings: bool = False
+        self,
+        teacher: str,
+        window: int,
+        *,
+        tasks: Sequence[str] | None = None,
+        bad_rows: BadRows = "refuse",
+        embeddings: bool = False,
     ) -> tuple[Rows, dict[str, int]]:
         """All rows of a window, as they were written: several of an example if there are.
 
@@ -351,26 +370,29 @@ class TeacherStore:
         Args:
             teacher: its name.
             window: one of :meth:`windows`.
+            tasks: those to read the outputs of, in this order; None: all.
             bad_rows: what to do with rows that break a rule: ``"refuse"`` (an error that names the
                 file and the rows), or ``"quarantine"``: leave them out.
             embeddings: read them too: their bytes, all 255 where a row has none.
 
         Returns:
-            The rows, and how many were left out, by the rule that they break.
+            The rows (the bits of an output that is null are all 1), and how many were left out, by the rule that they break.
 
         Raises:
             StoreError: if a file is missing, cut short, foreign, or holds bad rows.
         """
         check_bad_rows(bad_rows)
+        names = self.format.chosen(tasks)
         size = self.format.embedding_bytes if embeddings else 0
         files = self.files(teacher, window)
         try:
-            parts = [self.read_file(file, embeddings) for file in files]
+            parts = [self.read_file(file, names, embeddings) for file in files]
         except MissingFileError:  # compaction may have put another in its place
             self.refresh()
             if self.files(teacher, window) == files:
                 raise
-            return self.read(teacher, window, bad_rows=bad_rows, embeddings=embeddings)
+            options: Any = {"bad_rows": bad_rows, "embeddings": embeddings}
+            return self.read(teacher, window, tasks=names, **options)
         left_out = Counter[str]()
         for number, (file, rows) in enumerate(zip(files, parts, strict=True)):
             broken = broken_rules(rows, window, self.format.window_seconds)
@@ -378,16 +400,19 @@ class TeacherStore:
             good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
             left_out.update(quarantined)
             parts[number] = rows[good] if quarantined else rows
-        return Rows.concatenate(parts, len(self.tasks), size), dict(left_out)
+        return Rows.concatenate(parts, len(names), size), dict(left_out)
 
-    def read_file(self, file: DataFile, embeddings: bool = False) -> Rows:
+    def read_file(
+        self, file: DataFile, tasks: Sequence[str] | None = None, embeddings: bool = False
+    ) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
+        outputs_of = columns_of(self.format.chosen(tasks))
         left_out = {"outputs"} if embeddings else {"outputs", "embedding"}
         names = [field.name for field in fields(Rows) if field.name not in left_out]
         schema = self.format.schema()
-        wanted = pa.schema([schema.field(name) for name in (*names, *self.format.outputs)])
+        wanted = pa.schema([schema.field(name) for name in (*names, *outputs_of)])
         table = self.table.read(file, wanted)
-        outputs = np.stack([_array(table, name) for name in self.format.outputs], axis=1)
+        outputs = np.stack([_array(table, name) for name in outputs_of], axis=1)
         columns = {name: _array(table, name) for name in names}
         rows = Rows(**{"outputs": outputs, "embedding": outputs[:, :0].view(np.uint8), **columns})
         if file.snapshots is not None and len(rows):
@@ -407,18 +432,29 @@ class TeacherStore:
         return pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(data)])
 
     def _to_write(
-        self, snapshot: Snapshot, example_ids: Any, outputs: Any, event_seconds: Any, logged: bool
+        self,
+        snapshot: Snapshot,
+        example_ids: Any,
+        outputs: Any,
+        event_seconds: Any,
+        logged: bool,
+        tasks: tuple[str, ...],
     ) -> Rows:
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot should be a Snapshot; received {type(snapshot).__name__}")
         ids = as_int64("example_ids", example_ids)
         n = len(ids)
         seconds = as_int64("event_seconds", event_seconds, n)
-        what = f"outputs of {n} examples for the tasks {self.tasks}"
-        values = as_floats(what, outputs, (n, len(self.tasks)), self.tasks)
+        what = f"outputs of {n} examples for the tasks {tasks}"
+        values = self.format.round(as_floats(what, outputs, (n, len(tasks)), tasks))
+        if (nan := np.isnan(values)).any():  # ours stands for none at all
+            values = np.where(nan, np.float32(np.nan), values)
+        if tasks != self.tasks:
+            given, values = values, np.full((n, len(self.tasks)), ABSENT).view(np.float32)
+            values[:, [self.tasks.index(task) for task in tasks]] = given
         return Rows(
             example_id=ids,
-            outputs=self.format.round(values),
+            outputs=values,
             # within int64, and milliseconds can be told
             event_time=seconds.clip(-1, 1_000 * MAX_SECONDS) * MICROSECONDS,
             snapshot=np.full(n, snapshot.version),
@@ -431,7 +467,10 @@ class TeacherStore:
     def _columns(self, teacher: str, rows: Rows, optional: dict[str, Any]) -> pa.Table:
         columns = {
             **vars(rows),
-            **dict(zip(self.format.outputs, rows.outputs.T, strict=True)),
+            **{
+                name: pa.array(values, mask=absent(values))
+                for name, values in zip(self.format.outputs, rows.outputs.T, strict=True)
+            },
             "teacher": pa.repeat(teacher, len(rows)),
             "window": self.window_of(rows.event_time // MICROSECONDS),
             **dict.fromkeys(OPTIONAL, pa.nulls(len(rows))),
@@ -471,6 +510,10 @@ def _array(table: pa.Table, name: str) -> Any:
     column = table[name].combine_chunks()
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.int64())
+    if pa.types.is_float32(column.type) and column.null_count:
+        null = column.is_null().to_numpy(zero_copy_only=False)
+        bits = column.fill_null(0).to_numpy().view(np.uint32)
+        return np.where(null, ABSENT, bits).view(np.float32)
     if pa.types.is_fixed_size_binary(column.type):
         size = column.type.byte_width
         column = column.fill_null(MISSING * size)
