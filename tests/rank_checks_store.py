@@ -221,7 +221,7 @@ def failing(folder: Path, failure: str, rank: int) -> Any:
         path.write_bytes(b"PAR1")
     dist.barrier()
     if failure == "closed":
-        lookup._thread.shutdown()
+        lookup.close()
     return lookup
 
 

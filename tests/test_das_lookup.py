@@ -19,7 +19,7 @@ from das_data import AT, WINDOW, new_store, small_store, snapshot
 
 from torchrec_exfm import TeacherOutputs
 from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
-from torchrec_exfm.das import lookup as lookup_module
+from torchrec_exfm.das import windows as windows_module
 from torchrec_exfm.das.arrays import MAX_SECONDS
 from torchrec_exfm.das.index import WindowIndex
 
@@ -55,11 +55,18 @@ def batch_of(*windows: int) -> dict[int, int]:
     return {window: window * WINDOW for window in windows}
 
 
+def settle(lookup: TeacherLookup) -> None:
+    """Wait until all is read that was asked for."""
+    windows = lookup._windows["fm"]
+    while not all(p.done() for p in [*windows._held.values(), *windows._reread.values()]):
+        time.sleep(0.002)
+
+
 def after_refresh(lookup: TeacherLookup, batch: dict[int, int]) -> TeacherOutputs:
     """The outputs when the windows in memory have been looked at anew."""
     for _ in range(3):  # the first begins it, the second may find it done
         found = lookup(batch)
-        lookup._windows["fm"].reader.submit(lambda: None).result()
+        settle(lookup)
     return found
 
 
@@ -237,7 +244,7 @@ def test_no_more_windows_are_in_memory_than_allowed(
             super().__init__(*arguments)
             alive.add(self)
 
-    monkeypatch.setattr(lookup_module, "WindowIndex", Counted)
+    monkeypatch.setattr(windows_module, "WindowIndex", Counted)
     rng = np.random.default_rng(0)
     for most in (1, 2, 3):
         alive.clear()
@@ -246,7 +253,7 @@ def test_no_more_windows_are_in_memory_than_allowed(
         for windows in batches:
             found = lookup(batch_of(*windows))
             assert given(found) == [w if w < 8 else None for w in dict.fromkeys(windows)]
-            lookup._windows["fm"].reader.submit(lambda: None).result()  # what was read ahead
+            settle(lookup)
             assert len(lookup._windows["fm"]._held) <= most
             assert 1 <= len(alive) <= most
 
@@ -297,7 +304,7 @@ def test_an_error_from_before_a_file_was_back_is_not_told_later(tmp_path: Path) 
     path = dd.only_file(store, window=3)
     shutil.move(path, tmp_path / "kept")
     lookup = lookup_of(store, refresh_seconds=0)
-    reader, held = lookup._windows["fm"].reader, lookup._windows["fm"]._held
+    reader, held = lookup._reader._thread, lookup._windows["fm"]._held
     for _ in range(2):
         lookup(batch_of(2))
         reader.submit(lambda: None).result()  # window 3 was read ahead, and then again: it failed

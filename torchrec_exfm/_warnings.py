@@ -26,7 +26,7 @@ class MetricsRestartedWarning(ExFMWarning):
 
 
 class NotPipelinedWarning(ExFMWarning):
-    """Training is right, but slower: embeddings wait for their input."""
+    """Training is right, but slower: embeddings or outputs come late, as batches are."""
 
 
 class TeacherMissingWarning(ExFMWarning):

@@ -1,19 +1,24 @@
-"""One time window's teacher outputs in memory, found by example id.
+"""One time window's teacher outputs, in memory or in files that processes share, found by id.
 
 Shapes: n rows of the window, B examples of a batch, T tasks.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from torchrec_exfm.das.arrays import Floats, Ints, Mask
+from torchrec_exfm.das.arrays import AnyArray, Floats, Ints, Mask
 
-__all__ = ["WindowIndex"]
+__all__ = ["WindowIndex", "index_bytes"]
 
 _BLOCK = 1 << 16
 _HALF = np.uint64(32)
+_STARTS, _RECORDS = "starts", "records"  # the files of a folder
 _FACTORS = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 
 
@@ -29,8 +34,11 @@ class WindowIndex:
         example_ids: (n,), int64, at least 0, none of them twice. n may be 0.
         values: (n, T), float32.
         age_seconds: (n,), float32.
+        folder: where to keep it as files, which other processes map with :meth:`open`; None: in
+            this process's memory.
 
     Raises:
+        OSError: if the folder has no room for it.
         TypeError: for another dtype.
         ValueError: for another shape, a negative id or one that comes twice, and for 2³² rows or
             more.
@@ -44,7 +52,13 @@ class WindowIndex:
         ([[-2.0], [0.0]], [30.0, 0.0], [True, False])
     """
 
-    def __init__(self, example_ids: Ints, values: Floats, age_seconds: Floats) -> None:
+    def __init__(
+        self,
+        example_ids: Ints,
+        values: Floats,
+        age_seconds: Floats,
+        folder: Path | None = None,
+    ) -> None:
         _check("example_ids", example_ids, np.int64, 1)
         rows = example_ids.shape[0]
         _check("values", values, np.float32, 2, rows)
@@ -58,12 +72,11 @@ class WindowIndex:
                 f"example ids should be at least 0; received {example_ids.min()}; hash_ids makes "
                 "such ids"
             )
-        bits = max(rows.bit_length() - 1, 1)
+        bits = _bits(rows)
         self._shift = np.uint64(64 - bits)
-        self._starts = np.zeros(2**bits + 1, np.uint32)
-        fields = [("id", "i8"), ("age", "f4"), ("values", "f4", values.shape[1:])]
+        self._starts = _zeros(2**bits + 1, np.dtype(np.uint32), folder and folder / _STARTS)
         # the last record is no example's: empty buckets at the end lead there
-        self._records = np.zeros(rows + 1, np.dtype(fields, align=True))
+        self._records = _zeros(rows + 1, _record(values.shape[1]), folder and folder / _RECORDS)
         self._records["id"][-1] = -1
         self._fill(example_ids, values, age_seconds)
         same = self._records["id"][1:] == self._records["id"][:-1]
@@ -73,6 +86,19 @@ class WindowIndex:
                 f"example ids should come once; received {twice[0]} more than once ({len(twice)} "
                 "such rows); keep one row of each"
             )
+
+    @classmethod
+    def open(cls, folder: Path, width: int) -> WindowIndex:
+        """That of a folder, of so many values a row, mapped: its memory is held once a host.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        index = cls.__new__(cls)
+        index._starts = _mapped(folder / _STARTS, np.dtype(np.uint32))
+        index._records = _mapped(folder / _RECORDS, _record(width))
+        index._shift = np.uint64(65 - len(index._starts).bit_length())
+        return index
 
     def find(self, example_ids: Ints) -> tuple[Floats, Floats, Mask]:
         """The outputs of the examples of these ids; zeros where the window has none.
@@ -110,6 +136,12 @@ class WindowIndex:
         return len(self._records) - 1
 
     @property
+    def width(self) -> int:
+        """T, the values of a row."""
+        width: int = self._records["values"].shape[1]
+        return width
+
+    @property
     def nbytes(self) -> int:
         """All the bytes it keeps."""
         return self._records.nbytes + self._starts.nbytes
@@ -132,6 +164,33 @@ class WindowIndex:
     def _bucket(self, example_ids: Ints) -> Ints:
         buckets: Ints = (mix(example_ids) >> self._shift).view(np.int64)
         return buckets
+
+
+def index_bytes(rows: int, width: int) -> int:
+    """The bytes of an index of so many rows, of so many values each."""
+    return (rows + 1) * _record(width).itemsize + 4 * ((1 << _bits(rows)) + 1)
+
+
+def _bits(rows: int) -> int:
+    """Of the number of a bucket."""
+    return max(rows.bit_length() - 1, 1)
+
+
+def _record(width: int) -> np.dtype[Any]:
+    return np.dtype([("id", "i8"), ("age", "f4"), ("values", "f4", (width,))], align=True)
+
+
+def _zeros(length: int, dtype: np.dtype[Any], path: Path | None) -> AnyArray:
+    if path is None:
+        return np.zeros(length, dtype)
+    with path.open("xb") as file:
+        # all at once: where there is no room, to write what is mapped would end the process
+        os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
+    return _mapped(path, dtype, "r+")
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], mode: Any = "r") -> AnyArray:
+    return np.asarray(np.memmap(path, dtype, mode))
 
 
 def mix(example_ids: Ints) -> npt.NDArray[np.uint64]:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 import os
+import queue
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from torchrec_exfm._user import read
@@ -27,25 +30,23 @@ from torchrec_exfm.das.arrays import (
     Floats,
     Ints,
     Mask,
-    among,
     as_int,
     as_int64,
     as_seconds_of_rows,
     check_duration,
     utc,
 )
-from torchrec_exfm.das.delta import DataFile
 from torchrec_exfm.das.embeddings import decode
-from torchrec_exfm.das.errors import check_process
-from torchrec_exfm.das.index import WindowIndex
-from torchrec_exfm.das.rules import BadRows, check_bad_rows, newest
+from torchrec_exfm.das.errors import StoreError, check_process
+from torchrec_exfm.das.host import HostReader, default_folder
+from torchrec_exfm.das.rules import BadRows, absent, check_bad_rows
 from torchrec_exfm.das.store import TeacherStore
+from torchrec_exfm.das.windows import HeldWindows, IndexedWindow, Pending, Selection, ThreadReader
 
 __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
-
-_Found: TypeAlias = tuple[Floats, Floats, Mask]  # (B, T + W / 4); ages in seconds, presence (B,)
+_POLL_SECONDS = 0.002
 
 
 @dataclass
@@ -92,15 +93,22 @@ class TeacherLookup:
     the batch lies in are in memory, 18 to 24 bytes a row for one task, and the next one is read
     ahead; memory does not depend on the size of the store.
 
+    **A window is held once a host.** Where a host has several ranks (``LOCAL_WORLD_SIZE``), or the
+    store is not in a local folder, a process of its own reads it into files that all ranks map: a
+    store that is slow, or hangs, then never holds up the training process's interpreter.
+
     The age of an output is how far the teacher's training lay behind its example: event time -
     time that the snapshot was trained through, in seconds; 0 for what was logged in training.
 
     Args:
-        store: opened anew, so that look-ups share nothing with the caller's.
-        teachers: a name or several, in the order of the wrapper's teachers.
+        store: opened anew, so that look-ups share nothing with the caller's. Teachers of several
+            stores are looked up together: pass the store of each teacher, by its name.
+        teachers: a name or several, in the order of the wrapper's teachers; None: those that
+            ``store`` names.
         ids: takes the user's batch, as it is loaded, to its example ids, (B,) int64 on the host.
         event_seconds: takes it to the examples' event times, (B,) epoch seconds, or one for all.
-        tasks: which of the store's tasks, in the order of the wrapper's; None: all.
+        tasks: which of the stores' tasks, in the order of the wrapper's; None: all. No others are
+            held in memory. What a teacher does not know of them is masked.
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
             output of each example, of those that do not leak.
         exclude: versions whose outputs are passed over (of all teachers, or by name), as those of a
@@ -116,6 +124,13 @@ class TeacherLookup:
             on time).
         embeddings: give the teachers' embeddings too, for W bytes a row in memory, and several
             times that while it is read. One is missing where its output is, or was written without.
+        timeout_seconds: how long a look-up waits for a window that is being read. Then it raises a
+            StoreError (which ``on_teacher_error="mask"`` of the pipeline masks), and those that
+            come next do not wait, until a window is there.
+        host_folder: where the host's processes share windows, in memory or on a local disk; None:
+            ``/dev/shm`` (``/tmp``, if that is below 1 GiB), and no folder and no second process
+            for one rank with a local store.
+        host_bytes: at most so many of windows there; None: as many as it has room for.
 
     A look-up that is pickled is made anew where it arrives, with counters of its own: hand it to
     spawned processes, not to forked ones.
@@ -125,11 +140,13 @@ class TeacherLookup:
 
     Warns:
         TeacherMissingWarning: once, if none of a teacher's first batches has an output.
+        NotPipelinedWarning: once, if windows are read again and again.
 
     Raises:
         TypeError: for a store of another kind.
-        ValueError: for a wrong value; if the store lacks a task, has outputs and none of a
+        ValueError: for a wrong value; if no store has a task, if a store has outputs and none of a
             teacher, or was made without the embeddings that are asked for.
+        StoreError: if the host's folder can't be used.
 
     Example:
         >>> import tempfile
@@ -147,8 +164,8 @@ class TeacherLookup:
 
     def __init__(
         self,
-        store: TeacherStore,
-        teachers: str | Sequence[str],
+        store: TeacherStore | Mapping[str, TeacherStore],
+        teachers: str | Sequence[str] | None = None,
         *,
         ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
@@ -161,33 +178,33 @@ class TeacherLookup:
         max_windows: int = 2,
         refresh_seconds: float | None = 60.0,
         embeddings: bool = False,
+        timeout_seconds: float = 600.0,
+        host_folder: Path | str | None = None,
+        host_bytes: int | None = None,
     ) -> None:
         arguments = dict(locals())  # before there are other names
         del arguments["self"], arguments["store"], arguments["teachers"]
         self._options: dict[str, Any] = arguments
-        if not isinstance(store, TeacherStore):
-            raise TypeError(f"store should be a TeacherStore; received {type(store).__name__}")
         self._process = os.getpid()
-        self.store = copy.copy(store)
-        self.teachers = (teachers,) if isinstance(teachers, str) else tuple(teachers)
-        self.tasks = self.store.tasks if tasks is None else tuple(tasks)
-        pinned: Mapping[str, int | None] = (
+        self.stores = _stores(store, teachers)
+        self.teachers = tuple(self.stores)
+        known = dict.fromkeys(itertools.chain(*(each.tasks for each in self.stores.values())))
+        self.tasks = tuple(known) if tasks is None else tuple(tasks)
+        pinned = (
             snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(self.teachers, snapshot)
         )
         excluded = (
-            {teacher: _versions(of_one) for teacher, of_one in exclude.items()}
-            if isinstance(exclude, Mapping)
-            else dict.fromkeys(self.teachers, _versions(exclude))
+            exclude if isinstance(exclude, Mapping) else dict.fromkeys(self.teachers, exclude)
         )
+        excluded = {teacher: _versions(versions) for teacher, versions in excluded.items()}
         self._options["exclude"] = excluded
-        _check_names("tasks", self.tasks, self.store.tasks)
-        _check_names("teachers", self.teachers, self.store.teachers() or self.teachers)
+        _check_names("tasks", self.tasks, tuple(known))
         _check_names("snapshot", tuple(pinned), self.teachers)
         _check_names("exclude", tuple(excluded), self.teachers)
         for teacher, version in pinned.items():
             if version is not None and not 0 <= as_int(version) < 2**40:
                 raise ValueError(f"snapshot should be a version; received {version!r}")
-            if version is not None and version in excluded.get(teacher, _versions(())):
+            if version is not None and version in excluded.get(teacher, ()):
                 raise ValueError(
                     f"the look-up pins version {version} of {teacher}, and excludes it"
                 )
@@ -197,33 +214,55 @@ class TeacherLookup:
             check_duration("max_age_seconds", max_age_seconds)
         if refresh_seconds is not None:
             check_duration("refresh_seconds", refresh_seconds)
+        check_duration("timeout_seconds", timeout_seconds)
         if max_windows < 1:
             raise ValueError(f"max_windows should be at least 1; received {max_windows}")
         check_bad_rows(bad_rows)
-        self._embedding_bytes = self.store.format.embedding_bytes if embeddings else 0
         self._ids = ids
         self._event_seconds = event_seconds
         self._missing = missing
         self._max_age_seconds = max_age_seconds
+        self._timeout_seconds = timeout_seconds
+        widths = {each.format.embedding_width for each in self.stores.values() if embeddings}
+        if len(widths) > 1:
+            raise ValueError(f"embeddings should be of one width; the stores have {sorted(widths)}")
+        self._embedding_width = max(widths, default=0)
         self.counters = {teacher: LookupCounters() for teacher in self.teachers}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-store-reader")
-        self._windows = {
-            teacher: _Windows(
-                self.store,
-                teacher,
-                counters,
-                self._reader,
-                snapshot=pinned.get(teacher),
-                excluded=excluded.get(teacher, _versions(())),
-                bad_rows=bad_rows,
-                max_windows=max_windows,
-                refresh_seconds=refresh_seconds,
-                embedding_bytes=self._embedding_bytes,
+        sources = [
+            (
+                store,
+                Selection(
+                    teacher,
+                    tuple(task for task in self.tasks if task in store.tasks),
+                    pinned.get(teacher),
+                    excluded.get(teacher, ()),
+                    bad_rows,
+                    store.format.embedding_bytes if embeddings else 0,
+                ),
             )
-            for teacher, counters in self.counters.items()
-        }
+            for teacher, store in self.stores.items()
+        ]
+        self._reader: ThreadReader | HostReader
+        local = all("://" not in store.url for store in self.stores.values())
+        if host_folder is None and local and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+            self._reader = ThreadReader(sources)
+        else:
+            folder = default_folder() if host_folder is None else Path(host_folder)
+            self._reader = HostReader(sources, folder, max_windows, host_bytes)
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-lookup")
+        self._answers = True  # the store does, as far as is known
+        self._windows = {
+            selection.teacher: HeldWindows(
+                store,
+                selection,
+                functools.partial(self._reader.start, number),
+                self._wait,
+                max_windows,
+                refresh_seconds,
+            )
+            for number, (store, selection) in enumerate(sources)
+        }
+        self._thread = _Thread("teacher-lookup")
 
     def start(self, batch: Any) -> Future[TeacherOutputs]:
         """Begin the look-up of a batch on the host; the future gives its outputs, on the host.
@@ -237,20 +276,22 @@ class TeacherLookup:
         check_process(self._process)
         if self._closed:
             raise ValueError("a look-up should be used before close(); received a batch after it")
-        return self._thread.submit(self._look_up, *self._keys(batch))
+        deadline = time.monotonic() + self._timeout_seconds
+        return self._thread.submit(self._look_up, *self._keys(batch), deadline)
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """The outputs of a batch.
 
         Raises:
             LookupError: for an example without an output, if ``missing="raise"``.
-            StoreError: if the store is damaged, or refused for its rows.
+            StoreError: if the store is damaged, refused for its rows, or does not answer in time.
         """
         return self.start(batch).result()
 
     def refresh(self) -> None:
         """Forget the windows in memory, so that the next look-up reads what the store has then."""
         check_process(self._process)
+        self._reader.forget()
         for windows in self._windows.values():
             self._thread.submit(windows.forget).result()
 
@@ -258,8 +299,8 @@ class TeacherLookup:
         """End its threads, and let the windows in memory go; look-ups that were started end."""
         if self._process == os.getpid() and not self._closed:
             self._closed = True
-            self._thread.shutdown()
-            self._reader.shutdown()
+            self._thread.close()
+            self._reader.close()
             self._windows.clear()
 
     def __enter__(self) -> TeacherLookup:
@@ -270,7 +311,7 @@ class TeacherLookup:
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(TeacherLookup, **self._options)
-        return make, (self.store, self.teachers)
+        return make, (self.stores,)
 
     def _keys(self, batch: Any) -> tuple[Ints, Ints]:
         ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
@@ -280,64 +321,85 @@ class TeacherLookup:
             raise ValueError(f"the example ids should be at least 0; received {ids.min()}")
         return ids.copy(), times.copy()  # the loader may use its buffers again
 
-    def _look_up(self, ids: Ints, seconds: Ints) -> TeacherOutputs:
-        windows = self.store.window_of(seconds)
-        in_one = len(windows) and windows.min() == windows.max()
-        needed = (windows[:1] if in_one else np.unique(windows)).tolist()
-        found = [self._of_teacher(teacher, ids, needed, windows) for teacher in self.teachers]
-        values, age_seconds, presence = (
-            np.stack(parts, axis=1) for parts in zip(*found, strict=True)
+    def _look_up(self, ids: Ints, seconds: Ints, deadline: float) -> TeacherOutputs:
+        found = [self._of_teacher(teacher, ids, seconds, deadline) for teacher in self.teachers]
+        values, presence, age_seconds = (
+            torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*found, strict=True)
         )
-        values, data = np.split(values, [len(self.store.tasks)], axis=2)
-        given = {}
-        if self._embedding_bytes:
-            data = data.view(np.uint8)[:, :, : self._embedding_bytes]
-            embeddings = torch.from_numpy(decode(data, self.store.format.embedding_resolution))
-            embedded = torch.from_numpy(presence) & embeddings.isfinite().all(-1)
-            given = {"embeddings": embeddings, "embedding_presence": embedded}
-            for teacher, count in zip(self.teachers, embedded.sum(0).tolist(), strict=True):
-                self._count_embeddings(teacher, count)
-        if self.tasks != self.store.tasks:
-            values = values[:, :, [self.store.tasks.index(task) for task in self.tasks]]
+        values, numbers = values.tensor_split([len(self.tasks)], dim=2)
+        if not self._embedding_width:
+            return TeacherOutputs(values.contiguous(), presence, age_seconds)
+        embedded = presence.any(-1) & numbers.isfinite().all(-1)
+        for teacher, count in zip(self.teachers, embedded.sum(0).tolist(), strict=True):
+            self._count_embeddings(teacher, count)
         return TeacherOutputs(
-            torch.from_numpy(values),
-            torch.from_numpy(np.broadcast_to(presence[:, :, None], values.shape).copy()),
-            torch.from_numpy(age_seconds),
-            **given,
+            values.contiguous(),
+            presence,
+            age_seconds,
+            embeddings=numbers.contiguous(),
+            embedding_presence=embedded,
         )
 
-    def _of_teacher(self, teacher: str, ids: Ints, needed: list[int], windows: Ints) -> _Found:
-        values, age_seconds, presence = self._windows[teacher].find(ids, needed, windows)
-        counters = self.counters[teacher]
+    def _of_teacher(
+        self, teacher: str, ids: Ints, seconds: Ints, deadline: float
+    ) -> tuple[Floats, Mask, Floats]:
+        """Outputs and embeddings (B, T + E), presence (B, T), ages in seconds (B,)."""
+        windows = self._windows[teacher]
+        columns, age_seconds, found = windows.find(ids, seconds, deadline)
+        tasks, form = windows.selection.tasks, windows.store.format
+        values = columns[:, : len(tasks)]
+        null = absent(values)
+        presence = found[:, None] & ~null
+        if null.any():
+            values = np.where(null, np.float32(0), values)
+        if tasks != self.tasks:  # those that its store does not have are absent
+            at = [self.tasks.index(task) for task in tasks]
+            known, outputs = presence, values
+            presence = np.zeros((len(ids), len(self.tasks)), np.bool_)
+            values = np.zeros(presence.shape, np.float32)
+            presence[:, at], values[:, at] = known, outputs
+        presence = self._counted(teacher, ids, seconds, presence, age_seconds)
+        if self._embedding_width:
+            data = columns.view(np.uint8)[:, 4 * len(tasks) :][:, : form.embedding_bytes]
+            values = np.concatenate([values, decode(data, form.embedding_resolution)], axis=1)
+        return values, presence, age_seconds
+
+    def _counted(
+        self, teacher: str, ids: Ints, seconds: Ints, presence: Mask, age_seconds: Floats
+    ) -> Mask:
+        """The presence (B, T) less what is stale; counts what there is, and what is missing."""
+        store, counters = self.stores[teacher], self.counters[teacher]
+        windows = self._windows[teacher]
+        counters.late, counters.quarantined = windows.late, windows.quarantined
+        known = presence.any(axis=1)
         counters.batches += 1
         counters.asked += len(ids)
-        absent = ~presence
-        if self._missing == "raise" and absent.any():
+        if self._missing == "raise" and not known.all():
             raise LookupError(
-                f"{self.store.url}: {absent.sum()} of {len(ids)} examples have no output of "
-                f"{teacher}: ids {ids[absent][:5].tolist()}, in the windows {needed}; score them "
-                "first, or pass missing='mask'"
+                f"{store.url}: {(~known).sum()} of {len(ids)} examples have no output of "
+                f"{teacher}: ids {ids[~known][:5].tolist()}, in the windows "
+                f"{np.unique(store.window_of(seconds)).tolist()}; score them first, or pass "
+                "missing='mask'"
             )
-        counters.missing += int(absent.sum())
+        counters.missing += int((~known).sum())
         if self._max_age_seconds is not None:
-            stale = presence & (age_seconds > self._max_age_seconds)
+            stale = known & (age_seconds > self._max_age_seconds)
             counters.stale += int(stale.sum())
-            presence = presence & ~stale
-        counters.present += int(presence.sum())
+            known, presence = known & ~stale, presence & ~stale[:, None]
+        counters.present += int(known.sum())
+        counters._age_seconds += float(age_seconds[known].sum(dtype=np.float64))
         if counters.batches == _SILENT_BATCHES and not counters.present:
-            seconds = self.store.format.window_seconds
-            known = self._windows[teacher].known
-            stored = f"outputs from {utc(known[0] * seconds)} on" if known else "no outputs at all"
+            length, first = store.format.window_seconds, windows.first
+            stored = "no outputs" if first is None else f"outputs from {utc(first * length)} on"
+            began = utc(int(store.window_of(seconds[:1]).sum()) * length)
             warnings.warn(
-                f"{self.store.url}: {teacher} has no output for any of the first {counters.asked} "
-                f"examples, whose windows begin with {[utc(w * seconds) for w in needed[:1]]}; of "
-                f"{teacher} there are {stored}: are its name, ids, event_seconds and "
-                "snapshot right?",
+                f"{store.url}: {teacher} has no output for any of the first {counters.asked} "
+                f"examples, the last of which lie in the window of {began}; of {teacher} there "
+                f"are {stored}: are its name, ids, event_seconds and snapshot right?",
                 TeacherMissingWarning,
                 stacklevel=2,
             )
-        counters._age_seconds += float(age_seconds[presence].sum(dtype=np.float64))
-        return values, age_seconds, presence
+        return presence
 
     def _count_embeddings(self, teacher: str, count: int) -> None:
         counters = self.counters[teacher]
@@ -345,127 +407,74 @@ class TeacherLookup:
         silent = counters.batches == _SILENT_BATCHES and not counters.embedded
         if silent and counters.present:
             warnings.warn(
-                f"{self.store.url}: {teacher} has no embedding for any of the first "
+                f"{self.stores[teacher].url}: {teacher} has no embedding for any of the first "
                 f"{counters.present} examples with an output: were they written with embeddings=?",
                 TeacherMissingWarning,
                 stacklevel=2,
             )
 
+    def _wait(self, window: Pending, url: str, deadline: float) -> IndexedWindow:
+        """A window that is being read; a StoreError if it does not come by the deadline."""
+        while not window.done():
+            if not self._answers or time.monotonic() >= deadline:
+                self._answers = False
+                raise StoreError(
+                    f"{url}: should answer within {self._timeout_seconds:g} s, and has not: "
+                    "look-ups do not wait until it does; a larger timeout_seconds waits longer, "
+                    "on_teacher_error='mask' of the pipeline trains without"
+                )
+            time.sleep(_POLL_SECONDS)
+        read_one = window.result()
+        self._answers = True
+        return read_one
 
-@dataclass(frozen=True)
-class _Window:
-    index: WindowIndex
-    files: list[DataFile]
+
+class _Thread:
+    """Runs functions in order; the end of the process does not wait for it, as for an executor."""
+
+    def __init__(self, name: str) -> None:
+        self._work = queue.SimpleQueue[Any]()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._work.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            future, function, arguments = work
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del work, future  # so that what they hold does not outlive them
 
 
-@dataclass(eq=False)
-class _Windows:
-    """The windows of one teacher that are in memory, and the next one on its way."""
-
-    store: TeacherStore  # of the reader's thread alone
-    teacher: str
-    counters: LookupCounters
-    reader: ThreadPoolExecutor
-    snapshot: int | None
-    excluded: Ints
-    bad_rows: BadRows
-    max_windows: int
-    refresh_seconds: float | None
-    embedding_bytes: int
-    known: list[int] = field(default_factory=list)  # windows in the store
-
-    def __post_init__(self) -> None:
-        self._held: dict[int, Future[_Window]] = {}  # the one used last comes last
-        self._reread: dict[int, Future[_Window]] = {}
-        self._refreshed = time.monotonic()
-        self._quarantined: dict[int, int] = {}  # rows, by window
-        # four bytes of an embedding in one: the index keeps any float32 to the bit
-        self._columns = len(self.store.tasks) + -(-self.embedding_bytes // 4)
-
-    def find(self, ids: Ints, needed: list[int], windows: Ints) -> _Found:
-        """The outputs of examples (B,) in ``windows`` (B,), which are those needed."""
-        self._refresh()
-        values = np.zeros((len(ids), self._columns), dtype=np.float32)
-        age_seconds = np.zeros(len(ids), dtype=np.float32)
-        presence = np.zeros(len(ids), dtype=np.bool_)
-        for window in needed:
-            rows = slice(None) if len(needed) == 1 else windows == window
-            found = self._window(window, needed).index.find(ids[rows])
-            values[rows], age_seconds[rows], presence[rows] = found
-        self._read_ahead(needed)
-        return values, age_seconds, presence
-
-    def forget(self) -> None:
-        """Forget what was read; what is being read meanwhile is not used."""
-        self._held.clear()
-        self._reread.clear()
-
-    def _window(self, window: int, needed: list[int]) -> _Window:
-        if window not in self._held:
-            self._make_room(needed)
-            self._held[window] = self.reader.submit(self._read, window)
-        self._held[window] = self._held.pop(window)
-        try:
-            return self._held[window].result()
-        except Exception:
-            del self._held[window]  # so that it is tried again when it is asked for again
-            self._reread.pop(window, None)
-            raise
-
-    def _make_room(self, needed: list[int]) -> None:
-        for window in [w for w in self._held if w not in needed] + needed:
-            if len(self._held) < self.max_windows:
-                return
-            self._held.pop(window, None)
-
-    def _read_ahead(self, needed: list[int]) -> None:
-        following = [window for window in self.known if needed and window > needed[-1]]
-        if following and following[0] not in self._held and len(needed) < self.max_windows:
-            self._make_room(needed)
-            self._held[following[0]] = self.reader.submit(self._read, following[0])
-
-    def _refresh(self) -> None:
-        for window in [w for w, future in self._reread.items() if future.done()]:
-            future = self._reread.pop(window)
-            if window in self._held:
-                self._held[window] = future
-        now = time.monotonic()
-        if self.refresh_seconds is None or now - self._refreshed < self.refresh_seconds:
-            return
-        self._refreshed = now
-        for window, future in self._held.items():
-            if future.done() and window not in self._reread:
-                self._reread[window] = self.reader.submit(self._read_late, window, future)
-
-    def _read(self, window: int) -> _Window:
-        self.store.refresh()
-        self.known = self.store.windows(self.teacher)
-        rows, quarantined = self.store.read(
-            self.teacher, window, bad_rows=self.bad_rows, embeddings=self.embedding_bytes > 0
-        )
-        self._quarantined[window] = sum(quarantined.values())
-        self.counters.quarantined = sum(self._quarantined.values())
-        if self.snapshot is not None:
-            rows = rows[rows.snapshot == self.snapshot]
-        if len(self.excluded):
-            rows = rows[~among(rows.snapshot, self.excluded)]
-        rows = newest(rows)
-        values, tasks = np.zeros((len(rows), self._columns), np.float32), len(self.store.tasks)
-        values[:, :tasks] = rows.outputs
-        values.view(np.uint8)[:, 4 * tasks :][:, : self.embedding_bytes] = rows.embedding
-        index = WindowIndex(rows.example_id, values, rows.age_seconds)
-        del rows, values
-        pa.default_memory_pool().release_unused()  # what reading took, several times what is kept
-        return _Window(index, self.store.files(self.teacher, window))
-
-    def _read_late(self, window: int, before: Future[_Window]) -> _Window:
-        self.store.refresh()
-        held = before.result()
-        if self.store.files(self.teacher, window) == held.files:
-            return held
-        read = self._read(window)
-        self.counters.late += max(0, len(read.index) - len(held.index))
-        return read
+def _stores(
+    store: TeacherStore | Mapping[str, TeacherStore], teachers: str | Sequence[str] | None
+) -> dict[str, TeacherStore]:
+    """The store of each teacher, opened anew, which has it if it has any."""
+    if teachers is None:
+        teachers = tuple(store) if isinstance(store, Mapping) else ()
+    names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+    given = store if isinstance(store, Mapping) else dict.fromkeys(names, store)
+    _check_names("teachers", names, tuple(given))
+    opened = {}
+    for one in given.values():
+        if not isinstance(one, TeacherStore):
+            raise TypeError(f"store should be a TeacherStore; received {type(one).__name__}")
+        opened[id(one)] = copy.copy(one)
+    stores = {name: opened[id(given[name])] for name in names}
+    for name, one in stores.items():
+        _check_names("teachers", (name,), one.teachers() or (name,))
+    return stores
 
 
 def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
@@ -473,10 +482,10 @@ def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
     return read(name, function, batch, "TeacherLookup", what)
 
 
-def _versions(versions: Collection[int]) -> Ints:
+def _versions(versions: Collection[int]) -> tuple[int, ...]:
     if isinstance(versions, str) or not isinstance(versions, Iterable):
         raise TypeError(f"exclude should be a collection of versions; received {versions!r}")
-    return np.sort(as_int64("exclude", list(versions)))
+    return tuple(np.sort(as_int64("exclude", list(versions))).tolist())
 
 
 def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:

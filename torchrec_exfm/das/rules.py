@@ -76,9 +76,10 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     if window is None:
         rules["repeat an example id"] = _repeated(rows.example_id)
     rules["have a negative example id"] = rows.example_id < 0
-    infinite = np.logical_not(np.isfinite(rows.outputs).all(axis=1))
-    if infinite.any():
-        infinite = ~(np.isfinite(rows.outputs) | absent(rows.outputs)).all(axis=1)
+    finite = np.isfinite(rows.outputs)
+    if not finite.all():
+        finite |= absent(rows.outputs)
+    infinite = np.logical_not(finite.all(axis=1))
     rules["have an output that is NaN or infinite"] = infinite
     out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
     unit = likely_unit(int(seconds.max(initial=0)))

@@ -376,7 +376,8 @@ class TeacherStore:
             embeddings: read them too: their bytes, all 255 where a row has none.
 
         Returns:
-            The rows (the bits of an output that is null are all 1), and how many were left out, by the rule that they break.
+            The rows (the bits of an output that is null are all 1), and how many were left out, by
+            the rule that they break.
 
         Raises:
             StoreError: if a file is missing, cut short, foreign, or holds bad rows.

@@ -258,11 +258,14 @@ def wait_for_outputs(
     check_duration("timeout_seconds", timeout_seconds)
     writers = lookup.teachers if writers is None else writers
     writers = (writers,) if isinstance(writers, str) else tuple(writers)
-    opened = functools.cache(lambda: copy.copy(lookup.store))  # when it is there
+    first = next(iter(lookup.stores.values()))
+    opened = functools.cache(copy.copy)  # when it is there
     for window in windows:
         for writer in writers:
+            store = lookup.stores.get(writer, first)
+            at = functools.partial(opened, store)
             try:
-                _wait(lookup.store.url, opened, writer, window.end_seconds, timeout_seconds)
+                _wait(store.url, at, writer, window.end_seconds, timeout_seconds)
             except TimeoutError as late:
                 if on_late == "raise":
                     raise
