@@ -113,10 +113,12 @@ class HostReader:
         self._as_of = time.monotonic_ns()
 
     def close(self) -> None:
-        """Leave the folder: the reader ends when all have left."""
-        if self._clients is not None:
-            self._clients.close()
-            self._clients = None
+        """Leave the folder: who is the last removes it, and the reader ends."""
+        clients, self._clients = self._clients, None
+        if clients is not None:
+            with clients, contextlib.suppress(FileNotFoundError):
+                if _lock(clients, fcntl.LOCK_EX):
+                    _remove(self._folder)
 
     def ask(self, name: str, as_of: int) -> None:
         """Let the reader know that a window is wanted as of a time."""
@@ -159,6 +161,7 @@ class HostReader:
                 return
             _children[:] = [child for child in _children if child.poll() is None]
             if self._starts == _STARTS:
+                self._starts = 0
                 raise StoreError(
                     f"{self._folder}: the process that reads the store has ended {_STARTS} times: "
                     "was it killed, or the host's memory used up? Its own words are in this "
@@ -180,7 +183,8 @@ class HostReader:
             _children.append(child)
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
-                stdin.write(json.dumps({**self._settings, "folder": str(self._folder)}).encode())
+                told = {**self._settings, "folder": str(self._folder), "lock": lock.fileno()}
+                stdin.write(json.dumps(told).encode())
 
 
 class Awaited:
@@ -219,14 +223,15 @@ class Awaited:
 
 def serve() -> None:
     """Be the reader, of what the standard input says, until there are no clients."""
-    _Server(**json.load(sys.stdin)).run()
+    with contextlib.suppress(FileNotFoundError):  # the folder was removed
+        _Server(**json.load(sys.stdin)).run()
 
 
 class _Server:
     def __init__(
-        self, folder: str, sources: list[Any], max_windows: int, max_bytes: int | None
+        self, folder: str, lock: int, sources: list[Any], max_windows: int, max_bytes: int | None
     ) -> None:
-        self._folder = Path(folder)
+        self._folder, self._lock = Path(folder), lock
         self._sources = sources
         self._stores: dict[int, TeacherStore] = {}
         self._max_windows, self._max_bytes = max_windows, max_bytes
@@ -237,14 +242,13 @@ class _Server:
             self._held[teacher, window] = path
 
     def run(self) -> None:
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed
-            while not self._abandoned():
-                wanted = min(self._entries(".wanted"), default=None)
-                if wanted is None:
-                    time.sleep(_IDLE_SECONDS)
-                else:
-                    _, teacher, window, _ = wanted
-                    self._answer(teacher, window)
+        while not self._abandoned():
+            wanted = min(self._entries(".wanted"), default=None)
+            if wanted is None:
+                time.sleep(_IDLE_SECONDS)
+            else:
+                _, teacher, window, _ = wanted
+                self._answer(teacher, window)
 
     def _entries(self, suffix: str) -> Iterator[tuple[int, int, int, Path]]:
         for entry in self._folder.iterdir():
@@ -253,6 +257,8 @@ class _Server:
                 yield when, teacher, window, entry
 
     def _abandoned(self) -> bool:
+        if not os.path.samestat(os.fstat(self._lock), (self._folder / "reader").stat()):
+            return True  # the folder was made anew, and has another reader
         with (self._folder / "clients").open() as clients:
             if left := _lock(clients, fcntl.LOCK_EX):
                 _remove(self._folder)
@@ -270,6 +276,8 @@ class _Server:
             same = before is not None and before.index is made.index
             place = old if same and old else self._part
             _describe(made, place)
+        except FileNotFoundError:
+            raise
         except Exception as error:
             kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "
             answer = answer.with_suffix(".failed")
