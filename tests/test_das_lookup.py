@@ -17,7 +17,7 @@ import pytest
 import torch
 from das_data import AT, WINDOW, new_store, small_store, snapshot
 
-from torchrec_exfm import TeacherOutputs
+from torchrec_exfm import NotPipelinedWarning, TeacherOutputs
 from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
 from torchrec_exfm.das import windows as windows_module
 from torchrec_exfm.das.arrays import MAX_SECONDS
@@ -233,6 +233,7 @@ def test_the_next_window_is_read_ahead(tmp_path: Path) -> None:
     assert given(lookup(batch_of(3))) == [3.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*read again soon after")
 def test_no_more_windows_are_in_memory_than_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,3 +397,104 @@ def test_times_of_another_unit_are_refused(tmp_path: Path, seconds: int) -> None
         lookup_of(new_store(tmp_path))({1: seconds})
     with pytest.raises(ValueError, match="should be at least 0; received -5"):
         lookup_of(new_store(tmp_path))({-5: AT})
+
+
+# ---- Teachers of different tasks, and of several stores ----
+
+
+def two_tasks(folder: Path) -> TeacherStore:
+    """Of clicks, from a GBDT, and of clicks and conversions, from a foundation model."""
+    store = new_store(folder, tasks=("click", "buy"))
+    store.write(snapshot(teacher="gbdt"), [0, 1], [0.5, 1.5], [AT, AT], tasks=["click"])
+    store.write(snapshot(), [1, 2], [[1.0, -1.0], [2.0, -2.0]], [AT, AT])
+    store.refresh()
+    return store
+
+
+def test_a_teacher_that_knows_some_of_the_tasks(tmp_path: Path) -> None:
+    store, batch = two_tasks(tmp_path), {0: AT, 1: AT, 2: AT}
+    lookup = lookup_of(store, ("gbdt", "fm"))
+    found = lookup(batch)
+    assert found.presence.tolist() == [
+        [[True, False], [False, False]],
+        [[True, False], [True, True]],
+        [[False, False], [True, True]],
+    ]
+    assert found.values.tolist() == [[[0.5, 0], [0, 0]], [[1.5, 0], [1, -1]], [[0, 0], [2, -2]]]
+    assert [lookup.counters[teacher].present for teacher in ("gbdt", "fm")] == [2, 2]
+    bought = lookup_of(store, ("gbdt", "fm"), tasks=["buy"])
+    found = bought(batch)
+    assert found.presence[:, :, 0].tolist() == [[False, False], [False, True], [False, True]]
+    assert [bought.counters[teacher].missing for teacher in ("gbdt", "fm")] == [3, 1]
+    with pytest.raises(LookupError, match="1 of 3 examples have no output of gbdt"):
+        lookup_of(store, "gbdt", missing="raise")(batch)
+
+
+def test_an_output_that_is_nan_is_no_output_that_is_null(tmp_path: Path) -> None:
+    store = two_tasks(tmp_path)
+    for nan in (np.float32(np.nan), np.uint32(0xFFFFFFFF).view(np.float32)):
+        with pytest.raises(ValueError, match="1 of 1 rows have an output that is NaN"):
+            store.write(snapshot(), [7], np.array([nan]), [AT], tasks=["buy"])
+    dd.plant(store, output_click=[float("nan")], output_buy=[None], example_id=[7])
+    with pytest.raises(StoreError, match="1 of 1 rows have an output that is NaN"):
+        lookup_of(store)({7: AT})
+
+
+@pytest.mark.parametrize("tasks", [(), ["other"], ["buy", "buy"], "view"])
+def test_tasks_that_the_store_does_not_have_are_not_written(tmp_path: Path, tasks: Any) -> None:
+    store = new_store(tmp_path, tasks=("click", "buy"))
+    with pytest.raises(ValueError, match=r"tasks should be of the store's, \('click', 'buy'\)"):
+        store.write(snapshot(), [1], [0.5], [AT], tasks=tasks)
+
+
+def test_no_more_tasks_are_in_memory_than_asked_for(tmp_path: Path) -> None:
+    names = tuple(f"task_{number}" for number in range(16))
+    store, ids = new_store(tmp_path, tasks=names), np.arange(1_000)
+    outputs = np.random.default_rng(0).normal(size=(1_000, 16)).astype(np.float32)
+    store.write(snapshot(), ids, outputs, AT + ids)
+    sizes = {}
+    for tasks in (["task_3"], ["task_9", "task_3"], None):
+        lookup = lookup_of(store, tasks=tasks)
+        found = lookup({5: AT + 5}).values[0, 0].tolist()
+        assert found == outputs[5, [names.index(task) for task in tasks or names]].tolist()
+        sizes[len(found)] = lookup._windows["fm"]._held[2].result().index.nbytes / 1_000
+    assert sizes[1] < 21 and sizes[2] < 29 and sizes[16] > 76
+
+
+def test_teachers_of_several_stores(tmp_path: Path) -> None:
+    clicks = new_store(tmp_path / "clicks", tasks=("click",), window_seconds=WINDOW // 2)
+    clicks.write(snapshot(through=AT - 7, teacher="gbdt"), [0, 1], [0.5, 1.5], [AT, AT + WINDOW])
+    both = new_store(tmp_path / "both", tasks=("buy", "click"))
+    both.write(snapshot(), [1, 2], [[-1.0, 1.0], [-2.0, 2.0]], [AT + WINDOW, AT])
+    stores = {"gbdt": clicks, "fm": both}
+    batch = {0: AT, 1: AT + WINDOW, 2: AT}
+    with lookup_of(stores, None) as lookup:
+        assert lookup.teachers == ("gbdt", "fm") and lookup.tasks == ("click", "buy")
+        found = lookup(batch)
+        assert found.values.tolist() == [
+            [[0.5, 0], [0, 0]],
+            [[1.5, 0], [1, -1]],
+            [[0, 0], [2, -2]],
+        ]
+        assert found.presence.sum((0, 2)).tolist() == [2, 4]
+        assert found.age_seconds is not None and found.age_seconds[0].tolist() == [7, 0]
+    assert given(lookup_of(stores, "fm", tasks=["click"])(batch)) == [None, 1.0, 2.0]
+    with pytest.raises(ValueError, match="teachers should be of those there are"):
+        lookup_of(stores, "other")
+    with pytest.raises(ValueError, match=r"tasks should be of those there are, \('click', 'buy'\)"):
+        lookup_of(stores, None, tasks=["view"])
+    with pytest.raises(ValueError, match=r"of those there are, \('fm',\).*received \('gbdt',\)"):
+        lookup_of({"gbdt": both}, None)
+    with pytest.raises(TypeError, match="store should be a TeacherStore; received str"):
+        lookup_of({"gbdt": clicks, "fm": "both"}, None)
+
+
+def test_windows_that_are_read_again_and_again_are_told_once(tmp_path: Path) -> None:
+    store = several_windows(tmp_path, windows=5)
+    in_order, shuffled = (lookup_of(store, refresh_seconds=None) for _ in range(2))
+    for window in (2, 3, 4, 5, 6) * 2:
+        assert given(in_order(batch_of(window))) == [float(window)]
+    with pytest.warns(NotPipelinedWarning, match="max_windows=2: raise it, or give") as warned:
+        for _ in range(10):
+            assert given(shuffled(batch_of(2, 4, 6))) == [2.0, 4.0, 6.0]
+    assert len(warned) == 1

@@ -5,6 +5,7 @@ B examples.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections import deque
@@ -250,4 +251,5 @@ class HeldWindows:
         self._refreshed = now
         for window, pending in self._held.items():
             if pending.done() and window not in self._reread:
-                self._reread[window] = self._read(window, pending.result())
+                with contextlib.suppress(Exception):  # told when the window is asked for
+                    self._reread[window] = self._read(window, pending.result())
