@@ -106,7 +106,8 @@ class TeacherLookup:
         teachers: a name or several, in the order of the wrapper's teachers; None: those that
             ``store`` names.
         ids: takes the user's batch, as it is loaded, to its example ids, (B,) int64 on the host.
-        event_seconds: takes it to the examples' event times, (B,) epoch seconds, or one for all.
+        event_seconds: takes it to the examples' event times, (B,) epoch seconds or timestamps, or
+            one for all.
         tasks: which of the stores' tasks, in the order of the wrapper's; None: all. No others are
             held in memory. What a teacher does not know of them is masked.
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
