@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone
@@ -16,8 +17,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
-from torch.masked import MaskedTensor
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -163,10 +162,23 @@ def as_floats(
         return array.astype(np.float32, copy=False)
 
 
+def is_tensor(values: Any) -> bool:
+    """Whether it is one of torch, which is not imported for it: a host's reader does without."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(values, torch.Tensor)
+
+
+def _is_masked_tensor(values: Any) -> bool:
+    masked = sys.modules.get("torch.masked")
+    return masked is not None and isinstance(values, masked.MaskedTensor)
+
+
 def column_names(values: Any) -> list[Any] | None:
     """The names of the columns of a frame, table, structured array or mapping; None for others."""
-    if isinstance(values, (Tensor, np.ndarray)):
-        names = None if isinstance(values, Tensor) else values.dtype.names
+    if is_tensor(values):
+        names = None
+    elif isinstance(values, np.ndarray):
+        names = values.dtype.names
     elif isinstance(values, Mapping):
         names = values
     else:  # an Arrow table has both, and its columns are arrays
@@ -199,9 +211,9 @@ def on_host(what: str, values: Any) -> AnyArray:
     """
     if (nulls := _nulls(values)) is not None:
         _check_nulls(what, nulls)
-    if isinstance(values, MaskedTensor):
+    if _is_masked_tensor(values):
         values = values.get_data()
-    if isinstance(values, Tensor):
+    if is_tensor(values):
         tensor = values.detach().cpu()
         floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
         array: AnyArray = (tensor.float() if floating else tensor).numpy()
@@ -262,11 +274,11 @@ def _second(value: date) -> int:
 
 def _nulls(values: Any) -> AnyArray | None:
     """Which entries an array of its own kind has as null or masked; None if it can't have any."""
-    if isinstance(values, MaskedTensor):
+    if _is_masked_tensor(values):
         return ~np.asarray(values.get_mask().cpu())
     if isinstance(values, np.ma.MaskedArray):
         return None if values.dtype.names else np.ma.getmaskarray(values)
-    if isinstance(values, (Tensor, np.ndarray)):
+    if is_tensor(values) or isinstance(values, np.ndarray):
         return None
     if isinstance(values, (list, tuple)):
         # numpy drops the masks of arrays in a list; to look at the kinds first costs a tenth

@@ -26,16 +26,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
-import torch
 from deltalake import ColumnProperties, WriterProperties
-from torch import Tensor
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
 from torchrec_exfm.das.rules import absent
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 PARTITION = ("teacher", "window")
@@ -127,6 +128,8 @@ class StoreFormat:
         tasks: Sequence[str] | None = None,
     ) -> Tensor:
         """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
+        import torch  # a host's reader does without
+
         given = {"outputs": (outputs, len(self.chosen(tasks)))}
         if embeddings is not None and self.embedding_bytes:
             given["embeddings"] = embeddings, self.embedding_width
