@@ -9,6 +9,11 @@ A look-up is TeacherLookup(batch) of 8192 examples at random places in the windo
 and times from the batch, threads, index, checks, counters. The gather that it is compared with is
 numpy's take of the same rows, by position, from records of 16 bytes (id, age, value).
 
+host_memory_over_one_process: 8 processes of one host (more cores than one) look up a window of 2^20
+rows and more (--rows) through mapped files. The host's memory is what is private to the processes
+and their reader beyond what they had before, and the files, once. It is held against that of one
+process that reads on a thread of its own, in the same way.
+
 Embeddings are measured on 2^18 rows of random ids in one commit, each width and resolution against
 none. They look like a teacher's hidden layer: 64 normal inputs through a random linear layer, then
 ReLU or tanh. With --embeddings that is all, as a table.
@@ -19,7 +24,9 @@ process had the core, so that other work on the machine counts less; "on_the_wal
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -33,10 +40,13 @@ import torch
 from reference import FIRST, SNAPSHOT, WINDOW
 
 from torchrec_exfm.das import TeacherLookup, TeacherStore, hash_ids
+from torchrec_exfm.das.host import default_folder
 from torchrec_exfm.das.index import WindowIndex
 
 BATCH, BATCHES, COMMIT = 8192, 400, 2**18
+PROCESSES = 8
 AIMS = {
+    "host_memory_over_one_process": "<= 1.2",
     "lookup_rows_per_s": ">= 5 M",
     "bytes_per_row_in_memory": "<= 24",
     "bytes_per_row_on_disk": "<= 2",
@@ -71,6 +81,7 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
                 "bytes_per_row_on_disk_float32": bytes_per_row(exact, rows),
                 **common.in_process(look_up, folder, ids, rows),
             }
+        details["host"] = host(folder, rows)
         details["windows_x10"] = windows_x10(folder, rows // 100)
     details["embeddings"] = embeddings(quick)
     random, sequential = details["random"], details["sequential"]
@@ -80,6 +91,7 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
         "lookup_over_gather": random["lookup_over_gather"]["median"],
         "bytes_per_row_on_disk": sequential["bytes_per_row_on_disk"],
         "bytes_per_row_in_memory": random["bytes_per_row_in_memory"],
+        "host_memory_over_one_process": details["host"]["memory_over_one_process"],
         "details": details,
     }
 
@@ -94,6 +106,8 @@ def markdown(result: dict[str, Any]) -> str:
     columns = (details["random"], details["sequential"])
     rows = [
         ("lookup_rows_per_s", "**look-up through `TeacherLookup`, rows/s**", "5 M"),
+        ("mapped_rows_per_s", "**the same from the files of a host, rows/s**", "5 M"),
+        ("first_mapped_over_first", "the first look-up of a window, files over memory, time", "1"),
         ("index_rows_per_s", "the index alone (`WindowIndex.find`), rows/s", ""),
         ("gather_rows_per_s", "a plain gather of the same records by position, rows/s", ""),
         ("lookup_over_gather", "look-up over gather", ""),
@@ -223,7 +237,14 @@ def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
     lookup = TeacherLookup(store, "fm")
     reads = [common.timed(lookup, batches[0])]
     resident, peak = (common.memory(name) - before for name in ("VmRSS", "VmHWM"))
-    reads += [common.timed(TeacherLookup(store, "fm"), batches[0]) for _ in range(2)]
+    mapped: list[TeacherLookup] = []
+    mapped_seconds = []
+    for number in range(2):
+        mapped.append(TeacherLookup(store, "fm", host_folder=shared(), exclude=[100 + number]))
+        mapped[-1](examples(np.arange(1), ids, rows, 1_000))  # its reader has started
+        mapped_seconds.append(common.timed(mapped[-1], batches[0])[0])
+        reads.append(common.timed(TeacherLookup(store, "fm"), batches[0]))
+    mapped.pop(0).close()
     stored, _ = store.read("fm", FIRST)
     index = WindowIndex(stored.example_id, stored.outputs, stored.age_seconds)
     del stored
@@ -232,6 +253,7 @@ def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
     values = records["value"].copy()
     arms: dict[str, Callable[[Any], Any]] = {
         "lookup": lookup,
+        "mapped": mapped[0],
         "index": lambda batch: index.find(batch.example_ids.numpy()),
         "gather": lambda batch: records.take(batch.places),
         "gather_of_values": lambda batch: values.take(batch.places),
@@ -246,13 +268,104 @@ def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
         **{f"{name}_rows_per_s": common.rates(times[name]) for name in arms},
         **{
             f"lookup_over_{name}": common.spread(np.divide(core[name], core["lookup"]))
-            for name in ("gather", "gather_of_values")
+            for name in ("mapped", "gather", "gather_of_values")
         },
+        "first_mapped_over_first": common.spread(
+            [seconds / read for seconds, (read, _) in zip(mapped_seconds, reads[1:], strict=True)]
+        ),
         "read_rows_per_s": common.rates([(rows, read) for read in reads]),
         "bytes_per_row_in_memory": common.rounded(index.nbytes / rows),
         "bytes_per_row_resident": common.rounded(resident / rows),
         "bytes_per_row_at_peak_of_read": common.rounded(peak / rows),
     }
+
+
+def host(folder: str, rows: int) -> dict[str, Any]:
+    """Memory, look-ups and the first look-up: 8 processes and a reader, against one process."""
+    one = common.in_process(processes_of_a_host, folder, rows, 1, None)
+    several = common.in_process(processes_of_a_host, folder, rows, PROCESSES, shared())
+    return {
+        "memory_over_one_process": common.rounded(several["memory"] / one["memory"]),
+        "bytes_per_row_one_process": common.rounded(one["memory"] / rows),
+        "bytes_per_row_of_the_host": common.rounded(several["memory"] / rows),
+        "processes": PROCESSES,
+        "mapped_rows_per_s": several["rows_per_s"],
+    }
+
+
+def shared() -> str:
+    """A new folder of the host, in memory where it is large enough."""
+    return tempfile.mkdtemp(prefix="benchmark-store-", dir=default_folder())
+
+
+def processes_of_a_host(
+    folder: str, rows: int, count: int, host_folder: str | None
+) -> dict[str, Any]:
+    """Forked before anything is read; one at a time looks up, as cores are few."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    context = multiprocessing.get_context("fork")
+    ends = [context.Pipe() for _ in range(count)]
+    workers = [
+        context.Process(target=of_a_host, args=(folder, rows, host_folder, theirs), daemon=True)
+        for _, theirs in ends
+    ]
+    for worker in workers:
+        worker.start()
+    answers: dict[str, list[Any]] = {"ready": [], "first": [], "batches": [], "memory": []}
+    for name, answer in answers.items():
+        for connection, _ in ends:
+            connection.send(name)
+            answer.append(connection.recv())
+    reader = 0
+    if host_folder is not None:
+        (lock,) = Path(host_folder).glob("torchrec_exfm-*/*/reader")
+        reader = sum(private_bytes(pid) for pid in holders(lock))
+        reader += sum(file.stat().st_size for file in lock.parent.rglob("*") if file.is_file())
+    for worker in workers:
+        worker.kill()
+    return {
+        "memory": sum(answers["memory"]) + reader,
+        "rows_per_s": common.rates(list(itertools.chain(*answers["batches"]))),
+    }
+
+
+def of_a_host(folder: str, rows: int, host_folder: str | None, connection: Any) -> None:
+    """A process that does what it is told, and answers."""
+    torch.set_num_threads(1)
+    batches = random_batches("random", rows, BATCHES // PROCESSES)
+    small = TeacherLookup(TeacherStore(f"{folder}/small"), "fm")
+    small(examples(np.arange(1), "random", 1))
+    lookup = TeacherLookup(TeacherStore(f"{folder}/random"), "fm", host_folder=host_folder)
+    before = private_bytes(os.getpid())
+    work: dict[str, Callable[[], Any]] = {
+        "ready": lambda: None,
+        "first": lambda: len(lookup(batches[0]).values),
+        "batches": lambda: [(BATCH, common.timed(lookup, batch)) for batch in batches],
+        "memory": lambda: private_bytes(os.getpid()) - before,
+    }
+    while True:
+        connection.send(work[connection.recv()]())
+
+
+def private_bytes(pid: int) -> int:
+    """Bytes of memory that a process shares with none."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def holders(lock: Path) -> list[int]:
+    """The processes that have a file open."""
+    pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdecimal()]
+    return [pid for pid in pids if pid != os.getpid() and str(lock) in opened(pid)]
+
+
+def opened(pid: int) -> set[str]:
+    names = set()
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                names.add(os.readlink(file))
+    return names
 
 
 def windows_x10(folder: str, rows: int) -> dict[str, Any]:

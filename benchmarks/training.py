@@ -92,6 +92,7 @@ def exfm(
     teacher: Any = columns,
     sizes: Sizes = STUDENT,
     tasks: Sequence[Task] = (Task(),),
+    **options: Any,
 ) -> TrainPipelineExFM:
     """The same student with heads, and an adapter where a term asks for one; groups are of 10."""
     torch.manual_seed(0)
@@ -100,7 +101,8 @@ def exfm(
     model, optimizer = sharded(wrapper, device)
     adapted = any(term.adapted for term in terms)
     adapter = StudentAdapter(num_teachers=len(teachers), tasks=tasks) if adapted else None
-    options = {"groups": groups} if any(term.loss.needs_groups for term in terms) else {}
+    if any(term.loss.needs_groups for term in terms):
+        options["groups"] = groups
     return TrainPipelineExFM(model, optimizer, device, teacher=teacher, adapter=adapter, **options)
 
 

@@ -225,6 +225,7 @@ def serve() -> None:
     """Be the reader, of what the standard input says, until there are no clients."""
     with contextlib.suppress(FileNotFoundError):  # the folder was removed
         _Server(**json.load(sys.stdin)).run()
+    os._exit(0)  # nothing is left to be done, and the library's threads may still wait for a store
 
 
 class _Server:
@@ -234,6 +235,9 @@ class _Server:
         self._folder, self._lock = Path(folder), lock
         self._sources = sources
         self._stores: dict[int, TeacherStore] = {}
+        for teacher in range(len(sources)):  # while nobody waits
+            with contextlib.suppress(StoreError):  # told to who asks for a window
+                self._store(teacher)
         self._max_windows, self._max_bytes = max_windows, max_bytes
         self._part = self._folder / "part"  # what is being made
         # what a reader before this one has made, too; what was asked for last comes last
@@ -296,17 +300,20 @@ class _Server:
                         shutil.rmtree(entry)
 
     def _read(self, teacher: int, window: int, before: IndexedWindow | None) -> IndexedWindow:
-        source = self._sources[teacher]
-        if teacher not in self._stores:
-            self._stores[teacher] = TeacherStore(source["url"], storage_options=source["options"])
-        selection = Selection(**source["selection"])
+        selection = Selection(**self._sources[teacher]["selection"])
 
         def room(rows: int) -> Path:
             self._make_room(teacher, window, index_bytes(rows, selection.width))
             self._part.mkdir()
             return self._part
 
-        return read_window(self._stores[teacher], selection, window, before, room)
+        return read_window(self._store(teacher), selection, window, before, room)
+
+    def _store(self, teacher: int) -> TeacherStore:
+        if teacher not in self._stores:
+            url, options = (self._sources[teacher][name] for name in ("url", "options"))
+            self._stores[teacher] = TeacherStore(url, storage_options=options)
+        return self._stores[teacher]
 
     def _make_room(self, teacher: int, window: int, size: int) -> None:
         """Let the windows go that were asked for longest ago; who has them mapped keeps them."""

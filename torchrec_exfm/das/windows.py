@@ -185,10 +185,13 @@ class HeldWindows:
         presence = np.zeros(len(ids), dtype=np.bool_)
         following = None
         for window in needed:
-            rows = slice(None) if len(needed) == 1 else windows == window
             held = self._window(window, needed, deadline)
-            values[rows], age_seconds[rows], presence[rows] = held.index.find(ids[rows])
             following = held.following
+            if len(needed) == 1:
+                values, age_seconds, presence = held.index.find(ids)
+            else:
+                rows = windows == window
+                values[rows], age_seconds[rows], presence[rows] = held.index.find(ids[rows])
         if following is not None and len(needed) < self._max_windows:
             self._start(following, needed)
         return values, age_seconds, presence

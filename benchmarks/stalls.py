@@ -1,0 +1,164 @@
+"""How long a store that is slow, or that hangs, holds up training.
+
+    python benchmarks/stalls.py [--json] [--quick]
+
+A small student trains with an auxiliary head, through TrainPipelineExFM(teacher=TeacherLookup(...),
+on_teacher_error="mask"), on a store behind an S3 server with faults on demand (that of the tests).
+A stall is the time of a step beyond the median one of its run; 40 s are trained in each case.
+
+longest_stall_ms_hanging: the server accepts requests and does not answer, of data files in one run,
+of the log in another: the longest stall beyond the deadline of the look-up (2 s), of both; and how
+many stalls were above 0.1 s (the wait for the deadline is one). In this time the retries of the
+storage library, and those of on_teacher_error, come and go.
+
+longest_stall_ms_slow: every request takes 1 s, and the batches go on to the next window every 12 s,
+which has been read ahead by then. The first window is waited for, and left out.
+
+longest_stall_ms_without: of the same steps without a store, the teacher's outputs as columns: what
+the machine itself does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from reference import SNAPSHOT, WIDTH, WINDOW, Batch, Sizes, Stream
+from training import AH, columns, exfm, on_ranks
+
+from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
+
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
+from s3_server import S3Server, s3_server
+
+AIMS = {"longest_stall_ms_hanging": "< 100", "longest_stall_ms_slow": "< 50"}
+SIZES = Sizes((32, WIDTH), (32, 1))
+BATCH, ROWS, WINDOWS = 256, 2**14, 5
+DEADLINE_SECONDS, LATENCY_SECONDS = 2.0, 1.0
+SECONDS, WINDOW_SECONDS = 40.0, 12.0  # of a run, and in a window where requests are slow
+
+
+def main() -> None:
+    options = common.arguments(__doc__).parse_args()
+    common.show(on_ranks(1, measure, options.quick), options.json, AIMS)
+
+
+def measure(device: torch.device, _: str, quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    stream = Stream(ROWS)
+    batches = stream.pool(8, BATCH)
+    seconds = SECONDS / 4 if quick else SECONDS
+    with s3_server() as server:
+        store = stored(server, stream)
+        runs = {
+            "data_files": hanging(device, server, store, batches, ".parquet", seconds),
+            "log": hanging(device, server, store, batches, "_delta_log", seconds),
+            "slow": slow(device, server, store, batches, 2 if quick else WINDOWS - 1),
+        }
+    steps = of_steps(exfm(device, AH, columns, SIZES), in_window(batches, 0), seconds)
+    without = np.array(steps) - np.median(steps)
+    late = {name: runs[name] - DEADLINE_SECONDS for name in ("data_files", "log")}
+    return {
+        "longest_stall_ms_hanging": milliseconds(max(stalls.max() for stalls in late.values())),
+        "longest_stall_ms_slow": milliseconds(runs["slow"].max()),
+        "longest_stall_ms_without": milliseconds(without.max()),
+        "details": {
+            **{f"{name}_beyond_the_deadline_ms": milliseconds(late[name].max()) for name in late},
+            **{f"{name}_stalls_above_100_ms": int((runs[name] > 0.1).sum()) for name in runs},
+            **{f"{name}_steps": len(runs[name]) for name in runs},
+            "deadline_seconds": DEADLINE_SECONDS,
+            "latency_seconds": LATENCY_SECONDS,
+        },
+    }
+
+
+def stored(server: S3Server, stream: Stream) -> TeacherStore:
+    """The stream's logits, of the same ids in each window."""
+    options = server.storage_options
+    url = f"{server.url}/store"
+    store = TeacherStore.create(url, window_seconds=WINDOW, storage_options=options)
+    for window in range(WINDOWS):
+        store.write(SNAPSHOT, stream.ids, stream.logits, stream.seconds + window * WINDOW)
+    return store
+
+
+def hanging(
+    device: torch.device,
+    server: S3Server,
+    store: TeacherStore,
+    batches: list[Batch],
+    requests: str,
+    seconds: float,
+) -> Any:
+    """The stalls, in seconds, where a window can't be read since requests hang."""
+    with looked_up(store, batches, timeout_seconds=DEADLINE_SECONDS) as lookup:
+        pipeline = exfm(device, AH, lookup, SIZES, on_teacher_error="mask")
+        of_steps(pipeline, in_window(batches, 0), 3.0)  # window 1 is read ahead
+        server.set_faults(hanging=requests)
+        steps = of_steps(pipeline, in_window(batches, WINDOWS - 1), seconds)
+        assert pipeline.teacher_failures > 0, "the store answered"
+        server.set_faults()
+    return np.array(steps) - np.median(steps)
+
+
+def slow(
+    device: torch.device,
+    server: S3Server,
+    store: TeacherStore,
+    batches: list[Batch],
+    windows: int,
+) -> Any:
+    """The stalls, in seconds, where requests take long and windows are read ahead."""
+    server.set_faults(latency_seconds=LATENCY_SECONDS)
+    with looked_up(store, batches) as lookup:
+        pipeline = exfm(device, AH, lookup, SIZES, on_teacher_error="mask")
+        of_steps(pipeline, in_window(batches, 0), WINDOW_SECONDS)  # window 1 is read ahead
+        steps = []
+        for window in range(1, windows + 1):
+            steps += of_steps(pipeline, in_window(batches, window), WINDOW_SECONDS)
+        assert pipeline.teacher_failures == 0
+        assert lookup.counters["fm"].coverage == 1
+    server.set_faults()
+    return np.array(steps) - np.median(steps)
+
+
+def looked_up(store: TeacherStore, batches: list[Batch], **options: Any) -> TeacherLookup:
+    """A look-up that has its first window."""
+    folder = tempfile.mkdtemp(prefix="benchmark-stalls-")
+    lookup = TeacherLookup(store, "fm", host_folder=folder, **options)
+    while not lookup.counters["fm"].present:  # its reader starts
+        with contextlib.suppress(StoreError):
+            lookup(batches[0])
+    return lookup
+
+
+def in_window(batches: list[Batch], window: int) -> Iterator[Batch]:
+    while True:
+        for batch in batches:
+            yield replace(batch, event_seconds=batch.event_seconds + window * WINDOW)
+
+
+def of_steps(pipeline: Any, feed: Iterator[Batch], seconds: float) -> list[float]:
+    """The time of each step, for so long."""
+    times = [time.perf_counter()]
+    while times[-1] < times[0] + seconds:
+        pipeline.progress(feed)
+        times.append(time.perf_counter())
+    return np.diff(times).tolist()
+
+
+def milliseconds(seconds: float) -> float:
+    return common.rounded(1000 * float(seconds))
+
+
+if __name__ == "__main__":
+    main()
