@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import dataset
 from tqdm import tqdm
 
@@ -208,10 +207,7 @@ def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
     if missing := {"example_id", time}.difference(data.schema.names):
         raise ValueError(f"{path}: lacks the columns {sorted(missing)}: has {data.schema.names}")
     table = data.to_table(columns=["example_id", time])
-    times = table[time]
-    if pa.types.is_timestamp(times.type):
-        times = times.cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
-    windows = store.window_of(as_seconds(f"{path}: {time}", times))
+    windows = store.window_of(as_seconds(f"{path}: {time}", table[time]))
     order = np.argsort(windows, kind="stable")
     return as_int64(f"{path}: example_id", table["example_id"])[order], windows[order]
 

@@ -1,6 +1,8 @@
 """Numpy arrays of what users have: whole numbers, times and floats, none changed on the way.
 
 What is null or masked is refused everywhere, and so is a time that is no second of 1970 to 2199.
+A timestamp becomes the second that it lies in: floor(t), in UTC where it has no time zone. As floor
+keeps order, a snapshot that was trained through an event is not taken for one from before it.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import numbers
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, time, timedelta, timezone
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +29,7 @@ MICROSECONDS = 1_000_000
 # The year 2200. A bound at the year 9999 would let the centiseconds of today through: the year 7650
 MAX_SECONDS = 7_258_118_400
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _PLAUSIBLE_SECONDS = range(631_152_000, 4_102_444_800)  # of 1990 to 2099
 _UNITS = {
     "milliseconds": 10**3,
@@ -52,23 +55,32 @@ def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:
         TypeError: for another dtype.
         ValueError: for another shape, nulls, or a number above 2^63 - 1.
     """
-    array = _on_host(what, values)
-    if array.dtype.kind not in "iu" and array.shape != (0,):
-        raise TypeError(f"{what} should be whole numbers (int64); received {_kind(array)}")
-    _check_shape(what, array, None if rows is None else (rows,), 1)
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{what} should be below 2^63; received {array.max()}")
-    return array.astype(np.int64, copy=False)
+    todo = "convert where they come from, or make ids with hash_ids"
+    return _whole(what, on_host(what, values), rows, "whole numbers (int64)", todo)
+
+
+def as_epoch(what: str, values: Any, rows: int | None = None) -> Ints:
+    """Convert event times to epoch seconds (n,), of any range.
+
+    They are whole seconds, as :func:`as_int64` takes them, or timestamps or dates: of numpy,
+    pandas, Arrow, Polars or ``datetime``.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape, or nulls.
+    """
+    seconds, expected = _seconds(on_host(what, values)), "whole numbers (int64) or timestamps"
+    return _whole(what, seconds, rows, expected, "convert where they come from")
 
 
 def as_seconds(what: str, values: Any, rows: int | None = None) -> Ints:
-    """Convert epoch seconds, as :func:`as_int64` does, if all lie in [0, ``MAX_SECONDS``).
+    """Convert event times, as :func:`as_epoch` does, if all lie in [0, ``MAX_SECONDS``).
 
     Raises:
-        TypeError: for another dtype, timestamps among them.
+        TypeError: for another dtype.
         ValueError: for another shape, nulls, or a time out of range, with its likely unit.
     """
-    seconds = as_int64(what, values, rows)
+    seconds = as_epoch(what, values, rows)
     if not len(seconds):
         return seconds
     least, most = int(seconds.min()), int(seconds.max())
@@ -85,18 +97,18 @@ def as_second(what: str, value: Any) -> int:
     """Convert one time, as :func:`as_seconds` does.
 
     Raises:
-        TypeError: for another kind, timestamps among them.
+        TypeError: for another kind.
         ValueError: for several, a null, or a time out of range, with its likely unit.
     """
-    array = _on_host(what, value)
+    array = on_host(what, value)
     if array.ndim:
         raise ValueError(f"{what} should be one time; received an array of shape {array.shape}")
     return int(as_seconds(what, array[None])[0])
 
 
 def as_seconds_of_rows(what: str, values: Any, rows: int) -> Ints:
-    """Convert epoch seconds (rows,), or one for all rows, as :func:`as_seconds` does."""
-    array = _on_host(what, values)
+    """Convert event times (rows,), or one for all rows, as :func:`as_seconds` does."""
+    array = on_host(what, values)
     if array.ndim == 0:
         return np.full(rows, as_second(what, array))
     return as_seconds(what, array, rows)
@@ -141,7 +153,7 @@ def as_floats(
         one = (shape[0], 1)
         parts = [as_floats(f"{name}, of {what}", values[name], one) for name in columns]
         return np.concatenate(parts, axis=1)
-    array = _on_host(what, values)
+    array = on_host(what, values)
     if array.dtype.kind != "f" and array.size:
         raise TypeError(f"{what} should be floating-point numbers; received {array.dtype}")
     if array.ndim == 1 and shape[1] == 1:
@@ -179,8 +191,8 @@ def utc(seconds: float) -> str:
         return f"second {seconds}"
 
 
-def _on_host(what: str, values: Any) -> AnyArray:
-    """An array of the values.
+def on_host(what: str, values: Any) -> AnyArray:
+    """An array of the values: text, and other objects of Python, as objects.
 
     Raises:
         ValueError: for nulls, and what lies under a mask.
@@ -194,11 +206,58 @@ def _on_host(what: str, values: Any) -> AnyArray:
         floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
         array: AnyArray = (tensor.float() if floating else tensor).numpy()
     else:
-        array = np.asarray(values)
+        # else pandas makes objects of the times that have a zone
+        zone = getattr(getattr(values, "dtype", None), "tz", None)
+        array = np.asarray(values, None if zone is None else "datetime64[us]")
+    if array.dtype.kind in "UT" or (array.dtype.kind == "f" and _are_ints(values)):
+        array = np.asarray(values, object)
     if array.dtype == object:
         nulls = np.array([_is_null(value) for value in array.flat], np.bool_).reshape(array.shape)
         _check_nulls(what, nulls)
+    if array.dtype.kind in "mM":
+        _check_nulls(what, np.isnat(array))
     return array
+
+
+def kind_of(array: AnyArray) -> str:
+    """What an array holds, in words."""
+    if array.dtype != object:
+        return str(array.dtype)
+    return " and ".join(sorted({type(value).__name__ for value in array.flat})) + " objects"
+
+
+def _are_ints(values: Any) -> bool:
+    """Whether a list is of ints alone: on both sides of 2^63, numpy makes floats of them."""
+    return isinstance(values, (list, tuple)) and all(isinstance(value, int) for value in values)
+
+
+def _whole(what: str, array: AnyArray, rows: int | None, expected: str, todo: str) -> Ints:
+    if array.dtype.kind not in "iu" and array.shape != (0,):
+        kind = kind_of(array)
+        if array.dtype.kind == "f":
+            kind += ", which may not hold every number above 2^53"
+        raise TypeError(f"{what} should be {expected}; received {kind}: {todo}")
+    _check_shape(what, array, None if rows is None else (rows,), 1)
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{what} should be below 2^63; received {array.max()}: {todo}")
+    return array.astype(np.int64, copy=False)
+
+
+def _seconds(array: AnyArray) -> AnyArray:
+    """The epoch seconds that times lie in; what holds others is left as it is."""
+    if array.dtype == object and all(isinstance(value, date) for value in array.flat):
+        return np.array([_second(value) for value in array.flat], np.int64).reshape(array.shape)
+    if array.dtype.kind == "M":
+        return array.astype("datetime64[s]").astype(np.int64)
+    return array
+
+
+def _second(value: date) -> int:
+    if not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    if value.utcoffset() is None:
+        value = value.replace(tzinfo=timezone.utc)
+    return (value - _EPOCH) // timedelta(seconds=1)
 
 
 def _nulls(values: Any) -> AnyArray | None:
@@ -239,19 +298,6 @@ def _check_nulls(what: str, nulls: AnyArray) -> None:
             f"{', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''}: fill them in, or "
             "leave them out"
         )
-
-
-def _kind(array: AnyArray) -> str:
-    """What an array holds, and how to make whole numbers of it."""
-    others = array.flat if array.dtype == object else ()
-    other = next((value for value in others if not isinstance(value, int)), None)
-    kind = str(array.dtype) if other is None else type(other).__name__
-    for code, of_datetime, name in (("M", date, "datetime64"), ("m", timedelta, "timedelta64")):
-        if array.dtype.kind == code or isinstance(other, of_datetime):
-            return f"{kind}: np.asarray(values, '{name}[s]').astype('int64') makes seconds of it"
-    if array.dtype.kind == "f":
-        kind += ", which may not hold every number above 2^53"
-    return f"{kind}: convert where they come from"
 
 
 def _check_columns(what: str, names: list[Any], columns: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchrec_exfm.das.arrays import Ints, Mask, among, as_int64
+from torchrec_exfm.das.arrays import Ints, Mask, among, as_epoch, as_int64
 from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot, check_name
@@ -56,7 +56,7 @@ class TeacherLogger:
         store: where to.
         teacher: its name.
         ids: takes the batch to its example ids, (B,) int64.
-        event_seconds: takes the batch to its event times, (B,) epoch seconds.
+        event_seconds: takes the batch to its event times, (B,) epoch seconds or timestamps.
         outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
             the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
         embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
@@ -150,7 +150,8 @@ class TeacherLogger:
                     "embeddings should come with every call of log() or with none; received "
                     f"{'none' if embeddings is None else 'some'}: take another logger for these"
                 )
-        self._rows.append((_copy("ids", ids), _copy("event_seconds", event_seconds), values))
+        seconds = _copy("event_seconds", event_seconds, as_epoch)
+        self._rows.append((_copy("ids", ids, as_int64), seconds, values))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -205,7 +206,7 @@ class TeacherLogger:
         if ready is not None:
             ready.synchronize()  # the writer's thread has a stream of its own
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
-        seconds = np.concatenate([as_int64("event_seconds", s, len(v)) for _, s, v in rows])
+        seconds = np.concatenate([as_epoch("event_seconds", s, len(v)) for _, s, v in rows])
         columns = torch.cat([values for _, _, values in rows]).cpu()
         new = self._first_time(ids, seconds)
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
@@ -267,6 +268,6 @@ def _event(device: torch.device) -> torch.Event | None:
     return event
 
 
-def _copy(what: str, values: Any) -> Any:
+def _copy(what: str, values: Any, convert: Callable[[str, Any], Ints]) -> Any:
     """So that a loader may use its buffers again; a tensor on a device is not waited for."""
-    return values.clone() if isinstance(values, Tensor) else as_int64(what, values).copy()
+    return values.clone() if isinstance(values, Tensor) else convert(what, values).copy()

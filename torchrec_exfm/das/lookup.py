@@ -99,7 +99,8 @@ class TeacherLookup:
         store: opened anew, so that look-ups share nothing with the caller's.
         teachers: a name or several, in the order of the wrapper's teachers.
         ids: takes the user's batch, as it is loaded, to its example ids, (B,) int64 on the host.
-        event_seconds: takes it to the examples' event times, (B,) epoch seconds, or one for all.
+        event_seconds: takes it to the examples' event times, (B,) epoch seconds or timestamps, or
+            one for all.
         tasks: which of the store's tasks, in the order of the wrapper's; None: all.
         snapshot: pins a version (one for all teachers, or by name); None: the newest snapshot's
             output of each example, of those that do not leak.

@@ -230,8 +230,9 @@ class Snapshot:
     Args:
         teacher: its name.
         version: a whole number from 0, higher for newer; :func:`publish` counts from 1.
-        trained_through_seconds: the last event time that it was trained on, epoch seconds: an
-            example of that time or before may have taught it its label.
+        trained_through_seconds: the last event time that it was trained on, epoch seconds, or a
+            datetime (in UTC where it has no time zone) that is rounded down, as event times are: an
+            example of that second or before may have taught it its label.
 
     Raises:
         TypeError: for a time of another kind.

@@ -23,7 +23,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
-from torchrec_exfm.das.arrays import MAX_SECONDS, Ints, Mask, among, as_int64, utc
+from torchrec_exfm.das.arrays import MAX_SECONDS, Ints, Mask, among, as_epoch, as_int64, utc
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot
 from torchrec_exfm.das.snapshots import load_snapshot, newest_snapshot
@@ -38,7 +38,8 @@ class Examples:
 
     Args:
         example_ids: (n,) int64; examples of several students meet by them.
-        event_seconds: (n,) event times, epoch seconds, the same for the same id everywhere.
+        event_seconds: (n,) event times, epoch seconds or timestamps, the same for the same id
+            everywhere.
         batch: takes positions, (B,) int64, to the teacher's batch of the examples there. Called
             on a thread of its own.
     """
@@ -304,7 +305,7 @@ def _plan(
     all_ids = [as_int64("example_ids", each.example_ids) for each in examples]
     sizes = [len(ids) for ids in all_ids]
     all_seconds = [
-        as_int64("event_seconds", each.event_seconds, size)
+        as_epoch("event_seconds", each.event_seconds, size)
         for each, size in zip(examples, sizes, strict=True)
     ]
     nothing = np.empty(0, dtype=np.int64)

@@ -21,6 +21,7 @@ from torchrec_exfm.das.arrays import (
     MAX_SECONDS,
     MICROSECONDS,
     Ints,
+    as_epoch,
     as_floats,
     as_int,
     as_int64,
@@ -209,11 +210,13 @@ class TeacherStore:
 
         Args:
             snapshot: who said it.
-            example_ids: (n,) whole numbers in [0, 2^63), none twice.
+            example_ids: (n,) whole numbers in [0, 2^63), none twice, as of :func:`hash_ids`.
             outputs: (n, T), or (n,) for one task: logits of binary tasks, not probabilities
                 (``torch.logit`` makes them), else predictions. Columns with names (a DataFrame, an
                 Arrow table) are taken by name: those of the tasks, in any order.
-            event_seconds: (n,) event times of the examples, epoch seconds.
+            event_seconds: (n,) event times of the examples: epoch seconds, or timestamps or dates
+                of numpy, pandas, Arrow, Polars or ``datetime`` (in UTC where they have no time
+                zone), rounded down to the second.
             shard: a name for this piece of work, among those of the snapshot: written again with
                 the same rows (ids and times; outputs up to rounding) only those are written that
                 have gone from the store since; keys and embeddings are not compared. None: a name
@@ -413,7 +416,7 @@ class TeacherStore:
             raise TypeError(f"snapshot should be a Snapshot; received {type(snapshot).__name__}")
         ids = as_int64("example_ids", example_ids)
         n = len(ids)
-        seconds = as_int64("event_seconds", event_seconds, n)
+        seconds = as_epoch("event_seconds", event_seconds, n)
         what = f"outputs of {n} examples for the tasks {self.tasks}"
         values = as_floats(what, outputs, (n, len(self.tasks)), self.tasks)
         return Rows(
