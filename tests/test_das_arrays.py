@@ -32,6 +32,7 @@ from torchrec_exfm.das import (
     TeacherStore,
     Window,
     arrays,
+    hash_ids,
     newest_snapshot,
     publish,
     score,
@@ -207,6 +208,17 @@ def test_columns_of_whole_numbers_are_taken(store: TeacherStore, kind: str) -> N
     make = COLUMNS_OF_WHOLE_NUMBERS[kind]
     store.write(snapshot(), make([2**62 + 1, 5]), [0.5, 1.5], make([AT, AT + 1]))
     assert dd.by_id(store) == {5: [1.5], 2**62 + 1: [0.5]}
+
+
+def test_an_id_from_2_63_on_is_told_of_hash_ids(store: TeacherStore) -> None:
+    ids = np.array([5, 2**63], np.uint64)
+    for call in write, look_up, log, score_all:
+        with pytest.raises(
+            ValueError, match=r"below 2\^63; received 9223372036854775808: .*hash_ids"
+        ):
+            call(store, ids, [AT, AT], [0.5, 1.5])
+    write(store, hash_ids(ids), [AT, AT], [0.5, 1.5])
+    assert sorted(dd.by_id(store)) == sorted(hash_ids(ids).tolist())
 
 
 # ---- Timestamps ----

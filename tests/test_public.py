@@ -121,6 +121,7 @@ def test_the_public_names_are_frozen() -> None:
         "WriteReport",
         "forget",
         "hash_ids",
+        "hash_ids_sql",
         "load_snapshot",
         "newest_snapshot",
         "publish",

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.ids import hash_ids
+from torchrec_exfm.das.ids import hash_ids, hash_ids_sql
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
 from torchrec_exfm.das.schema import Snapshot
@@ -52,6 +52,7 @@ __all__ = [
     "WriteReport",
     "forget",
     "hash_ids",
+    "hash_ids_sql",
     "load_snapshot",
     "newest_snapshot",
     "publish",

@@ -5,25 +5,44 @@ Shapes: B examples, K values of each.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import md5
+from typing import Any, Literal, TypeAlias, get_args, overload
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec import JaggedTensor
+from torch.masked import MaskedTensor
+from torchrec import JaggedTensor, KeyedJaggedTensor
 
-__all__ = ["hash_ids"]
+from torchrec_exfm.das.arrays import Ints, kind_of, on_host
+
+__all__ = ["hash_ids", "hash_ids_sql"]
+
+Kind: TypeAlias = Literal["integer", "string"]
+Dialect: TypeAlias = Literal["duckdb", "spark"]
+_Turn: TypeAlias = tuple[int, int, "int | str"]  # a term may be an expression
 
 # SplitMix64's, less 2^64: torch's int64 wraps, and has the same bits
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _TURNS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_START = 0x9E3779B843248F65 - 2**64  # x ^ (x >> 31) is the step
 
 
-def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor:
-    """A 63-bit id of each example, from the integer values of chosen features.
+@overload
+def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor: ...
+@overload
+def hash_ids(*columns: Any) -> Tensor | Ints: ...
+def hash_ids(*columns: Any) -> Tensor | Ints:
+    """A 63-bit id of each example, from the integers or the text of chosen features.
 
     Choose features that every student has and that together tell the examples apart, such as a
     request's id and the item's. Equal values give equal ids, whatever their dtype, device, batch
-    or student. Of n different examples, two get the same id with a probability of about n²/2⁶⁴
-    (0.5% for 300 million). A column that holds v_1 ... v_L for an example has the digest d, and
-    the columns 1 ... C together the id, all modulo 2⁶⁴:
+    or student, and whatever library they come from. Of n different examples, two get the same id
+    with a probability of about n²/2⁶⁴ (0.5% for 300 million). A column that holds v_1 ... v_L for
+    an example has the digest d, and the columns 1 ... C together the id, all modulo 2⁶⁴:
 
     .. math::
         d = m(L + \\sum_{j=1}^{L} m(m(v_j) + g j)), \\quad
@@ -36,29 +55,44 @@ def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor:
         x = (x ^ (x >> 27)) * 0x94d049bb133111eb
         return x ^ (x >> 31)
 
+    An integer enters as it is, modulo 2⁶⁴: one from 2⁶³ on, of an unsigned dtype, by its 64 bits.
+    Text enters as the number that the first 16 hexadecimal digits of the MD5 of its UTF-8 are, and
+    a ``uuid.UUID`` as its text, 36 characters in lower case. Text is taken as it is: ``"7"`` is not
+    ``7``, and a UUID in capitals is another.
+
     Stored outputs are found by these ids, so the formula never changes. The order of the columns,
     the order of an example's values in a column and their number all matter; whether they came as
     (B,), as (B, 1) or jagged does not. The columns are left as they are.
 
     Args:
-        columns: integers or booleans of shape (B,) or (B, K), or a ``JaggedTensor`` (such as
-            ``kjt["user"]``) with any number of values an example; all on one device.
+        columns: of shape (B,) or (B, K), or a ``JaggedTensor`` (such as ``kjt["user"]``) with any
+            number of values an example; all on one device. A tensor holds integers or booleans; an
+            array of numpy, a list, a column of pandas, Arrow or Polars those, text or UUIDs.
 
     Returns:
-        (B,), int64, at least 0, on the columns' device.
+        (B,), int64, at least 0: a tensor on the columns' device if any of them is one, else an
+        array of numpy.
 
     Raises:
-        TypeError: for a column that is no tensor, or of floats: students may round differently.
-        ValueError: without columns, for another shape, and for columns of different B.
+        TypeError: for a column of several kinds, or of another: floats, which students may round
+            differently, bytes, decimals, integers as Python's objects.
+        ValueError: without columns, for another shape, for nulls and what is masked, for text that
+            is not Unicode, and for columns of different B or on different devices.
 
     Example:
         >>> import torch
         >>> hash_ids(torch.tensor([7, 8]), torch.tensor([[1, 2], [1, 2]])).tolist()
         [397739981447029692, 532566187041226689]
+        >>> hash_ids(["ann", "ben"], np.array([1, 2**64 - 1], np.uint64)).tolist()
+        [7313924994585183533, 3674428504952757823]
     """
     if not columns:
         raise ValueError("hash_ids should get one column or more; received none; pass features")
     digests = [_digest(f"column {number}", column) for number, column in enumerate(columns)]
+    if len(devices := {str(digest.device) for digest in digests}) > 1:
+        raise ValueError(
+            f"the columns should be on one device; received {sorted(devices)}; move them to one"
+        )
     sizes = [digest.shape[0] for digest in digests]
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -68,12 +102,15 @@ def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor:
     state = torch.zeros_like(digests[0])
     for digest in digests:
         state = _mix(state + digest)
-    return state & (2**63 - 1)
+    ids = state & (2**63 - 1)
+    return ids if any(isinstance(c, (Tensor, JaggedTensor)) for c in columns) else ids.numpy()
 
 
-def _digest(what: str, column: Tensor | JaggedTensor) -> Tensor:
+def _digest(what: str, column: Any) -> Tensor:
     if isinstance(column, JaggedTensor):
         return _digest_jagged(_check(what, column.values(), dims=(1,)), column.offsets().long())
+    if not isinstance(column, Tensor) or isinstance(column, MaskedTensor):
+        column = torch.from_numpy(_whole(what, column))
     values = _check(what, column, dims=(1, 2))
     table = values.unsqueeze(1) if values.dim() == 1 else values
     places = torch.arange(table.shape[1], device=table.device)
@@ -107,13 +144,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return shifted
 
 
-def _check(what: str, values: object, dims: tuple[int, ...]) -> Tensor:
+def _check(what: str, values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The values as int64, if they are whole numbers in a tensor of so many dimensions."""
-    if not isinstance(values, Tensor):
-        raise TypeError(
-            f"{what} should be a torch.Tensor or a torchrec.JaggedTensor; received "
-            f"{type(values).__name__}; of a KeyedJaggedTensor, pass kjt[key]"
-        )
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise TypeError(
             f"{what} should be of integers or booleans; received {values.dtype}, which students "
@@ -123,3 +155,119 @@ def _check(what: str, values: object, dims: tuple[int, ...]) -> Tensor:
         expected = "(B,) or (B, K)" if 2 in dims else "(N,) in a JaggedTensor"
         raise ValueError(f"{what} should be of shape {expected}; received {tuple(values.shape)}")
     return values.long()
+
+
+def _whole(what: str, column: Any) -> Ints:
+    """The whole numbers, modulo 2^64, that enter the formula for a column on the host."""
+    if isinstance(column, KeyedJaggedTensor):
+        raise TypeError(
+            f"{what} should be of one feature; received a KeyedJaggedTensor; pass kjt[key]"
+        )
+    if isinstance(getattr(column, "type", None), pa.UuidType):
+        column = column.to_pylist()  # numpy would get the bytes
+    array = on_host(what, column)
+    if array.dtype.kind in "biu" or not array.size:
+        return array.astype(np.int64)
+    if array.dtype != object or not all(isinstance(value, (str, UUID)) for value in array.flat):
+        raise TypeError(
+            f"{what} should be of integers, booleans, text or UUIDs; received {kind_of(array)}; "
+            "pass an array of one of these (of integers np.int64 or np.uint64), or another feature"
+        )
+    try:
+        texts = [str(value).encode() for value in array.flat]
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} should be of Unicode text; received {error.object!r:.100}, which UTF-8 can't "
+            "hold; correct it where it comes from"
+        ) from None
+    digests = b"".join([md5(text, usedforsecurity=False).digest() for text in texts])
+    return np.frombuffer(digests, ">i8")[::2].astype(np.int64).reshape(array.shape)
+
+
+def hash_ids_sql(columns: Mapping[str, Kind], dialect: Dialect) -> str:
+    """:func:`hash_ids` as an expression in SQL, of built-in functions alone.
+
+    The ids are those that ``hash_ids`` gives for the same columns in the same order, of one value
+    an example; NULL where a column is. A column goes through one fold over turns, of which each
+    takes a state x to ((x ^ (x >> shift)) · factor + term) mod 2⁶⁴; the state after the columns
+    before it is the term of one of the turns.
+
+    Args:
+        columns: names of columns, in order, and what they hold: ``"integer"``, of any type of
+            integers up to 64 bits, or ``"string"``. A UUID is first cast to a string.
+        dialect: ``"duckdb"`` (1.3 or newer), or ``"spark"`` (3.5 or newer, ANSI mode or not).
+
+    Raises:
+        ValueError: without columns, for another kind, or another dialect.
+
+    Example:
+        >>> import duckdb
+        >>> ids = hash_ids_sql({"user": "string", "request": "integer"}, "duckdb")
+        >>> duckdb.sql(f"SELECT {ids} FROM (SELECT 'ann' AS \"user\", 7 AS request)").fetchall()
+        [(5730135706573243336,)]
+        >>> hash_ids(["ann"], [7]).tolist()
+        [5730135706573243336]
+    """
+    if not columns or not set(columns.values()) <= set(get_args(Kind)):
+        raise ValueError(
+            f"columns should be names with one of {get_args(Kind)} for each; received {columns!r}"
+        )
+    if dialect not in get_args(Dialect):
+        raise ValueError(f"dialect should be one of {get_args(Dialect)}; received {dialect!r}")
+    fold, wide, quote = _FOLDS[dialect]
+    state: str | int = _STEP
+    for left, (name, kind) in zip(reversed(range(len(columns))), columns.items(), strict=True):
+        value = _VALUES[dialect, kind].format(quote + name.replace(quote, 2 * quote) + quote)
+        turns: list[_Turn] = [(31, 1, value)]
+        for term in (2 * _STEP, 1 + _STEP, state, _STEP if left else 0):
+            turns += [(shift, factor, 0) for shift, factor in _TURNS] + [(31, 1, term)]
+        state = fold(turns)
+    return f"CAST({state} & CAST({2**63 - 1} AS {wide}) AS BIGINT)"
+
+
+def _fold_in_duckdb(turns: list[_Turn]) -> str:
+    """In 128 bits without a sign, where no product overflows; both arguments are a turn's kind."""
+    rows = [
+        [f"CAST({x % 2**64 if isinstance(x, int) else x} AS UHUGEINT)" for x in turn]
+        for turn in [(0, 0, _START), *turns]
+    ]
+    elements = [f"{{'shift': {s}, 'factor': {f}, 'term': {t}}}" for s, f, t in rows]
+    low = f"CAST({2**64 - 1} AS UHUGEINT)"
+    state = f"(xor(x.term, x.term >> turn.shift) * turn.factor + turn.term) & {low}"
+    body = f"{{'shift': turn.shift, 'factor': turn.factor, 'term': {state}}}"
+    return f"list_reduce([{', '.join(elements)}], lambda x, turn: {body}).term"
+
+
+def _fold_in_spark(turns: list[_Turn]) -> str:
+    """In halves of 32 bits, as in ANSI mode what does not fit in 64 bits is an error.
+
+    With y = x ^ (x >>> shift) = 2³² h + l, 0 <= l < 2³², and factor = 2³² G + F, -2³¹ <= F < 2³¹,
+    y · factor + term = l F + term + 2³² (h F + l G), modulo 2⁶⁴, of which only the upper halves of
+    term and l G could overflow, and are added as such.
+    """
+    elements = []
+    for shift, factor, term in turns:
+        low = _signed(factor, 32)
+        high = _signed((factor - low) >> 32, 32)
+        text = f"{_signed(term, 64)}L" if isinstance(term, int) else term
+        elements.append(f"named_struct('s', {shift}, 'f', {low}L, 'g', {high}L, 'term', {text})")
+    y, half = "(x ^ shiftrightunsigned(x, turn.s))", f"{2**32 - 1}L"
+    lower = f"(({y} & {half}) * turn.f + (turn.term & {half}))"
+    upper = f"shiftright({lower}, 32) + shiftright({y}, 32) * turn.f"
+    upper += f" + (({y} & {half}) * turn.g & {half}) + shiftright(turn.term, 32)"
+    body = f"shiftleft({upper}, 32) | ({lower} & {half})"
+    return f"aggregate(array({', '.join(elements)}), {_START}L, (x, turn) -> {body})"
+
+
+def _signed(number: int, bits: int) -> int:
+    half = 1 << (bits - 1)
+    return (number + half) % (2 * half) - half
+
+
+_FOLDS = {"duckdb": (_fold_in_duckdb, "UHUGEINT", '"'), "spark": (_fold_in_spark, "BIGINT", "`")}
+_VALUES = {
+    ("duckdb", "integer"): f"({{}} & CAST({2**64 - 1} AS HUGEINT))",
+    ("duckdb", "string"): "('0x' || substr(md5({}), 1, 16))::UBIGINT",
+    ("spark", "integer"): "({} | 0L)",
+    ("spark", "string"): "CAST(conv(substr(md5({}), 1, 16), 16, -10) AS BIGINT)",
+}
