@@ -390,6 +390,8 @@ def test_types_of_duckdb() -> None:
         assert of(f"(-7)::{kind}", "integer") == hash_ids([-7])[0]
     unsigned = np.array([2**64 - 1], np.uint64)
     assert of(f"{2**64 - 1}::UBIGINT", "integer") == hash_ids(unsigned)[0]
+    person = uuid.UUID("E97A2C56-0A4E-4C4B-9D5E-2ED0A1A7E3CD")
+    assert of(f"'{person}'::UUID::VARCHAR", "string") == hash_ids([person])[0]
     assert of("NULL::BIGINT", "integer") is None and of("NULL::VARCHAR", "string") is None
     for value, kind in (("1.5", "integer"), ("'7'", "integer"), ("7", "string"), ("1.0", "string")):
         with pytest.raises(duckdb.BinderException):
