@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import uuid
+from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_exfm.das.ids import hash_ids
+from torchrec_exfm.das.ids import hash_ids, hash_ids_sql
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 ROWS = st.lists(st.lists(st.one_of(INT64, st.integers(-2, 2)), max_size=4), min_size=3, max_size=3)
@@ -206,6 +216,201 @@ def test_a_gpu_gives_the_same_ids() -> None:
     assert ids.device.type == "cuda" and ids.tolist() == hash_ids(*on(CPU)).tolist()
 
 
+# ---- Columns on the host ----
+
+TEXTS = ["ann", "", "ann ", "1", "Ångström", "漢\0字\0", "e97a2c56-0a4e-4c4b-9d5e-2ed0a1a7e3cd"]
+WHOLE = [0, 1, -1, 2**63 - 1, -(2**63), 2**53 + 1, 7]
+
+
+def number_of(text: str) -> int:
+    return int(hashlib.md5(text.encode()).hexdigest()[:16], 16)
+
+
+def singles(values: list[Any]) -> list[list[int]]:
+    return [[number_of(value) if isinstance(value, str) else value] for value in values]
+
+
+def host(ids: Any) -> list[int]:
+    """Ids that have to be an array of numpy."""
+    assert isinstance(ids, np.ndarray) and ids.dtype == np.int64 and ids.shape == (len(ids),)
+    return [int(number) for number in ids]
+
+
+def test_stored_ids_of_text_never_change() -> None:
+    people = [uuid.UUID(int=7), uuid.UUID("E97A2C56-0A4E-4C4B-9D5E-2ED0A1A7E3CD")]
+    assert host(hash_ids(["ann", "Ångström"], people)) == [
+        7487876856254067498,
+        1600886827379260055,
+    ]
+    assert number_of("abc") == 0x900150983CD24FB0  # as RFC 1321 has it
+
+
+COLUMNS_OF_TEXT: dict[str, Callable[[list[str]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "objects": lambda texts: np.array(texts, object),
+    "numpy, of any length": lambda texts: np.array(texts, np.dtypes.StringDType()),
+    "pandas": pd.Series,
+    "pandas objects": lambda texts: pd.Series(texts, dtype=object),
+    "pandas string": lambda texts: pd.Series(texts, dtype="string"),
+    "pandas on Arrow": lambda texts: pd.Series(texts, dtype=pd.ArrowDtype(pa.string())),
+    "pandas categories": lambda texts: pd.Series(texts, dtype="category"),
+    "pandas index": pd.Index,
+    "Polars": pl.Series,
+    "Polars categories": lambda texts: pl.Series(texts, dtype=pl.Categorical),
+    "Arrow": pa.array,
+    "Arrow, large": lambda texts: pa.array(texts, pa.large_string()),
+    "Arrow, views": lambda texts: pa.array(texts, pa.string_view()),
+    "Arrow, dictionary": lambda texts: pa.array(texts).dictionary_encode(),
+    "chunked": lambda texts: pa.chunked_array([texts[:2], texts[2:]]),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS_OF_TEXT)
+def test_text_has_one_id_in_whatever_it_comes(kind: str) -> None:
+    make = COLUMNS_OF_TEXT[kind]
+    assert host(hash_ids(make(TEXTS))) == reference(singles(TEXTS))
+    assert host(hash_ids(WHOLE, make(TEXTS))) == reference(singles(WHOLE), singles(TEXTS))
+    assert host(hash_ids(make([]))) == []
+    if kind not in ("numpy, of any length", "pandas index"):  # which have no nulls
+        with pytest.raises(ValueError, match=r"column 0 should have no nulls .* rows: 1: "):
+            hash_ids(make(["ann", None]))  # type: ignore[list-item]
+
+
+COLUMNS_OF_INTEGERS: dict[str, Callable[[list[int]], Any]] = {
+    "list": list,
+    "numpy": lambda values: np.array(values, np.int64),
+    "big-endian": lambda values: np.array(values, ">i8"),
+    "strided": lambda values: np.repeat(values, 2)[::-2][::-1],
+    "uint64": lambda values: np.array(values, np.int64).view(np.uint64),
+    "pandas": pd.Series,
+    "pandas nullable": lambda values: pd.Series(values, dtype="Int64"),
+    "pandas on Arrow": lambda values: pd.Series(values, dtype="int64[pyarrow]"),
+    "pandas unsigned": lambda values: pd.Series(
+        np.array(values, np.int64).view(np.uint64), dtype="UInt64"
+    ),
+    "Polars": pl.Series,
+    "Polars unsigned": lambda values: pl.Series(np.array(values, np.int64).view(np.uint64)),
+    "Arrow": pa.array,
+    "Arrow unsigned": lambda values: pa.array(np.array(values, np.int64).view(np.uint64)),
+    "chunked": lambda values: pa.chunked_array([values[:2], values[2:]]),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS_OF_INTEGERS)
+def test_integers_have_the_ids_of_tensors(kind: str) -> None:
+    column = COLUMNS_OF_INTEGERS[kind](WHOLE)
+    assert host(hash_ids(column)) == hash_ids(torch.tensor(WHOLE)).tolist()
+    assert host(hash_ids(column, TEXTS)) == reference(singles(WHOLE), singles(TEXTS))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int32, np.uint32, np.uint64])
+def test_only_the_values_count_in_arrays(dtype: type) -> None:
+    values = np.array([[0, 1], [1, 1]], dtype)
+    assert host(hash_ids(values)) == reference([[0, 1], [1, 1]])
+
+
+def test_a_table_of_text_has_the_ids_of_its_rows() -> None:
+    rows = [["ann", "ben"], ["ben", "ann"], ["", ""]]
+    expected = reference([[number_of(text) for text in row] for row in rows])
+    assert host(hash_ids(np.array(rows))) == host(hash_ids(np.array(rows, object))) == expected
+
+
+@pytest.mark.parametrize("make", [list, np.array, pl.Series, pa.array])
+def test_a_uuid_is_its_text(make: Callable[[Any], Any]) -> None:
+    people = [uuid.UUID(int=number << 99) for number in range(3)]
+    texts = [str(person) for person in people]
+    assert all(len(text) == 36 and text == text.lower() for text in texts)
+    column = pa.array([p.bytes for p in people], pa.uuid()) if make is pa.array else make(people)
+    assert host(hash_ids(column)) == host(hash_ids(texts))
+    with pytest.raises(ValueError, match="no nulls"):
+        hash_ids([people[0], None])
+
+
+def test_columns_of_arrays_go_with_tensors_on_the_host() -> None:
+    ids = hash_ids(torch.tensor([1, 2]), ["ann", "ben"], jagged([[1], []]))
+    assert isinstance(ids, Tensor)
+    assert ids.tolist() == reference([[1], [2]], singles(["ann", "ben"]), [[1], []])
+    with pytest.raises(ValueError, match=r"one device; received \['cpu', 'meta'\]; move"):
+        hash_ids(torch.arange(2, device="meta"), ["ann", "ben"])
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=[])) | st.integers(), min_size=1))
+def test_text_alone_is_hashed(values: list[Any]) -> None:
+    if all(isinstance(value, str) for value in values):
+        if any(0xD800 <= ord(letter) < 0xE000 for value in values for letter in value):
+            with pytest.raises(ValueError, match=r"Unicode text; received .*correct it"):
+                hash_ids(values)
+        else:
+            assert host(hash_ids(values)) == reference(singles(values))
+    elif all(-(2**63) <= value < 2**63 for value in values if isinstance(value, int)):
+        whole = all(isinstance(value, int) for value in values)
+        if whole:
+            assert host(hash_ids(values)) == reference(singles(values))
+        else:
+            with pytest.raises(TypeError, match=r"column 0 .* received int and str objects; pass"):
+                hash_ids(values)
+
+
+# ---- SQL ----
+
+
+def columns_to_hash(size: int) -> dict[str, list[Any]]:
+    """Texts and integers, those at the ends of their ranges among them."""
+    rng = random.Random(0)
+    ends = [0, 1, -1, 2**31, 2**32 - 1, -(2**31), -(2**32), 2**63 - 1, -(2**63)]
+    whole = ends + [rng.randrange(-(2**63), 2**63) for _ in range(size - len(ends))]
+    texts = [TEXTS[row % 7] * (row // 7) for row in range(size)]
+    return {"user": texts, "request": whole, 'Odd "`name': whole[::-1]}
+
+
+SETS_OF_COLUMNS: list[dict[str, Any]] = [
+    {"request": "integer"},
+    {"user": "string"},
+    {"user": "string", "request": "integer"},
+    {"request": "integer", "user": "string", 'Odd "`name': "integer"},
+]
+
+
+@pytest.mark.parametrize("columns", SETS_OF_COLUMNS, ids=str)
+def test_duckdb_gives_the_same_ids(columns: dict[str, Any]) -> None:
+    turn = pa.table(columns_to_hash(200))
+    database = duckdb.connect()
+    database.register("turn", turn)  # a name that is in the expression
+    found = database.sql(f"SELECT {hash_ids_sql(columns, 'duckdb')} FROM turn").fetchall()
+    assert [row[0] for row in found] == host(hash_ids(*(turn[name] for name in columns)))
+
+
+def test_types_of_duckdb() -> None:
+    def of(value: str, kind: Any) -> Any:
+        query = f"SELECT {hash_ids_sql({'v': kind}, 'duckdb')} FROM (SELECT {value} AS v)"
+        return duckdb.sql(query).fetchall()[0][0]
+
+    for kind in "TINYINT", "SMALLINT", "INTEGER", "BIGINT":
+        assert of(f"(-7)::{kind}", "integer") == hash_ids([-7])[0]
+    unsigned = np.array([2**64 - 1], np.uint64)
+    assert of(f"{2**64 - 1}::UBIGINT", "integer") == hash_ids(unsigned)[0]
+    person = uuid.UUID("E97A2C56-0A4E-4C4B-9D5E-2ED0A1A7E3CD")
+    assert of(f"'{person}'::UUID::VARCHAR", "string") == hash_ids([person])[0]
+    assert of("NULL::BIGINT", "integer") is None and of("NULL::VARCHAR", "string") is None
+    for value, kind in (("1.5", "integer"), ("'7'", "integer"), ("7", "string"), ("1.0", "string")):
+        with pytest.raises(duckdb.BinderException):
+            of(value, kind)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dialect", "message"),
+    [
+        ({}, "duckdb", "columns should be names with one of .*'integer', 'string'.*received {}"),
+        ({"user": "text"}, "spark", "columns should .* received {'user': 'text'}"),
+        ({"user": "string"}, "sqlite", r"dialect should be one of .*'spark'\); received 'sqlite'"),
+    ],
+)
+def test_what_sql_is_refused(columns: Any, dialect: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hash_ids_sql(columns, dialect)
+
+
 KJT = KeyedJaggedTensor(["a"], torch.arange(2), lengths=torch.tensor([1, 1]))
 ONE = torch.arange(2)
 
@@ -218,8 +423,26 @@ ONE = torch.arange(2)
         ((ONE.bfloat16(),), TypeError, "column 0 .* torch.bfloat16"),
         ((ONE.to(torch.complex64),), TypeError, "column 0 .* torch.complex64"),
         ((jagged([[1], [2]], torch.float64),), TypeError, "column 0 .* torch.float64"),
-        (([1, 2],), TypeError, "column 0 .* received list"),
-        ((KJT,), TypeError, r"received KeyedJaggedTensor; .* kjt\[key\]"),
+        ((ONE, [0.5, 1.5]), TypeError, "column 1 .* integers, booleans, text .*received float64; "),
+        (([1, 2.5],), TypeError, "column 0 .* received float64; pass"),
+        (([1, "2"],), TypeError, "column 0 .* received int and str objects; pass"),
+        (([b"ann", b"ben"],), TypeError, r"column 0 .* received \|S3; pass"),
+        ((pa.array([b"ann"]),), TypeError, "column 0 .* received bytes objects; pass"),
+        (([Decimal(1), Decimal(2)],), TypeError, "column 0 .* received Decimal objects; pass"),
+        ((np.array([1, 2], object),), TypeError, "received int objects; .* np.int64 or np.uint64"),
+        (([1, 2**63],), TypeError, "received int objects; pass .* np.int64 or np.uint64"),
+        (([2**64],), TypeError, "column 0 .* received int objects; pass"),
+        ((["ann", np.nan],), TypeError, "column 0 .* received float and str objects; pass"),
+        ((np.zeros(2, "M8[s]"),), TypeError, r"column 0 .* received datetime64\[s\]; pass"),
+        (([None, 1],), ValueError, "column 0 should have no nulls .*: 0: fill"),
+        (
+            (np.ma.array([1, 2], mask=[0, 1]),),
+            ValueError,
+            "column 0 should .*nothing masked.*: 1: ",
+        ),
+        ((["\ud800"],), ValueError, "column 0 .* Unicode text; received '.*ud800'"),
+        (("ann",), ValueError, r"column 0 .* \(B,\) or \(B, K\); received \(\)"),
+        ((KJT,), TypeError, r"column 0 .* received a KeyedJaggedTensor; pass kjt\[key\]"),
         ((torch.tensor(1),), ValueError, r"column 0 .* \(B,\) or \(B, K\); received \(\)"),
         ((ONE.reshape(1, 1, 2),), ValueError, r"column 0 .* received \(1, 1, 2\)"),
         (

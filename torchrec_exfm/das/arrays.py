@@ -54,8 +54,7 @@ def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:
         TypeError: for another dtype.
         ValueError: for another shape, nulls, or a number above 2^63 - 1.
     """
-    todo = "convert where they come from, or make ids with hash_ids"
-    return _whole(what, on_host(what, values), rows, "whole numbers (int64)", todo)
+    return _whole(what, on_host(what, values), rows, hint=", or make ids with hash_ids")
 
 
 def as_epoch(what: str, values: Any, rows: int | None = None) -> Ints:
@@ -68,8 +67,7 @@ def as_epoch(what: str, values: Any, rows: int | None = None) -> Ints:
         TypeError: for another dtype.
         ValueError: for another shape, or nulls.
     """
-    seconds, expected = _seconds(on_host(what, values)), "whole numbers (int64) or timestamps"
-    return _whole(what, seconds, rows, expected, "convert where they come from")
+    return _whole(what, _seconds(on_host(what, values)), rows, also=" or timestamps")
 
 
 def as_seconds(what: str, values: Any, rows: int | None = None) -> Ints:
@@ -223,9 +221,9 @@ def on_host(what: str, values: Any) -> AnyArray:
         array = np.asarray(values, None if zone is None else "datetime64[us]")
     if array.dtype.kind in "UT" or (array.dtype.kind == "f" and _are_ints(values)):
         array = np.asarray(values, object)
-    if array.dtype == object:
-        nulls = np.array([_is_null(value) for value in array.flat], np.bool_).reshape(array.shape)
-        _check_nulls(what, nulls)
+    if array.dtype == object and any(map(_is_of_nulls, set(map(type, array.flat)))):
+        nulls = np.array([_is_of_nulls(type(value)) for value in array.flat])
+        _check_nulls(what, nulls.reshape(array.shape))
     if array.dtype.kind in "mM":
         _check_nulls(what, np.isnat(array))
     return array
@@ -243,15 +241,21 @@ def _are_ints(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, int) for value in values)
 
 
-def _whole(what: str, array: AnyArray, rows: int | None, expected: str, todo: str) -> Ints:
+def _whole(what: str, array: AnyArray, rows: int | None, *, also: str = "", hint: str = "") -> Ints:
     if array.dtype.kind not in "iu" and array.shape != (0,):
         kind = kind_of(array)
         if array.dtype.kind == "f":
             kind += ", which may not hold every number above 2^53"
-        raise TypeError(f"{what} should be {expected}; received {kind}: {todo}")
+        raise TypeError(
+            f"{what} should be whole numbers (int64){also}; received {kind}: convert where they "
+            f"come from{hint}"
+        )
     _check_shape(what, array, None if rows is None else (rows,), 1)
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{what} should be below 2^63; received {array.max()}: {todo}")
+        raise ValueError(
+            f"{what} should be below 2^63; received {array.max()}: convert where they come from"
+            f"{hint}"
+        )
     return array.astype(np.int64, copy=False)
 
 
@@ -282,7 +286,7 @@ def _nulls(values: Any) -> AnyArray | None:
         return None
     if isinstance(values, (list, tuple)):
         # numpy drops the masks of arrays in a list; to look at the kinds first costs a tenth
-        plain = set(map(type, values)) <= {int, float}
+        plain = set(map(type, values)) <= {int, float, str}
         return None if plain else np.array([_holds_masked(value) for value in values], np.bool_)
     if hasattr(values, "is_null"):  # Arrow, Polars
         return np.asarray(values.is_null())
@@ -298,8 +302,8 @@ def _holds_masked(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and any(map(_holds_masked, values))
 
 
-def _is_null(value: object) -> bool:
-    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas is optional
+def _is_of_nulls(kind: type) -> bool:
+    return kind.__name__ in ("NoneType", "NAType", "NaTType")  # pandas is optional
 
 
 def _check_nulls(what: str, nulls: AnyArray) -> None:

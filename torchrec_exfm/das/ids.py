@@ -168,7 +168,8 @@ def _whole(what: str, column: Any) -> Ints:
     array = on_host(what, column)
     if array.dtype.kind in "biu" or not array.size:
         return array.astype(np.int64)
-    if array.dtype != object or not all(isinstance(value, (str, UUID)) for value in array.flat):
+    kinds = set(map(type, array.flat)) if array.dtype == object else {array.dtype.type}
+    if not all(issubclass(kind, (str, UUID)) for kind in kinds):
         raise TypeError(
             f"{what} should be of integers, booleans, text or UUIDs; received {kind_of(array)}; "
             "pass an array of one of these (of integers np.int64 or np.uint64), or another feature"
@@ -202,8 +203,8 @@ def hash_ids_sql(columns: Mapping[str, Kind], dialect: Dialect) -> str:
 
     Example:
         >>> import duckdb
-        >>> ids = hash_ids_sql({"user": "string", "request": "integer"}, "duckdb")
-        >>> duckdb.sql(f"SELECT {ids} FROM (SELECT 'ann' AS \"user\", 7 AS request)").fetchall()
+        >>> ids = hash_ids_sql({"visitor": "string", "request": "integer"}, "duckdb")
+        >>> duckdb.sql(f"SELECT {ids} FROM (SELECT 'ann' AS visitor, 7 AS request)").fetchall()
         [(5730135706573243336,)]
         >>> hash_ids(["ann"], [7]).tolist()
         [5730135706573243336]
