@@ -85,7 +85,8 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     unit = likely_unit(int(seconds.max(initial=0)))
     rules[f"have an event time outside of [0, {MAX_SECONDS:,}) seconds ({unit})"] = out_of_range
     # what was logged in the teacher's training forward was said before it learned the label
-    leaks = (rows.trained_through >= rows.event_time) & ~rows.logged
+    # (in whole seconds, as trained-through is: what was cut off it may have been the example's)
+    leaks = (rows.trained_through >= seconds * MICROSECONDS) & ~rows.logged
     rules["leak: their teacher was trained through their own event time"] = leaks
     if window is not None:
         rules[f"lie outside of window {window}"] = seconds // window_seconds != window
