@@ -175,13 +175,11 @@ class _Wanted:
             embeddings,
         )
         columns = [name for teacher in names for name in wanted.columns(teacher)]
-        for kind, repeated in (("tasks", store.tasks), ("columns", columns)):
-            lower = [name.lower() for name in repeated]
-            if len(set(lower)) < len(lower):
-                raise ValueError(
-                    f"{kind} should differ by more than upper and lower case, which SQL takes for "
-                    f"the same; received {[*repeated]}: join fewer teachers or tasks at once"
-                )
+        if len({name.lower() for name in columns}) < len(columns):
+            raise ValueError(
+                "columns should differ by more than upper and lower case, which SQL takes for the "
+                f"same; received {columns}: join fewer teachers or tasks at once"
+            )
         return wanted
 
     def columns(self, teacher: str) -> dict[str, str]:
