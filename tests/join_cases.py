@@ -73,7 +73,7 @@ def plant_bad_rows(store: TeacherStore, seconds: Any, random: Generator) -> None
         }
         columns["output_click"][:2] = math.nan, math.inf
         columns["output_watch-time.s"][2] = -math.inf
-        columns["trained_through"][3:5] = columns["event_time"][3:5] + (0, 1)  # leaks
+        columns["trained_through"][3:5] = columns["event_time"][3:5] + np.array([0, 1])  # leaks
         columns["event_time"][5] += WINDOW * US  # of another window
         columns["example_id"][6] = -1
         columns["trained_through"][7] = columns["event_time"][7] - 1_500_000  # no whole seconds
@@ -123,5 +123,3 @@ def looked_up(store: TeacherStore, examples: pa.Table, choice: dict[str, Any]) -
             pairs = zip(values.tolist(), present, strict=True)
             columns[name] = [value if there else None for value, there in pairs]
     return columns
-
-

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from das_data import AT, US, WINDOW, new_store, plant, sentence, small_store, snapshot
 
-from torchrec_exfm.das import StoreError, TeacherStore, join
+from torchrec_exfm.das import StoreError, TeacherStore, data_files, join_sql
 from torchrec_exfm.das.__main__ import main
 from torchrec_exfm.das.embeddings import decode
-from torchrec_exfm.das.join import data_files, join_files, join_sql
+from torchrec_exfm.das.join_files import NOTE, join_files
 
 
 def engine(store: TeacherStore, examples: pa.Table) -> Any:
@@ -431,7 +431,7 @@ def test_what_a_file_was_made_of_is_in_it(
     pq.write_table(small_examples([0, 7]), folder / "a.parquet")
     join_files(store, str(folder), tmp_path / "out", max_age_seconds=10**6)
     metadata = pq.read_schema(tmp_path / "out" / "a.parquet").metadata
-    note = json.loads(metadata[join._NOTE])
+    note = json.loads(metadata[NOTE])
     assert note["commit"] == store.table.version and note["made_of"]["store"] == store.url
     assert note["made_of"]["max_age_seconds"] == 10**6
     assert (note["examples"], note["present"]) == (2, {"fm": 1})

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from das_data import AT, new_store, snapshot
 
-from torchrec_exfm.das.join import data_files, join_sql
+from torchrec_exfm.das import data_files, join_sql
 
 pyspark = pytest.importorskip("pyspark", reason="PySpark is not installed: make spark")
 if shutil.which("java") is None:

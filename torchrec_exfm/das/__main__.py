@@ -19,7 +19,7 @@ from pyarrow import dataset
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
-from torchrec_exfm.das.join import join_files
+from torchrec_exfm.das.join_files import join_files
 from torchrec_exfm.das.redaction import redacted
 from torchrec_exfm.das.rules import BadRows, Rows, newest
 from torchrec_exfm.das.schema import FORMAT_VERSION
