@@ -1,4 +1,4 @@
-# make test | lint | demo | retrieval | docs | works | notebooks | nightly | package | faults | bench | quality | gpu | clean
+# make test | lint | demo | retrieval | docs | works | notebooks | nightly | spark | package | faults | bench | quality | gpu | clean
 #
 # Each but the last two sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo retrieval docs works notebooks nightly package faults bench quality gpu clean venv install
+.PHONY: test lint demo retrieval docs works notebooks nightly spark package faults bench quality gpu clean venv install
 
 test: venv
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -60,6 +60,13 @@ notebooks: venv
 nightly: venv
 	$(PIP) install -q --no-deps --upgrade --target .venv/torchx-nightly torchx-nightly==2026.10.26
 	PYTHONPATH=.venv/torchx-nightly $(PY) -m pytest tests/test_torchx.py
+
+# The join on Spark, which needs Java; SPARK=4.3.0 picks another version. Spark unpacks into .venv.
+SPARK ?= 3.5.9
+spark: venv
+	@command -v java >/dev/null || { echo 'make spark needs Java: apt-get install openjdk-17-jre-headless'; false; }
+	$(PIP) install -q --upgrade --target .venv/spark-$(SPARK) pyspark==$(SPARK)
+	PYTHONPATH=.venv/spark-$(SPARK) $(PY) -m pytest tests/test_join_spark.py
 
 # Wheel and source distribution into dist/, each tried in an environment of its own.
 package: venv

@@ -26,6 +26,7 @@ TITLES = {
     "scale": "As the work grows",
     "store": "The teacher store",
     "scoring": "Filling it",
+    "join": "Outputs as columns",
 }
 HEAD = """# Benchmarks
 

@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.ids import hash_ids, hash_ids_sql
+from torchrec_exfm.das.join import data_files, join_sql
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
 from torchrec_exfm.das.schema import Snapshot
@@ -50,9 +51,11 @@ __all__ = [
     "TeacherStore",
     "Window",
     "WriteReport",
+    "data_files",
     "forget",
     "hash_ids",
     "hash_ids_sql",
+    "join_sql",
     "load_snapshot",
     "newest_snapshot",
     "publish",

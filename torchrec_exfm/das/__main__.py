@@ -1,4 +1,4 @@
-"""Look at a teacher store, verify it, forget, compact: ``python -m torchrec_exfm.das``."""
+"""Look at a teacher store, verify, forget, compact, join: ``python -m torchrec_exfm.das``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pyarrow import dataset
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import MICROSECONDS, Ints, among, as_int64, as_seconds, utc
+from torchrec_exfm.das.join_files import join_files
 from torchrec_exfm.das.redaction import redacted
-from torchrec_exfm.das.rules import Rows, newest
+from torchrec_exfm.das.rules import BadRows, Rows, newest
 from torchrec_exfm.das.schema import FORMAT_VERSION
 from torchrec_exfm.das.snapshots import forget, rows_of_registry
 from torchrec_exfm.das.store import TeacherStore
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (*ERRORS, TypeError) as error:
+    except (*ERRORS, TypeError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return 2
 
@@ -74,7 +75,29 @@ def _parser() -> argparse.ArgumentParser:
     text += "2026-01-31T06:00:00Z or epoch seconds"
     add("--before", metavar="TIME", type=_time, help=text)
     add("--checkpoints", **folder)
+    _add_join(command(_join, "join", "Add what teachers said to files of examples, on DuckDB."))
     return parser
+
+
+def _add_join(add: Any) -> None:
+    text = "local Parquet files, a pattern or a folder; each becomes a file of its name"
+    add("--examples", metavar="FILES", required=True, help=text)
+    text = "for the files that are made; those that are there are not made again"
+    add("--out", metavar="FOLDER", type=Path, required=True, help=text)
+    add("--teacher", nargs="+", default=[], help="names; all of the store without this")
+    add("--tasks", nargs="+", metavar="TASK", help="names; all of the store without this")
+    add("--snapshot", type=int, metavar="VERSION", help="use outputs of this version alone")
+    text = "use no outputs of these, as 3 or 3,5-9"
+    add("--exclude", metavar="VERSIONS", type=_versions, default=[], help=text)
+    add("--max-age-seconds", type=float, metavar="S", help="use no older outputs")
+    add("--embeddings", action="store_true", help="add the bytes of embeddings too")
+    add("--example-id", metavar="COLUMN", default="example_id", help="of the examples' ids")
+    text = "of timestamps or epoch seconds; event_seconds without this, else event_time"
+    add("--event-time", metavar="COLUMN", help=text)
+    text = "rows of the store that break a rule: end with an error (as without this), or leave "
+    add("--bad-rows", choices=get_args(BadRows), default="refuse", help=text + "them out")
+    text = "of DuckDB, such as 4GB; beyond it the disk is used"
+    add("--memory-limit", metavar="SIZE", help=text)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -235,6 +258,19 @@ def _forget(options: argparse.Namespace) -> int:
         f"forgotten: {report.rows:,} rows and {report.snapshots} snapshot(s) of {options.teacher}"
     )
     print(f"after: {_size(store)}; `compact --vacuum-hours H` removes files from the disk")
+    return 0
+
+
+def _join(options: argparse.Namespace) -> int:
+    arguments = vars(options).copy()
+    url, examples, out, teachers = map(arguments.pop, ("url", "examples", "out", "teacher"))
+    del arguments["run"]
+    report = join_files(TeacherStore(url), examples, out, teachers, **arguments)
+    for teacher, left_out in report.left_out.items():
+        covered = f"{report.present[teacher] / max(report.examples, 1):.2%}"
+        print(f"{teacher}: an output for {covered} of {report.examples:,} examples")
+        for words, rows in left_out.items():
+            print(f"  left out, as they {words}: {rows:,} rows")
     return 0
 
 

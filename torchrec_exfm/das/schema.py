@@ -191,17 +191,22 @@ class StoreFormat:
         return pa.schema([pa.field(name, kind, name in optional) for name, kind in columns.items()])
 
     def writer_properties(self) -> WriterProperties:
-        """Encodings that fit rows sorted by id: differences, and bytes of equal weight together."""
+        """Encodings that fit rows sorted by id, and that Spark from 3.5 on reads as it comes.
+
+        Differences of ids and times; bfloat16 has few distinct values, so a dictionary holds them.
+        """
         differences = ColumnProperties(dictionary_enabled=False, encoding="DELTA_BINARY_PACKED")
-        split = ColumnProperties(dictionary_enabled=False, encoding="BYTE_STREAM_SPLIT")
+        plain = ColumnProperties(dictionary_enabled=False, encoding="PLAIN")
+        distinct = ColumnProperties(dictionary_enabled=True)
         strings = ColumnProperties(dictionary_enabled=False, encoding="DELTA_LENGTH_BYTE_ARRAY")
+        values = distinct if self.resolution == "bfloat16" else plain
         return WriterProperties(
             compression="ZSTD",
-            compression_level=3,
+            compression_level=9,
             column_properties={
                 "example_id": differences,
                 "event_time": differences,
-                **dict.fromkeys(self.outputs, split),
+                **dict.fromkeys(self.outputs, values),
                 "embedding": strings,
             },
         )

@@ -1,0 +1,125 @@
+"""Random stores, what TeacherLookup finds in them, and the same out of a join, for its tests."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from das_data import US, WINDOW, new_store, plant
+from numpy.random import Generator
+
+from torchrec_exfm.das import Snapshot, TeacherLookup, TeacherStore
+
+TEACHERS = ("fm", "fm-2.b")
+TASKS = ("click", "watch-time.s")
+IDS = 40
+WINDOWS = range(2, 6)
+
+# how a join may be asked for: arguments of both
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"snapshot": 2},
+    {"exclude": [3, 1]},
+    {"snapshot": {"fm": 3}, "exclude": {"fm-2.b": [3]}},
+    {"max_age_seconds": 2 * WINDOW},
+    {"tasks": TASKS[::-1]},
+    {"tasks": TASKS[1:], "exclude": [2], "max_age_seconds": 0},
+]
+
+
+def random_store(folder: Path, random: Generator) -> TeacherStore:
+    """Rows in several windows of several versions, scored and logged, and bad rows planted."""
+    store = new_store(folder, tasks=TASKS)
+    seconds = event_seconds(random)
+    for teacher, version, logged in itertools.product(TEACHERS, (1, 2, 3), (False, True)):
+        for _ in range(random.integers(0, 3)):  # the same again: what was scored last counts
+            ids = random.permutation(IDS)[: random.integers(1, IDS)]
+            through = int(random.integers(0, 2 * WINDOW))
+            outputs = random.normal(size=(len(ids), len(TASKS))).astype(np.float32)
+            said = Snapshot(teacher, version, through)
+            store.write(said, ids, outputs, seconds[ids], logged=logged)
+    plant_bad_rows(store, seconds, random)
+    store.refresh()
+    return store
+
+
+def event_seconds(random: Generator) -> Any:
+    """That of each id: many at the borders of windows."""
+    seconds = random.integers(WINDOWS[0] * WINDOW, (WINDOWS[-1] + 1) * WINDOW, IDS)
+    borders = random.integers(WINDOWS[0] + 1, WINDOWS[-1] + 1, IDS) * WINDOW
+    kinds = random.integers(0, 4, IDS)
+    return np.select([kinds == 1, kinds == 2], [borders, borders - 1], seconds)
+
+
+def plant_bad_rows(store: TeacherStore, seconds: Any, random: Generator) -> None:
+    """Rows of a newer version, which would count if they broke no rule, and some that do count."""
+    for teacher in TEACHERS:
+        ids = random.permutation(IDS)[:10]
+        times = seconds[ids].copy()
+        columns: dict[str, Any] = {
+            "example_id": ids,
+            "output_click": np.full(10, 9.0, np.float32),
+            "output_watch-time.s": np.full(10, -9.0, np.float32),
+            "snapshot": np.full(10, 9),
+            "event_time": times * US,
+            "trained_through": np.full(10, 1_000 * US),
+            "scored_at": np.arange(10),
+            "window": times // WINDOW,
+            "teacher": [teacher] * 10,
+        }
+        columns["output_click"][:2] = math.nan, math.inf
+        columns["output_watch-time.s"][2] = -math.inf
+        columns["trained_through"][3:5] = columns["event_time"][3:5] + np.array([0, 1])  # leaks
+        columns["event_time"][5] += WINDOW * US  # of another window
+        columns["example_id"][6] = -1
+        columns["trained_through"][7] = columns["event_time"][7] - 1_500_000  # no whole seconds
+        plant(store, 10, **columns)
+
+
+def random_examples(store: TeacherStore, random: Generator) -> pa.Table:
+    """Examples in any order, some twice, some with no output, some in another window."""
+    ids = random.integers(0, IDS + 10, 3 * IDS)
+    known = np.append(event_seconds_of(store), np.full(10, 3 * WINDOW))
+    seconds = known[ids]
+    elsewhere = random.random(len(ids)) < 0.1
+    seconds[elsewhere] += WINDOW
+    return pa.table({"number": np.arange(len(ids)), "example_id": ids, "event_seconds": seconds})
+
+
+def event_seconds_of(store: TeacherStore) -> Any:
+    """That of each id, out of the store's good rows."""
+    seconds = np.full(IDS, 4 * WINDOW)
+    for teacher in store.teachers():
+        for window in store.windows(teacher):
+            rows, _ = store.read(teacher, window, bad_rows="quarantine")
+            seconds[rows.example_id] = rows.event_time // US
+    return seconds
+
+
+def looked_up(store: TeacherStore, examples: pa.Table, choice: dict[str, Any]) -> dict[str, Any]:
+    """What TeacherLookup finds, as the columns of a join: None where it finds nothing."""
+    functions: Any = {
+        "ids": lambda batch: batch["example_id"].to_numpy(),
+        "event_seconds": lambda batch: batch["event_seconds"].to_numpy(),
+    }
+    windows = 2 * len(WINDOWS)
+    with TeacherLookup(
+        store, TEACHERS, bad_rows="quarantine", max_windows=windows, **functions, **choice
+    ) as lookup:
+        found = lookup(examples)
+    columns: dict[str, Any] = {}
+    assert found.age_seconds is not None
+    for m, teacher in enumerate(TEACHERS):
+        present = found.presence[:, m, 0].tolist()
+        named = {
+            **{f"{teacher}_{task}": found.values[:, m, t] for t, task in enumerate(lookup.tasks)},
+            f"{teacher}_age_seconds": found.age_seconds[:, m],
+        }
+        for name, values in named.items():
+            pairs = zip(values.tolist(), present, strict=True)
+            columns[name] = [value if there else None for value, there in pairs]
+    return columns

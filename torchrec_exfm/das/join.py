@@ -1,0 +1,277 @@
+"""Teachers' outputs as columns of the examples: one text of SQL for the engines that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec_exfm.das.arrays import MAX_SECONDS, MICROSECONDS, as_int, check_duration, utc
+from torchrec_exfm.das.lookup import _check_names, _versions
+from torchrec_exfm.das.store import TeacherStore
+
+__all__ = ["data_files", "join_sql"]
+
+WINNERS = "_winners"  # the name of a table in the text
+_LARGEST = 3.4028234663852886e38  # of float32; NaN is larger to both engines
+# as text they become times of the kind that they are compared with
+_FIRST, _LAST = (f"'{utc(seconds)}'" for seconds in (0, MAX_SECONDS))
+
+
+def join_sql(
+    store: TeacherStore,
+    teachers: str | Sequence[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    snapshot: int | Mapping[str, int] | None = None,
+    exclude: Collection[int] | Mapping[str, Collection[int]] = (),
+    max_age_seconds: float | None = None,
+    embeddings: bool = False,
+    examples: str = "examples",
+    outputs: str = "outputs",
+    example_id: str = "example_id",
+    event_seconds: str = "event_seconds",
+    event_time: str | None = None,
+) -> str:
+    """One SELECT, for DuckDB 2 and Spark 3.5 or newer: examples with what teachers said of them.
+
+    Rows are found as :class:`TeacherLookup` finds them: in the window of the example's own time,
+    those that break no rule of the store, and of several the newest snapshot's, then what was
+    logged in training, then what was scored last. Columns: those of the examples, then of each
+    teacher ``TEACHER_TASK`` for each task, ``TEACHER_snapshot`` (the version that said it),
+    ``TEACHER_age_seconds`` (event time - trained-through; 0 for what was logged) and
+    ``TEACHER_embedding`` (bytes); all null where there is no output. Examples keep their number,
+    not their order.
+
+    Args:
+        store: of the outputs; its tasks and its length of a window are in the text.
+        teachers: a name or several.
+        tasks: which of the store's; None: all.
+        snapshot: pins a version, of all teachers or by name; None: the newest counts.
+        exclude: versions that are passed over, of all teachers or by name.
+        max_age_seconds: older outputs are as none; None: none is too old.
+        embeddings: give the bytes of the embeddings too.
+        examples: the name of the table of examples, within a catalog if need be (``a.b.c``).
+        outputs: the same of the table of outputs: the Delta table ``outputs`` in the store's
+            folder, or a view of :func:`data_files`.
+        example_id: the examples' column of ids.
+        event_seconds: their column of event times in epoch seconds.
+        event_time: their column of timestamps, in the place of ``event_seconds``. Those without a
+            time zone are in that of the engine's session.
+
+    Raises:
+        TypeError: for a wrong kind.
+        ValueError: for a wrong value; for a task or a teacher that the store lacks; for columns
+            that would differ by upper and lower case alone.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from torchrec_exfm.das import Snapshot, TeacherStore
+        >>> store = TeacherStore.create(tempfile.mkdtemp())
+        >>> _ = store.write(Snapshot("fm", 1, 1_000), [7, 8], [0.5, -2.0], [5_000, 6_000])
+        >>> _ = store.refresh()
+        >>> engine = duckdb.connect()
+        >>> _ = engine.read_parquet(data_files(store), hive_partitioning=True).to_view("outputs")
+        >>> _ = engine.sql("SELECT 8 AS example_id, 6000 AS event_seconds").to_view("examples")
+        >>> engine.sql(join_sql(store, "fm")).fetchall()
+        [(8, 6000, -2.0, 1, 5000.0)]
+    """
+    wanted = Wanted.of(store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings)
+    winners = wanted.winners(outputs)
+    joined = wanted.joined(examples, example_id, event_seconds, event_time)
+    return f"WITH {WINNERS} AS (\n{winners}\n)\n{joined}"
+
+
+def data_files(
+    store: TeacherStore,
+    teachers: str | Sequence[str] | None = None,
+    first_seconds: int = 0,
+    last_seconds: int = MAX_SECONDS,
+) -> list[str]:
+    """The Parquet files that hold a store's outputs for events between two times, both included.
+
+    Other files in the store's folder have left the table, and are not to be read. ``teacher`` and
+    ``window`` are in the paths (Hive partitions).
+
+    Args:
+        store: as of the commit that it is at.
+        teachers: a name or several; None: all.
+        first_seconds: the least event time, epoch seconds.
+        last_seconds: the last event time.
+    """
+    names = {teachers} if isinstance(teachers, str) else teachers
+    first, last = (
+        second // store.format.window_seconds for second in (first_seconds, last_seconds)
+    )
+    return sorted(
+        f"{store.table.url}/{file.path}"
+        for file in store.table.files()
+        if (names is None or file.partition[0] in names) and first <= file.partition[1] <= last
+    )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which outputs are wanted, of which rows: the arguments of ``join_sql``, checked."""
+
+    stored_tasks: tuple[str, ...]
+    window_seconds: int
+    teachers: tuple[str, ...]
+    tasks: tuple[str, ...]
+    snapshot: dict[str, int | None]
+    exclude: dict[str, list[int]]
+    max_age_seconds: float | None
+    embeddings: bool
+
+    @classmethod
+    def of(
+        cls,
+        store: TeacherStore,
+        teachers: str | Sequence[str],
+        tasks: Sequence[str] | None,
+        snapshot: int | Mapping[str, int] | None,
+        exclude: Collection[int] | Mapping[str, Collection[int]],
+        max_age_seconds: float | None,
+        embeddings: bool,
+    ) -> Wanted:
+        names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+        pinned = snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(names, snapshot)
+        excluded = exclude if isinstance(exclude, Mapping) else dict.fromkeys(names, exclude)
+        chosen = store.tasks if tasks is None else tuple(tasks)
+        _check_names("teachers", names, store.teachers() or names)
+        _check_names("tasks", chosen, store.tasks)
+        _check_names("snapshot", tuple(pinned), names)
+        _check_names("exclude", tuple(excluded), names)
+        if max_age_seconds is not None:
+            check_duration("max_age_seconds", max_age_seconds)
+        embeddings = embeddings and store.format.embedding_bytes > 0  # refuses a store without
+        wanted = cls(
+            store.tasks,
+            store.format.window_seconds,
+            names,
+            chosen,
+            {name: _version(pinned.get(name)) for name in names},
+            {name: list(_versions(excluded.get(name, ()))) for name in names},
+            None if max_age_seconds is None else float(max_age_seconds),
+            embeddings,
+        )
+        columns = [name for teacher in names for name in wanted.columns(teacher)]
+        if len({name.lower() for name in columns}) < len(columns):
+            raise ValueError(
+                "columns should differ by more than upper and lower case, which SQL takes for the "
+                f"same; received {columns}: join fewer teachers or tasks at once"
+            )
+        return wanted
+
+    def columns(self, teacher: str) -> dict[str, str]:
+        """The columns that a teacher becomes, each with its name among the winners."""
+        columns = {f"{teacher}_{task}": f"output_{task}" for task in self.tasks}
+        columns[f"{teacher}_snapshot"] = "snapshot"
+        columns[f"{teacher}_age_seconds"] = "age_seconds"
+        if self.embeddings:
+            columns[f"{teacher}_embedding"] = "embedding"
+        return columns
+
+    def rules(self) -> dict[str, str]:
+        """What rows may not do, in words and as a condition: ``rules.broken_rules`` in SQL."""
+        infinite = [f"abs({_quoted(f'output_{task}')}) > {_LARGEST}" for task in self.stored_tasks]
+        window = (
+            f"floor({_microseconds(_FIRST, 'event_time')} / {self.window_seconds * MICROSECONDS})"
+        )
+        return {
+            "have a negative example id": "example_id < 0",
+            "have an output that is NaN or infinite": " OR ".join(infinite),
+            f"have an event time outside of [0, {MAX_SECONDS:,}) seconds": (
+                f"event_time < {_FIRST} OR event_time >= {_LAST}"
+            ),
+            "leak: their teacher was trained through their own event time": (
+                "trained_through >= date_trunc('second', event_time) AND NOT logged"
+            ),
+            "lie outside of their window": f"{window} <> `window`",
+        }
+
+    def winners(self, outputs: str) -> str:
+        """The row of each example that counts, for each teacher and window."""
+        tasks = [_quoted(f"output_{task}") for task in self.tasks]
+        columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
+        columns += ["embedding"] if self.embeddings else []
+        broken = " OR ".join(f"({condition})" for condition in self.rules().values())
+        eligible = " OR ".join(f"({self._eligible(teacher)})" for teacher in self.teachers)
+        age = f"{_microseconds('trained_through', 'event_time')} / 1e6"
+        return f"""SELECT {", ".join(columns)}
+FROM (
+  SELECT *, CAST(CASE WHEN logged THEN 0 ELSE {age} END AS FLOAT) AS age_seconds,
+    row_number() OVER (
+      PARTITION BY teacher, `window`, example_id
+      ORDER BY snapshot DESC, logged DESC, scored_at DESC
+    ) AS place
+  FROM {stored(outputs)}
+  WHERE ({eligible})
+    AND NOT coalesce({broken}, FALSE)
+) AS ranked
+WHERE place = 1"""
+
+    def _eligible(self, teacher: str) -> str:
+        conditions = [f"teacher = '{teacher}'"]
+        if (version := self.snapshot[teacher]) is not None:
+            conditions.append(f"snapshot = {version}")
+        if excluded := self.exclude[teacher]:
+            conditions.append(f"snapshot NOT IN ({', '.join(map(str, excluded))})")
+        return " AND ".join(conditions)
+
+    def joined(
+        self, examples: str, example_id: str, event_seconds: str, event_time: str | None
+    ) -> str:
+        """The examples beside the winners of each teacher."""
+        columns, joins = ["example.*"], []
+        for number, teacher in enumerate(self.teachers):
+            won = f"teacher_{number}"
+            conditions = [
+                f"{won}.teacher = '{teacher}'",
+                f"{won}.example_id = example.{_quoted(example_id)}",
+            ]
+            first = f"{won}.`window` * {self.window_seconds}"
+            if event_time is None:
+                window = f"floor(example.{_quoted(event_seconds)} / {self.window_seconds})"
+                conditions.append(f"{won}.`window` = CAST({window} AS BIGINT)")
+            else:
+                time = f"example.{_quoted(event_time)}"
+                conditions.append(f"{time} >= to_timestamp({first})")
+                conditions.append(f"{time} < to_timestamp({first} + {self.window_seconds})")
+            if self.max_age_seconds is not None:
+                conditions.append(f"{won}.age_seconds <= CAST({self.max_age_seconds!r} AS FLOAT)")
+            joins.append(f"LEFT JOIN {WINNERS} AS {won}\n  ON " + "\n  AND ".join(conditions))
+            columns += [
+                f"{won}.{_quoted(stored)} AS {_quoted(name)}"
+                for name, stored in self.columns(teacher).items()
+            ]
+        listed = ",\n  ".join(columns)
+        return f"SELECT {listed}\nFROM {_table(examples)} AS example\n" + "\n".join(joins)
+
+
+def _microseconds(start: str, end: str) -> str:
+    """Between two times. MICROSECOND is a unit to Spark, and to DuckDB the column that holds it."""
+    return f"datediff(MICROSECOND, {start}, {end})"
+
+
+def stored(outputs: str) -> str:
+    return f"(SELECT *, 'microsecond' AS microsecond FROM {_table(outputs)}) AS stored"
+
+
+def _quoted(name: str) -> str:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(
+            f"a table or column should have a name that can be read; received {name!r}"
+        )
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _table(name: str) -> str:
+    """The quoted name of a table, which may be within a catalog and a schema."""
+    return ".".join(map(_quoted, name.split(".")))
+
+
+def _version(version: Any) -> int | None:
+    if version is not None and not 0 <= as_int(version) < 2**40:
+        raise ValueError(f"snapshot should be a version; received {version!r}")
+    return None if version is None else as_int(version)

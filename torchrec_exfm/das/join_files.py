@@ -1,0 +1,337 @@
+"""Files of examples joined with the store on DuckDB: ``python -m torchrec_exfm.das join``."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from torchrec_exfm.das.arrays import as_int64, as_seconds
+from torchrec_exfm.das.errors import MissingFileError, StoreError
+from torchrec_exfm.das.join import WINNERS, Wanted, stored
+from torchrec_exfm.das.rules import BadRows, check_bad_rows
+from torchrec_exfm.das.schema import KEYS, TIMESTAMP
+from torchrec_exfm.das.store import TeacherStore
+
+__all__ = ["NOTE", "JoinReport", "join_files"]
+
+NOTE = b"torchrec_exfm.join"  # of a file that was made, among its metadata
+_ORDER = "example_number"
+
+
+@dataclass
+class JoinReport:
+    """What became of a join, by teacher.
+
+    Attributes:
+        examples: how many there are.
+        present: examples with an output.
+        left_out: rows of the store that break a rule, by the rule, in the windows that were read.
+    """
+
+    examples: int = 0
+    present: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def join_files(
+    store: TeacherStore,
+    examples: str,
+    folder: Path,
+    teachers: Sequence[str] = (),
+    *,
+    example_id: str = "example_id",
+    event_time: str | None = None,
+    bad_rows: BadRows = "refuse",
+    memory_limit: str | None = None,
+    tasks: Sequence[str] | None = None,
+    snapshot: int | None = None,
+    exclude: Collection[int] = (),
+    max_age_seconds: float | None = None,
+    embeddings: bool = False,
+) -> JoinReport:
+    """Join Parquet files on DuckDB: each becomes one of its name, with its rows in their order.
+
+    A file is there whole or not at all, and one that is there is not made again. In memory are the
+    outputs of the windows that a file touches, its ids and times, and one of its row groups.
+
+    Args:
+        store: of the outputs.
+        examples: a glob pattern of local files, or a folder of ``*.parquet``.
+        folder: for the files that are made, and nothing else.
+        teachers: names; none: all.
+        example_id: the column of ids.
+        event_time: that of event times, timestamps or epoch seconds; None: ``event_seconds``, or
+            ``event_time`` where there is none.
+        bad_rows: as for :meth:`TeacherStore.read`.
+        memory_limit: of DuckDB, such as ``"4GB"``, beyond which it uses the disk; None: its own.
+        tasks: as for :func:`join_sql`.
+        snapshot: as there, of all teachers.
+        exclude: as there, of all teachers.
+        max_age_seconds: as there.
+        embeddings: as there.
+
+    Raises:
+        ModuleNotFoundError: without DuckDB.
+        TypeError: for ids or times of another kind.
+        ValueError: for a wrong value; for examples, or a folder, that are not as they should be.
+        StoreError: if the store is damaged or refused for its rows, or DuckDB fails.
+    """
+    check_bad_rows(bad_rows)
+    names = list(teachers) or store.teachers()
+    wanted = Wanted.of(store, names, tasks, snapshot, exclude, max_age_seconds, embeddings)
+    paths = _paths(examples)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {path.name for path in paths}
+    if others := [p.name for p in folder.iterdir() if p.name not in known and p.name[0] != "."]:
+        raise ValueError(
+            f"{folder}: should hold what this join makes, and nothing else; it has "
+            f"{sorted(others)[:5]}: choose another folder"
+        )
+    report = JoinReport(left_out={name: Counter() for name in names})
+    with _engine(folder, memory_limit) as engine:
+        join = _Join(engine, store, wanted, bad_rows, example_id, event_time, report.left_out)
+        for path in tqdm(paths, desc="join", unit="file", disable=None):
+            made_of = join.made_of(path)
+            counts = _counts(folder / path.name, made_of) or join.file(path, folder, made_of)
+            report.examples += counts["examples"]
+            report.present.update(counts["present"])
+    return report
+
+
+def _paths(examples: str) -> list[Path]:
+    pattern = f"{examples}/*.parquet" if os.path.isdir(examples) else examples
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    if not paths:
+        raise ValueError(
+            f"{examples}: should be Parquet files of examples, on this machine; there are none"
+        )
+    names = Counter(path.name for path in paths)
+    if twice := [path for path in paths if names[path.name] > 1]:
+        raise ValueError(
+            f"{examples}: the files should differ in name, as those that are made of them lie in "
+            f"one folder; received {[*map(str, twice[:4])]}: join folder by folder"
+        )
+    return paths
+
+
+def _counts(target: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file that is there says of its rows; None if there is none."""
+    if not target.exists():
+        return None
+    note = json.loads((pq.read_schema(target).metadata or {}).get(NOTE, "{}"))
+    if note.get("made_of") != made_of:
+        raise ValueError(
+            f"{target}: is there, and is not what this join would make: it is of other examples, "
+            "another store or other options; choose another folder, or remove it"
+        )
+    counts: dict[str, Any] = note
+    return counts
+
+
+@contextmanager
+def _engine(folder: Path, memory_limit: str | None) -> Iterator[Any]:
+    """DuckDB, in memory, and beyond its limit in a folder that goes with it."""
+    try:
+        import duckdb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the join needs DuckDB, which is not installed: pip install 'torchrec-exfm[das,join]'",
+            name="duckdb",
+        ) from error
+    limit = {} if memory_limit is None else {"memory_limit": memory_limit}
+    with tempfile.TemporaryDirectory(prefix=".spilled-", dir=folder) as spilled:
+        try:
+            engine = duckdb.connect(config={"temp_directory": spilled, **limit})
+        except duckdb.Error as error:
+            raise ValueError(
+                f"memory_limit should be as '4GB'; received {memory_limit!r} ({error})"
+            ) from error
+        try:
+            engine.execute("SET TimeZone = 'UTC'")
+            yield engine
+        except duckdb.Error as error:
+            raise StoreError(f"DuckDB can't join these examples ({error})") from error
+        finally:
+            engine.close()
+
+
+@dataclass
+class _Join:
+    """The join of one file after the other, with the winners of windows that they share."""
+
+    engine: Any
+    store: TeacherStore
+    wanted: Wanted
+    bad_rows: BadRows
+    example_id: str
+    event_time: str | None
+    left_out: dict[str, Counter[str]]
+    held: set[int] = field(default_factory=set)
+
+    def made_of(self, path: Path) -> dict[str, Any]:
+        """What decides what a file becomes, as JSON keeps it, but for the commit of the store."""
+        fields = {
+            "store": self.store.url,
+            "examples": [path.name, path.stat().st_size, self.example_id, self.event_time],
+            **asdict(self.wanted),
+        }
+        decoded: dict[str, Any] = json.loads(json.dumps(fields))
+        return decoded
+
+    def file(self, path: Path, folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
+        """Make the file of one; returns how many examples it has, and outputs are present."""
+        with pq.ParquetFile(path) as source:
+            keys = self._keys(path, source)
+            self._hold(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())
+            self.engine.register("examples", keys)
+            select = self.wanted.joined("examples", "example_id", "event_seconds", None)
+            joined = self.engine.sql(f"SELECT * FROM ({select}) ORDER BY {_ORDER}").to_arrow_table()
+            self.engine.unregister("examples")
+            present = {
+                teacher: len(joined) - joined[f"{teacher}_snapshot"].null_count
+                for teacher in self.wanted.teachers
+            }
+            counts = {"examples": len(joined), "present": present}
+            note = {"made_of": made_of, "commit": self.store.table.version, **counts}
+            _write(source, joined.drop_columns(keys.column_names), folder / path.name, note)
+        pa.default_memory_pool().release_unused()
+        return counts
+
+    def _keys(self, path: Path, source: pq.ParquetFile) -> pa.Table:
+        """The examples' numbers, ids and times, checked."""
+        names = source.schema_arrow.names
+        time = self.event_time or "event_seconds"
+        if self.event_time is None and time not in names:
+            time = "event_time"
+        if missing := [name for name in (self.example_id, time) if name not in names]:
+            raise ValueError(
+                f"{path}: should have the columns {self.example_id} and {time}; it lacks {missing} "
+                f"and has {names}: name the columns of the ids and the times"
+            )
+        added = [name for teacher in self.wanted.teachers for name in self.wanted.columns(teacher)]
+        if taken := sorted({*names} & {*added}):
+            raise ValueError(
+                f"{path}: has columns {taken} already, which the join would add: rename them"
+            )
+        keys = source.read(columns=[self.example_id, time])
+        times = keys[time]
+        if pa.types.is_timestamp(times.type):
+            times = times.cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
+        ids = as_int64(f"{path}: {self.example_id}", keys[self.example_id])
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"{path}: the example ids should be at least 0; received {ids.min()}")
+        columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", times)]
+        return pa.table(columns, names=[_ORDER, "example_id", "event_seconds"])
+
+    def _hold(self, windows: Sequence[int]) -> None:
+        """Have the winners of these windows in a table each, and of no others."""
+        for window in self.held.difference(windows):
+            self.engine.execute(f"DROP TABLE winners_{window}")
+        for window in sorted({*windows, *([] if windows else [0])} - self.held):
+            self.engine.register("outputs", self._stored(window))
+            self._check(window)
+            self.engine.execute(
+                f"CREATE TABLE winners_{window} AS {self.wanted.winners('outputs')}"
+            )
+            self.engine.unregister("outputs")
+        self.held = {*windows} or {0}
+        parts = " UNION ALL ".join(f"FROM winners_{window}" for window in sorted(self.held))
+        self.engine.execute(f"CREATE OR REPLACE VIEW {WINNERS} AS {parts}")
+
+    def _stored(self, window: int) -> pa.Table:
+        """The rows of a window, of all teachers that are wanted."""
+        schema = self.store.format.schema()
+        left_out = {"teacher", "window", *KEYS, *([] if self.wanted.embeddings else ["embedding"])}
+        columns = pa.schema(
+            [
+                # without a zone DuckDB subtracts times thirty times as fast; it is set to UTC
+                column.with_type(pa.timestamp("us")) if column.type == TIMESTAMP else column
+                for column in schema
+                if column.name not in left_out
+            ]
+        )
+        files = {teacher: self.store.files(teacher, window) for teacher in self.wanted.teachers}
+        parts = [_rows("", 0, columns.empty_table())]
+        try:
+            for teacher, of_teacher in files.items():
+                tables = [self.store.table.read(file, columns) for file in of_teacher]
+                parts += [_rows(teacher, window, table) for table in tables]
+        except MissingFileError:  # compaction may have put another in its place
+            self.store.refresh()
+            if files == {teacher: self.store.files(teacher, window) for teacher in files}:
+                raise
+            return self._stored(window)
+        return pa.concat_tables(parts)
+
+    def _check(self, window: int) -> None:
+        """Refuse or count the rows of ``outputs`` that break a rule."""
+        rules = self.wanted.rules()
+        cases = " ".join(f"WHEN {rule} THEN {n}" for n, rule in enumerate(rules.values()))
+        query = f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {stored('outputs')}"
+        for teacher, rule, rows in self.engine.sql(f"{query} GROUP BY ALL ORDER BY ALL").fetchall():
+            if rule is None:
+                continue
+            words = list(rules)[rule]
+            if self.bad_rows == "refuse":
+                raise StoreError(
+                    f"{self.store.table.url}: {rows} rows of {teacher} in window {window} {words}: "
+                    "correct them, or join with bad_rows='quarantine' (--bad-rows quarantine) to "
+                    "leave such rows out and count them"
+                )
+            self.left_out[teacher][words] += rows
+
+
+def _rows(teacher: str, window: int, table: pa.Table) -> pa.Table:
+    """A file's rows with the columns that are in its path."""
+    zeros = np.zeros(len(table), np.int8)
+    table = table.append_column("teacher", pa.DictionaryArray.from_arrays(zeros, [teacher]))
+    return table.append_column("window", pa.array(np.full(len(table), window)))
+
+
+def _write(source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]) -> None:
+    """Write the file's rows, a row group at a time, with columns that are added to them."""
+    schema = source.schema_arrow
+    metadata = {**(schema.metadata or {}), NOTE: json.dumps(note)}
+    schema = pa.schema([*schema, *added.schema], metadata)
+    part, first = target.with_name(f".{target.name}.part"), 0
+    with pq.ParquetWriter(part, schema, **_layout(source, added.column_names)) as sink:
+        for group in range(source.num_row_groups):
+            rows = source.read_row_group(group)
+            columns = [*rows.columns, *added.slice(first, len(rows)).columns]
+            sink.write_table(pa.Table.from_arrays(columns, schema=schema), len(rows) or None)
+            first += len(rows)
+    os.replace(part, target)
+
+
+def _layout(source: pq.ParquetFile, added: Sequence[str]) -> dict[str, Any]:
+    """Compression and dictionaries of a file's columns, for another with columns added."""
+    metadata = source.metadata
+    if not metadata.num_row_groups:
+        return {}
+    group = metadata.row_group(0)
+    columns = [group.column(number) for number in range(metadata.num_columns)]
+    return {
+        "compression": {
+            **dict.fromkeys(added, "ZSTD"),
+            **{
+                column.path_in_schema: column.compression.replace("UNCOMPRESSED", "NONE")
+                for column in columns
+            },
+        },
+        "use_dictionary": [
+            column.path_in_schema for column in columns if column.has_dictionary_page
+        ],
+    }
