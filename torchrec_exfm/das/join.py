@@ -114,7 +114,6 @@ def data_files(
 class Wanted:
     """Which outputs are wanted, of which rows: the arguments of ``join_sql``, checked."""
 
-    stored_tasks: tuple[str, ...]
     window_seconds: int
     teachers: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -146,7 +145,6 @@ class Wanted:
             check_duration("max_age_seconds", max_age_seconds)
         embeddings = embeddings and store.format.embedding_bytes > 0  # refuses a store without
         wanted = cls(
-            store.tasks,
             store.format.window_seconds,
             names,
             chosen,
@@ -174,7 +172,7 @@ class Wanted:
 
     def rules(self) -> dict[str, str]:
         """What rows may not do, in words and as a condition: ``rules.broken_rules`` in SQL."""
-        infinite = [f"abs({_quoted(f'output_{task}')}) > {_LARGEST}" for task in self.stored_tasks]
+        infinite = [f"abs({_quoted(f'output_{task}')}) > {_LARGEST}" for task in self.tasks]
         window = (
             f"floor({_microseconds(_FIRST, 'event_time')} / {self.window_seconds * MICROSECONDS})"
         )
