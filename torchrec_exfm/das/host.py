@@ -144,7 +144,7 @@ class HostReader:
             self._starts = 0
             if entry.suffix == ".failed":
                 self.forget()  # to ask again is to ask anew
-                raise StoreError(entry.read_text())
+                raise StoreError(f"{entry.read_text()} (told by the host's reader)")
             window = _open(entry)
             same = before is not None and before.files == window.files
             return replace(window, index=before.index) if before and same else window
