@@ -20,7 +20,7 @@ from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
 from torchrec_exfm.das.schema import Snapshot
-from torchrec_exfm.das.scoring import Examples, ScoringReport, score
+from torchrec_exfm.das.scoring import ScoringReport, Shard, score
 from torchrec_exfm.das.snapshots import (
     ForgetReport,
     forget,
@@ -39,10 +39,10 @@ from torchrec_exfm.das.streaming import (
 )
 
 __all__ = [
-    "Examples",
     "ForgetReport",
     "LookupCounters",
     "ScoringReport",
+    "Shard",
     "Snapshot",
     "StoreError",
     "TeacherLogger",
