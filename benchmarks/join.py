@@ -88,7 +88,7 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     details = result["details"]
     growth = [
-        [run["examples"], run["seconds"], run["core_seconds"], run["peak_memory_bytes"]]
+        [f"{run['examples']:,}", run["seconds"], run["core_seconds"], run["peak_memory_bytes"]]
         for run in details["growth"].values()
     ]
     wall, core, peak = (
