@@ -23,7 +23,7 @@ WINDOWS = range(2, 6)
 CHOICES: list[dict[str, Any]] = [
     {},
     {"snapshot": 2},
-    {"exclude": [3, 1]},
+    {"exclude": [3, 1], "max_age_seconds": math.inf},
     {"snapshot": {"fm": 3}, "exclude": {"fm-2.b": [3]}},
     {"max_age_seconds": 2 * WINDOW},
     {"tasks": TASKS[::-1]},
@@ -35,10 +35,12 @@ def random_store(folder: Path, random: Generator) -> TeacherStore:
     """Rows in several windows of several versions, scored and logged, and bad rows planted."""
     store = new_store(folder, tasks=TASKS)
     seconds = event_seconds(random)
-    for teacher, version, logged in itertools.product(TEACHERS, (1, 2, 3), (False, True)):
-        for _ in range(random.integers(0, 3)):  # the same again: what was scored last counts
+    for teacher, version in itertools.product(TEACHERS, (1, 2, 3)):
+        for _ in range(random.integers(1, 4)):  # the same again: what was scored last counts
+            logged = bool(random.integers(0, 2))
             ids = random.permutation(IDS)[: random.integers(1, IDS)]
-            through = int(random.integers(0, 2 * WINDOW))
+            # what was logged may be of a teacher that has learned from the example since
+            through = int(random.integers(0, (6 if logged else 2) * WINDOW))
             outputs = random.normal(size=(len(ids), len(TASKS))).astype(np.float32)
             said = Snapshot(teacher, version, through)
             store.write(said, ids, outputs, seconds[ids], logged=logged)

@@ -152,6 +152,7 @@ def test_data_files_are_those_of_the_table_in_the_windows_asked_for(tmp_path: Pa
         ({"tasks": ["stay"]}, "tasks should be of those there are"),
         ({"snapshot": -1}, "snapshot should be a version; received -1"),
         ({"max_age_seconds": -1}, "max_age_seconds should be a number of seconds from 0"),
+        ({"snapshot": 3, "exclude": [3]}, "the join pins version 3 of fm, and excludes it"),
         ({"embeddings": True}, "embedding_width; it is 0"),
         ({"examples": ""}, "a table or column should have a name that can be read; received ''"),
         ({"example_id": "a\nb"}, "a table or column should have a name"),
@@ -203,6 +204,18 @@ def test_files_keep_their_rows_order_columns_and_row_groups(tmp_path: Path, fold
         present += len(made) - made["fm_snapshot"].null_count
     assert (report.examples, report.present["fm"]) == (360, present)
     assert report.left_out["fm"]["have an output that is NaN or infinite"] == 3
+
+
+def test_rows_keep_their_order_where_the_engine_would_not(tmp_path: Path, folder: Path) -> None:
+    store, ids = new_store(tmp_path / "store"), np.arange(400_000)
+    store.write(snapshot(), ids, ids.astype(np.float32), AT + 0 * ids)
+    store.refresh()
+    shuffled = np.random.default_rng(0).permutation(ids)[:150_000]
+    pq.write_table(small_examples(shuffled), folder / "a.parquet")
+    join_files(store, str(folder), tmp_path / "out")
+    made = pq.read_table(tmp_path / "out" / "a.parquet")
+    assert np.array_equal(made["example_id"], shuffled)
+    assert np.array_equal(made["fm_label"], shuffled.astype(np.float32))
 
 
 def test_what_is_left_out_is_what_a_reader_leaves_out(tmp_path: Path, folder: Path) -> None:

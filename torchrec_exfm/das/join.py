@@ -153,6 +153,9 @@ class Wanted:
             None if max_age_seconds is None else float(max_age_seconds),
             embeddings,
         )
+        for name, version in wanted.snapshot.items():
+            if version in wanted.exclude[name]:
+                raise ValueError(f"the join pins version {version} of {name}, and excludes it")
         columns = [name for teacher in names for name in wanted.columns(teacher)]
         if len({name.lower() for name in columns}) < len(columns):
             raise ValueError(
@@ -237,7 +240,7 @@ WHERE place = 1"""
                 conditions.append(f"{time} >= to_timestamp({first})")
                 conditions.append(f"{time} < to_timestamp({first} + {self.window_seconds})")
             if self.max_age_seconds is not None:
-                conditions.append(f"{won}.age_seconds <= CAST({self.max_age_seconds!r} AS FLOAT)")
+                conditions.append(f"{won}.age_seconds <= CAST('{self.max_age_seconds}' AS FLOAT)")
             joins.append(f"LEFT JOIN {WINNERS} AS {won}\n  ON " + "\n  AND ".join(conditions))
             columns += [
                 f"{won}.{_quoted(stored)} AS {_quoted(name)}"
@@ -253,6 +256,7 @@ def _microseconds(start: str, end: str) -> str:
 
 
 def stored(outputs: str) -> str:
+    """The table of outputs with the unit that :func:`_microseconds` counts in."""
     return f"(SELECT *, 'microsecond' AS microsecond FROM {_table(outputs)}) AS stored"
 
 
