@@ -41,9 +41,10 @@ def random_store(folder: Path, random: Generator) -> TeacherStore:
             ids = random.permutation(IDS)[: random.integers(1, IDS)]
             # what was logged may be of a teacher that has learned from the example since
             through = int(random.integers(0, (6 if logged else 2) * WINDOW))
-            outputs = random.normal(size=(len(ids), len(TASKS))).astype(np.float32)
+            known = TASKS if random.random() < 0.7 else TASKS[:1]
+            outputs = random.normal(size=(len(ids), len(known))).astype(np.float32)
             said = Snapshot(teacher, version, through)
-            store.write(said, ids, outputs, seconds[ids], logged=logged)
+            store.write(said, ids, outputs, seconds[ids], tasks=known, logged=logged)
     plant_bad_rows(store, seconds, random)
     store.refresh()
     return store
@@ -116,12 +117,28 @@ def looked_up(store: TeacherStore, examples: pa.Table, choice: dict[str, Any]) -
     columns: dict[str, Any] = {}
     assert found.age_seconds is not None
     for m, teacher in enumerate(TEACHERS):
-        present = found.presence[:, m, 0].tolist()
-        named = {
-            **{f"{teacher}_{task}": found.values[:, m, t] for t, task in enumerate(lookup.tasks)},
-            f"{teacher}_age_seconds": found.age_seconds[:, m],
-        }
-        for name, values in named.items():
-            pairs = zip(values.tolist(), present, strict=True)
-            columns[name] = [value if there else None for value, there in pairs]
+        for t, task in enumerate(lookup.tasks):
+            columns[f"{teacher}_{task}"] = masked(found.values[:, m, t], found.presence[:, m, t])
+        age_seconds = masked(found.age_seconds[:, m], found.presence[:, m].any(1))
+        columns[f"{teacher}_age_seconds"] = age_seconds
     return columns
+
+
+def masked(values: Any, presence: Any) -> list[Any]:
+    pairs = zip(values.tolist(), presence.tolist(), strict=True)
+    return [value if there else None for value, there in pairs]
+
+
+def check(found: dict[str, Any], store: TeacherStore, examples: pa.Table, choice: Any) -> None:
+    """The columns of a join are what a look-up finds.
+
+    But for the age of a row whose outputs are all null, of which a look-up says nothing.
+    """
+    expected = looked_up(store, examples, choice)
+    columns = {name: found[name] for name in expected}
+    for teacher in TEACHERS:
+        outputs = [columns[f"{teacher}_{task}"] for task in choice.get("tasks", TASKS)]
+        null = [all(output is None for output in row) for row in zip(*outputs, strict=True)]
+        ages = zip(columns[f"{teacher}_age_seconds"], null, strict=True)
+        columns[f"{teacher}_age_seconds"] = [None if absent else age for age, absent in ages]
+    assert columns == expected, choice
