@@ -66,7 +66,7 @@ SPARK ?= 3.5.9
 spark: venv
 	@command -v java >/dev/null || { echo 'make spark needs Java: apt-get install openjdk-17-jre-headless'; false; }
 	$(PIP) install -q --upgrade --target .venv/spark-$(SPARK) pyspark==$(SPARK)
-	PYTHONPATH=.venv/spark-$(SPARK) $(PY) -m pytest tests/test_join_spark.py
+	PYTHONPATH=.venv/spark-$(SPARK) $(PY) -m pytest tests/test_join_spark.py tests/test_ids_spark.py
 
 # Wheel and source distribution into dist/, each tried in an environment of its own.
 package: venv
