@@ -231,9 +231,8 @@ def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, A
             context = start()
             until = 2 * files * (kill + random.random()) / kills  # a commit of rows, and a mark
             while len(list(log.glob("*.json"))) - 1 < until:
-                if not all(process.is_alive() for process in context.processes):
+                if context.join(timeout=0.002):  # raises what went wrong
                     raise RuntimeError("the job ended before it was to be killed")
-                time.sleep(0.002)
             for process in random.sample(context.processes, ranks):
                 process.kill()
                 process.join()
@@ -241,7 +240,7 @@ def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, A
             rows = sum(file.rows or 0 for file in store.table.files())
             shares.append(f"{rows / (files * FILE_ROWS):.0%}")
         context = start()
-        while not context.join():
+        while not context.join():  # one process at a time
             pass
         store.refresh()
         ids = [store.read_file(file).example_id for file in store.table.files()]

@@ -499,7 +499,7 @@ class _Job:
 def _is_whole(store: TeacherStore, task: _Task) -> bool:
     """Whether a shard was written to its end, and nothing was removed since it was begun."""
     begun = store.table.transaction(_mark_name(task))
-    return begun is not None and begun >= store.table.removed
+    return begun is not None and begun > store.table.removed
 
 
 def _mark(store: TeacherStore, task: _Task) -> None:
