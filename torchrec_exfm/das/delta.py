@@ -29,6 +29,7 @@ from torchrec_exfm.das.folder import Folder
 from torchrec_exfm.das.log import Log
 
 _ATTEMPTS = 20
+_REMOVED = "removed"  # the transaction of commits that remove rows
 _ONE_FILE = 2**40  # bytes: the library's own limit, 100 MB, makes several
 
 
@@ -171,6 +172,12 @@ class Table:
         with self._reading_log():
             return self.delta.transaction_version(name)
 
+    @property
+    def removed(self) -> int:
+        """The commit before the last one in which rows were deleted or given up; -1 for none."""
+        last = self.transaction(_REMOVED)
+        return -1 if last is None else last
+
     def delete(self, predicate: str) -> int:
         """Delete the rows that fit a predicate, in one commit, and return how many there were."""
 
@@ -180,7 +187,8 @@ class Table:
             )
 
         self._folder.check_links()
-        made = self.commit("can't delete", lambda: Commit(act)) or {}
+        removal = self.commit("can't delete", lambda: Commit(act, (_REMOVED, self.version)))
+        made = removal or {}
         return int(made.get("operationMetrics", made)["num_deleted_rows"])
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
@@ -209,7 +217,10 @@ class Table:
         def prepare() -> Commit:
             paths.clear()
             paths.update(file.path for file in self.files())
-            return Commit(lambda properties: self.delta.repair(commit_properties=properties))
+            return Commit(
+                lambda properties: self.delta.repair(commit_properties=properties),
+                (_REMOVED, self.version),
+            )
 
         self._folder.check_links()
         self.commit("can't be repaired", prepare)

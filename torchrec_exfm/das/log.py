@@ -23,7 +23,14 @@ from torchrec_exfm.das.folder import Folder
 
 _LOG = "_delta_log"
 _CHECKPOINT = {"add": ("path", "partitionValues", "size"), "txn": ("appId", "version")}
-_OURS = ("shard/", "write/", "watermark/", "snapshot/")  # names of the package's transactions
+_OURS = (
+    "shard/",
+    "scored/",
+    "write/",
+    "watermark/",
+    "snapshot/",
+    "removed",
+)  # names of the package's transactions
 _DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
