@@ -41,7 +41,7 @@ from reference import SNAPSHOT, TEACHER, WINDOW, Stream, dlrm, sharded
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import LiveTeacher
-from torchrec_exfm.das import Examples, TeacherLogger, TeacherLookup, TeacherStore, score
+from torchrec_exfm.das import Shard, TeacherLogger, TeacherLookup, TeacherStore, score
 
 BATCH, STUDENTS = 8192, (1, 2, 4, 8)
 CLAIM = 0.4  # "40 % less training overhead", in a summary of the paper
@@ -127,9 +127,6 @@ class Bench:
         self.stores = itertools.count()
         stream = Stream(rows)
         self.batches = [stream.batch(at) for at in torch.arange(rows).split(BATCH)]
-        self.examples = Examples(
-            stream.ids, stream.seconds, lambda at: self.batches[int(at[0]) // BATCH]
-        )
         self.teacher, _ = sharded(dlrm(TEACHER), device)
         self.scored = self.new_store()
         self.score(self.scored)
@@ -164,8 +161,9 @@ class Bench:
         close()
 
     def score(self, store: TeacherStore) -> None:
-        options: Any = {"device": self.device, "batch_size": BATCH, "progress": False}
-        score(self.teacher, store, [self.examples], SNAPSHOT, **options)
+        shard = Shard("all", lambda: self.batches)
+        options: Any = {"device": self.device, "progress": False}
+        score(self.teacher, store, [shard], SNAPSHOT, **options)
 
 
 class Cost(NamedTuple):

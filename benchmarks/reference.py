@@ -18,7 +18,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_exfm.das import Examples, Snapshot, hash_ids
+from torchrec_exfm.das import Snapshot, hash_ids
 
 CPU = torch.device("cpu")
 KEYS = [f"f{i}" for i in range(26)]
@@ -114,11 +114,6 @@ class Stream:
         return Batch(
             self.dense[at], sparse, self.labels[at], self.ids[at], self.seconds[at], self.logits[at]
         )
-
-    def examples(self, first: int, last: int) -> Examples:
-        """What score() takes, of the rows from first to last."""
-        part = slice(first, last)
-        return Examples(self.ids[part], self.seconds[part], lambda at: self.batch(at + first))
 
     def pool(self, count: int, size: int) -> list[Batch]:
         """A rank's batches of random examples, pinned where there is a GPU to copy them to."""

@@ -1,74 +1,119 @@
 """What it costs to keep a teacher's outputs: scoring beside a bare pass, logging beside training.
 
-    python benchmarks/scoring.py [--json] [--quick]
+    python benchmarks/scoring.py [--json] [--quick] [--kills N]
 
-scoring_over_bare_eval: rows a second of score() into a new store, over those of a bare loop over
-EvalPipelineSparseDist with the same batches. logging_over_plain_training: the same of training with
-TrainPipelineSparseDist and a TeacherLogger, its last flush included, over training without. Medians
-over pairs of runs in one process, whose order turns from pair to pair; "over_by_core_time" is the
-same by the time of all threads together, as if there were one core.
-teacher_calls_per_unique_example: rows that went through the teacher as three students that overlap
-were scored, and scored again, over distinct ids.
+Scored are Parquet files of 25,000 rows, in order of time, each a shard; of two ranks each has every
+other one. rows_per_s_over_bare_loop: rows a second of score() into a new store, over those of a
+bare loop over EvalPipelineSparseDist with the same files. logging_over_plain_training: the same of
+training with TrainPipelineSparseDist and a TeacherLogger, its last flush included, over training
+without. Medians over pairs of runs in one process, whose order turns from pair to pair;
+"over_by_core_time" is the same by the time of all threads together, as if there were one core.
+
+peak_memory_200_over_50: the most memory that a rank takes to score 200 files, over the same for 50
+of them. each_id_once: after two ranks that score the 200 files were killed so many times ("kills"),
+at moments spread over the work, whether the store has each id, once.
 
 The teacher is a DLRM under DistributedModelParallel: 26 tables of 100,000 rows of 16, dense part
-256-128-16, over part 256-128-1. Features are random and made beforehand; to make batches of them is
-part of all runs. A rank computes on one thread and writes on another. "seconds" in the details are
-those of score(), or of the training that is logged, and of it in the pipeline, in reading the store
-and, on the other thread, in writing it.
+256-128-16, over part 256-128-1. Features are random; to read files, or to make batches of rows that
+are trained on, is part of all runs. A rank computes on one thread and writes on another. "seconds"
+in the details are those of score(), or of the training that is logged, and of it in the pipeline
+and, on the other thread, in writing the store.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import random
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import common
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from reference import SCORER, SNAPSHOT, WINDOW, Stream, dlrm, sharded
+import torch.multiprocessing as mp
+from reference import (
+    FIRST,
+    KEYS,
+    NUM_DENSE,
+    SCORER,
+    SNAPSHOT,
+    TABLE_ROWS,
+    WINDOW,
+    Batch,
+    Stream,
+    dlrm,
+    sharded,
+)
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
 from training import on_ranks
 
-from torchrec_exfm.das import Examples, TeacherLogger, TeacherStore, score
+from torchrec_exfm.das import Shard, TeacherLogger, TeacherStore, hash_ids, score
 
 BATCH = 4096
 COMMIT = 2**15  # rows
+FILES, FILE_ROWS, HOUR = 200, 25_000, 3_600
+DENSE = [f"dense{i}" for i in range(NUM_DENSE)]
 AIMS = {
-    "scoring_over_bare_eval": ">= 0.9",
+    "each_id_once": "True",
+    "peak_memory_200_over_50": "1",
+    "rows_per_s_over_bare_loop": ">= 0.9",
     "logging_over_plain_training": ">= 0.97",
-    "teacher_calls_per_unique_example": "1",
 }
 
 Arm: TypeAlias = Callable[[TeacherStore, int], None]
 
 
 def main() -> None:
-    options = common.arguments(__doc__).parse_args()
-    common.show(measure(options.quick), options.json, AIMS)
+    parser = common.arguments(__doc__)
+    parser.add_argument("--kills", type=int, default=10, help="how often the ranks are killed")
+    options = parser.parse_args()
+    common.show(measure(options.quick, options.kills), options.json, AIMS)
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, kills: int = 10) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
-    rows = 2**17 if quick else 2**18
-    one = on_ranks(1, run, rows, 5)
-    details: dict[str, Any] = {"rows": rows, "batch": BATCH, "commit": COMMIT, "one_rank": one}
-    if not quick and torch.cuda.device_count() != 1:
-        details["two_ranks"] = on_ranks(2, run, rows, 3)
+    files, pairs = (FILES // 10, 3) if quick else (FILES, 5)
+    ranks = 1 if torch.cuda.device_count() == 1 else 2
+    with tempfile.TemporaryDirectory(prefix="files-") as folder:
+        for number in range(files):
+            write_file(Path(folder), number, files)
+        peaks = [on_ranks(ranks, peak_of_scoring, folder, part) for part in (files, files // 4)]
+        killed = score_and_kill(folder, ranks, files, kills)
+        details: dict[str, Any] = {
+            "rows": files * FILE_ROWS,
+            "files": files,
+            "batch": BATCH,
+            "commit": COMMIT,
+            "ranks": ranks,
+            "peak_memory_mib": [common.rounded(peak / 2**20) for peak in peaks],
+            "killed": killed,
+            "one_rank": on_ranks(1, run, folder, pairs),
+        }
+        if ranks == 2:
+            details["two_ranks"] = on_ranks(2, run, folder, pairs)
+    compared = details["two_ranks" if ranks == 2 else "one_rank"]
     return {
-        "scoring_over_bare_eval": one["scoring"]["over"]["median"],
-        "logging_over_plain_training": one["logging"]["over"]["median"],
-        "teacher_calls_per_unique_example": one["teacher_calls_per_unique_example"],
+        "each_id_once": killed["each_id_once"],
+        "kills": killed["kills"],
+        "peak_memory_200_over_50": common.rounded(peaks[0] / peaks[1]),
+        "rows_per_s_over_bare_loop": compared["scoring"]["over"]["median"],
+        "logging_over_plain_training": compared["logging"]["over"]["median"],
         "details": details,
     }
 
 
 def markdown(result: dict[str, Any]) -> str:
-    details = result["details"]
+    details, killed = result["details"], result["details"]["killed"]
     ranks = [name for name in ("one_rank", "two_ranks") if name in details]
     rows = [
         ("scoring", "over", "**the scoring job over a bare `EvalPipelineSparseDist` loop**", "0.9"),
@@ -76,50 +121,159 @@ def markdown(result: dict[str, Any]) -> str:
         ("logging", "over", "**training that logs over plain training**", "0.97"),
         ("logging", "over_by_core_time", "the same by the time of all threads together", ""),
     ]
-    calls = [details[name]["teacher_calls_per_unique_example"] for name in ranks]
+    many, few = details["peak_memory_mib"]
+    once = "Each id was there once" if result["each_id_once"] else "**NOT each id was there once**"
     return (
-        f"Rows a second, {details['rows']:,} rows, batches of {details['batch']:,}, "
-        f"{details['commit']:,} rows a commit. The writer has a thread of its own; where the ranks "
-        "leave it no core it costs what it costs.\n\n"
+        f"Rows a second, batches of {details['batch']:,}, commits of about {details['commit']:,} "
+        "rows. The writer has a thread of its own; where the ranks leave it no core it costs what "
+        "it costs.\n\n"
         + common.table(
             ["", *(name.replace("_", " ") for name in ranks), "aim"],
             [
-                *(
-                    [text, *(details[name][of][field] for name in ranks), aim]
-                    for of, field, text, aim in rows
-                ),
-                [
-                    "rows through the teacher for each distinct example of three students",
-                    *calls,
-                    "1",
-                ],
+                [text, *(details[name][of][field] for name in ranks), aim]
+                for of, field, text, aim in rows
             ],
         )
+        + f"\n\nOn {details['ranks']} ranks, {details['rows']:,} rows in {details['files']} files "
+        f"took a rank {many:,.0f} MiB, a quarter of the files {few:,.0f} MiB, its libraries and "
+        f"model included. {once} after {result['kills']} kills, with {killed['shares']} of the "
+        "rows in the store.\n"
     )
 
 
-def run(device: torch.device, folder: str, rows: int, pairs: int) -> dict[str, Any]:
+# ---- The files ----
+
+
+def write_file(folder: Path, number: int, files: int) -> None:
+    """Rows in order of time; all files together are one window of the reference stream's."""
+    generator = np.random.default_rng(number)
+    at = torch.arange(number * FILE_ROWS, (number + 1) * FILE_ROWS)
+    columns = {
+        "example_ids": hash_ids(at).numpy(),
+        "event_seconds": (FIRST * WINDOW + at * WINDOW // (files * FILE_ROWS)).numpy(),
+        **{key: generator.integers(TABLE_ROWS, size=FILE_ROWS) for key in KEYS},
+        **{name: generator.random(FILE_ROWS, np.float32) for name in DENSE},
+    }
+    options: Any = {"use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table(columns), folder / f"{number:03}.parquet", **options)
+
+
+def batches_of(file: Path) -> Iterator[Batch]:
+    for rows in pq.ParquetFile(file).iter_batches(BATCH, use_threads=False):
+        columns = {name: torch.tensor(rows[name].to_numpy()) for name in rows.schema.names}
+        values = torch.cat([columns[key] for key in KEYS])
+        sparse = KeyedJaggedTensor(KEYS, values, lengths=torch.ones_like(values))
+        dense = torch.stack([columns[name] for name in DENSE], dim=1)
+        nothing = torch.zeros(len(dense))
+        times = columns["event_seconds"]
+        yield Batch(dense, sparse, nothing, columns["example_ids"], times, nothing)
+
+
+def files_of(folder: str, files: int) -> list[Path]:
+    """A rank's, of the first so many."""
+    return sorted(Path(folder).iterdir())[:files][dist.get_rank() :: dist.get_world_size()]
+
+
+def shards_of(files: list[Path]) -> list[Shard]:
+    return [Shard(file.name, partial(batches_of, file)) for file in files]
+
+
+def score_files(
+    model: torch.nn.Module, store: TeacherStore, files: list[Path], device: torch.device
+) -> None:
+    options: Any = {"device": device, "shard_rows": COMMIT, "progress": False}
+    score(model, store, shards_of(files), SNAPSHOT, **options)
+
+
+# ---- Memory, and kills ----
+
+
+def new_store(folder: str, name: str) -> TeacherStore:
+    store = TeacherStore.create(f"{folder}/{name}", window_seconds=HOUR)
+    dist.barrier()
+    return store
+
+
+def peak_of_scoring(device: torch.device, folder: str, data: str, files: int) -> int:
+    """The bytes of the rank that takes most, with all that was there before."""
     torch.set_num_threads(1)
-    bench, few = Bench(device, folder, rows), rows // 2  # as training is slower
+    model, _ = sharded(dlrm(SCORER), device)
+    score_files(model, new_store(folder, "store"), files_of(data, files), device)
+    peaks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, common.memory("VmHWM"))
+    return max(peaks)
+
+
+def job(rank: int, ranks: int, folder: str, data: str, attempt: int, files: int) -> None:
+    """What is killed: a rank that scores its files."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting-{attempt}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model, _ = sharded(dlrm(SCORER))
+    store = TeacherStore(f"{folder}/store")
+    score_files(model, store, files_of(data, files), torch.device("cpu"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, Any]:
+    """Start a job and kill it, over and over, and let it end; what is in the store then."""
+    with tempfile.TemporaryDirectory(prefix="killed-") as folder:
+        store = TeacherStore.create(f"{folder}/store", window_seconds=HOUR)
+        log, shares, attempts = Path(store.table.url, "_delta_log"), [], itertools.count()
+
+        def start() -> Any:
+            arguments = ranks, folder, data, next(attempts), files
+            return mp.start_processes(job, arguments, ranks, join=False)
+
+        for kill in range(kills):
+            context = start()
+            until = 2 * files * (kill + random.random()) / kills  # a commit of rows, and a mark
+            while len(list(log.glob("*.json"))) - 1 < until:
+                if context.join(timeout=0.002):  # raises what went wrong
+                    raise RuntimeError("the job ended before it was to be killed")
+            for process in random.sample(context.processes, ranks):
+                process.kill()
+                process.join()
+            store.refresh()
+            rows = sum(file.rows or 0 for file in store.table.files())
+            shares.append(f"{rows / (files * FILE_ROWS):.0%}")
+        context = start()
+        while not context.join():  # one process at a time
+            pass
+        store.refresh()
+        ids = [store.read_file(file).example_id for file in store.table.files()]
+        expected = np.sort(hash_ids(torch.arange(files * FILE_ROWS)).numpy())
+        once = np.array_equal(np.sort(np.concatenate(ids)), expected)
+    return {"each_id_once": once, "kills": len(shares), "shares": ", ".join(shares)}
+
+
+# ---- What it costs beside a bare loop ----
+
+
+def run(device: torch.device, folder: str, data: str, pairs: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    bench = Bench(device, folder, data)
+    files = 5 * dist.get_world_size()
     return {
-        "scoring": bench.compare(pairs, rows, bench.bare_eval, bench.score),
-        "logging": bench.compare(pairs, few, bench.train, bench.train_and_log),
-        **bench.students(rows),
+        "scoring": bench.compare(pairs, files * FILE_ROWS, bench.bare_eval, bench.score),
+        "logging": bench.compare(pairs, 2**17, bench.train, bench.train_and_log),
     }
 
 
 class Bench:
     """The runs; all ranks take each together."""
 
-    def __init__(self, device: torch.device, folder: str, rows: int) -> None:
-        self.device, self.folder, self.stores = device, folder, itertools.count()
+    def __init__(self, device: torch.device, folder: str, data: str) -> None:
+        self.device, self.folder, self.data = device, folder, data
+        self.stores = itertools.count()
         torch.manual_seed(0)
         self.model, self.optimizer = sharded(dlrm(SCORER), device)
-        self.stream = Stream(rows)
+        self.stream = Stream(2**17)
         self.spent: Counter[str] = Counter()
         self.watch("pipeline", EvalPipelineSparseDist, "progress")
         self.watch("pipeline", TrainPipelineSparseDist, "progress")
-        self.watch("read", TeacherStore, "read")
         self.watch("write", TeacherStore, "write")
 
     def watch(self, what: str, owner: type, name: str) -> None:
@@ -135,28 +289,27 @@ class Bench:
 
         setattr(owner, name, watched)
 
-    def score(self, store: TeacherStore, rows: int, *students: Examples) -> None:
-        options: Any = {"device": self.device, "batch_size": BATCH, "shard_rows": COMMIT}
-        examples = students or [self.stream.examples(0, rows)]
-        score(self.model, store, examples, SNAPSHOT, progress=False, **options)
+    def score(self, store: TeacherStore, rows: int) -> None:
+        score_files(self.model, store, files_of(self.data, rows // FILE_ROWS), self.device)
 
     def bare_eval(self, store: TeacherStore, rows: int) -> None:
+        files = files_of(self.data, rows // FILE_ROWS)
         with torch.no_grad():
-            self.drain(EvalPipelineSparseDist(self.model.eval(), self.optimizer, self.device), rows)
+            pipeline = EvalPipelineSparseDist(self.model.eval(), self.optimizer, self.device)
+            self.drain(pipeline, itertools.chain.from_iterable(map(batches_of, files)))
 
     def train(self, store: TeacherStore, rows: int) -> None:
-        self.drain(TrainPipelineSparseDist(self.model.train(), self.optimizer, self.device), rows)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mine = torch.arange(rows).chunk(ranks)[rank].split(BATCH)
+        pipeline = TrainPipelineSparseDist(self.model.train(), self.optimizer, self.device)
+        self.drain(pipeline, map(self.stream.batch, mine))
 
     def train_and_log(self, store: TeacherStore, rows: int) -> None:
         with TeacherLogger(store, "fm", shard_rows=COMMIT // dist.get_world_size()) as logger:
             logger.attach(self.model)
             self.train(store, rows)
 
-    def drain(self, pipeline: Any, rows: int) -> None:
-        """A rank's part of the rows, divided as score() does it."""
-        shards = torch.arange(rows).split(COMMIT)
-        mine = [shard.chunk(dist.get_world_size())[dist.get_rank()] for shard in shards]
-        feed = (self.stream.batch(at) for part in mine for at in part.split(BATCH))
+    def drain(self, pipeline: Any, feed: Iterator[Batch]) -> None:
         try:
             while True:
                 pipeline.progress(feed)
@@ -169,7 +322,7 @@ class Bench:
         spent: list[Counter[str]] = []
         for pair in range(-1, pairs):  # the first is to warm up
             for arm in (bare, kept) if pair % 2 else (kept, bare):
-                store = self.new_store()
+                store = new_store(self.folder, str(next(self.stores)))
                 self.spent.clear()
                 times[arm].append(common.timed(arm, store, rows))
                 if arm == kept:
@@ -184,31 +337,6 @@ class Bench:
                 "all": common.spread(walls[1]),
                 **{what: common.spread([each[what] for each in spent[1:]]) for what in spent[0]},
             },
-        }
-
-    def new_store(self) -> TeacherStore:
-        store = TeacherStore.create(f"{self.folder}/{next(self.stores)}", window_seconds=WINDOW)
-        dist.barrier()
-        return store
-
-    def students(self, rows: int) -> dict[str, float]:
-        """Three that overlap are scored, and scored again by a job that finds all done."""
-        seen = torch.zeros(1, device=self.device)
-
-        def count(model: Any, arguments: Any, output: Any) -> None:
-            seen.add_(len(arguments[0].labels))
-
-        handle = self.model.register_forward_hook(count)
-        tenths = ((0, 6), (2, 8), (5, 10))
-        students = [self.stream.examples(rows * a // 10, rows * b // 10) for a, b in tenths]
-        store = self.new_store()
-        self.score(store, rows, *students)
-        again, _ = common.timed(self.score, store, rows, *students)
-        handle.remove()
-        dist.all_reduce(seen)
-        return {
-            "teacher_calls_per_unique_example": seen.item() / rows,
-            "seconds_of_a_job_that_finds_all_done": common.rounded(again),
         }
 
 

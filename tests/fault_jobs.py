@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torchrec.models.dlrm import DLRMTrain
 from tqdm import tqdm
 
 from torchrec_exfm.das import (
-    Examples,
+    Shard,
     Snapshot,
     StoreError,
     TeacherLogger,
@@ -41,8 +42,9 @@ START = 1_000_000  # the first event time
 ROWS = 4_320  # examples, one each second
 WINDOW = ROWS // 3
 TASKS = tuple(task.name for task in rm.TASKS)
-SHARD = 60  # rows of a commit of the scoring job
-SCORED_AT_ONCE = 25  # at most: batches of 15 on two ranks, of 20 on one
+PIECE = 60  # rows of a commit of the scoring job
+LENGTHS = (40, 200, 360, 120)  # of its shards, over and over
+SCORED_AT_ONCE = 25
 STEPS = 80  # of the training, with the first LOGGED examples
 LOGGED = 3_200
 CHECKPOINT_STEPS = 5
@@ -108,29 +110,28 @@ def on_ranks(job: Job, world_size: int, folder: Path, attempt: int) -> list[Fork
 
 
 def scoring(rank: int, world_size: int, folder: Path) -> None:
-    """Scores the examples of two students, a third of which they share."""
-    data = Data()
-    third = ROWS // 3
-    examples = [
-        Examples(
-            data.ids[start : start + 2 * third],
-            data.seconds[start : start + 2 * third],
-            lambda positions, start=start: data.batch(positions + start),  # type: ignore[misc]
-        )
-        for start in (0, third)
-    ]
+    """Scores shards of unequal lengths, of which each rank has every other."""
     teacher = rm.sharded(rm.two_task_student(), world_size).model
+    shards = shards_of(Data(), torch.arange(ROWS).split(LENGTHS * (ROWS // sum(LENGTHS))))
     report = score(
         teacher,
         TeacherStore(folder / "store"),
-        examples,
+        shards[rank::world_size],
         Snapshot("fm", 1, START - 1),
         device=device(),
-        batch_size=SCORED_AT_ONCE,
-        shard_rows=SHARD,
+        shard_rows=PIECE,
         progress=False,
     )
-    assert (report.scored + report.stored_before, report.shared) == (ROWS, third)
+    assert report.shards + report.skipped == len(shards)
+
+
+def shards_of(data: Data, parts: Sequence[Tensor], size: int = SCORED_AT_ONCE) -> list[Shard]:
+    """A shard of each part of the positions, by the number of the first."""
+
+    def batches(positions: Tensor) -> Iterator[rm.Columns]:
+        return (data.batch(at) for at in positions.split(size))
+
+    return [Shard(f"{int(part[0])}", functools.partial(batches, part)) for part in parts]
 
 
 def training(rank: int, world_size: int, folder: Path) -> None:

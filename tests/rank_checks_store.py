@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,13 +28,16 @@ from torchrec_exfm import (
     student_state_dict,
 )
 from torchrec_exfm import sources as exfm_sources
+from torchrec_exfm._ranks import of_each_rank, on_rank_0
 from torchrec_exfm.das import (
-    Examples,
+    ScoringReport,
+    Shard,
     Snapshot,
     StoreError,
     TeacherLogger,
     TeacherLookup,
     TeacherStore,
+    forget,
     load_snapshot,
     newest_snapshot,
     publish,
@@ -293,19 +298,24 @@ def taken(examples: rm.Columns, rows: Tensor) -> rm.Columns:
     return rm.Columns(sparse_features=features, **columns)
 
 
-def three_students(examples: rm.Columns) -> list[Examples]:
-    """Overlapping parts of the examples."""
-    rows = torch.arange(len(examples.labels))
-    n = len(rows)
+LENGTHS = (3, 40, 1, 17, 35)  # of shards, which lie in windows of 20 examples
 
-    def part(these: Tensor) -> Examples:
-        return Examples(
-            examples.example_ids[these],
-            examples.event_seconds[these],
-            lambda at: taken(examples, these[at]),
-        )
 
-    return [part(rows[: n // 2]), part(rows[n // 4 :]), part(rows[::3])]
+def shards_of(examples: rm.Columns, lengths: Sequence[int] = LENGTHS) -> list[Shard]:
+    """The examples in shards of so many, by their number, in batches of 5."""
+
+    def shard(number: int, rows: Tensor) -> Shard:
+        def batches() -> Iterator[rm.Columns]:
+            return (taken(examples, part) for part in rows.split(5))
+
+        return Shard(f"{number}", batches, int(examples.event_seconds[rows[0]]))
+
+    parts = torch.arange(len(examples.labels)).split(lengths)
+    return [shard(number, rows) for number, rows in enumerate(parts)]
+
+
+def never_opened(shards: list[Shard]) -> list[Shard]:
+    return [replace(shard, batches=mock.Mock(side_effect=AssertionError)) for shard in shards]
 
 
 def stored(store: TeacherStore, teacher: str) -> dict[int, list[float]]:
@@ -337,41 +347,108 @@ def assert_near(actual: dict[int, list[float]], expected: dict[int, list[float]]
 
 
 def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
-    """However many students share it, whatever the shards; a second job scores nothing."""
+    """Whatever the shards, on ranks of which one has most, or all; then there is nothing to do."""
     examples = whole()
+    n = len(examples.labels)
+    shards = shards_of(examples)
     model = teacher_model(world_size, seed=4)
     rows = []
     model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].labels)))
+    options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+    for mine in shards[rank:], shards if rank == world_size - 1 else []:
+        with rm.shared_folder() as name:
+            store = new_store(Path(name) / "store")
+            snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+            rows.clear()
+            model.train()
+            report = score(model, store, iter(mine), snapshot, **options)
+            assert model.training
+            assert report.scored == n
+            given = [sum(rows), sum(LENGTHS[int(shard.name)] for shard in mine)]
+            total = torch.tensor(given, device=device())
+            dist.all_reduce(total)
+            assert total[0] == total[1] + report.fillers
+            assert (report.fillers > 0) == (world_size > 1)
+            assert_near(stored(store, "a"), said_by(4, examples))
+
+            again = score(model, store, never_opened(mine), snapshot, **options)
+            assert (again.skipped, again.shards, again.fillers) == (total_of(mine), 0, 0)
+            assert again.scored == again.stored_before == 0
+
+
+def total_of(mine: Sequence[Any]) -> int:
+    """On all ranks."""
+    return sum(of_each_rank(len(mine)))
+
+
+def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> None:
+    """Given up as their file was lost, or forgotten: those alone go through the teacher."""
+    examples = whole()
+    mine = shards_of(examples)[rank::world_size]
+    model = teacher_model(world_size, seed=4)
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
         snapshot = Snapshot("a", 1, TRAINED_THROUGH)
-        options: Any = {"device": device(), "batch_size": 5, "shard_rows": 7, "progress": False}
-        missing: list[Any] = [None]
-        model.train()
-        report = score(model, store, three_students(examples), snapshot, **options)
-        assert model.training
-        n = len(examples.labels)
-        assert report.scored == n and report.stored_before == 0
-        assert report.shared == sum(len(each.example_ids) for each in three_students(examples)) - n
-        total = torch.tensor(sum(rows), device=device())
-        dist.all_reduce(total)
-        assert int(total) - report.fillers == n
-        assert world_size > 1 or report.fillers == 0
-        assert_near(stored(store, "a"), said_by(4, examples))
-        again = score(model, store, three_students(examples), snapshot, **options)
-        assert (again.scored, again.stored_before) == (0, n)
-        fewer = score(model, store, three_students(examples)[:1], snapshot, **options)
-        assert (fewer.scored, fewer.stored_before) == (0, n // 2)
-        store.refresh()
-        if rank == 0:  # rows that are lost, and given up, are scored again
-            lost = store.files("a", store.windows("a")[1])[0]
-            (Path(name) / "store" / "outputs" / lost.path).unlink()
+        options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+
+        def scored(shards: list[Shard]) -> ScoringReport:
+            report = score(model, store, shards, snapshot, **options)
+            assert_near(stored(store, "a"), said_by(4, examples))
+            return report
+
+        scored(mine)
+
+        def lose() -> int:
+            file = store.files("a", store.windows("a")[1])[0]
+            (Path(name) / "store" / "outputs" / file.path).unlink()
             store.table.repair()
-            missing[0] = lost.rows
-        dist.broadcast_object_list(missing)
-        again = score(model, store, three_students(examples), snapshot, **options)
-        assert again.scored == missing[0] > 0
+            return file.rows or 0
+
+        lost = on_rank_0(lose)
+        report = scored(mine)
+        assert (report.scored, report.shards, report.skipped) == (lost, 1, len(LENGTHS) - 1)
+        assert len(examples.labels) - 2 * 7 < report.scored + report.stored_before
+        assert scored(never_opened(mine)).skipped == len(LENGTHS)
+        on_rank_0(lambda: forget(store, "a", versions=[1]))
+        assert scored(mine).scored == len(examples.labels)
+        on_rank_0(lambda: forget(store, "a", versions=[7]))  # which it does not have
+        assert scored(mine).scored == 0
+
+
+def check_a_shard_that_two_ranks_have(rank: int, world_size: int) -> None:
+    """Both score it, and its rows are there once."""
+    examples = whole()
+    model = teacher_model(world_size, seed=4)
+    options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+        report = score(model, store, shards_of(examples), snapshot, **options)
+        assert report.scored == len(examples.labels)
+        assert report.stored_before == (world_size - 1) * report.scored
         assert_near(stored(store, "a"), said_by(4, examples))
+
+
+def check_scores_are_those_of_the_batches(rank: int, world_size: int) -> None:
+    """To the bit what the teacher says of the same batches, without pipeline, shards and store."""
+    examples = whole()
+    model = teacher_model(world_size, seed=4)
+    (shard,) = shards_of(examples, [len(examples.labels)])  # the same for all ranks
+
+    def aligned() -> Iterator[rm.Columns]:
+        return (rm.where_torch_allocates(**batch.columns) for batch in shard.batches())
+
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(batch.to(device()))[1][1] for batch in aligned()])
+    with rm.shared_folder() as name:
+        store = new_store(Path(name) / "store")
+        snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+        options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+        score(model, store, [replace(shard, batches=aligned)], snapshot, **options)
+        said = stored(store, "a")
+        assert torch.equal(
+            torch.tensor([said[id_] for id_ in examples.example_ids.tolist()]), expected.cpu()
+        )
 
 
 WIDTH = 5  # of the layer before the logits
@@ -391,30 +468,21 @@ def embeddings_of(store: TeacherStore, examples: rm.Columns) -> dict[int, list[f
 
 
 def check_embeddings_are_scored(rank: int, world_size: int, resolution: str) -> None:
-    """From a hook, and gathered with the outputs: as a model on no ranks has them."""
+    """From a hook: as a model on no ranks has them."""
     examples = whole()
     model, bare = teacher_model(world_size, seed=4), rm.two_task_student(4).to(device())
     kept: list[Tensor] = []
     for each in (model, bare):
         hidden_layer(each).register_forward_hook(lambda *call: kept.append(call[-1]))
-    options: Any = {"device": device(), "batch_size": 5, "shard_rows": 7, "progress": False}
+    options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+    mine = shards_of(examples)[rank::world_size]
     with rm.shared_folder() as name:
         of_embeddings = {"embedding_width": WIDTH, "embedding_resolution": resolution}
         store = new_store(Path(name) / "store", **of_embeddings)
         snapshot = Snapshot("a", 1, TRAINED_THROUGH)
-        with mock.patch.object(dist, "gather", wraps=dist.gather) as gather:
-            score(
-                model,
-                store,
-                three_students(examples),
-                snapshot,
-                embeddings=lambda output: kept.pop(),
-                **options,
-            )
+        embeddings = {"embeddings": lambda output: kept.pop()}
+        score(model, store, mine, snapshot, **embeddings, **options)
         assert not kept
-        store.refresh()
-        commits = sum(len(store.files("a", window)) for window in store.windows("a"))
-        assert gather.call_count == (commits if world_size > 1 else 0)
         assert_near(stored(store, "a"), said_by(4, examples))
         rows = torch.arange(len(examples.labels))
         with torch.no_grad():
@@ -429,32 +497,38 @@ def check_embeddings_are_scored(rank: int, world_size: int, resolution: str) -> 
         wrong = {"embeddings": lambda output: output[1]}  # of the tasks' width
         other = Snapshot("a", 2, TRAINED_THROUGH)
         with pytest.raises(ValueError, match=r"embeddings should be of shape \(\d, 5\) .*, 2\)"):
-            score(model, store, three_students(examples), other, **wrong, **options)
+            score(model, store, mine, other, **wrong, **options)
 
 
 def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
-    """Leaks, ids with two times, ranks with other examples."""
+    """What is wrong with the only shard, of the last rank, stops all, and they say which it was."""
     examples = whole()
+    last = rank == world_size - 1
     model = teacher_model(world_size, seed=4)
-    options: Any = {"device": device(), "progress": False}
+    shards = shards_of(examples)
+    snapshot = Snapshot("a", 1, TRAINED_THROUGH)
+
+    def torn() -> Iterator[rm.Columns]:
+        yield taken(examples, torch.arange(5))
+        raise OSError("the file is torn")
+
+    def refused(
+        error: type[Exception], match: str, of_last: Shard, teacher: str | Snapshot = "a"
+    ) -> None:
+        mine = [of_last] if last else []
+        elsewhere = rf"^rank {world_size - 1} stopped, and all ranks with it: .*{match}"
+        with pytest.raises(error if last else RuntimeError, match=match if last else elsewhere):
+            score(model, store, mine, teacher, device=device(), progress=False)
+
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
-        all_rows = Examples(
-            examples.example_ids, examples.event_seconds, lambda at: taken(examples, at)
-        )
-        moved = Examples(examples.example_ids, examples.event_seconds + 1, all_rows.batch)
-        with pytest.raises(ValueError, match="an example id should have one event time"):
-            score(model, store, [all_rows, moved], Snapshot("a", 1, 0), **options)
-        with pytest.raises(ValueError, match="a has no published snapshot"):
-            score(model, store, [all_rows], "a", **options)
-        if world_size > 1:
-            mine = Examples(examples.example_ids[rank:], examples.event_seconds[rank:], None)
-            with pytest.raises(ValueError, match=r"the same on every rank.*ranks \[1\]"):
-                score(model, store, [mine], Snapshot("a", 1, 0), **options)
-        else:
-            with pytest.raises(ValueError, match=r"leak.*trained through"):
-                score(model, store, [all_rows], Snapshot("a", 1, START + 60), **options)
+        words = "the shard 'torn' can't be read: OSError: the file is torn"
+        refused(RuntimeError, words, Shard("torn", torn), snapshot)
+        refused(ValueError, "the shard '1' should have begin_seconds", Shard("1", list))
+        refused(ValueError, "a has no published snapshot", shards[1])
         assert stored_nothing(store)
+        leaking = Snapshot("a", 2, START + SECONDS * 50)
+        refused(ValueError, r"the shard '3': .*leak.*trained through", shards[3], leaking)
 
 
 def stored_nothing(store: TeacherStore) -> bool:
@@ -463,7 +537,10 @@ def stored_nothing(store: TeacherStore) -> bool:
 
 
 def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> None:
-    """Of published snapshots, each window is scored by the newest that has not seen it."""
+    """Of published snapshots, each shard is scored by the newest that has not seen it.
+
+    One rank has nothing for the first of them.
+    """
     examples = whole()
     middle = int(examples.event_seconds[len(examples.labels) // 2]) // WINDOW * WINDOW
     with rm.shared_folder() as name:
@@ -477,7 +554,11 @@ def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> 
         assert newest_snapshot(store, "a") == Snapshot("a", 3, middle + 10**6)
         assert newest_snapshot(store, "a", before_seconds=middle) == Snapshot("a", 2, middle - 1)
         model = teacher_model(world_size, seed=9)
-        score(model, store, three_students(examples), "a", device=device(), progress=False)
+        mine = shards_of(examples, (40, 8, 48))[rank::world_size]
+        report = score(model, store, mine, "a", device=device(), progress=False)
+        assert (report.shards, report.scored) == (3, len(examples.labels))
+        again = score(model, store, never_opened(mine), "a", device=device(), progress=False)
+        assert (again.shards, again.skipped) == (0, 3)
         expected = said_by(4, examples)
         newer = said_by(5, examples)
         for key, seconds in zip(

@@ -15,10 +15,10 @@ from typing import Any
 import fault_jobs as jobs
 import numpy as np
 import rank_models as rm
+import torch
 from ranks import device
 
 from torchrec_exfm.das import (
-    Examples,
     Snapshot,
     TeacherLogger,
     TeacherStore,
@@ -88,23 +88,20 @@ def writing(store: TeacherStore, folder: Path, attempt: int) -> None:
 
 
 def scoring(store: TeacherStore, folder: Path, attempt: int) -> None:
-    """Scores examples, a shard at a time."""
+    """Scores two shards of several pieces."""
     data = jobs.Data()
-    at = slice(FIRST, FIRST + ROWS)
-    examples = Examples(
-        data.ids[at], data.seconds[at], lambda positions: data.batch(positions + FIRST)
-    )
+    parts = torch.arange(FIRST, FIRST + ROWS).split((2 * SHARD_ROWS, ROWS - 2 * SHARD_ROWS))
     report = score(
         rm.sharded(rm.two_task_student(), 1).model,
         store,
-        [examples],
+        jobs.shards_of(data, parts, SCORED_AT_ONCE),
         SNAPSHOT,
         device=device(),
-        batch_size=SCORED_AT_ONCE,
         shard_rows=SHARD_ROWS,
         progress=False,
     )
-    tell(folder, attempt=attempt, scored=report.scored, before=report.stored_before)
+    shards = report.shards + report.skipped
+    tell(folder, attempt=attempt, scored=report.scored, shards=shards)
 
 
 def teacher_logging(store: TeacherStore, folder: Path, attempt: int) -> None:

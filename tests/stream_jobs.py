@@ -28,7 +28,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_exfm import DistillationTerm, ExFMMetrics, StudentAdapter
 from torchrec_exfm.das import (
-    Examples,
+    Shard,
     TeacherLogger,
     TeacherLookup,
     TeacherStore,
@@ -72,20 +72,17 @@ def scorer(rank: int, world_size: int, folder: Path) -> None:
     data = Data()
     model = rm.sharded(rm.two_task_student(seed=9), world_size).model
 
-    def examples(rows: Tensor) -> list[Examples]:
-        of_students = rows[rows % 4 == 0]
-        ids, seconds = data.ids[of_students], data.seconds[of_students]
-        return [Examples(ids, seconds, lambda positions: data.batch(of_students[positions]))]
+    def shards(rows: Tensor) -> list[Shard]:
+        return fj.shards_of(data, [rows[rows % 4 == 0]], BATCH)[rank:]  # the first rank has it
 
     for _ in score_windows(
         model,
-        windows_of(examples),
+        windows_of(shards),
         TeacherStore(folder / "store"),
         "fm",
         device=device(),
         delay=DELAY,
-        batch_size=BATCH,
-        shard_rows=fj.SHARD,  # several in a window
+        shard_rows=fj.PIECE,  # several in a window
         progress=False,
     ):
         pass

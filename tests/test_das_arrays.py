@@ -22,10 +22,11 @@ import torch
 from das_data import AT, new_store, snapshot
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 from torch.masked import masked_tensor
 
 from torchrec_exfm.das import (
-    Examples,
+    Shard,
     Snapshot,
     TeacherLogger,
     TeacherLookup,
@@ -36,7 +37,6 @@ from torchrec_exfm.das import (
     newest_snapshot,
     publish,
     score,
-    scoring,
     wait_for_outputs,
 )
 from torchrec_exfm.das.__main__ import main
@@ -78,9 +78,20 @@ def log(store: TeacherStore, ids: Any, times: Any, _: Any) -> None:
     logger.flush()
 
 
+class Batch(SimpleNamespace):
+    def to(self, device: torch.device, non_blocking: bool) -> Batch:
+        return self
+
+
+class Teacher(nn.Module):
+    def forward(self, batch: Batch) -> Any:
+        return None, (None, batch.logits)
+
+
 def score_all(store: TeacherStore, ids: Any, times: Any, _: Any) -> None:
-    examples = [Examples(ids, times, lambda rows: rows)]
-    score(cast(Any, None), store, examples, "fm", device=torch.device("cpu"))
+    batch = Batch(example_ids=ids, event_seconds=times, logits=torch.tensor([0.5, 1.5]))
+    shard = Shard("a", lambda: [batch])
+    score(Teacher(), store, [shard], snapshot(), device=torch.device("cpu"), progress=False)
 
 
 def write_keys(store: TeacherStore, ids: Any, times: Any, outputs: Any) -> None:
@@ -295,7 +306,7 @@ def test_a_zone_is_counted_in(moment: dt.datetime) -> None:
     assert arrays.as_epoch("times", pd.Series([moment])).tolist() == expected
 
 
-@pytest.mark.parametrize("call", [write, quarantine, log])
+@pytest.mark.parametrize("call", [write, quarantine, log, score_all])
 def test_timestamps_are_stored(store: TeacherStore, call: Callable[..., None]) -> None:
     call(store, [1, 2], pd.Series(pd.DatetimeIndex(NAIVE, tz=NEW_YORK)), [0.5, 1.5])
     store.refresh()
@@ -305,7 +316,7 @@ def test_timestamps_are_stored(store: TeacherStore, call: Callable[..., None]) -
     assert times == [(AT + hours) * 10**6, (AT + hours + 1) * 10**6]
 
 
-def test_timestamps_are_looked_up_and_scored(store: TeacherStore, tmp_path: Path) -> None:
+def test_timestamps_are_looked_up(store: TeacherStore, tmp_path: Path) -> None:
     write(store, [1, 2], [AT, AT + 1], [0.5, 1.5])
     for times in MOMENTS, pd.Series(NAIVE), pa.array(MOMENTS), pl.Series(NAIVE):
         look_up(store, [1, 2], times, None)
@@ -314,8 +325,6 @@ def test_timestamps_are_looked_up_and_scored(store: TeacherStore, tmp_path: Path
             0.5,
             1.5,
         ]
-        shards, _ = scoring._plan([Examples([1, 2], times, lambda rows: rows)], store, 8)
-        assert [second for shard in shards for second in shard.seconds] == [AT, AT + 1]
 
 
 @pytest.mark.parametrize("kind", ["datetime", "Arrow zone", "Polars"])
@@ -383,6 +392,7 @@ SCALARS: dict[str, Callable[[TeacherStore, Any], Any]] = {
     "publish": lambda store, time: publish(store, "fm", None, trained_through_seconds=time),
     "newest_snapshot": lambda store, time: newest_snapshot(store, "fm", before_seconds=time),
     "advance_watermark": lambda store, time: store.advance_watermark("fm", time),
+    "Shard": lambda store, time: Shard("a", list, begin_seconds=time),
     "Window's begin": lambda store, time: Window(time, BOUND - 1, ()),
     "Window's end": lambda store, time: Window(0, time, ()),
     "look-up": lambda store, time: look_up(store, [1], time, None),
@@ -490,14 +500,6 @@ def test_times_in_centiseconds_do_not_pass_the_leak_rule(store: TeacherStore) ->
 
 def quarantined(store: TeacherStore, times: list[int]) -> dict[str, int]:
     return store.write(snapshot(), [1, 2], [0.5, 1.5], times, bad_rows="quarantine").quarantined
-
-
-def test_scoring_leaves_a_wrong_time_to_the_rules(store: TeacherStore) -> None:
-    newest = publish(store, "fm", None, trained_through_seconds=AT)
-    job = cast(Any, SimpleNamespace(store=store, loaded=newest))
-    assert scoring._Job.load_newest(job, "fm", NOW * 1_000) == newest
-    with pytest.raises(ValueError, match="no published snapshot of fm was trained through"):
-        scoring._Job.load_newest(job, "fm", -1)
 
 
 @pytest.mark.parametrize("seconds", [-1, np.nan, "5", None, dt.timedelta(5)])

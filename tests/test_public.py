@@ -108,10 +108,10 @@ def test_the_public_names_are_frozen() -> None:
         "student_state_dict",
     ]
     assert das.__all__ == [
-        "Examples",
         "ForgetReport",
         "LookupCounters",
         "ScoringReport",
+        "Shard",
         "Snapshot",
         "StoreError",
         "TeacherLogger",

@@ -4,9 +4,9 @@
 
 1. A teacher with rich features goes through the first half of the year, and is published: its
    checkpoint, and the event time that it was trained through.
-2. The job takes the newest snapshot that has not seen the examples, and scores the second half for
-   three students at once, whose examples overlap: each example once. It can be stopped at any
-   moment and started again.
+2. The job takes the newest snapshot that has not seen the examples, and scores those of the second
+   half that any of three students has, each once, shard by shard. It can be stopped at any moment
+   and started again.
 3. Each student looks its examples up; how good the outputs are, and how old, is printed.
 
 Runs alone as well (python in place of torchrun), on CPU or CUDA.
@@ -15,9 +15,9 @@ Runs alone as well (python in place of torchrun), on CPU or CUDA.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import data
 import main as demo
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_exfm.das import Examples, TeacherLookup, TeacherStore, newest_snapshot, publish, score
+from torchrec_exfm.das import Shard, TeacherLookup, TeacherStore, newest_snapshot, publish, score
 
 TEACHER_NAME = "half-year"
 STUDENTS = {
@@ -35,6 +35,7 @@ STUDENTS = {
     "MEAT": ("MEAT", "MEAT-PCKGD", "SEAFOOD-PCKGD"),
     "fresh": ("PRODUCE", "MEAT", "DELI", "PASTRY"),
 }
+BATCH, SHARD = 2**13, 2**15  # examples
 
 
 def main() -> None:
@@ -54,12 +55,12 @@ def main() -> None:
         demo.run("teacher", pipeline, feed, first)
         pipeline.detach()
         publish(store, TEACHER_NAME, teacher, trained_through_seconds=int(first.time.max()))
-    parts = {name: second_half(stream, verticals) for name, verticals in STUDENTS.items()}
-    given = [examples(part) for part in parts.values()]
-    report = score(teacher, store, given, TEACHER_NAME, device=device)
+    of_any = second_half(stream, sum(STUDENTS.values(), ()))
+    report = score(teacher, store, shards(of_any), TEACHER_NAME, device=device)
     if dist.get_rank() == 0:
         print(report)
-    for name, part in parts.items():
+    for name, verticals in STUDENTS.items():
+        part = second_half(stream, verticals)
         outputs, lookup = look_up(store, part)
         figures = demo.evaluate(part, outputs)
         if dist.get_rank() == 0:
@@ -73,28 +74,34 @@ def main() -> None:
 
 
 def second_half(stream: data.Stream, verticals: tuple[str, ...]) -> data.Stream:
-    """A student's examples of the second half of the year."""
+    """The examples of some departments in the second half of the year."""
     rows = np.logical_or.reduce([demo.rows_of(stream, name) for name in verticals])
     return stream.select(rows & (stream.week >= demo.FIRST_WEEK))
 
 
-def examples(part: data.Stream) -> Examples:
-    """A student's examples, with the teacher's batch of any of them."""
+def shards(part: data.Stream) -> list[Shard]:
+    """This rank's, of examples in order of time; they are the same for any number of ranks."""
 
-    def batch(positions: Tensor) -> Any:
-        rows = part.select(positions.numpy())
-        features = data.RICH_SPARSE, data.RICH_DENSE
-        return next(data.batches(rows, *features, len(rows)))[1]
+    def shard(first: int) -> Shard:
+        rows = part.select(slice(first, first + SHARD))
 
-    return Examples(part.example_id, part.time, batch)
+        def batches() -> Iterator[data.StreamBatch]:
+            for start in range(0, len(rows), BATCH):
+                some = rows.select(slice(start, start + BATCH))
+                yield next(data.batches(some, data.RICH_SPARSE, data.RICH_DENSE, len(some)))[1]
+
+        return Shard(f"week {rows.week[0]}, {first}", batches, int(rows.time[0]))
+
+    firsts = range(0, len(part), SHARD)
+    return [shard(first) for first in firsts[dist.get_rank() :: dist.get_world_size()]]
 
 
 def look_up(store: TeacherStore, part: data.Stream) -> tuple[Tensor, TeacherLookup]:
     """The outputs of a student's examples, NaN where there is none, as its training sees them."""
     lookup = TeacherLookup(store, TEACHER_NAME)
     outputs = torch.full((len(part),), torch.nan)
-    for first in range(0, len(part), 8192):
-        rows = slice(first, first + 8192)
+    for first in range(0, len(part), BATCH):
+        rows = slice(first, first + BATCH)
         ids, seconds = (torch.from_numpy(np.array(c[rows])) for c in (part.example_id, part.time))
         found = lookup(SimpleNamespace(example_ids=ids, event_seconds=seconds))
         outputs[rows] = found.values.flatten().where(found.presence.flatten(), torch.nan)

@@ -109,7 +109,7 @@ def run_scorer(
     rest = of_students & ~seen_by_teacher(stream)
     for window in score_windows(
         model,
-        weeks(stream, options.weeks, rest, lambda part: [scoring_job.examples(part)]),
+        weeks(stream, options.weeks, rest, scoring_job.shards),
         store,
         TEACHER_NAME,
         device=device,

@@ -21,7 +21,7 @@ from torchrec_exfm.das.join import data_files, join_sql
 from torchrec_exfm.das.logger import TeacherLogger
 from torchrec_exfm.das.lookup import LookupCounters, TeacherLookup
 from torchrec_exfm.das.schema import Snapshot
-from torchrec_exfm.das.scoring import Examples, ScoringReport, score
+from torchrec_exfm.das.scoring import ScoringReport, Shard, score
 from torchrec_exfm.das.snapshots import (
     ForgetReport,
     forget,
@@ -40,10 +40,10 @@ from torchrec_exfm.das.streaming import (
 )
 
 __all__ = [
-    "Examples",
     "ForgetReport",
     "LookupCounters",
     "ScoringReport",
+    "Shard",
     "Snapshot",
     "StoreError",
     "TeacherLogger",

@@ -1,18 +1,20 @@
-"""The teacher's pass: each example is scored once, however many students share it.
+"""The teacher's pass: each rank scores shards of its own, each shard once, by its name.
 
-n examples, B of a batch, T tasks, E width of an embedding.
+B examples of a batch, T tasks, E width of an embedding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import itertools
+import operator
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,31 +24,61 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
-from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
-from torchrec_exfm.das.arrays import MAX_SECONDS, Ints, Mask, among, as_epoch, as_int64, utc
+from torchrec_exfm._ranks import of_each_rank, rank, world_size
+from torchrec_exfm.das.arrays import Ints, among, as_epoch, as_int64, as_second, utc
+from torchrec_exfm.das.delta import Commit
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot
+from torchrec_exfm.das.shards import transaction_name
 from torchrec_exfm.das.snapshots import load_snapshot, newest_snapshot
 from torchrec_exfm.das.store import TeacherStore, WriteReport
 
-__all__ = ["Examples", "ScoringReport", "score"]
+__all__ = ["ScoringReport", "Shard", "score"]
+
+_NONE = np.empty(0, dtype=np.int64)
+_AHEAD = 8  # batches that are read ahead, and that ranks agree on at once
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The examples of one student, or of several.
+class Shard:
+    """Examples that are scored once, by the name that they go by: those of a file, say.
 
     Args:
-        example_ids: (n,) int64; examples of several students meet by them.
-        event_seconds: (n,) event times, epoch seconds or timestamps, the same for the same id
-            everywhere.
-        batch: takes positions, (B,) int64, to the teacher's batch of the examples there. Called
-            on a thread of its own.
+        name: among those of the teacher's snapshot; an example is in one shard.
+        batches: opens the shard: returns an iterable of the teacher's batches, the same ones in the
+            same order each time. Not called for a shard that is in the store.
+        begin_seconds: epoch seconds, no later than any of its events; needed where the snapshot is
+            chosen by time.
+
+    Raises:
+        TypeError: for a wrong kind.
+        ValueError: for a name that is empty, or a time out of range.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> def shard_of(file):
+        ...     return Shard(file, lambda: DataLoader(range(4), batch_size=2))  # of what is in it
+        >>> shards = (shard_of(file) for file in ["09.parquet", "10.parquet"])  # opened in turn
+        >>> [(shard.name, len(list(shard.batches()))) for shard in shards]
+        [('09.parquet', 2), ('10.parquet', 2)]
     """
 
-    example_ids: Any
-    event_seconds: Any
-    batch: Callable[[Tensor], Any]
+    name: str
+    batches: Callable[[], Iterable[Any]]
+    begin_seconds: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.batches):
+            raise TypeError(
+                "a Shard should have a name, in text, and a function that opens its batches; "
+                f"received {type(self.name).__name__} and {type(self.batches).__name__}: "
+                "Shard('name', lambda: batches)"
+            )
+        if not self.name:
+            raise ValueError("a Shard should have a name; received ''")
+        if self.begin_seconds is not None:
+            second = as_second("begin_seconds", self.begin_seconds)
+            object.__setattr__(self, "begin_seconds", second)
 
 
 @dataclass
@@ -54,17 +86,19 @@ class ScoringReport:
     """What a scoring job did, on all ranks together.
 
     Attributes:
-        scored: examples that went through the teacher, each once, and whose outputs are stored.
-        shared: examples given that an earlier one had the id of.
-        stored_before: examples that had an output of this snapshot, or a newer one.
+        shards: that are in the store now and were not, or not wholly.
+        skipped: shards that were in the store.
+        scored: examples whose outputs were written.
+        stored_before: examples of shards that were not skipped whose outputs were in the store.
         quarantined: outputs left out because they break a rule.
-        fillers: rows that went through the teacher once more, to keep the ranks in step where a
-            shard has fewer rows than there are ranks.
+        fillers: rows that went through the teacher once more, to keep its ranks in step where one
+            has more batches than another.
         seconds: of the whole job.
     """
 
+    shards: int = 0
+    skipped: int = 0
     scored: int = 0
-    shared: int = 0
     stored_before: int = 0
     quarantined: int = 0
     fillers: int = 0
@@ -74,274 +108,422 @@ class ScoringReport:
 def score(
     model: nn.Module,
     store: TeacherStore,
-    examples: Sequence[Examples],
+    shards: Iterable[Shard],
     teacher: str | Snapshot,
     *,
     device: torch.device,
-    batch_size: int = 8192,
+    ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
+    event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
     outputs: Callable[[Any], Tensor] = lambda output: output[1],
     embeddings: Callable[[Any], Tensor] | None = None,
     shard_rows: int = 2**18,
     bad_rows: BadRows = "refuse",
     progress: bool = True,
 ) -> ScoringReport:
-    """Score examples into a store, each once; called by all ranks, with the same examples.
+    """Score shards into a store, each once; called by all ranks, each with shards of its own.
 
-    The examples are taken window by window, and in a window shard by shard: all ranks score a part
-    of the shard, one of them commits it. A job that was killed is started again with the same
-    examples, on any number of ranks: what is in the store is not scored again. On another number
-    the rest comes together in other batches, which leaves its values the same up to rounding.
+    Ranks may have any number of shards, of any length; the teacher's collectives stay in step, as a
+    rank that is out of batches runs one again and drops what it gives. A job that was killed is
+    started again, on any number of ranks: a shard that is in the store is skipped, unless rows were
+    removed since by :func:`forget` or a repair; what is left of the others is scored. Two ranks or
+    jobs that get the same shard both score it, and write its rows once.
 
     Args:
         model: the teacher under ``DistributedModelParallel``, sharded over the ranks.
         store: where to.
-        examples: of all students; those that share an id are scored once, by the first's batch.
-        teacher: a ``Snapshot``: the model is that one as it is. A name: before each window the
-            newest snapshot is looked for that was trained through a time before all of the
-            window's examples, and is loaded into the model, in place, if it is another than
-            before: **the model's parameters are overwritten and stay so**.
+        shards: this rank's, taken in turn, each opened when its turn comes.
+        teacher: a ``Snapshot``: the model is that one as it is. A name: for each shard the newest
+            published snapshot that was trained through a time before its ``begin_seconds``. It is
+            loaded into the model, in place, when all ranks are done with those before it: **the
+            model's parameters are overwritten and stay so**. Shards should come in order of time.
         device: where the model runs.
-        batch_size: of a rank.
+        ids: takes a batch, as it is read, to its example ids, (B,) int64 on the host.
+        event_seconds: takes it to its event times, (B,) epoch seconds or timestamps.
         outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits, not
             probabilities (or predictions), (B, T) or (B,); the default fits
             ``(loss, logits, labels)``.
         embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
-        shard_rows: rows of one commit.
+        shard_rows: rows of one commit, up to a batch more; the outputs of two are held in memory.
         bad_rows: as for :meth:`TeacherStore.write`.
-        progress: show a bar with rows a second and the time left, on rank 0.
+        progress: show a bar of rank 0's shards, with its rows a second.
 
     Raises:
-        TypeError: for examples that are no list, or ids and times of another dtype.
-        ValueError: for a wrong value; if an id has two event times, or ranks differ in their
-            examples; for bad rows (leaks among them); if no published snapshot is old enough.
+        TypeError: for ids and times of another dtype.
+        ValueError: for a wrong value; for bad rows (leaks among them); if no published snapshot is
+            old enough; if a shard has other examples than it was written with.
+        RuntimeError: if a shard's batches can't be read; if another rank has stopped by an error.
         StoreError: if the store can't be read or written.
     """
-    if batch_size < 1 or shard_rows < 1:
-        raise ValueError(
-            "batch_size and shard_rows should be at least 1; received "
-            f"{batch_size} and {shard_rows}"
-        )
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows should be at least 1; received {shard_rows}")
     check_bad_rows(bad_rows)
-    if not isinstance(examples, (list, tuple)):
-        raise TypeError(
-            f"examples should be a list of Examples; received {type(examples).__name__}"
-        )
     started = time.perf_counter()
-    store = copy.copy(store)
-    shards, shared = _plan(examples, store, shard_rows)
-    job = _Job(model, store, device, batch_size, outputs, embeddings, bad_rows)
-    job.report.shared = shared
-    total = sum(len(shard.ids) for shard in shards)
-    bar = tqdm(total=total, unit="rows", desc="scoring", disable=not progress or rank() > 0)
-    with bar, contextlib.closing(job):
-        for window, group in itertools.groupby(shards, key=lambda shard: shard.window):
-            of_window = list(group)
-            snapshot = teacher
-            if isinstance(snapshot, str):
-                first = min(int(shard.seconds.min()) for shard in of_window)
-                snapshot = job.load_newest(snapshot, first)
-            job.score_window(window, of_window, snapshot, bar)
-    job.report.quarantined = sum(of_each_rank(job.report.quarantined))
-    job.report.fillers = sum(of_each_rank(job.report.fillers))
-    job.report.seconds = time.perf_counter() - started
-    return job.report
+    store, read = copy.copy(store), copy.copy(store)
+    # of its own, as batches are read on a thread of their own; and on the host
+    group = dist.new_group(backend="gloo") if world_size() > 1 else None
+    feed = _Feed(read, shards, teacher, group, ids, event_seconds, shard_rows)
+    known = len(shards) if isinstance(shards, Sized) else None
+    bar = tqdm(total=known, unit="shards", desc="scoring", disable=not progress or rank() > 0)
+    with bar, _Job(model, store, device, feed, bar, outputs, embeddings, bad_rows) as job:
+        job.run(teacher)
+        told = of_each_rank((_words(feed.failure), feed.report), group)
+    if group is not None:
+        dist.destroy_process_group(group)
+    if feed.failure is not None:
+        raise feed.failure
+    for number, (words, _) in enumerate(told):
+        if words:
+            raise RuntimeError(f"rank {number} stopped, and all ranks with it: {words}")
+    names = [each.name for each in fields(ScoringReport)]
+    report = ScoringReport(**{n: sum(getattr(one, n) for _, one in told) for n in names})
+    report.seconds = time.perf_counter() - started
+    return report
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """What is committed as one: examples (n,) of one window, at positions of one student's."""
+class _Task:
+    """A shard that is to be scored by a snapshot, begun as of a commit of the store."""
 
-    window: int
-    examples: Examples
-    positions: Ints
+    shard: Shard
+    snapshot: Snapshot
+    commit: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The examples (B,) of a batch, of the piece of a shard that is committed with a number."""
+
+    task: _Task
+    piece: int
     ids: Ints
     seconds: Ints
+    ends_piece: bool
+    ends_shard: bool
 
-    def pieces(self, batch_size: int) -> list[Ints]:
-        """This rank's rows, batch by batch; every rank has as many batches, some may be empty."""
-        mine = np.array_split(np.arange(len(self.ids)), world_size())[rank()]
-        longest = -(-len(self.ids) // world_size())
-        return np.array_split(mine, -(-longest // batch_size))
+
+@dataclass
+class _Feed:
+    """Reads this rank's batches, and gives as many as other ranks give."""
+
+    store: TeacherStore
+    shards: Iterable[Shard]
+    teacher: str | Snapshot
+    group: dist.ProcessGroup | None
+    ids: Callable[[Any], Any]
+    event_seconds: Callable[[Any], Any]
+    shard_rows: int
+    report: ScoringReport = field(default_factory=ScoringReport)
+    ahead: deque[tuple[_Part, Any]] = field(default_factory=deque)
+    sent: deque[_Part | None] = field(default_factory=deque)  # of the batches given; None: again
+    due: Snapshot | None = None  # what the next batches of all ranks are to be scored by
+    failure: Exception | None = None  # of this rank: all stop when they agree the next time
+    spare: Any = None  # a batch that may be run again
+
+    def __post_init__(self) -> None:
+        self.parts = self._parts()
+
+    def batches(self, loaded: Snapshot | None) -> Iterator[Any]:
+        """What is to be scored by the snapshot that is loaded, until no rank has more of it."""
+        while steps := self._agree(loaded):
+            for _ in range(steps):
+                part = None
+                if self.ahead and self.ahead[0][0].task.snapshot == loaded:
+                    part, self.spare = self.ahead.popleft()
+                self.sent.append(part)
+                yield self.spare
+                self._read_ahead()
+
+    def _agree(self, loaded: Snapshot | None) -> int:
+        """How many batches come next on all ranks; 0 if another snapshot is due, or none is."""
+        self._read_ahead()
+        if self.spare is None and self.ahead:
+            self.spare = self.ahead[0][1]
+        ours = [part.task.snapshot for part, _ in self.ahead]
+        first, count = (ours[0], ours.count(ours[0])) if ours else (None, 0)
+        mine = first, count, self.spare is not None, self.failure is not None
+        told = of_each_rank(mine, self.group)
+        firsts = [snapshot for snapshot, *_ in told if snapshot is not None]
+        stopping = any(failed for *_, failed in told)
+        self.due = None if stopping else min(firsts, key=lambda one: one.version, default=None)
+        if self.due is None or self.due != loaded:
+            return 0
+        self._share_a_spare([has_spare for _, _, has_spare, _ in told])
+        return max(number for snapshot, number, *_ in told if snapshot == loaded)
+
+    def _share_a_spare(self, have: list[bool]) -> None:
+        """Give a rank that has no batch at all one of another rank."""
+        if all(have):
+            return
+        giver = have.index(True)
+        given = [_pickled(self.spare) if rank() == giver else b""]
+        dist.broadcast_object_list(given, src=giver, group=self.group)
+        if isinstance(given[0], Exception):
+            raise given[0]
+        if self.spare is None:
+            self.spare = pickle.loads(given[0])
+
+    def _read_ahead(self) -> None:
+        try:
+            while self.failure is None and len(self.ahead) < _AHEAD:
+                self.ahead.append(next(self.parts))
+        except StopIteration:
+            pass
+        except Exception as error:
+            self.failure = error
+
+    def _parts(self) -> Iterator[tuple[_Part, Any]]:
+        """The batches that are to be scored."""
+        for shard in self.shards:
+            snapshot = self._snapshot_of(shard)
+            task = _Task(shard, snapshot, self.store.refresh())
+            if _is_whole(self.store, task):
+                self.report.skipped += 1
+                continue
+            left = False
+            for found in self._cut(task, self._missing(task)):
+                left = True
+                yield found
+            if not left:
+                _mark(self.store, task)
+                self.report.skipped += 1
+
+    def _snapshot_of(self, shard: Shard) -> Snapshot:
+        teacher, url, begin = self.teacher, self.store.url, shard.begin_seconds
+        if isinstance(teacher, Snapshot):
+            return teacher
+        if begin is None:
+            raise ValueError(
+                f"the shard {shard.name!r} should have begin_seconds, by which a snapshot of "
+                f"{teacher} is chosen; received None: pass it, or a Snapshot as the teacher"
+            )
+        if (snapshot := newest_snapshot(self.store, teacher, before_seconds=begin)) is not None:
+            return snapshot
+        if newest_snapshot(self.store, teacher) is None:
+            raise ValueError(
+                f"{url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
+            )
+        raise ValueError(
+            f"{url}: no published snapshot of {teacher} was trained through a time before "
+            f"{utc(begin)}, where the shard {shard.name!r} begins, and a later one would leak: "
+            "publish one, or score later examples"
+        )
+
+    def _missing(self, task: _Task) -> list[int] | None:
+        """The pieces of a shard that are not in the store; None: all, it was not begun."""
+        begun = transaction_name(task.snapshot, f"{task.shard.name}/0")
+        if self.store.table.transaction(begun) is None:
+            return None
+        missing, stored = [], _Stored(self.store, task.snapshot)
+        for piece, group in itertools.groupby(self._cut(task), lambda pair: pair[0].piece):
+            columns = [(part.ids, part.seconds) for part, _ in group]
+            ids, seconds = map(np.concatenate, zip(*columns, strict=True))
+            if stored.has(ids, seconds):
+                self.report.stored_before += len(ids)
+            else:
+                missing.append(piece)
+        return missing
+
+    def _cut(self, task: _Task, wanted: list[int] | None = None) -> Iterator[tuple[_Part, Any]]:
+        """A shard's batches, in pieces of whole batches; those of some pieces, if they are given.
+
+        It is cut the same way each time, so that a piece is written once, by its number.
+        """
+        if wanted == []:
+            return
+        piece = rows = 0
+        batches = itertools.chain(self._opened(task.shard), [(None, _NONE, _NONE)])
+        for (batch, ids, seconds), (_, after, _) in itertools.pairwise(batches):
+            rows += len(ids)
+            ends = rows >= self.shard_rows or not len(after)
+            last = not len(after) if wanted is None else ends and piece == wanted[-1]
+            if wanted is None or piece in wanted:
+                yield _Part(task, piece, ids, seconds, ends, last), batch
+            if last:
+                return
+            if ends:
+                piece, rows = piece + 1, 0
+
+    def _opened(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints]]:
+        """Batches, with their ids and times, as far as they have examples."""
+        for batch in _reading(shard):
+            with _naming(shard):
+                ids = as_int64("example_ids", self.ids(batch))
+                seconds = as_epoch("event_seconds", self.event_seconds(batch), len(ids))
+            if len(ids):
+                yield batch, ids, seconds
+
+
+class _Stored:
+    """Which examples the store has outputs of, by a snapshot or a newer one."""
+
+    def __init__(self, store: TeacherStore, snapshot: Snapshot) -> None:
+        self.store, self.snapshot = store, snapshot
+        self.window, self.ids = -1, _NONE  # one window at a time
+
+    def has(self, ids: Ints, seconds: Ints) -> bool:
+        """Whether it has all (n,)."""
+        windows = self.store.window_of(seconds)
+        return all(
+            among(ids[windows == window], self._of(window)).all()
+            for window in np.unique(windows).tolist()
+        )
+
+    def _of(self, window: int) -> Ints:
+        if window != self.window:
+            teacher, tasks = self.snapshot.teacher, self.store.tasks[:1]
+            rows, _ = self.store.read(teacher, window, tasks=tasks, bad_rows="quarantine")
+            newer = rows.snapshot >= self.snapshot.version
+            self.window, self.ids = window, np.unique(rows.example_id[newer])
+        return self.ids
 
 
 @dataclass
 class _Job:
-    """The pass itself: the pipeline, the gathering of its outputs, the commits behind it."""
+    """The pass itself: the pipeline, and the commits behind it."""
 
     model: nn.Module
     store: TeacherStore
     device: torch.device
-    batch_size: int
+    feed: _Feed
+    bar: tqdm[Any]
     outputs: Callable[[Any], Tensor]
     embeddings: Callable[[Any], Tensor] | None
     bad_rows: BadRows
 
-    def __post_init__(self) -> None:
+    def __enter__(self) -> _Job:
         self.training = self.model.training
-        self.report = ScoringReport()
         unused = torch.optim.SGD([torch.zeros(1)], lr=0.0)
         self.pipeline: Any = EvalPipelineSparseDist(self.model.eval(), unused, self.device)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
         self.writing: Future[WriteReport] | None = None
-        self.loaded: Snapshot | None = None
+        self.kept: list[tuple[_Part, Tensor]] = []  # of the piece that is scored
+        self.rows, self.started = 0, time.perf_counter()
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.pipeline.reset()
         self.pipeline.detach()
         self.model.train(self.training)
         self.writer.shutdown()
 
-    def load_newest(self, teacher: str, first_seconds: int) -> Snapshot:
-        """Load the newest snapshot that has seen none of a window's examples, if it is another."""
-        store = self.store
-        # a time out of range is a rule's to say, when it is written
-        before = min(max(first_seconds, 0), MAX_SECONDS - 1)
-        snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=before))
-        if snapshot is None and on_rank_0(lambda: newest_snapshot(store, teacher)) is None:
-            raise ValueError(
-                f"{store.url}: {teacher} has no published snapshot: publish one, or pass a Snapshot"
-            )
-        if snapshot is None:
-            raise ValueError(
-                f"{store.url}: no published snapshot of {teacher} was trained through a time "
-                f"before {utc(first_seconds)}, of the first example, and a later one would leak: "
-                "publish one, or score later examples"
-            )
-        if snapshot != self.loaded:
-            load_snapshot(store, snapshot, self.model)
-            self.loaded = snapshot
-        return snapshot
+    def run(self, teacher: str | Snapshot) -> None:
+        """Score what the feed gives; an error of this rank alone is in the feed's failure then."""
+        loaded = teacher if isinstance(teacher, Snapshot) else None
+        while True:
+            self._score(self.feed.batches(loaded))
+            loaded = self.feed.due
+            if loaded is None:
+                break
+            load_snapshot(self.store, loaded, self.model)
+        self._trying(self._wait)
 
-    def score_window(
-        self, window: int, shards: list[_Shard], snapshot: Snapshot, bar: tqdm[Any]
-    ) -> None:
-        """Score what the store does not have, and wait until it has it."""
-        left = self._left(window, shards, snapshot)
-        before = sum(len(shard.ids) for shard in shards) - sum(len(s.ids) for _, s in left)
-        self.report.stored_before += before
-        bar.total -= before
-        feed = self._batches([shard for _, shard in left])
-        for number, (name, shard) in enumerate(left):
-            values = self._gather(self._forward(shard, feed, bar), len(shard.ids), number)
+    def _score(self, batches: Iterator[Any]) -> None:
+        """All of the batches, which ends with none in flight."""
+        while True:
+            try:
+                with torch.no_grad():
+                    output = self.pipeline.progress(batches)
+            except StopIteration:
+                self.pipeline.reset()
+                return
+            part = self.feed.sent.popleft()
+            self._trying(self._keep, part, output)
+
+    def _trying(self, function: Callable[..., None], *args: Any) -> None:
+        """Keep an error for when all ranks can be told; nothing more is written then."""
+        try:
+            if self.feed.failure is None:
+                function(*args)
+        except Exception as error:
+            self.feed.failure = error
+
+    def _keep(self, part: _Part | None, output: Any) -> None:
+        logits, hidden = self.outputs(output), self.embeddings and self.embeddings(output)
+        if part is None:
+            self.feed.report.fillers += len(logits)
+            return
+        self.kept.append((part, self.store.format.joined(logits, hidden, len(part.ids)).float()))
+        self.rows += len(part.ids)
+        if part.ends_piece:
             self._wait()
-            if values is not None:
-                self.writing = self.writer.submit(self._write, name, shard, snapshot, values)
-            self.report.scored += len(shard.ids)
-        self.pipeline.reset()
-        self._wait()
-        if world_size() > 1:
-            dist.barrier()  # the next window's look at the store sees all of this one's commits
+            self.writing = self.writer.submit(self._write, self.kept)
+            self.kept = []
+        if part.ends_shard:
+            self.feed.report.shards += 1
+            rate = self.rows / (time.perf_counter() - self.started)
+            self.bar.set_postfix_str(f"{rate:,.0f} rows/s a rank", refresh=False)
+            self.bar.update(self.feed.report.shards + self.feed.report.skipped - self.bar.n)
 
-    def _left(
-        self, window: int, shards: list[_Shard], snapshot: Snapshot
-    ) -> list[tuple[str, _Shard]]:
-        """The shards with the examples that are to be scored, as all ranks see it."""
-        self.store.refresh(on_rank_0(self.store.refresh))
-        rows, _ = self.store.read(snapshot.teacher, window, bad_rows="quarantine")
-        stored = np.unique(rows.example_id[rows.snapshot >= snapshot.version])
-        left = []
-        for shard in shards:
-            new = ~among(shard.ids, stored)
-            if self.bad_rows == "quarantine":  # what would leak is not scored to be left out then
-                leaks = shard.seconds <= snapshot.trained_through_seconds
-                self.report.quarantined += int((new & leaks).sum()) if rank() == 0 else 0
-                new &= ~leaks
-            if new.any():
-                ids, seconds = shard.ids[new], shard.seconds[new]
-                # a name that is the same in every run that finds the same left
-                digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
-                rest = replace(shard, positions=shard.positions[new], ids=ids, seconds=seconds)
-                left.append((f"score/{digest}", rest))
-        return left
-
-    def _batches(self, shards: list[_Shard]) -> Iterator[Any]:
-        for shard in shards:
-            for rows in shard.pieces(self.batch_size):
-                at = rows if len(rows) else np.zeros(1, dtype=np.int64)  # a filler
-                yield shard.examples.batch(torch.from_numpy(shard.positions[at]))
-
-    def _forward(self, shard: _Shard, feed: Iterator[Any], bar: tqdm[Any]) -> Tensor:
-        """This rank's outputs and embeddings, (its rows, T + E), float32, on the device."""
-        parts = []
-        for rows in shard.pieces(self.batch_size):
-            with torch.no_grad():
-                output = self.pipeline.progress(feed)
-                logits, hidden = self.outputs(output), self.embeddings and self.embeddings(output)
-                values = self.store.format.joined(logits, hidden, max(len(rows), 1))
-            parts.append(values.float()[: len(rows)])
-            self.report.fillers += not len(rows)
-            bar.update(min(len(rows) * world_size(), bar.total - bar.n))
-        return torch.cat(parts)
-
-    def _gather(self, mine: Tensor, rows: int, number: int) -> Tensor | None:
-        """The columns of all ranks, in the order of the shard, on the rank that commits it."""
-        if world_size() == 1:
-            return mine
-        owner = number % world_size()
-        sizes = [len(part) for part in np.array_split(np.arange(rows), world_size())]
-        padded = torch.zeros(max(sizes), mine.shape[1], device=self.device)
-        padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in sizes] if rank() == owner else None
-        dist.gather(padded, parts, dst=owner)
-        if parts is None:
-            return None
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def _write(self, name: str, shard: _Shard, snapshot: Snapshot, values: Tensor) -> WriteReport:
-        outputs, embeddings = values.tensor_split([len(self.store.tasks)], dim=1)
+    def _write(self, kept: list[tuple[_Part, Tensor]]) -> WriteReport:
+        """A piece; and with its last one the mark of the shard."""
+        last, tasks = kept[-1][0], len(self.store.tasks)
+        ids, seconds = (
+            np.concatenate([getattr(p, n) for p, _ in kept]) for n in ("ids", "seconds")
+        )
+        outputs, embeddings = torch.cat([v for _, v in kept]).tensor_split([tasks], dim=1)
         options: Any = {"embeddings": self.embeddings and embeddings, "bad_rows": self.bad_rows}
-        return self.store.write(snapshot, shard.ids, outputs, shard.seconds, shard=name, **options)
+        task, name = last.task, f"{last.task.shard.name}/{last.piece}"
+        with _naming(task.shard):
+            report = self.store.write(task.snapshot, ids, outputs, seconds, shard=name, **options)
+        if last.ends_shard:
+            _mark(self.store, task)
+        return report
 
     def _wait(self) -> None:
         if self.writing is not None:
             writing, self.writing = self.writing, None
-            self.report.quarantined += sum(writing.result().quarantined.values())
+            report, written = self.feed.report, writing.result()
+            report.scored += written.written
+            report.stored_before += written.stored_before
+            report.quarantined += sum(written.quarantined.values())
 
 
-def _plan(
-    examples: Sequence[Examples], store: TeacherStore, shard_rows: int
-) -> tuple[list[_Shard], int]:
-    """The shards in order of windows, every id in one of them; and how many ids came again."""
-    all_ids = [as_int64("example_ids", each.example_ids) for each in examples]
-    sizes = [len(ids) for ids in all_ids]
-    all_seconds = [
-        as_epoch("event_seconds", each.event_seconds, size)
-        for each, size in zip(examples, sizes, strict=True)
-    ]
-    nothing = np.empty(0, dtype=np.int64)
-    ids, seconds = np.concatenate([nothing, *all_ids]), np.concatenate([nothing, *all_seconds])
-    starts, source = np.cumsum([0, *sizes]), np.repeat(np.arange(len(examples)), sizes)
-    again = _again(ids, seconds)
-    if world_size() > 1:
-        digest = hashlib.blake2b(ids.tobytes() + seconds.tobytes()).hexdigest()
-        digests = of_each_rank(digest)
-        different = [index for index, other in enumerate(digests) if other != digests[0]]
-        if different:
-            raise ValueError(
-                "examples should be the same on every rank (score() divides them); received "
-                f"others on ranks {different} than on rank 0"
-            )
-    window = store.window_of(seconds)
-    kept = np.flatnonzero(~again)
-    kept = kept[np.lexsort((source[kept], window[kept]))]
-    turns = np.flatnonzero(np.diff(window[kept]) | np.diff(source[kept])) + 1
-    shards = []
-    for group in np.split(kept, turns) if len(kept) else []:
-        for part in np.split(group, range(shard_rows, len(group), shard_rows)):
-            at, k = int(window[part[0]]), source[part[0]]
-            shards.append(_Shard(at, examples[k], part - starts[k], ids[part], seconds[part]))
-    return shards, int(again.sum())
+def _is_whole(store: TeacherStore, task: _Task) -> bool:
+    """Whether a shard was written to its end, and nothing was removed since it was begun."""
+    begun = store.table.transaction(_mark_name(task))
+    return begun is not None and begun > store.table.removed
 
 
-def _again(ids: Ints, seconds: Ints) -> Mask:
-    """Which examples (n,) have the id of an earlier one."""
-    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    earliest = first[inverse]
-    differ = ids[seconds != seconds[earliest]]
-    if len(differ):
-        raise ValueError(
-            f"an example id should have one event time; received several for {len(set(differ))} "
-            f"ids, the first of them {differ.min()}: they may not be ids of the same example"
+def _mark(store: TeacherStore, task: _Task) -> None:
+    """Say that a shard is in the store, all of it: the number is the commit it was begun at."""
+    nothing, transaction = store.format.schema().empty_table(), (_mark_name(task), task.commit)
+    mark = Commit(lambda properties: store.table.append(nothing, properties), transaction)
+    store.table.commit(
+        f"can't be written to, and the shard {task.shard.name!r} was not marked as done",
+        lambda: None if _is_whole(store, task) else mark,
+    )
+
+
+def _mark_name(task: _Task) -> str:
+    return f"scored/{task.snapshot.teacher}/{task.snapshot.version}/{task.shard.name}"
+
+
+def _reading(shard: Shard) -> Iterator[Any]:
+    try:
+        yield from shard.batches()
+    except Exception as error:
+        raise RuntimeError(f"the shard {shard.name!r} can't be read: {_words(error)}") from error
+
+
+@contextlib.contextmanager
+def _naming(shard: Shard) -> Iterator[None]:
+    """Say which shard it is that has wrong values."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"the shard {shard.name!r}: {error}") from error
+
+
+def _pickled(batch: Any) -> bytes | Exception:
+    try:
+        return pickle.dumps(batch)
+    except Exception as error:
+        return TypeError(
+            "a batch should be one that can be pickled, as a rank without a shard gets one of "
+            f"another rank's; received one that can't: {_words(error)}: give every rank a shard"
         )
-    again: Mask = earliest != np.arange(len(ids))
-    return again
+
+
+def _words(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {error}" if error is not None else ""

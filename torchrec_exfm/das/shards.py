@@ -38,7 +38,7 @@ class Shard:
         times = mix(2 * rows.event_time + rows.logged) + mix(rows.trained_through)
         digest = mix(rows.example_id + times.view(np.int64)).sum()
         number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
-        return f"shard/{self.snapshot.teacher}/{self.snapshot.version}/{self.name}", number
+        return transaction_name(self.snapshot, self.name), number
 
     def may_be_there(
         self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
@@ -88,6 +88,11 @@ class Shard:
                 "publish what said them as another version, or forget this one before"
             )
         return there
+
+
+def transaction_name(snapshot: Snapshot, shard: str) -> str:
+    """The name in the log of what is written by a name of a snapshot."""
+    return f"shard/{snapshot.teacher}/{snapshot.version}/{shard}"
 
 
 def _summary(number: int) -> str:

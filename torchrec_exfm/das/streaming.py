@@ -55,8 +55,7 @@ class Window:
         begin_seconds: of its event times, epoch seconds.
         end_seconds: the first second after it.
         data: for training this rank's batches, as many on every rank, which are taken when the
-            window's turn comes; for :func:`score_windows` a list of :class:`Examples`, the same
-            on every rank.
+            window's turn comes; for :func:`score_windows` this rank's shards (:class:`Shard`).
 
     Raises:
         TypeError: for times of another kind.
@@ -192,8 +191,8 @@ def score_windows(
 
     Args:
         model: the teacher, whose parameters are overwritten by those of its snapshots.
-        windows: as for :func:`train_windows`, ``data`` a list of :class:`Examples` that the
-            teacher does not log itself.
+        windows: as for :func:`train_windows`, ``data`` this rank's :class:`Shard` s of
+            examples that the teacher does not log itself.
         store: where snapshots are found, and outputs written.
         teacher: its name.
         device: where the model runs.
@@ -223,7 +222,7 @@ def score_windows(
             if snapshot != loaded:
                 load_snapshot(store, snapshot, model)
             loaded = snapshot
-            score(model, store, list(window.data), snapshot, device=device, **options)
+            score(model, store, window.data, snapshot, device=device, **options)
         _advance(store, writer, window.end_seconds)
         yield window
 
