@@ -16,7 +16,7 @@ from torchrec_exfm.das.schema import Snapshot
 
 
 @dataclass(frozen=True)
-class Shard:
+class NamedRows:
     """Rows of a snapshot that are written by one name; None: by one that nobody else has.
 
     The log keeps for each name a number: how many rows were offered, and a digest of their ids and

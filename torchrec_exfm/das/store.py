@@ -52,7 +52,7 @@ from torchrec_exfm.das.schema import (
     StoreFormat,
     columns_of,
 )
-from torchrec_exfm.das.shards import Shard
+from torchrec_exfm.das.shards import NamedRows
 from torchrec_exfm.das.urls import check_options, normal_url
 
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
@@ -270,7 +270,7 @@ class TeacherStore:
             columns = columns.filter(pa.array(good))
         notes = {"teacher": snapshot.teacher, "quarantined": json.dumps(quarantined)}
         _check_shard(shard)
-        named = Shard(self.url, snapshot, shard, offered)
+        named = NamedRows(self.url, snapshot, shard, offered)
         transaction = named.transaction()
         there = np.zeros(len(rows), dtype=np.bool_)
 
