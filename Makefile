@@ -30,7 +30,7 @@ SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 .PHONY: test lint demo retrieval docs works notebooks nightly spark package faults bench quality gpu clean venv install
 
 test: venv
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv
 	$(PY) -m ruff check .

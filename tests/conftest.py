@@ -22,3 +22,11 @@ def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
     server.requests()
     yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
     server.set_faults()
+
+
+# Two processes share the tests, a file at a time: those that take minutes begin first.
+LONG = ("test_two_ranks.py", "test_quality.py", "test_served_files.py", "test_retrieval.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)

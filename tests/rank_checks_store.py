@@ -186,7 +186,7 @@ def check_a_failing_store_ends_training(rank: int, world_size: int) -> None:
             rm.drained(pipeline, parts(rank, world_size))
 
 
-FAILURES = ("gone", "damaged", "closed", "function")
+FAILURES = ("gone", "damaged", "function")
 
 
 def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure: str) -> None:
@@ -225,8 +225,6 @@ def failing(folder: Path, failure: str, rank: int) -> Any:
     for path in folder.glob("outputs/*/*/*.parquet") if rank == 0 and failure == "damaged" else ():
         path.write_bytes(b"PAR1")
     dist.barrier()
-    if failure == "closed":
-        lookup.close()
     return lookup
 
 

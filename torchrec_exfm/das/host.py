@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ class HostReader:
         self._starts = 0
         self._clients: IO[str] | None = None
         try:
-            self._clients = _enter(self._folder)
+            self._join_clients()
             self._start_reader()
         except OSError as error:
             raise StoreError(
@@ -150,9 +151,13 @@ class HostReader:
             return replace(window, index=before.index) if before and same else window
         if not self._folder.exists():
             self.close()
-            self._clients = _enter(self._folder)
+            self._join_clients()
             self.ask(name, as_of)
         return None
+
+    def _join_clients(self) -> None:
+        self._clients = _enter(self._folder)
+        weakref.finalize(self, self._clients.close)  # of a look-up that nobody closes
 
     def _start_reader(self) -> None:
         """Start one, unless one has the lock; it is started with the lock, so that one starts."""

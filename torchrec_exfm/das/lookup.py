@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -435,8 +436,9 @@ class _Thread:
 
     def __init__(self, name: str) -> None:
         self._work = queue.SimpleQueue[Any]()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._work,), name=name, daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._work.put, None)  # where nobody closes it
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -447,15 +449,16 @@ class _Thread:
         self._work.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            future, function, arguments = work
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
-            del work, future  # so that what they hold does not outlive them
+
+def _run(work: queue.SimpleQueue[Any]) -> None:
+    while (one := work.get()) is not None:
+        future, function, arguments = one
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+        del one, future, function, arguments  # so that what they hold does not outlive them
 
 
 def _stores(

@@ -33,7 +33,8 @@ __all__ = [
     "read_window",
 ]
 
-_THRASHING = 8  # windows that were read again soon after they were let go
+# So many windows that were read again, soon after they were let go, within so many batches
+_THRASHING, _WITHIN = 8, 6
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,14 @@ class HeldWindows:
         self._rows: dict[int, int] = {}  # of each window, as it was last
         self._left_out: dict[int, int] = {}
         self._dropped = deque[int](maxlen=_THRASHING)
-        self._read_again = 0
+        self._batches = 0
+        self._read_again = deque[int](maxlen=_THRASHING)  # at which batches
+        self._told = False
 
     def find(self, ids: Ints, seconds: Ints, deadline: float) -> tuple[Floats, Floats, Mask]:
         """Values (B, width), ages (B,) and presence (B,) of examples, where it has them."""
         self._refresh()
+        self._batches += 1
         windows = self.store.window_of(seconds)
         in_one = len(windows) and windows.min() == windows.max()
         needed = (windows[:1] if in_one else np.unique(windows)).tolist()
@@ -231,17 +235,23 @@ class HeldWindows:
                 break
             if self._held.pop(other, None) is not None:
                 self._dropped.append(other)
-        self._read_again += window in self._dropped
-        if self._read_again == _THRASHING:
-            self._read_again += 1
-            warnings.warn(
-                f"{self.store.url}: {_THRASHING} windows were read again soon after they had made "
-                f"room for others: batches lie in more windows than max_windows="
-                f"{self._max_windows}: raise it, or give the batches in order of time",
-                NotPipelinedWarning,
-                stacklevel=2,
-            )
+        if window in self._dropped:
+            self._tell_of_thrashing()
         self._held[window] = self._read(window)
+
+    def _tell_of_thrashing(self) -> None:
+        self._read_again.append(self._batches)
+        often = len(self._read_again) == _THRASHING
+        if self._told or not often or self._batches - self._read_again[0] >= _WITHIN:
+            return
+        self._told = True
+        warnings.warn(
+            f"{self.store.url}: {_THRASHING} windows were read again soon after they had made "
+            f"room for others: batches lie in more windows than max_windows={self._max_windows}: "
+            "raise it, or give the batches in order of time",
+            NotPipelinedWarning,
+            stacklevel=2,
+        )
 
     def _refresh(self) -> None:
         for window in [w for w, pending in self._reread.items() if pending.done()]:
