@@ -46,7 +46,8 @@ napoleon_attr_annotations = False
 
 nitpick_ignore_regex = [
     # Types of others, whose pages are elsewhere: links to them need a network to be checked.
-    ("py:.*", r"((torch|torchrec|torchx|numpy|concurrent|collections|pathlib)\.|nn\.|Path$).*"),
+    ("py:.*", r"((torch|torchrec|torchx|numpy|concurrent|collections|pathlib)\.|nn\.).*"),
+    ("py:.*", "Path|Tensor|Ints"),
     # In signatures of public names, and without a page: a type variable; a protocol that is told in
     # words there; rows and files of a window as they are read.
     ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|Steps|StepInputs|Started|DataFile|Rows)"),

@@ -70,8 +70,8 @@ def hash_ids(*columns: Any) -> Tensor | Ints:
             array of numpy, a list, a column of pandas, Arrow or Polars those, text or UUIDs.
 
     Returns:
-        (B,), int64, at least 0: a tensor on the columns' device if any of them is one, else an
-        array of numpy.
+        int64, at least 0, of shape (B,), as a tensor on the columns' device if any of them is one,
+        else as an array of numpy.
 
     Raises:
         TypeError: for a column of several kinds, or of another: floats, which students may round
