@@ -44,6 +44,7 @@ from torchrec_exfm.das import (
     published,
     score,
 )
+from torchrec_exfm.das import lookup as lookup_module
 
 STEPS = 6
 WINDOW = 1000
@@ -140,6 +141,26 @@ def check_store_equals_columns(rank: int, world_size: int) -> None:
             again = trained(world_size, batches, teacher=lookup, **{option: True})
             rm.assert_same(again, columns)
         rm.assert_same(trained(world_size, batches, teacher=lookup, trace=False), columns)
+
+
+def check_ranks_of_a_host_share_its_windows(rank: int, world_size: int) -> None:
+    """Mapped by all ranks, as torchrun's environment has it, outputs teach what columns teach."""
+    batches = parts(rank, world_size)
+    columns = trained(world_size, batches, teacher=rm.logged)
+    with rm.shared_folder() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        patch.setattr(lookup_module, "default_folder", lambda: Path(name) / "host")
+        store = new_store(Path(name) / "store")
+        fill(store)
+        with TeacherLookup(store, rm.TEACHERS, max_windows=8) as lookup:
+            rm.assert_same(trained(world_size, batches, teacher=lookup), columns)
+            assert lookup.counters[rm.TEACHERS[0]].late == 0
+            (reader,) = (Path(name) / "host").glob("*/*/reader")
+            windows = [path.name.split(".")[1] for path in reader.parent.glob("0.*.ready")]
+            store.refresh()
+            known = store.windows(rm.TEACHERS[0])
+            dist.barrier()  # the last to leave removes the folder
+        assert sorted(map(int, windows)) == known and len(known) > 1
 
 
 def check_store_with_evaluation_between(rank: int, world_size: int) -> None:

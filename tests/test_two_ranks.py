@@ -100,6 +100,7 @@ CHECKS: list[tuple[Any, ...]] = [
     (das.check_damage_on_one_rank_is_refused_on_all,),
     (das.check_a_failed_save_is_removed_on_every_rank,),
     (of_store.check_store_equals_columns,),
+    (of_store.check_ranks_of_a_host_share_its_windows,),
     (of_store.check_store_with_evaluation_between,),
     (of_store.check_a_failing_store_ends_training,),
     *((of_store.check_training_goes_on_without_a_teacher, how) for how in of_store.FAILURES),
