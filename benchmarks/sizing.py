@@ -4,9 +4,9 @@
 
 Costs of a row and of a look-up are those of measured/store.cpu.json (random ids, bfloat16, one
 task), of the join those of measured/join.cpu.json, of scoring those of measured/scoring.cpu.json,
-all on the machines that they name. What the log of the table costs is measured here: a store of
-2,000 commits (--quick: 200), each of a few rows, is opened and brought up to date. --write puts the
-tables into docs/scale.md.
+where they are kept, all on the machines that they name. What the log of the table costs is measured
+here: a store of 2,000 commits (--quick: 200), each of a few rows, is opened and brought up to date.
+--write puts the tables into docs/scale.md.
 """
 
 from __future__ import annotations
@@ -51,24 +51,26 @@ def main() -> None:
 
 
 def measured() -> dict[str, float]:
-    """Costs that other benchmarks have measured."""
+    """Costs that other benchmarks have measured, and are kept."""
     kept = {
-        name: json.loads((HERE / "measured" / f"{name}.cpu.json").read_text())
-        for name in ("store", "join", "scoring")
+        file.name.removesuffix(".cpu.json"): json.loads(file.read_text())
+        for file in (HERE / "measured").glob("*.cpu.json")
     }
     rows = kept["store"]["details"]["random"]
-    return {
+    costs = {
         "bytes_on_disk": rows["bytes_per_row_on_disk"],
         "bytes_in_memory": rows["bytes_per_row_in_memory"],
         "bytes_while_read": rows["bytes_per_row_at_peak_of_read"],
         "rows_read_per_s": rows["read_rows_per_s"]["median"],
         "rows_looked_up_per_s": rows["lookup_rows_per_s"]["median"],
         "rows_written_per_s": rows["write_rows_per_s"]["median"],
-        "rows_joined_per_s": kept["join"]["rows_per_s"],
-        "rows_scored_per_s_and_core": kept["scoring"]["details"]["one_rank"]["scoring"][
-            "rows_per_s"
-        ]["median"],
     }
+    if "join" in kept:
+        costs["rows_joined_per_s"] = kept["join"]["rows_per_s"]
+    if "scoring" in kept:
+        scoring = kept["scoring"]["details"]["one_rank"]["scoring"]
+        costs["rows_scored_per_s_and_core"] = scoring["rows_per_s"]["median"]
+    return costs
 
 
 def log_costs(commits: int) -> dict[str, float]:
@@ -86,11 +88,11 @@ def log_costs(commits: int) -> dict[str, float]:
         behind = TeacherStore(folder)
         behind.refresh(commits - 10)
         refreshed = common.timed(behind.refresh)[0]
-        log = [*Path(folder, "outputs", "_delta_log").iterdir()]
+        commits_of_log = Path(folder, "outputs", "_delta_log").glob("*.json")
+        log_bytes = sum(file.stat().st_size for file in commits_of_log)
     return {
         "commits": commits,
-        "log_bytes_a_commit": sum(file.stat().st_size for file in log if file.suffix == ".json")
-        / commits,
+        "log_bytes_a_commit": log_bytes / commits,
         "seconds_to_open": float(np.median(opened)),
         "seconds_to_refresh_by_ten": refreshed,
         "seconds_of_a_commit": float(np.median(times[-100:])),
@@ -104,6 +106,7 @@ def size(rows: int, costs: dict[str, float]) -> dict[str, Any]:
     length = next((s for s in LENGTHS if rows * s / DAY <= most), LENGTHS[-1])
     window = rows * length / DAY
     commits = max(DAY / length, rows / COMMIT_ROWS)
+    joined, scored = costs.get("rows_joined_per_s"), costs.get("rows_scored_per_s_and_core")
     return {
         "rows_a_day": rows,
         "window_seconds": length,
@@ -117,11 +120,8 @@ def size(rows: int, costs: dict[str, float]) -> dict[str, Any]:
         "log_bytes_a_day": commits * costs["log_bytes_a_commit"],
         "seconds_to_open_after_a_day": costs["seconds_to_open"] * commits / costs["commits"],
         "look_up_core_hours": rows / costs["rows_looked_up_per_s"] / 3600,
-        "join_hours": rows / costs["rows_joined_per_s"] / 3600,
-        "backfill_hours": DAYS
-        * rows
-        / (HOSTS * CORES * costs["rows_scored_per_s_and_core"])
-        / 3600,
+        "join_hours": joined and rows / joined / 3600,
+        "backfill_hours": scored and DAYS * rows / (HOSTS * CORES * scored) / 3600,
         "thirty_days_bytes": DAYS * rows * costs["bytes_on_disk"],
     }
 
@@ -145,7 +145,11 @@ def tables(result: dict[str, Any]) -> str:
         ("backfill_hours", "30 days by a new teacher, 50 hosts, h", "30 R / (50 x 16 x scored)"),
     ]
     header = ["", "formula", *(f"{s['rows_a_day']:.0e} rows a day".replace("+", "") for s in sizes)]
-    body = [[text, formula, *(cell(name, s[name]) for s in sizes)] for name, text, formula in lines]
+    body = [
+        [text, formula, *(cell(name, s[name]) for s in sizes)]
+        for name, text, formula in lines
+        if sizes[0][name] is not None
+    ]
     told = {
         "bytes_on_disk": "disk, bytes a row",
         "bytes_in_memory": "memory, bytes a row",
@@ -160,7 +164,11 @@ def tables(result: dict[str, Any]) -> str:
         "seconds_of_a_commit": "a commit of a few rows, s",
         "seconds_of_a_commit_at_most": "... that writes a checkpoint of the log, s",
     }
-    rows = [[text, common.cell(common.rounded(costs[name]))] for name, text in told.items()]
+    rows = [
+        [text, common.cell(common.rounded(costs[name]))]
+        for name, text in told.items()
+        if name in costs
+    ]
     machine = common.environment()
     return (
         common.table(["cost", "measured"], rows)
