@@ -78,7 +78,8 @@ def target(link: Path) -> str:
 # ---- What is shared ----
 
 
-def test_mapped_is_as_in_memory(tmp_path: Path, host: Path) -> None:
+@pytest.mark.parametrize("pinned", [None, np.int64(2)])
+def test_mapped_is_as_in_memory(tmp_path: Path, host: Path, pinned: Any) -> None:
     store = new_store(
         tmp_path / "store", tasks=("click", "buy"), embedding_width=3, embedding_resolution="int8"
     )
@@ -92,6 +93,7 @@ def test_mapped_is_as_in_memory(tmp_path: Path, host: Path) -> None:
     store.write(snapshot(3), [0, 1], [1.0, 2.0], [AT, AT + 60], tasks=["buy"])
     batch = {int(i): AT + 60 * int(i) for i in random.permutation(700)}
     options: Any = {"embeddings": True, "max_age_seconds": 30_000, "tasks": ("buy", "click")}
+    options["snapshot"] = pinned
     with (
         lookup_of(store, host_folder=host, **options) as mapped,
         lookup_of(store, **options) as plain,

@@ -210,6 +210,7 @@ class TeacherLookup:
                 raise ValueError(
                     f"the look-up pins version {version} of {teacher}, and excludes it"
                 )
+        pinned = {name: None if v is None else as_int(v) for name, v in pinned.items()}
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
         if max_age_seconds is not None:
