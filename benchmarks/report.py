@@ -25,6 +25,7 @@ TITLES = {
     "serving": "Serving",
     "scale": "As the work grows",
     "store": "The teacher store",
+    "stalls": "A store that hangs, or is slow",
     "scoring": "Filling it",
     "join": "Outputs as columns",
 }

