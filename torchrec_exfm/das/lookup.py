@@ -47,7 +47,7 @@ from torchrec_exfm.das.windows import HeldWindows, IndexedWindow, Pending, Selec
 __all__ = ["LookupCounters", "TeacherLookup"]
 
 _SILENT_BATCHES = 10
-_POLL_SECONDS = 0.002
+_POLL_SECONDS = 0.005
 
 
 @dataclass
