@@ -5,7 +5,7 @@
 Costs of a row and of a look-up are those of measured/store.cpu.json (random ids, bfloat16, one
 task), of the join those of measured/join.cpu.json, of scoring those of measured/scoring.cpu.json,
 where they are kept, all on the machines that they name. What the log of the table costs is measured
-here: a store of 2,000 commits (--quick: 200), each of a few rows, is opened and brought up to date.
+here: a store of 500 commits (--quick: 200), each of a few rows, is opened and brought up to date.
 --write puts the tables into docs/scale.md.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     options = parser.parse_args()
-    costs = measured() | log_costs(200 if options.quick else 2_000)
+    costs = measured() | log_costs(200 if options.quick else 500)
     result = {"costs": costs, "sizes": [size(rows, costs) for rows in ROWS_A_DAY]}
     if options.json:
         print(json.dumps({**result, "environment": common.environment()}))
