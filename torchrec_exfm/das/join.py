@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torchrec_exfm.das.arrays import MAX_SECONDS, MICROSECONDS, as_int, check_duration, utc
-from torchrec_exfm.das.lookup import _check_names, _versions
+from torchrec_exfm.das.arrays import MAX_SECONDS, MICROSECONDS, check_duration, utc
+from torchrec_exfm.das.choice import check_names, chosen_versions
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["data_files", "join_sql"]
@@ -118,7 +117,7 @@ class Wanted:
     teachers: tuple[str, ...]
     tasks: tuple[str, ...]
     snapshot: dict[str, int | None]
-    exclude: dict[str, list[int]]
+    exclude: dict[str, tuple[int, ...]]
     max_age_seconds: float | None
     embeddings: bool
 
@@ -134,13 +133,10 @@ class Wanted:
         embeddings: bool,
     ) -> Wanted:
         names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
-        pinned = snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(names, snapshot)
-        excluded = exclude if isinstance(exclude, Mapping) else dict.fromkeys(names, exclude)
         chosen = store.tasks if tasks is None else tuple(tasks)
-        _check_names("teachers", names, store.teachers() or names)
-        _check_names("tasks", chosen, store.tasks)
-        _check_names("snapshot", tuple(pinned), names)
-        _check_names("exclude", tuple(excluded), names)
+        check_names("teachers", names, store.teachers() or names)
+        check_names("tasks", chosen, store.tasks)
+        pinned, excluded = chosen_versions("the join", names, snapshot, exclude)
         if max_age_seconds is not None:
             check_duration("max_age_seconds", max_age_seconds)
         embeddings = embeddings and store.format.embedding_bytes > 0  # refuses a store without
@@ -148,14 +144,11 @@ class Wanted:
             store.format.window_seconds,
             names,
             chosen,
-            {name: _version(pinned.get(name)) for name in names},
-            {name: list(_versions(excluded.get(name, ()))) for name in names},
+            pinned,
+            excluded,
             None if max_age_seconds is None else float(max_age_seconds),
             embeddings,
         )
-        for name, version in wanted.snapshot.items():
-            if version in wanted.exclude[name]:
-                raise ValueError(f"the join pins version {version} of {name}, and excludes it")
         columns = [name for teacher in names for name in wanted.columns(teacher)]
         if len({name.lower() for name in columns}) < len(columns):
             raise ValueError(
@@ -271,9 +264,3 @@ def _quoted(name: str) -> str:
 def _table(name: str) -> str:
     """The quoted name of a table, which may be within a catalog and a schema."""
     return ".".join(map(_quoted, name.split(".")))
-
-
-def _version(version: Any) -> int | None:
-    if version is not None and not 0 <= as_int(version) < 2**40:
-        raise ValueError(f"snapshot should be a version; received {version!r}")
-    return None if version is None else as_int(version)

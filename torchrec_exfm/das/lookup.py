@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +31,12 @@ from torchrec_exfm.das.arrays import (
     Floats,
     Ints,
     Mask,
-    as_int,
     as_int64,
     as_seconds_of_rows,
     check_duration,
     utc,
 )
+from torchrec_exfm.das.choice import check_names, chosen_versions
 from torchrec_exfm.das.embeddings import decode
 from torchrec_exfm.das.errors import StoreError, check_process
 from torchrec_exfm.das.host import HostReader, default_folder
@@ -192,25 +192,9 @@ class TeacherLookup:
         self.teachers = tuple(self.stores)
         known = dict.fromkeys(itertools.chain(*(each.tasks for each in self.stores.values())))
         self.tasks = tuple(known) if tasks is None else tuple(tasks)
-        pinned = (
-            snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(self.teachers, snapshot)
-        )
-        excluded = (
-            exclude if isinstance(exclude, Mapping) else dict.fromkeys(self.teachers, exclude)
-        )
-        excluded = {teacher: _versions(versions) for teacher, versions in excluded.items()}
+        check_names("tasks", self.tasks, tuple(known))
+        pinned, excluded = chosen_versions("the look-up", self.teachers, snapshot, exclude)
         self._options["exclude"] = excluded
-        _check_names("tasks", self.tasks, tuple(known))
-        _check_names("snapshot", tuple(pinned), self.teachers)
-        _check_names("exclude", tuple(excluded), self.teachers)
-        for teacher, version in pinned.items():
-            if version is not None and not 0 <= as_int(version) < 2**40:
-                raise ValueError(f"snapshot should be a version; received {version!r}")
-            if version is not None and version in excluded.get(teacher, ()):
-                raise ValueError(
-                    f"the look-up pins version {version} of {teacher}, and excludes it"
-                )
-        pinned = {name: None if v is None else as_int(v) for name, v in pinned.items()}
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
         if max_age_seconds is not None:
@@ -237,8 +221,8 @@ class TeacherLookup:
                 Selection(
                     teacher,
                     tuple(task for task in self.tasks if task in store.tasks),
-                    pinned.get(teacher),
-                    excluded.get(teacher, ()),
+                    pinned[teacher],
+                    excluded[teacher],
                     bad_rows,
                     store.format.embedding_bytes if embeddings else 0,
                 ),
@@ -470,33 +454,18 @@ def _stores(
         teachers = tuple(store) if isinstance(store, Mapping) else ()
     names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
     given = store if isinstance(store, Mapping) else dict.fromkeys(names, store)
-    _check_names("teachers", names, tuple(given))
-    opened = {}
-    for one in given.values():
+    check_names("teachers", names, tuple(given))
+    opened: dict[int, TeacherStore] = {}
+    for name in names:
+        one = given[name]
         if not isinstance(one, TeacherStore):
             raise TypeError(f"store should be a TeacherStore; received {type(one).__name__}")
-        opened[id(one)] = copy.copy(one)
-    stores = {name: opened[id(given[name])] for name in names}
-    for name, one in stores.items():
-        _check_names("teachers", (name,), one.teachers() or (name,))
-    return stores
+        if id(one) not in opened:
+            opened[id(one)] = copy.copy(one)
+        check_names("teachers", (name,), opened[id(one)].teachers() or (name,))
+    return {name: opened[id(given[name])] for name in names}
 
 
 def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
     what = f"the user's batch to its {name.replace('_', ' ')}"
     return read(name, function, batch, "TeacherLookup", what)
-
-
-def _versions(versions: Collection[int]) -> tuple[int, ...]:
-    if isinstance(versions, str) or not isinstance(versions, Iterable):
-        raise TypeError(f"exclude should be a collection of versions; received {versions!r}")
-    return tuple(np.sort(as_int64("exclude", list(versions))).tolist())
-
-
-def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    none = not names and what not in ("snapshot", "exclude")
-    if none or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise ValueError(
-            f"{what} should be of those there are, {tuple(known)}, each at most once; received "
-            f"{tuple(names)}"
-        )
