@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import as_int64, as_seconds
-from torchrec_exfm.das.errors import MissingFileError, StoreError
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.join import WINNERS, Wanted, stored
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import KEYS, TIMESTAMP
@@ -227,13 +227,10 @@ class _Join:
                 f"{path}: has columns {taken} already, which the join would add: rename them"
             )
         keys = source.read(columns=[self.example_id, time])
-        times = keys[time]
-        if pa.types.is_timestamp(times.type):
-            times = times.cast(pa.timestamp("s", "UTC"), safe=False).cast(pa.int64())
         ids = as_int64(f"{path}: {self.example_id}", keys[self.example_id])
         if len(ids) and ids.min() < 0:
             raise ValueError(f"{path}: the example ids should be at least 0; received {ids.min()}")
-        columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", times)]
+        columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", keys[time])]
         return pa.table(columns, names=[_ORDER, "example_id", "event_seconds"])
 
     def _hold(self, windows: Sequence[int]) -> None:
@@ -263,18 +260,14 @@ class _Join:
                 if column.name not in left_out
             ]
         )
-        files = {teacher: self.store.files(teacher, window) for teacher in self.wanted.teachers}
-        parts = [_rows("", 0, columns.empty_table())]
-        try:
-            for teacher, of_teacher in files.items():
-                tables = [self.store.table.read(file, columns) for file in of_teacher]
-                parts += [_rows(teacher, window, table) for table in tables]
-        except MissingFileError:  # compaction may have put another in its place
-            self.store.refresh()
-            if files == {teacher: self.store.files(teacher, window) for teacher in files}:
-                raise
-            return self._stored(window)
-        return pa.concat_tables(parts)
+        files, tables = self.store.read_files(
+            self.wanted.teachers, window, lambda file: self.store.table.read(file, columns)
+        )
+        parts = [
+            _rows(file.partition[0], window, table)
+            for file, table in zip(files, tables, strict=True)
+        ]
+        return pa.concat_tables([_rows("", 0, columns.empty_table()), *parts])
 
     def _check(self, window: int) -> None:
         """Refuse or count the rows of ``outputs`` that break a rule."""

@@ -9,10 +9,10 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +57,7 @@ from torchrec_exfm.das.urls import check_options, normal_url
 
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
 
+T = TypeVar("T")
 MAX_WINDOWS = 1_000  # of one write: each has a file of its own, and some 300 KiB until it is closed
 
 
@@ -388,15 +389,9 @@ class TeacherStore:
         check_bad_rows(bad_rows)
         names = self.format.chosen(tasks)
         size = self.format.embedding_bytes if embeddings else 0
-        files = self.files(teacher, window)
-        try:
-            parts = [self.read_file(file, names, embeddings) for file in files]
-        except MissingFileError:  # compaction may have put another in its place
-            self.refresh()
-            if self.files(teacher, window) == files:
-                raise
-            options: Any = {"bad_rows": bad_rows, "embeddings": embeddings}
-            return self.read(teacher, window, tasks=names, **options)
+        files, parts = self.read_files(
+            [teacher], window, lambda file: self.read_file(file, names, embeddings)
+        )
         left_out = Counter[str]()
         for number, (file, rows) in enumerate(zip(files, parts, strict=True)):
             broken = broken_rules(rows, window, self.format.window_seconds)
@@ -405,6 +400,19 @@ class TeacherStore:
             left_out.update(quarantined)
             parts[number] = rows[good] if quarantined else rows
         return Rows.concatenate(parts, len(names), size), dict(left_out)
+
+    def read_files(
+        self, teachers: Sequence[str], window: int, read: Callable[[DataFile], T]
+    ) -> tuple[list[DataFile], list[T]]:
+        """The data files of a window, of teachers in turn, and what is read of each."""
+        while True:
+            files = [file for teacher in teachers for file in self.files(teacher, window)]
+            try:
+                return files, [read(file) for file in files]
+            except MissingFileError:  # compaction may have put another in its place
+                self.refresh()
+                if files == [file for name in teachers for file in self.files(name, window)]:
+                    raise
 
     def read_file(
         self, file: DataFile, tasks: Sequence[str] | None = None, embeddings: bool = False
