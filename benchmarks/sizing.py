@@ -63,7 +63,6 @@ def measured() -> dict[str, float]:
         "bytes_while_read": rows["bytes_per_row_at_peak_of_read"],
         "rows_read_per_s": rows["read_rows_per_s"]["median"],
         "rows_looked_up_per_s": rows["lookup_rows_per_s"]["median"],
-        "rows_written_per_s": rows["write_rows_per_s"]["median"],
     }
     if "join" in kept:
         costs["rows_joined_per_s"] = kept["join"]["rows_per_s"]

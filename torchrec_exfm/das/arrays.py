@@ -160,7 +160,7 @@ def as_floats(
         return array.astype(np.float32, copy=False)
 
 
-def is_tensor(values: Any) -> bool:
+def _is_tensor(values: Any) -> bool:
     """Whether it is one of torch, which is not imported for it: a host's reader does without."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(values, torch.Tensor)
@@ -173,7 +173,7 @@ def _is_masked_tensor(values: Any) -> bool:
 
 def column_names(values: Any) -> list[Any] | None:
     """The names of the columns of a frame, table, structured array or mapping; None for others."""
-    if is_tensor(values):
+    if _is_tensor(values):
         names = None
     elif isinstance(values, np.ndarray):
         names = values.dtype.names
@@ -211,7 +211,7 @@ def on_host(what: str, values: Any) -> AnyArray:
         _check_nulls(what, nulls)
     if _is_masked_tensor(values):
         values = values.get_data()
-    if is_tensor(values):
+    if _is_tensor(values):
         tensor = values.detach().cpu()
         floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
         array: AnyArray = (tensor.float() if floating else tensor).numpy()
@@ -282,7 +282,7 @@ def _nulls(values: Any) -> AnyArray | None:
         return ~np.asarray(values.get_mask().cpu())
     if isinstance(values, np.ma.MaskedArray):
         return None if values.dtype.names else np.ma.getmaskarray(values)
-    if is_tensor(values) or isinstance(values, np.ndarray):
+    if _is_tensor(values) or isinstance(values, np.ndarray):
         return None
     if isinstance(values, (list, tuple)):
         # numpy drops the masks of arrays in a list; to look at the kinds first costs a tenth

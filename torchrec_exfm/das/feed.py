@@ -196,9 +196,9 @@ class Feed:
                 self.report.skipped += 1
                 continue
             left = False
-            for found in self._cut(task, self._missing(task)):
+            for part_and_batch in self._cut(task, self._missing(task)):
                 left = True
-                yield found
+                yield part_and_batch
             if not left:
                 mark(self.store, task)
                 self.report.skipped += 1
@@ -307,10 +307,10 @@ def _is_whole(store: TeacherStore, task: Task) -> bool:
 def mark(store: TeacherStore, task: Task) -> None:
     """Say that a shard is in the store, all of it: the number is the commit it was begun at."""
     nothing, transaction = store.format.schema().empty_table(), (_mark_name(task), task.commit)
-    mark = Commit(lambda properties: store.table.append(nothing, properties), transaction)
+    commit = Commit(lambda properties: store.table.append(nothing, properties), transaction)
     store.table.commit(
         f"can't be written to, and the shard {task.shard.name!r} was not marked as done",
-        lambda: None if _is_whole(store, task) else mark,
+        lambda: None if _is_whole(store, task) else commit,
     )
 
 

@@ -118,7 +118,7 @@ class HostReader:
         clients, self._clients = self._clients, None
         if clients is not None:
             with clients, contextlib.suppress(FileNotFoundError):
-                if _lock(clients, fcntl.LOCK_EX):
+                if _locked(clients):
                     _remove(self._folder)
 
     def ask(self, name: str, as_of: int) -> None:
@@ -162,7 +162,7 @@ class HostReader:
     def _start_reader(self) -> None:
         """Start one, unless one has the lock; it is started with the lock, so that one starts."""
         with (self._folder / "reader").open("a") as lock:
-            if not _lock(lock, fcntl.LOCK_EX):
+            if not _locked(lock):
                 return
             _children[:] = [child for child in _children if child.poll() is None]
             if self._starts == _STARTS:
@@ -259,9 +259,9 @@ class _Server:
                 _, teacher, window, _ = wanted
                 self._answer(teacher, window)
 
-    def _entries(self, suffix: str) -> Iterator[tuple[int, int, int, Path]]:
+    def _entries(self, *suffixes: str) -> Iterator[tuple[int, int, int, Path]]:
         for entry in self._folder.iterdir():
-            if entry.suffix == suffix:
+            if entry.suffix in suffixes:
                 teacher, window, when = map(int, entry.stem.split("."))
                 yield when, teacher, window, entry
 
@@ -269,7 +269,7 @@ class _Server:
         if not os.path.samestat(os.fstat(self._lock), (self._folder / "reader").stat()):
             return True  # the folder was made anew, and has another reader
         with (self._folder / "clients").open() as clients:
-            if left := _lock(clients, fcntl.LOCK_EX):
+            if left := _locked(clients):
                 _remove(self._folder)
         return left
 
@@ -296,13 +296,13 @@ class _Server:
             self._held.pop(key, None)
             self._held[key] = answer
         place.rename(answer)
-        for suffix in (".wanted", ".ready", ".failed"):
-            for when, *of, entry in self._entries(suffix):
-                if (*of,) == key and when <= as_of and entry != answer:
-                    if suffix != ".ready":
-                        entry.unlink()
-                    elif answer.suffix == suffix:
-                        shutil.rmtree(entry)
+        for when, *of, entry in self._entries(".wanted", ".ready", ".failed"):
+            if (*of,) != key or when > as_of or entry == answer:
+                continue
+            if entry.suffix != ".ready":
+                entry.unlink()
+            elif answer.suffix == ".ready":
+                shutil.rmtree(entry)
 
     def _read(self, teacher: int, window: int, before: IndexedWindow | None) -> IndexedWindow:
         selection = Selection(**self._sources[teacher]["selection"])
@@ -355,10 +355,10 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _lock(file: IO[str], kind: int) -> bool:
+def _locked(file: IO[str]) -> bool:
     """Whether a file could be locked without waiting for others."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -378,7 +378,7 @@ def _enter(folder: Path) -> IO[str]:
         raise PermissionError(f"{folder.parent} is another user's")
     for other in folder.parent.iterdir():
         with contextlib.suppress(OSError), (other / "clients").open() as clients:
-            if _lock(clients, fcntl.LOCK_EX):
+            if _locked(clients):
                 _remove(other)
     while True:
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile

@@ -184,20 +184,18 @@ class HeldWindows:
         windows = self.store.window_of(seconds)
         in_one = len(windows) and windows.min() == windows.max()
         needed = (windows[:1] if in_one else np.unique(windows)).tolist()
+        if in_one:
+            held = self._window(needed[0], needed, deadline)
+            self._read_ahead(held, needed)
+            return held.index.find(ids)
         values = np.zeros((len(ids), self.selection.width), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
-        following = None
         for window in needed:
-            held = self._window(window, needed, deadline)
-            following = held.following
-            if len(needed) == 1:
-                values, age_seconds, presence = held.index.find(ids)
-            else:
-                rows = windows == window
-                values[rows], age_seconds[rows], presence[rows] = held.index.find(ids[rows])
-        if following is not None and len(needed) < self._max_windows:
-            self._start(following, needed)
+            held, rows = self._window(window, needed, deadline), windows == window
+            values[rows], age_seconds[rows], presence[rows] = held.index.find(ids[rows])
+        if needed:
+            self._read_ahead(held, needed)
         return values, age_seconds, presence
 
     def forget(self) -> None:
@@ -225,6 +223,10 @@ class HeldWindows:
         self._rows[window], self._left_out[window] = len(held.index), held.quarantined
         self.first = held.first
         return held
+
+    def _read_ahead(self, last: IndexedWindow, needed: list[int]) -> None:
+        if last.following is not None and len(needed) < self._max_windows:
+            self._start(last.following, needed)
 
     def _start(self, window: int, needed: list[int]) -> None:
         """Let it be read, if it is not in memory, in the place of the one used longest ago."""
