@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ("py:.*", "Path|Tensor|Ints"),
     # In signatures of public names, and without a page: a type variable; a protocol that is told in
     # words there; rows and files of a window as they are read.
-    ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|Steps|StepInputs|Started|DataFile|Rows)"),
+    ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|T|Steps|StepInputs|Started|DataFile|Rows)"),
 ]
 
 PUBLIC = (torchrec_exfm, torchrec_exfm.functional, torchrec_exfm.das)
