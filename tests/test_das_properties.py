@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import das_data as dd
 import numpy as np
+import pytest
 from das_data import new_store
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -130,6 +131,7 @@ def test_what_was_written_is_read(data: st.DataObject) -> None:
         assert case.store.windows("fm") == sorted(windows)
 
 
+@pytest.mark.filterwarnings("ignore:.*read again soon after")  # batches of any windows
 @FEW
 @given(st.data())
 def test_what_is_looked_up_is_what_the_rule_says(data: st.DataObject) -> None:
