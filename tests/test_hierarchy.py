@@ -21,13 +21,13 @@ from ranks import Ranks, check_name
 from torchrec_exfm.das import Snapshot, TeacherLogger, TeacherLookup, publish
 from torchrec_exfm.das.arrays import Ints
 
-CHECKS = (
-    checks.check_student_and_teacher_at_once,
-    checks.check_what_is_logged_is_the_serving_head_before_the_update,
-    checks.check_nothing_of_a_leak_reaches_the_second_hop,
-    checks.check_a_published_domain_model_scores,
-    checks.check_a_stream_of_three,
-)
+CHECKS: list[tuple[Any, ...]] = [
+    (checks.check_student_and_teacher_at_once,),
+    (checks.check_what_is_logged_is_the_serving_head_before_the_update,),
+    (checks.check_nothing_of_a_leak_reaches_the_second_hop,),
+    *((checks.check_a_published_domain_model_scores, form) for form in ("wrapped", "bare")),
+    (checks.check_a_stream_of_three,),
+]
 EXAMPLES, WINDOW, WINDOWS = 60, 10, 3
 SEEDS = range(4)
 
@@ -39,9 +39,22 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes.close()
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=check_name)
-def test_on_ranks(ranks: Ranks, check: Any) -> None:
-    ranks.run(check)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check_name(*check))
+def test_on_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
+    ranks.run(*check)
+
+
+def test_a_look_up_before_the_domain_model_has_said_anything(tmp_path: Path) -> None:
+    """It may be made while the store is empty, and once both have outputs."""
+    store = dd.new_store(tmp_path)
+    TeacherLookup(store, ["fm", "domain"]).close()
+    store.write(dd.snapshot(), [1], [0.5], [dd.AT])
+    store.refresh()
+    with pytest.raises(ValueError, match=r"of those there are, \('fm',\).*received \('domain',\)"):
+        TeacherLookup(store, ["fm", "domain"])
+    store.write(dd.snapshot(teacher="domain"), [1], [0.5], [dd.AT])
+    store.refresh()
+    TeacherLookup(store, ["fm", "domain"]).close()
 
 
 class Said(NamedTuple):
