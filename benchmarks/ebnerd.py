@@ -1,8 +1,9 @@
 """EB-NeRD as a stream: is an article clicked that a reader has in view, in the order of the pages.
 
 An example is an article in view of an impression; its label says whether it was clicked, and its
-group is the impression: what was on one page. Verticals are the two surfaces, front page and
-article page. The period that `week` counts is a day here: the demo lasts fourteen.
+group is the impression: what was on one page. Verticals are four surfaces: front page and article
+page, on mobile devices (tablets among them) and on desktops. The period that `week` counts is a day
+here: the demo lasts fourteen.
 
 The data are those of Ekstra Bladet (Kruse et al., "EB-NeRD: A Large-Scale Dataset for News
 Recommendation", RecSys Challenge 2024), for research, not to be redistributed. So nothing of them
@@ -31,8 +32,13 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"
 
 import data
 
-FORMAT_VERSION = 1
-SURFACES = ("front page", "article page")
+FORMAT_VERSION = 2
+SURFACES = tuple(
+    f"{page}, {device}"
+    for page in ("front page", "article page")
+    for device in ("mobile", "desktop")
+)
+DESKTOP = 1  # of device_type
 SPLITS = ("train", "validation")
 COLUMNS = {
     "behaviors": {
@@ -189,7 +195,8 @@ def build_stream(tables: Tables) -> data.Stream:
         time=time,
         week=(1 + (time - time[0]) // _DAY_SECONDS).astype(np.int32),
         label=label,
-        vertical=sparse["surface"],
+        vertical=2 * sparse["surface"]
+        + (shown["device_type"] == DESKTOP).fill_null(False).to_numpy(),
         weight=np.ones(len(time), np.float32),
         example_id=data.example_ids(
             shown["impression_id"].to_numpy(), shown["article_id"].to_numpy()
@@ -198,7 +205,7 @@ def build_stream(tables: Tables) -> data.Stream:
         dense={name: dense[name] for name in RICH_DENSE},
         verticals=SURFACES,
         cardinalities={name: len(known) + 1 for name, (_, known) in coded.items()}
-        | {"weekday": 7, "hour": 24, "surface": len(SURFACES)},
+        | {"weekday": 7, "hour": 24, "surface": 2},
     )
 
 

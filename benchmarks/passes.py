@@ -1,116 +1,35 @@
-"""One pass of a teacher and of a student over a real stream, each example scored before it trains.
+"""What teachers say of a real stream in one pass, each example scored before they train on it.
 
-The teacher is refreshed at the end of every week; what each of its snapshots says of later weeks is
-what a student gets from a teacher that is so old.
+A teacher is refreshed at the end of every week; what each of its snapshots says of later weeks is
+what a student gets from a teacher that is so old. (Where a stream counts days, a week is a day.)
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import ebnerd
-import movielens  # puts the example's folder on the path
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from sources import SOURCES, Array, Features, data, demo, models
+from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
+from torchrec_exfm import ExFMBatch, StudentAdapter, Task, TeacherOutputs
+from torchrec_exfm.study import Study
 
-import data
-import main as demo
-import models
-
-from torchrec_exfm import (
-    DistillationTerm,
-    ExFMBatch,
-    ExFMWrapper,
-    StudentAdapter,
-    Task,
-    TeacherOutputs,
-    TrainPipelineExFM,
-)
-
-Array = npt.NDArray[Any]
 CPU = torch.device("cpu")
-FIRST_WEEK = 27  # of the evaluation: half of the rows of either stream are before it
-TEACHER_BATCH = 2048
 WIDTH = demo.TEACHER["width"]  # of the teacher's tables, if not told otherwise
 DIRECTIONS = 12  # of the teacher's last hidden layer, for terms that teach it
 TAUGHT = f"directions-{DIRECTIONS}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stream, and who sees what of it.
-
-    Attributes:
-        load: the stream.
-        lean, strong: sparse and dense features of the two students.
-        rich: those of the teacher.
-        rates: batch size, learning rate, and that of the tables, of the two students: the best for
-            them without a teacher, see `quality.py --tune`.
-        tuning_week, first_week: settings are chosen on the weeks from the first of these on, and
-            evaluated on those from the second on (days, where a stream counts days).
-    """
-
-    load: Callable[[], data.Stream]
-    lean: tuple[Sequence[str], Sequence[str]]
-    strong: tuple[Sequence[str], Sequence[str]]
-    rich: tuple[Sequence[str], Sequence[str]]
-    rates: dict[str, tuple[int, float, float]]
-    tuning_week: int = 14
-    first_week: int = FIRST_WEEK
-
-
-def ebnerd_folder() -> Path:
-    """The folder of EB-NeRD, which the user gives; processes of a pool get it with the rest."""
-    folder = os.environ.get("EBNERD")
-    if not folder:
-        raise SystemExit(
-            "The table Ranking needs the folder of EB-NeRD's demo, with `train` and `validation`. "
-            "Received none: give --ebnerd FOLDER, or set EBNERD. (recsys.eb.dk has the data)"
-        )
-    return Path(folder)
-
-
-SOURCES = {
-    "promotions": Source(
-        load=lambda: data.load_stream(progress=False),
-        lean=(data.LEAN_SPARSE, data.LEAN_DENSE),
-        strong=(data.LEAN_SPARSE, data.STRONG_DENSE),
-        rich=(data.RICH_SPARSE, tuple(dict.fromkeys((*data.RICH_DENSE, *data.STRONG_DENSE)))),
-        rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
-    ),
-    "movielens": Source(
-        load=movielens.load_stream,
-        lean=(movielens.LEAN_SPARSE, movielens.LEAN_DENSE),
-        strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
-        rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
-        rates={"lean": (256, 1e-3, 0.3), "strong": (256, 2e-3, 0.1)},
-    ),
-    "ebnerd": Source(
-        load=lambda: ebnerd.load_stream(ebnerd_folder()),
-        lean=(ebnerd.LEAN_SPARSE, ebnerd.LEAN_DENSE),
-        strong=(ebnerd.LEAN_SPARSE, ebnerd.STRONG_DENSE),
-        rich=(ebnerd.RICH_SPARSE, ebnerd.RICH_DENSE),
-        rates={"lean": (256, 2e-3, 0.5), "strong": (256, 2e-3, 0.3)},
-        tuning_week=4,
-        first_week=8,
-    ),
-}
+TABLES = "tables"  # a teacher's, at the beginning of the week when late students start
 
 
 def start() -> None:
@@ -123,75 +42,60 @@ def start() -> None:
     torch.set_num_threads(1)
 
 
-@lru_cache(1)
-def stream_of(source: str) -> data.Stream:
-    return SOURCES[source].load()
-
-
-@lru_cache(2)
-def vertical_of(source: str, vertical: str) -> tuple[Array, data.Stream]:
-    """The rows of a vertical in the stream, and its examples."""
-    stream = stream_of(source)
-    rows = np.flatnonzero(demo.rows_of(stream, vertical))
-    return rows, stream.select(rows)
-
-
-@lru_cache(1)
-def sampling_rates(source: str) -> Array:
-    """The share of a row's fellow negatives that are in the stream, (B,).
-
-    Negatives of the promotions were drawn basket by basket, and each knows how many it stands for.
-    """
-    stream = stream_of(source)
-    if source != "promotions":
-        return np.ones(len(stream))
-    of_one_basket = data.example_ids(np.array([1]), np.array([0]))
-    _, basket = np.unique(stream.example_id // of_one_basket, return_inverse=True)
-    negative = np.asarray(stream.label) == 0
-    stands_for = np.ones(basket.max() + 1)
-    stands_for[basket[negative]] = stream.weight[negative]
-    return 1 / stands_for[basket]
+def distribute(
+    module: nn.Module, rates: tuple[int, float, float]
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    _, learning_rate, table_learning_rate = rates
+    return models.distribute(
+        module, CPU, learning_rate=learning_rate, table_learning_rate=table_learning_rate
+    )
 
 
 def teacher_logits(
     stream: data.Stream,
-    features: tuple[Sequence[str], Sequence[str]],
+    features: Features,
+    rates: tuple[int, float, float],
     *,
     seed: int,
     width: int,
     delays: Sequence[int] = (),
     frozen_after: int | None = None,
     scored: Array | None = None,
-    fitted_before: int | None = None,
-) -> dict[str, Array]:
+    kept_before: int | None = None,
+    periods: Array | None = None,
+) -> dict[str, Any]:
     """What a teacher says of each example, by how old it is: logits (B,), NaN where there are none.
 
     Args:
         stream: in time order.
         features: sparse and dense.
+        rates: batch size, learning rate, and that of the tables.
         seed: of its parameters.
         width: of its tables.
         delays: for each, week t is scored by the snapshot of the end of week t - 1 - delay.
         frozen_after: the week whose snapshot scores all later ones.
         scored: rows (a mask) that snapshots score; None: all.
-        fitted_before: the week whose beginning the directions are fitted at; None: without them.
+        kept_before: the week whose beginning the directions are fitted at, and the tables kept at;
+            None: without them.
+        periods: what is called a week here, by example, from 1 on (B,); None: the stream's own.
 
     Returns:
         "fresh": logged in its own training forward, before the update; "delay-D" and "frozen".
         `TAUGHT`, (B, DIRECTIONS): the last hidden layer of that forward along its first
-        principal directions among the scored rows before `fitted_before`, NaN there.
+        principal directions among the scored rows before `kept_before`, NaN there. `TABLES`:
+        by feature.
     """
     torch.manual_seed(seed)
     sizes = {**demo.TEACHER, "width": width}
     module = models.ranker(*features, stream.cardinalities, **sizes)
-    model, optimizer = models.distribute(module, CPU, **demo.TEACHER_RATES)
+    model, optimizer = distribute(module, rates)
     feeds = ["fresh", *(f"delay-{delay}" for delay in delays)]
     feeds += [] if frozen_after is None else ["frozen"]
-    logits = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
-    hidden = None if fitted_before is None else Hidden(module, len(stream), scored)
+    said: dict[str, Any] = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
+    hidden = None if kept_before is None else Hidden(module, len(stream), scored)
     snapshots: dict[int, list[Tensor]] = {}
-    weeks = np.asarray(stream.week)
-    begin = 0
+    weeks = np.asarray(stream.week if periods is None else periods)
+    begin, batch_size = 0, rates[0]
     for week in range(1, int(weeks[-1]) + 1):
         first, last = np.searchsorted(weeks, [week, week + 1])
         rows = (
@@ -203,12 +107,13 @@ def teacher_logits(
         for feed, trained_through in age.items():
             if trained_through in snapshots:
                 values = snapshots[trained_through]
-                logits[feed][rows] = score(model, values, stream.select(rows), features)
-        end = last // TEACHER_BATCH * TEACHER_BATCH  # never a row of the next week
-        part, fresh = stream.select(slice(begin, end)), logits["fresh"][begin:end]
-        if hidden is not None and week == fitted_before:
+                said[feed][rows] = score(model, values, stream.select(rows), features)
+        end = last // batch_size * batch_size  # never a row of the next week
+        part, fresh = stream.select(slice(begin, end)), said["fresh"][begin:end]
+        if hidden is not None and week == kept_before:
             hidden.fit()
-        train(model, optimizer, data.batches(part, *features, TEACHER_BATCH), part, fresh)
+            said[TABLES] = {name: table.numpy() for name, table in tables(model).items()}
+        train(model, optimizer, data.batches(part, *features, batch_size), part, fresh)
         if hidden is not None:
             hidden.take(slice(begin, end))
         begin = end
@@ -216,7 +121,7 @@ def teacher_logits(
             oldest = week - max(delays, default=0)
             kept = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
             snapshots = {**kept, week: [value.clone() for value in parameters(model)]}
-    return logits if hidden is None else {**logits, TAUGHT: hidden.values}
+    return said if hidden is None else {**said, TAUGHT: hidden.values}
 
 
 class Hidden:
@@ -231,7 +136,7 @@ class Hidden:
         values: (B, DIRECTIONS) float32, NaN before the fit and where they are not wanted.
     """
 
-    def __init__(self, module: torch.nn.Module, size: int, scored: Array | None) -> None:
+    def __init__(self, module: nn.Module, size: int, scored: Array | None) -> None:
         self.values = np.full((size, DIRECTIONS), np.nan, np.float32)
         self._wanted = np.ones(size, bool) if scored is None else scored
         self._past: list[Tensor] = []
@@ -239,7 +144,7 @@ class Hidden:
         self._fitted: tuple[Tensor, Tensor] | None = None
         module.get_submodule(demo.TAP).register_forward_pre_hook(self._see)
 
-    def _see(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if layer.training:
             self._taken.append(inputs[0].detach().clone())
 
@@ -266,19 +171,49 @@ class Hidden:
         self._fitted = mean, directions[:DIRECTIONS].T
 
 
-def parameters(model: torch.nn.Module) -> list[Tensor]:
+def parameters(model: nn.Module) -> list[Tensor]:
     """All values of a model of one rank, the tables' included, as they are in memory."""
-    return [
-        value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
-        for value in model.state_dict().values()
-    ]
+    return list(_by_name(model).values())
+
+
+def _by_name(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def tables(model: nn.Module) -> dict[str, Tensor]:
+    """The embedding tables of a model of one rank by feature, as they are in memory."""
+    mark, end = "embedding_bags.", ".weight"
+    return {
+        name.partition(mark)[2].removesuffix(end): value
+        for name, value in _by_name(model).items()
+        if mark in name
+    }
+
+
+def start_tables(model: nn.Module, taught: dict[str, Array]) -> None:
+    """Give the student the teacher's tables, brought to its width (CrossAdapt, arXiv 2602.01775).
+
+    A wider one has the teacher's columns turned by a random orthonormal map, a narrower one its
+    first principal directions; the values are scaled to the spread of the student's own start.
+    """
+    random = torch.Generator().manual_seed(0)
+    for name, mine in tables(model).items():
+        values = torch.from_numpy(np.array(taught[name]))
+        values = values - values.mean(0)
+        given, wanted = values.shape[1], mine.shape[1]
+        if given <= wanted:
+            turn = torch.linalg.qr(torch.randn(wanted, given, generator=random)).Q.T
+        else:
+            turn = torch.linalg.svd(values, full_matrices=False).Vh[:wanted].T
+        moved = values @ turn
+        mine.copy_(moved * (mine.std() / moved.std()))
 
 
 def score(
-    model: torch.nn.Module,
-    snapshot: list[Tensor],
-    stream: data.Stream,
-    features: tuple[Sequence[str], Sequence[str]],
+    model: nn.Module, snapshot: list[Tensor], stream: data.Stream, features: Features
 ) -> Array:
     """The logits of a model with a snapshot's values (B,); its own come back afterwards."""
     live = parameters(model)
@@ -308,65 +243,93 @@ def train(
     pipeline.detach()
 
 
-def student_logits(
+class PartlyLabelled(nn.Module):
+    """A ranker in TorchRec's training contract, whose loss leaves out labels that are NaN."""
+
+    def __init__(self, ranker: nn.Module) -> None:
+        super().__init__()
+        self.model = ranker
+        self.loss = _LabelledLoss()
+
+    def forward(self, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        loss = self.loss(logits, batch.labels)
+        return loss, (loss.detach(), logits.detach(), batch.labels)
+
+
+class _LabelledLoss(nn.Module):  # a leaf of the pipeline's tracing: what it does depends on values
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        there = ~labels.isnan()
+        return nn.functional.binary_cross_entropy_with_logits(logits[there], labels[there])
+
+
+def study_of(
     stream: data.Stream,
-    features: tuple[Sequence[str], Sequence[str]],
+    features: Features,
     rates: tuple[int, float, float],
     *,
-    seed: int,
-    terms: Sequence[DistillationTerm] = (),
     teacher: Array | None = None,
     embeddings: Array | None = None,
     adapter: tuple[float, int] = (1e-2, 32),
     task: Task | None = None,
-) -> Array:
-    """What a student says of each example before it trains on it: logits (B,), NaN at the end.
+    sizes: dict[str, Any] = demo.STUDENT,
+    taught_tables: dict[str, Array] | None = None,
+    first_week: int = SOURCES["promotions"].first_week,
+) -> Study:
+    """A student on a vertical, for `run_pass` and for the command of studies.
 
     Args:
-        stream: the vertical's examples, in time order.
+        stream: the vertical's examples, in time order; a label that is NaN is missing.
         features: sparse and dense.
         rates: batch size, learning rate, and that of the tables.
-        seed: of its parameters.
-        terms: how it learns from the teacher; none: TorchRec's own pipeline.
-        teacher: logits (B,), NaN where there is none.
+        teacher: logits (B,) or of several teachers (B, M), NaN where there is none.
         embeddings: the teacher's, (B, E), NaN where there is none; None: without.
-        adapter: the student adapter's learning rate and width, if a term needs one.
+        adapter: the student adapter's learning rate and width.
         task: with the rate at which negatives of the stream were sampled.
+        sizes: of the ranker.
+        taught_tables: a teacher's, that the student starts from; None: its own.
+        first_week: of the evaluation.
     """
-    torch.manual_seed(seed)
-    module: Any = models.ranker(*features, stream.cardinalities, **demo.STUDENT)
-    if terms:
-        module = ExFMWrapper(module, tap=demo.TAP, terms=terms, tasks=[task or Task()])
-    batch_size, learning_rate, table_learning_rate = rates
-    model, optimizer = models.distribute(
-        module, CPU, learning_rate=learning_rate, table_learning_rate=table_learning_rate
-    )
-    logits = np.full(len(stream), np.nan, np.float32)
-    feed = data.batches(stream, *features, batch_size)
-    if not terms:
-        train(model, optimizer, feed, stream, logits)
-        return logits
-    assert teacher is not None
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {}
-    if any(term.adapted for term in terms):
+    said = np.full((len(stream), 1), np.nan, np.float32) if teacher is None else teacher
+    said = said.reshape(len(stream), -1)
+    partly = bool(np.isnan(stream.label).any())
+
+    def make_student() -> nn.Module:
+        module = models.ranker(*features, stream.cardinalities, **sizes)
+        return PartlyLabelled(module.model) if partly else module
+
+    def put_on_rank(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, optimizer = distribute(module, rates)
+        if taught_tables is not None:
+            start_tables(model, taught_tables)
+        return model, optimizer
+
+    def batches() -> Iterator[ExFMBatch[Any]]:
+        for rows, batch in data.batches(stream, *features, rates[0]):
+            values = torch.from_numpy(np.array(said[rows])).unsqueeze(2)
+            options = {}
+            if embeddings is not None:
+                taught = torch.from_numpy(np.array(embeddings[rows]))
+                options = {"embeddings": taught, "embedding_presence": ~taught[:, 0].isnan()}
+            yield ExFMBatch(batch, TeacherOutputs(values, ~values.isnan(), **options))
+
+    def make_adapter() -> tuple[StudentAdapter, torch.optim.Optimizer]:
         rate, width = adapter
-        options["adapter"] = made = StudentAdapter(hidden=(width,))
-        options["adapter_optimizer"] = torch.optim.Adam(made.parameters(), lr=rate, fused=True)
-    pipeline = TrainPipelineExFM(model, optimizer, CPU, groups=attrgetter("groups"), **options)
-    feed = _with_teacher(feed, teacher, embeddings)
-    for rows, (_, outputs, _) in demo.progress(pipeline, feed, stream):
-        logits[rows] = outputs.numpy()
-    return logits
+        made = StudentAdapter(num_teachers=said.shape[1], hidden=(width,))
+        return made, torch.optim.Adam(made.parameters(), lr=rate, fused=True)
 
+    def week(batch: Any) -> Array:
+        return stream.week[np.searchsorted(stream.time, batch.event_seconds.numpy())]
 
-def _with_teacher(
-    feed: Iterator[Any], logits: Array, embeddings: Array | None = None
-) -> Iterator[Any]:
-    for rows, batch in feed:
-        values = torch.from_numpy(np.array(logits[rows]))
-        options = {}
-        if embeddings is not None:
-            taught = torch.from_numpy(np.array(embeddings[rows]))
-            options = {"embeddings": taught, "embedding_presence": ~taught[:, 0].isnan()}
-        yield rows, ExFMBatch(batch, TeacherOutputs(values, ~values.isnan(), **options))
+    return Study(
+        make_student=make_student,
+        stream=batches,
+        tap=demo.TAP,
+        tasks=[task or Task()],
+        teachers=("teacher", "second")[: said.shape[1]],
+        distribute=put_on_rank,
+        make_adapter=make_adapter,
+        groups=attrgetter("groups"),
+        period=week,
+        first_period=first_week,
+    )

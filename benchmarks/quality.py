@@ -1,14 +1,15 @@
 """When does external distillation pay, and how much: the paper's experiments on real streams.
 
-    python benchmarks/quality.py [--quick] [--tune] [--workers N] [--out FOLDER] [--no-run]
-                                 [--table ranking] [--ebnerd FOLDER]
+    python benchmarks/quality.py [--source NAME [--data FOLDER]] [--table NAME ...] [--quick]
+                                 [--tune] [--no-run] [--workers N] [--out FOLDER]
 
-One pass in time order, each example scored before it is trained on, figures over weeks 27 and
-later, several seeds (a teacher and its students share one). The table Ranking is run where the
-folder of EB-NeRD's demo is given, and otherwise stays as it is. Each run of a student is kept in a
-file of its own, so that a stopped job goes on where it was. At the end benchmarks/QUALITY.md, its
-pictures and measured/quality.json are written from what was measured (with --quick the tables are
-printed, and nothing is kept in the repository).
+One pass in time order, each example scored before it is trained on, figures over the later half,
+several seeds (a teacher and its students share one). A stream whose files the user has to bring is
+run where its folder is told, by --data or in the environment (EBNERD=FOLDER). Each run of a student
+is kept in a file of its own, so that a stopped job goes on where it was; one that is kept in
+measured/quality.json is not run again, unless what it rests on has changed. At the end
+benchmarks/QUALITY.md, its picture and measured/quality.json are written from what was measured
+(with --quick the page goes into the folder --out, and nothing is kept in the repository).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import numpy as np
@@ -31,40 +32,22 @@ import passes
 import quality_report
 import ranking as ranking_report
 import torch
-from passes import SOURCES, WIDTH, Array
+from passes import WIDTH
+from quality_report import CONTROL, RECIPE, STUDENTS
+from sources import SOURCES, Array, at_hand, demo, rows_of, sampling_rates, stream_of
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
 from torchrec_exfm import Task
 from torchrec_exfm.functional import correct_sampling
-from torchrec_exfm.losses import Loss, cosine_of_embeddings, listwise, pairwise
+from torchrec_exfm.losses import cosine_of_embeddings, listwise, pairwise
+from torchrec_exfm.study import Arm, Study, figures, run_pass
+from torchrec_exfm.study.figures import losses
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
-VERTICALS = {  # departments of 50,000 to 250,000 examples; the five largest genres
-    "promotions": (
-        "MEAT-PCKGD",
-        "MEAT",
-        "PRODUCE",
-        "NUTRITION",
-        "DELI",
-        "COSMETICS",
-        "SEAFOOD-PCKGD",
-    ),
-    "movielens": ("Comedy", "Action", "Drama", "Horror", "Adventure"),
-    "ebnerd": ("front page", "article page"),
-}
-SWEPT = ("PRODUCE", "DELI", "MEAT-PCKGD")  # verticals of the sweeps, but for that of freshness
-TUNED = {
-    "promotions": SWEPT,
-    "movielens": ("Drama", "Horror", "Adventure"),
-    "ebnerd": VERTICALS["ebnerd"],
-}
-RANKED = {"promotions": ("MEAT-PCKGD",), "ebnerd": VERTICALS["ebnerd"]}
-STUDENTS = ("lean", "strong")
+RANKED = {"promotions": ("MEAT-PCKGD",)}  # of the table Ranking, if not all
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
-DELAYS = (0, 1, 2, 4, 8, 16)
-FROZEN_AFTER = 16
 SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 WIDTHS = (4, 8, 16, 32, 64)
 SMALL_BATCH = 128
@@ -73,38 +56,73 @@ TUNING_SEED = 100
 GRID = tuple(itertools.product((256, 512), (5e-4, 1e-3, 2e-3), (0.1, 0.3, 0.5, 1.0)))
 KEPT = 0.2  # of the negatives, by the student that samples once more
 
-ARMS: dict[str, tuple[Term, ...]] = {
-    "none": (),
-    "serving head": (Term(serving=True),),
-    "AH": (Term(),),
-    "AH + GS": (Term(beta=3.0),),
-    "AH + LS": (Term(alpha=1.5),),
-    "AH + LW": (Term(weight=2.0),),
-    "AH + SA": (Term(), Term(adapted=True)),
-    "SA on serving": (Term(adapted=True, serving=True),),
-    "AH + SA by margin": (Term(), Term(adapted=True, serving=True, margin=0.25)),
+
+@dataclass(frozen=True)
+class Setting(Arm):
+    """An arm, and what the student is trained on beside its vertical's examples.
+
+    Attributes:
+        mixed: the teacher's probability is the mean of its own and the label.
+        unlabelled: for each example so many of other verticals, without their label.
+        late: the student starts in the tuning week.
+        tables: with the tables that the teacher has then.
+    """
+
+    mixed: bool = False
+    unlabelled: float = 0.0
+    late: bool = False
+    tables: bool = False
+
+
+AH, ADAPTED = Term(), Term(adapted=True, serving=True, margin=0.25)
+ARMS: dict[str, Setting] = {
+    "none": Setting(),
+    "head on the label": Setting((AH,), "labels"),
+    "serving head": Setting((Term(serving=True),)),
+    "AH": Setting((AH,)),
+    "AH + GS": Setting((Term(beta=3.0),)),
+    "AH + LS": Setting((Term(alpha=1.5),)),
+    "AH + LW": Setting((Term(weight=2.0),)),
+    "AH + SA": Setting((AH, Term(adapted=True))),
+    "SA on serving": Setting((Term(adapted=True, serving=True),)),
+    "AH + SA by margin": Setting((AH, ADAPTED)),
 }
-RECIPE = "AH + SA by margin"  # what the library advises
-RANKING_ARMS = {  # of the table Ranking; heads and weights were chosen before the evaluation
-    "recipe + pairwise": (*ARMS[RECIPE], Term(loss=pairwise())),
-    "recipe + listwise": (*ARMS[RECIPE], Term(loss=listwise(), weight=0.1)),
-    "recipe + calibrated listwise": (
-        *ARMS[RECIPE],
-        Term(loss=listwise(calibrated=True), weight=0.1),
+MECHANISMS = {  # of ExFM's successors
+    "AH + label": Setting((Term(weight=2.0),), mixed=True),
+    "AH + serving head": Setting((AH, Term(serving=True))),
+    "AH, alpha 5, w 10, beta 20": Setting((Term(alpha=5.0, weight=10.0, beta=20.0),)),
+    "AH + unlabelled rows": Setting((AH,), unlabelled=1.0),
+    "none, late": Setting(late=True),
+    "AH, late": Setting((AH,), late=True),
+    "none, late, teacher's tables": Setting(late=True, tables=True),
+    "AH, late, teacher's tables": Setting((AH,), late=True, tables=True),
+}
+RANKING = {  # heads and weights were chosen before the evaluation
+    "recipe + pairwise": Setting((AH, ADAPTED, Term(loss=pairwise()))),
+    "recipe + listwise": Setting((AH, ADAPTED, Term(loss=listwise(), weight=0.1))),
+    "recipe + calibrated listwise": Setting(
+        (AH, ADAPTED, Term(loss=listwise(calibrated=True), weight=0.1))
     ),
-    "recipe + representation": (
-        *ARMS[RECIPE],
-        Term(loss=cosine_of_embeddings(passes.DIRECTIONS), hidden=(), weight=0.1),
+    "recipe + representation": Setting(
+        (AH, ADAPTED, Term(loss=cosine_of_embeddings(passes.DIRECTIONS), hidden=(), weight=0.1))
     ),
 }
-VARIANTS = {  # of it, for the sweep over the adapter
-    "margin 0.1": (Term(), Term(adapted=True, serving=True, margin=0.1)),
-    "margin 0.5": (Term(), Term(adapted=True, serving=True, margin=0.5)),
-    "no margin": (Term(), Term(adapted=True, serving=True)),
-    "weight 0.5": (Term(), Term(adapted=True, serving=True, margin=0.25, weight=0.5)),
-    "weight 2": (Term(), Term(adapted=True, serving=True, margin=0.25, weight=2.0)),
-    "AH's weight 0.5": (Term(weight=0.5), Term(adapted=True, serving=True, margin=0.25)),
+VARIANTS = {  # of the recipe, for the sweep over the adapter
+    "margin 0.1": Setting((AH, replace(ADAPTED, margin=0.1))),
+    "margin 0.5": Setting((AH, replace(ADAPTED, margin=0.5))),
+    "no margin": Setting((AH, replace(ADAPTED, margin=None))),
+    "weight 0.5": Setting((AH, replace(ADAPTED, weight=0.5))),
+    "weight 2": Setting((AH, replace(ADAPTED, weight=2.0))),
+    "AH's weight 0.5": Setting((Term(weight=0.5), ADAPTED)),
 }
+SECOND, SECOND_ADAPTED = replace(AH, teacher="second"), replace(ADAPTED, teacher="second")
+TWO_TEACHERS = {
+    "AH of both": Setting((AH, SECOND)),
+    "recipe of both": Setting((AH, ADAPTED, SECOND, SECOND_ADAPTED)),
+    "recipe, margin alone of the second": Setting((AH, ADAPTED, SECOND_ADAPTED)),
+    "AH of both, weight 0.1 of the second": Setting((AH, replace(SECOND, weight=0.1))),
+}
+SETTINGS = {**ARMS, **MECHANISMS, **RANKING, **VARIANTS, **TWO_TEACHERS}
 ADAPTERS = ((1e-3, 32), (1e-1, 32), (1e-2, 8), (1e-2, 128))
 MAIN = ("none", "serving head", "AH", "AH + SA", RECIPE)
 
@@ -116,7 +134,7 @@ class Cell:
     Attributes:
         source, vertical: where the examples come from.
         student: "lean" or "strong".
-        arm: of `ARMS`, or "teacher": no student, what the teacher itself says.
+        arm: of `SETTINGS`, or "teacher": no student, what the teacher itself says.
         seed: of teacher and student.
         feed: how old the teacher is, see `passes.teacher_logits`.
         width: of the teacher's tables.
@@ -125,6 +143,9 @@ class Cell:
         corrected: the library is told so.
         rates: in the place of the source's own: batch size, learning rate, that of the tables.
         adapter: the student adapter's learning rate and width.
+        teacher: "rich", or "strong", the generation before, which has the strong student's
+            features; "domain", a model with these, taught by the rich one on all verticals
+            together, and "domain alone", untaught; "rich+domain", "rich+noise": two teachers.
     """
 
     source: str
@@ -139,279 +160,376 @@ class Cell:
     corrected: bool = False
     rates: tuple[int, float, float] | None = None
     adapter: tuple[float, int] = (1e-2, 32)
+    teacher: str = "rich"
 
     @property
-    def name(self) -> str:
-        """Of its file: another one for every other cell, and for every change of a setting."""
-        told = {**asdict(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
-        terms = [vars(term).copy() for term in terms_of(self.arm)]
-        for term in terms:
-            if (loss := term.pop("loss")) is not Term().loss:  # that of a term, if not told
-                term["loss"] = _told(loss)
-        text = json.dumps([told, terms, settings(self.source)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+    def key(self) -> str:
+        """Another one for every other cell, and for every change of a setting."""
+        told = {**changed(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
+        arm = SETTINGS.get(self.arm, Setting())
+        options = {**changed(arm), "terms": [_told(term) for term in arm.terms]}
+        text = json.dumps([told, options, settings(self.source)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _told(loss: Loss) -> list[Any]:
-    """What a loss is, in words and numbers: its function, what that was given, its width."""
-    function = getattr(loss.function, "func", loss.function)
-    return [function.__name__, *getattr(loss.function, "args", ()), loss.width]
+def changed(what: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as they are if not told otherwise."""
+    return {f.name: v for f in fields(what) if (v := getattr(what, f.name)) != f.default}
+
+
+def _told(term: Term) -> dict[str, Any]:
+    """A term in words and numbers: of its loss the function, what that was given, its width."""
+    told = changed(term)
+    if "loss" in told:
+        function = term.loss.function
+        of_loss = getattr(function, "func", function).__name__, *getattr(function, "args", ())
+        told["loss"] = [*of_loss, term.loss.width]
+    return told
 
 
 def settings(source: str) -> dict[str, Any]:
     """What a run rests on beside its cell; of the code nothing is told."""
-    features = {name: getattr(SOURCES[source], name) for name in ("lean", "strong", "rich")}
-    names = ("TEACHER", "STUDENT", "TEACHER_RATES")
-    first = SOURCES[source].first_week, SOURCES[source].tuning_week
-    weeks = (*first, FROZEN_AFTER, passes.TEACHER_BATCH)
-    formats = (passes.data.FORMAT_VERSION, passes.movielens.FORMAT_VERSION)
-    models = {name: getattr(passes.demo, name) for name in names}
-    told = {**features, **models, "weeks": weeks, "formats": formats}
-    if source == "ebnerd":
-        digest = passes.ebnerd.digest(passes.ebnerd_folder())
-        told["ebnerd"] = (passes.ebnerd.FORMAT_VERSION, digest)
-    return told
+    told = {name: getattr(SOURCES[source], name) for name in ("lean", "strong", "rich")}
+    told |= {name: getattr(demo, name) for name in ("TEACHER", "STUDENT")}
+    names = ("teacher_rates", "tuning_week", "first_week", "frozen_after")
+    told |= {name: getattr(SOURCES[source], name) for name in names}
+    return told | {"version": SOURCES[source].version()}
 
 
-def terms_of(arm: str) -> tuple[Term, ...]:
-    return {**ARMS, **VARIANTS, **RANKING_ARMS}.get(arm, ())
+class Part(NamedTuple):
+    """A table's cells: of one stream, of some students, arms and seeds."""
+
+    cells: Callable[[str, bool], Iterable[Cell]]
+    sources: tuple[str, ...] | None = None  # None: all
 
 
-def said_for(cell: Cell) -> set[str]:
-    """What a cell needs of its teacher: what `passes.teacher_logits` calls it."""
-    if cell.arm == "none":
-        return set()
-    taught = any(term.loss.embeddings for term in terms_of(cell.arm))
-    return {cell.feed, passes.TAUGHT} if taught else {cell.feed}
-
-
-def groups(quick: bool) -> list[list[Cell]]:
-    """All that the tables need, in the order to run them: the first seeds of a group first."""
-    together = (
-        ablation(quick, "promotions", MAIN),
-        freshness(quick, ("AH", RECIPE)),
-        () if quick else ablation(quick, "movielens", ("none", "serving head", "AH", RECIPE)),
-        itertools.chain(bias(quick), sampling(quick)),
-        () if quick else freshness(quick, ("AH + SA", "serving head")),
-        () if quick else adapters(),
-        scale(quick),
-        () if quick else ablation(quick, "promotions", tuple(ARMS)),
-        batches(quick),
-    )
-    return [sorted(dict.fromkeys(cells), key=lambda cell: cell.seed) for cells in together]
-
-
-def ablation(quick: bool, source: str, arms: Sequence[str]) -> Iterator[Cell]:
-    verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (VERTICALS[source], SEEDS)
+def ablation(source: str, quick: bool, arms: Iterable[str] = ARMS) -> Iterator[Cell]:
+    verticals = SOURCES[source].swept[:2] if quick else SOURCES[source].verticals
+    seeds = SEEDS[:2] if quick else SEEDS
+    if source == "movielens":
+        arms = [arm for arm in arms if arm in (*MAIN, CONTROL) and arm != "AH + SA"]
     for seed, student, vertical, arm in itertools.product(
-        seeds, ("lean", "strong"), verticals, ("teacher", *arms)
+        seeds, STUDENTS, verticals, ("teacher", *arms)
     ):
         yield Cell(source, vertical, student, arm, seed)
 
 
-def sweep(quick: bool, arms: Sequence[str], verticals: Sequence[str] = SWEPT) -> Iterator[Cell]:
+def generations(source: str, quick: bool) -> Iterator[Cell]:
+    """The teacher before, for the second of the two ratios."""
+    for cell in ablation(source, quick, ("AH", RECIPE)):
+        yield replace(cell, teacher="strong")
+
+
+def mechanisms(source: str, quick: bool) -> Iterator[Cell]:
+    seeds = SEEDS[:2] if quick else SWEEP_SEEDS
+    return (
+        c for c in ablation(source, quick, MECHANISMS) if c.arm in MECHANISMS and c.seed in seeds
+    )
+
+
+def sweep(
+    source: str, quick: bool, arms: Iterable[str], verticals: Sequence[str] | None = None
+) -> Iterator[Cell]:
     """Cells of the lean student that a sweep changes one thing of."""
-    verticals, seeds = (SWEPT[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
+    verticals = verticals or SOURCES[source].swept
+    verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
     for seed, vertical, arm in itertools.product(seeds, verticals, arms):
-        yield Cell("promotions", vertical, "lean", arm, seed)
+        yield Cell(source, vertical, "lean", arm, seed)
 
 
-def bias(quick: bool) -> Iterator[Cell]:
-    yield from sweep(quick, ["none"])
-    shifts = (0.0, 1.0) if quick else SHIFTS
-    for cell in sweep(quick, ["serving head", "AH", "AH + SA", RECIPE]):
-        yield from (replace(cell, shift=shift) for shift in shifts)
+def bias(source: str, quick: bool) -> Iterator[Cell]:
+    yield from sweep(source, quick, ["none"])
+    for cell in sweep(source, quick, ["serving head", "AH", "AH + SA", RECIPE]):
+        yield from (replace(cell, shift=shift) for shift in ((0.0, 1.0) if quick else SHIFTS))
 
 
-def freshness(quick: bool, arms: Sequence[str]) -> Iterator[Cell]:
+def freshness(source: str, quick: bool) -> Iterator[Cell]:
     """Over all verticals, as they differ in how fast a teacher grows old."""
-    verticals = VERTICALS["promotions"]
-    yield from sweep(quick, ["none"], verticals)
-    feeds = ("delay-0", "delay-8") if quick else (*(f"delay-{d}" for d in DELAYS), "frozen")
-    for cell in sweep(quick, ["teacher", *arms], verticals):
+    verticals = SOURCES[source].verticals
+    yield from sweep(source, quick, ["none"], verticals)
+    delays = [f"delay-{delay}" for delay in SOURCES[source].delays]
+    feeds = (delays[0], delays[-1]) if quick else (*delays, "frozen")
+    arms = ("teacher", "AH", RECIPE, *(() if quick else ("AH + SA", "serving head")))
+    for cell in sweep(source, quick, arms, verticals):
         yield from (replace(cell, feed=feed) for feed in feeds)
 
 
-def adapters() -> Iterator[Cell]:
+def adapters(source: str, quick: bool) -> Iterator[Cell]:
     """What the recipe's second term needs, with the teacher that is oldest."""
-    for cell in sweep(False, [RECIPE, *VARIANTS], VERTICALS["promotions"]):
+    verticals = SOURCES[source].verticals
+    for cell in sweep(source, quick, [RECIPE, *VARIANTS], verticals):
         yield replace(cell, feed="frozen")
-    for cell in sweep(False, [RECIPE], VERTICALS["promotions"]):
+    for cell in sweep(source, quick, [RECIPE], verticals):
         yield from (replace(cell, feed="frozen", adapter=adapter) for adapter in ADAPTERS)
 
 
-def scale(quick: bool) -> Iterator[Cell]:
-    if not quick:
-        for cell in sweep(quick, ["teacher", "AH", RECIPE]):
-            yield from (replace(cell, width=width) for width in WIDTHS)
+def scale(source: str, quick: bool) -> Iterator[Cell]:
+    for cell in sweep(source, quick, ["teacher", "AH", RECIPE]):
+        yield from (replace(cell, width=width) for width in WIDTHS)
 
 
-def sampling(quick: bool) -> Iterator[Cell]:
-    for cell in sweep(quick, ["none", "serving head", "AH"]):
+def sampling(source: str, quick: bool) -> Iterator[Cell]:
+    for cell in sweep(source, quick, ["none", "serving head", "AH"]):
         fewer = replace(cell, kept=KEPT)
         yield from (fewer, replace(fewer, corrected=True)) if cell.arm != "none" else (fewer,)
 
 
-def batches(quick: bool) -> Iterator[Cell]:
-    """With a smaller batch, which is better and takes twice the time, and with other rates."""
-    if not quick:
-        for cell in sweep(quick, ["none", RECIPE]):
-            for student in ("lean", "strong"):
-                _, *rates = SOURCES[cell.source].rates[student]
-                yield replace(cell, student=student, rates=(SMALL_BATCH, *rates))
-        for cell in sweep(quick, ["none", "AH", RECIPE], VERTICALS["promotions"]):
-            yield replace(cell, rates=OTHER_RATES)
-
-
-def ranking(quick: bool) -> list[Cell]:
+def ranking(source: str, quick: bool) -> Iterator[Cell]:
     """What terms over groups add to the recipe."""
-    arms = ("teacher", "none", "AH", RECIPE, *RANKING_ARMS)
-    cells = [
-        Cell(source, vertical, student, arm, seed)
-        for source, verticals in RANKED.items()
-        for seed, vertical, student, arm in itertools.product(
-            SEEDS[:2] if quick else SEEDS, verticals[-1:] if quick else verticals, STUDENTS, arms
-        )
-    ]
-    return sorted(cells, key=lambda cell: cell.seed)
+    for cell in ablation(source, quick, ("none", "AH", RECIPE, *RANKING)):
+        if cell.vertical in RANKED.get(source, (cell.vertical,)):
+            yield cell
 
 
-def tuning() -> Iterator[Cell]:
+def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
+    """A model between teacher and student, which is both."""
+    for cell in sweep(source, quick, ["none", "teacher", "AH", RECIPE]):
+        for student in STUDENTS:
+            of_student = replace(cell, student=student)
+            yield from (
+                replace(of_student, teacher=by) for by in ("rich", "domain", "domain alone")
+            )
+    yield from _two_teachers(source, quick, "rich+domain", ("AH of both", "recipe of both"))
+
+
+def noise(source: str, quick: bool) -> Iterator[Cell]:
+    """A second teacher that knows nothing."""
+    yield from sweep(source, quick, ["none", "AH", RECIPE])
+    yield from _two_teachers(source, quick, "rich+noise", TWO_TEACHERS)
+
+
+def _two_teachers(source: str, quick: bool, teachers: str, arms: Iterable[str]) -> Iterator[Cell]:
+    for cell, student in itertools.product(sweep(source, quick, arms), STUDENTS):
+        yield replace(cell, student=student, teacher=teachers)
+
+
+def batches(source: str, quick: bool) -> Iterator[Cell]:
+    """With a smaller batch, which is better and takes twice the time, and with other rates."""
+    for cell in sweep(source, quick, ["none", RECIPE]):
+        for student in STUDENTS:
+            _, *rates = SOURCES[source].rates[student]
+            yield replace(cell, student=student, rates=(SMALL_BATCH, *rates))
+    for cell in sweep(source, quick, ["none", "AH", RECIPE], SOURCES[source].verticals):
+        yield replace(cell, rates=OTHER_RATES)
+
+
+def tuning(source: str, quick: bool) -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
-    for source, verticals in TUNED.items():
-        if source == "ebnerd" and not os.environ.get("EBNERD"):
-            continue
-        for student, vertical, rates in itertools.product(("lean", "strong"), verticals, GRID):
-            yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
+    for student, vertical, rates in itertools.product(STUDENTS, SOURCES[source].swept, GRID):
+        yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
 
 
-def teach(source: str, width: int, seed: int, feeds: set[str], folder: Path) -> None:
+PARTS = {  # in the order to run them
+    "ablation": Part(ablation),
+    "bias": Part(bias, ("promotions", "ebnerd")),
+    "freshness": Part(freshness, ("promotions", "ebnerd")),
+    "generations": Part(generations),
+    "mechanisms": Part(mechanisms),
+    "ranking": Part(ranking, ("promotions", "ebnerd")),
+    "hierarchy": Part(hierarchy, ("promotions",)),
+    "noise": Part(noise, ("promotions",)),
+    "adapters": Part(adapters, ("promotions",)),
+    "scale": Part(scale, ("promotions",)),
+    "sampling": Part(sampling, ("promotions",)),
+    "batches": Part(batches, ("promotions",)),
+}
+QUICK = ("ablation", "bias", "freshness", "mechanisms")
+
+
+class Teacher(NamedTuple):
+    """One pass of one teacher."""
+
+    source: str
+    kind: str
+    width: int
+    seed: int
+
+    def file(self, folder: Path, feed: str) -> Path:
+        told = json.dumps(settings(self.source), sort_keys=True)
+        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        name = ".".join(map(str, (*self, feed, digest, "npz" if feed == passes.TABLES else "npy")))
+        return folder / "teachers" / name.replace(" ", "-")
+
+
+def said_for(cell: Cell) -> dict[Teacher, set[str]]:
+    """What a cell needs of its teachers: what `passes.teacher_logits` calls it."""
+    arm = SETTINGS.get(cell.arm, Setting())
+    feeds = {passes.TABLES} if arm.tables else set()
+    if cell.arm == "teacher" or (arm.terms and arm.teacher == "teacher"):
+        feeds |= {cell.feed}
+    if any(term.loss.embeddings for term in arm.terms):
+        feeds |= {passes.TAUGHT}
+    kinds = [kind for kind in cell.teacher.split("+") if kind != "noise"]
+    return {Teacher(cell.source, k, cell.width, cell.seed): feeds for k in kinds if feeds}
+
+
+def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
     """Run a teacher, and keep what it says: one file for each age of it, and its directions."""
-    stream = passes.stream_of(source)
-    used = np.logical_or.reduce(
-        [passes.demo.rows_of(stream, vertical) for vertical in VERTICALS[source]]
-    )
-    logits = passes.teacher_logits(
-        stream,
-        SOURCES[source].rich,
-        seed=seed,
-        width=width,
-        delays=[int(feed.removeprefix("delay-")) for feed in feeds if feed.startswith("delay-")],
-        frozen_after=FROZEN_AFTER if "frozen" in feeds else None,
-        scored=used,
-        fitted_before=SOURCES[source].tuning_week if passes.TAUGHT in feeds else None,
-    )
-    for feed, values in logits.items():
-        write(
-            teacher_file(folder, source, width, seed, feed), lambda file, v=values: np.save(file, v)
+    source, stream = SOURCES[teacher.source], stream_of(teacher.source)
+    rows = rows_of(teacher.source, *source.verticals)
+    if teacher.kind.startswith("domain"):
+        said: dict[str, Any] = {"fresh": domain_logits(teacher, rows, folder)}
+    else:
+        scored = np.zeros(len(stream), bool)
+        scored[rows] = True
+        kept = {passes.TAUGHT, passes.TABLES} & feeds
+        ages = [feed.removeprefix("delay-") for feed in feeds if feed.startswith("delay-")]
+        said = passes.teacher_logits(
+            stream,
+            getattr(source, teacher.kind),
+            source.teacher_rates,
+            seed=teacher.seed,
+            width=teacher.width,
+            delays=list(map(int, ages)),
+            frozen_after=source.frozen_after if "frozen" in feeds else None,
+            scored=scored,
+            kept_before=source.tuning_period if kept else None,
+            periods=source.periods(stream),
         )
+    for feed, values in said.items():
+        save = np.savez if feed == passes.TABLES else np.save
+        arrays = values if feed == passes.TABLES else {"arr": values}
+        write(teacher.file(folder, feed), lambda to, s=save, a=arrays: s(to, **a))
 
 
-def teacher_file(folder: Path, source: str, width: int, seed: int, feed: str) -> Path:
-    of_settings = hashlib.sha256(json.dumps(settings(source), sort_keys=True).encode()).hexdigest()
-    return folder / "teachers" / f"{source}.{width}.{seed}.{feed}.{of_settings[:12]}.npy"
+def domain_logits(teacher: Teacher, rows: Array, folder: Path) -> Array:
+    """What a model between the teacher and the students says, (B,): NaN of other verticals."""
+    source, stream = SOURCES[teacher.source], stream_of(teacher.source)
+    above = np.load(teacher._replace(kind="rich").file(folder, "fresh"), mmap_mode="r")
+    study = passes.study_of(
+        stream.select(rows),
+        source.strong,
+        source.teacher_rates,
+        teacher=above[rows],
+        sizes=demo.TEACHER,
+    )
+    said = run_pass(study, ARMS["none" if teacher.kind == "domain alone" else "AH"], teacher.seed)
+    logits = np.full(len(stream), np.nan, np.float32)
+    logits[rows[: len(said.logits)]] = said.logits[:, 0]
+    return logits
+
+
+def outputs_of(cell: Cell, rows: Array, folder: Path) -> Array:
+    """The logits of a cell's teachers, (B, M)."""
+    columns = []
+    for kind in cell.teacher.split("+"):
+        if kind == "noise":
+            random = np.random.default_rng(cell.seed)
+            columns.append(random.normal(-2, 1, len(rows)).astype(np.float32))
+            continue
+        file = Teacher(cell.source, kind, cell.width, cell.seed).file(folder, cell.feed)
+        columns.append(np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift))
+    return np.stack(columns, 1)
+
+
+def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
+    """A cell's student with its teacher, its examples, and their rows in the stream."""
+    source, arm = SOURCES[cell.source], SETTINGS.get(cell.arm, Setting())
+    whole = stream_of(cell.source)
+    rows = rows_of(cell.source, cell.vertical)
+    needed = said_for(cell)
+    random = np.random.default_rng(cell.seed)
+    if cell.kept < 1:
+        drawn = random.random(len(rows)) < cell.kept
+        rows = rows[(np.asarray(whole.label)[rows] == 1) | drawn]
+    labelled = rows
+    if arm.unlabelled:
+        others = np.setdiff1d(rows_of(cell.source, *source.verticals), rows)
+        count = min(len(others), int(arm.unlabelled * len(rows)))
+        rows = np.union1d(rows, random.choice(others, count, replace=False))
+    if arm.late:
+        rows = rows[np.asarray(whole.week)[rows] >= source.tuning_week]
+    stream = whole.select(rows)
+    options: dict[str, Any] = {}
+    if any(cell.feed in feeds for feeds in needed.values()):
+        options["teacher"] = outputs_of(cell, rows, folder)
+    if arm.mixed:
+        options["teacher"] = mixed(options["teacher"], stream.label)
+    for teacher, feeds in needed.items():
+        if passes.TAUGHT in feeds:
+            kept = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
+            options["embeddings"] = kept[rows]
+        if passes.TABLES in feeds:
+            options["taught_tables"] = dict(np.load(teacher.file(folder, passes.TABLES)))
+    batch_size, *rates = cell.rates or source.rates[cell.student]
+    if arm.unlabelled:
+        labels = np.where(np.isin(rows, labelled), stream.label, np.nan).astype(np.float32)
+        stream = replace(stream, label=labels)
+        batch_size *= 1 + int(arm.unlabelled)  # as many labels a step
+    study = passes.study_of(
+        stream,
+        getattr(source, cell.student),
+        (batch_size, *rates),
+        adapter=cell.adapter,
+        task=Task(negative_sampling_rate=cell.kept if cell.corrected else 1.0),
+        first_week=source.first_week,
+        **options,
+    )
+    return study, stream, rows
+
+
+def mixed(logits: Array, labels: Array) -> Array:
+    """The logits of the mean of a teacher's probability and the label."""
+    p = (1 / (1 + np.exp(-logits.astype(np.float64))) + labels[:, None]) / 2
+    return (np.log(p) - np.log1p(-p)).astype(np.float32)
 
 
 def run(cell: Cell, folder: Path) -> None:
     """Train a cell's student, and keep its figures."""
     started = time.perf_counter()
-    rows, stream = passes.vertical_of(cell.source, cell.vertical)
-    teacher = np.full(len(rows), np.nan, np.float32)
-    if cell.arm != "none":
-        file = teacher_file(folder, cell.source, cell.width, cell.seed, cell.feed)
-        teacher = np.load(file, mmap_mode="r")[rows] + np.float32(cell.shift)
-    embeddings = None
-    if passes.TAUGHT in said_for(cell):
-        file = teacher_file(folder, cell.source, cell.width, cell.seed, passes.TAUGHT)
-        embeddings = np.load(file, mmap_mode="r")[rows]
-    rates = passes.sampling_rates(cell.source)[rows]
-    if cell.kept < 1:
-        drawn = np.random.default_rng(cell.seed).random(len(stream)) < cell.kept
-        chosen = (stream.label == 1) | drawn
-        stream, teacher, rates = stream.select(chosen), teacher[chosen], rates[chosen]
-        embeddings = None if embeddings is None else embeddings[chosen]
+    study, stream, rows = study_of(cell, folder)
+    source = SOURCES[cell.source]
     if cell.arm == "teacher":
-        batch_size, *_ = SOURCES[cell.source].rates[cell.student]
-        logits = teacher.copy()
-        logits[len(logits) // batch_size * batch_size :] = np.nan  # the student drops them too
+        logits = outputs_of(cell, rows, folder)[:, 0]
+        batch_size = source.rates[cell.student][0]
+        logits = logits[: len(logits) // batch_size * batch_size]  # the student drops them too
     else:
-        logits = _student(cell, stream, teacher, embeddings)
-    there, source = ~np.isnan(logits), SOURCES[cell.source]
+        logits = run_pass(study, SETTINGS[cell.arm], cell.seed).logits[:, 0]
+    stream, rates = stream.select(slice(0, len(logits))), sampling_rates(cell.source)[rows]
+    there = ~np.isnan(logits) & ~np.isnan(stream.label)
     counted = there & (stream.week >= source.first_week)
     early = there & (stream.week < source.first_week) & (stream.week >= source.tuning_week)
+    z, y = logits[counted], stream.label[counted]
     result = {
         **asdict(cell),
-        **figures(logits[counted], stream.label[counted]),
-        **ranking_report.group_figures(
-            logits[counted], stream.label[counted], stream.group[counted]
-        ),
-        "early_ne": normalized_entropy(logits[early], stream.label[early]),
-        "weeks": by_week(logits[counted], stream.label[counted], stream.week[counted]),
-        "bins": reliability(logits[counted], stream.label[counted]),
+        "key": cell.key,
+        **figures(z, y),
+        **ranking_report.group_figures(z, y, stream.group[counted]),
+        "early_ne": figures(logits[early], stream.label[early])["ne"],
+        "weeks": by_week(z, y, stream.week[counted]),
+        "bins": reliability(z, y),
         "unsampled": {
-            "stream": unsampled(logits[counted], stream.label[counted], cell.kept),
-            "pairs": unsampled(logits[counted], stream.label[counted], cell.kept * rates[counted]),
+            "stream": unsampled(z, y, cell.kept),
+            "pairs": unsampled(z, y, cell.kept * rates[: len(logits)][counted]),
         },
         "seconds": time.perf_counter() - started,
     }
     write(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
 
 
-def _student(cell: Cell, stream: Any, teacher: Array, embeddings: Array | None) -> Array:
-    source = SOURCES[cell.source]
-    return passes.student_logits(
-        stream,
-        getattr(source, cell.student),
-        cell.rates or source.rates[cell.student],
-        seed=cell.seed,
-        terms=terms_of(cell.arm),
-        teacher=teacher,
-        embeddings=embeddings,
-        adapter=cell.adapter,
-        task=Task(negative_sampling_rate=cell.kept if cell.corrected else 1.0),
-    )
-
-
-def figures(logits: Array, labels: Array) -> dict[str, float]:
-    """NE, AUC and calibration."""
-    z, y = logits.astype(np.float64), labels.astype(np.float64)
-    return {
-        "rows": len(y),
-        "ne": normalized_entropy(z, y),
-        "auc": quality_report.auc(z, y),
-        "calibration": float(sigmoid(z).mean() / y.mean()),
-    }
-
-
-def normalized_entropy(logits: Array, labels: Array) -> float:
-    """Mean log-loss over the entropy of the mean label."""
-    z, y = logits.astype(np.float64), labels.astype(np.float64)
-    rate = y.mean()
-    entropy = -rate * np.log(rate) - (1 - rate) * np.log1p(-rate)
-    return float(losses(z, y).mean() / entropy)
-
-
-def losses(z: Array, y: Array) -> Array:
-    return np.logaddexp(0, z) - y * z
-
-
-def sigmoid(z: Array) -> Array:
-    return 1 / (1 + np.exp(-z))
-
-
 def by_week(logits: Array, labels: Array, weeks: Array) -> list[tuple[int, int, float, float]]:
     """For each week: examples, mean loss and mean label."""
-    z, y = logits.astype(np.float64), labels.astype(np.float64)
     parts = ((week, weeks == week) for week in np.unique(weeks))
-    return [(int(w), int(at.sum()), losses(z[at], y[at]).mean(), y[at].mean()) for w, at in parts]
+    return [
+        (
+            int(w),
+            int(at.sum()),
+            float(losses(logits[at], labels[at]).mean()),
+            float(labels[at].mean()),
+        )
+        for w, at in parts
+    ]
 
 
 def reliability(logits: Array, labels: Array) -> list[tuple[float, float, int]]:
     """Mean prediction, mean label and examples of ten equal parts, by prediction."""
-    order = np.argsort(logits, kind="stable")
-    parts = np.array_split(order, 10)
-    p = sigmoid(logits.astype(np.float64))
-    return [(p[part].mean(), float(labels[part].mean()), len(part)) for part in parts]
+    parts = np.array_split(np.argsort(logits, kind="stable"), 10)
+    p = sigmoid(logits)
+    return [(float(p[part].mean()), float(labels[part].mean()), len(part)) for part in parts]
+
+
+def sigmoid(logits: Array) -> Array:
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 def unsampled(logits: Array, labels: Array, rate: float | Array) -> tuple[float, float]:
@@ -436,34 +554,41 @@ def write(path: Path, how: Any) -> None:
 
 
 def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None:
-    """Run what is missing, one part after the other."""
-    feeds: dict[tuple[str, int, int], set[str]] = {}
+    """Run what is missing, one part after the other, the first seeds of each first."""
+    needed: dict[Teacher, set[str]] = {}
     for cell in itertools.chain(*parts):
-        if said := said_for(cell):
-            feeds.setdefault((cell.source, cell.width, cell.seed), set()).update(said)
+        for teacher, feeds in said_for(cell).items():
+            needed.setdefault(teacher, set()).update(feeds)
+            if teacher.kind == "domain":
+                needed.setdefault(teacher._replace(kind="rich"), set()).add("fresh")
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=passes.start
     ) as pool:
         for part in parts:
-            teachers = dict.fromkeys((c.source, c.width, c.seed) for c in part if c.arm != "none")
-            missing = [
-                pool.submit(teach, *teacher, feeds[teacher], folder)
-                for teacher in teachers
-                if not all(teacher_file(folder, *teacher, f).exists() for f in feeds[teacher])
-            ]
-            _wait(missing, "teachers")
             cells = [cell for cell in part if not cell_file(folder, cell).exists()]
+            wanted = {teacher for cell in cells for teacher in said_for(cell)}
+            wanted |= {t._replace(kind="rich") for t in wanted if t.kind.startswith("domain")}
+            for taught in (False, True):  # the domain's models come after their teachers
+                teachers = [t for t in sorted(wanted) if t.kind.startswith("domain") == taught]
+                missing = [t for t in teachers if not _said(t, needed.get(t, set()), folder)]
+                jobs = [pool.submit(teach, t, needed.get(t, {"fresh"}), folder) for t in missing]
+                _wait(jobs, "teachers")
+            cells.sort(key=lambda cell: cell.seed)
             _wait([pool.submit(run, cell, folder) for cell in cells], "students")
 
 
-def finished(parts: Sequence[Sequence[Cell]], folder: Path) -> list[dict[str, Any]]:
+def _said(teacher: Teacher, feeds: set[str], folder: Path) -> bool:
+    return all(teacher.file(folder, feed).exists() for feed in feeds or {"fresh"})
+
+
+def finished(cells: Iterable[Cell], folder: Path) -> list[dict[str, Any]]:
     """The figures of the cells that have been run."""
-    files = [cell_file(folder, cell) for cell in dict.fromkeys(itertools.chain(*parts))]
+    files = [cell_file(folder, cell) for cell in dict.fromkeys(cells)]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / f"{cell.name}.json"
+    return folder / "cells" / f"{cell.key}.json"
 
 
 def _wait(futures: Sequence[Future[None]], name: str) -> None:
@@ -476,71 +601,60 @@ def _wait(futures: Sequence[Future[None]], name: str) -> None:
         raise
 
 
-def tune(folder: Path, workers: int) -> None:
+def tune(sources: Sequence[str], folder: Path, workers: int) -> None:
     """Print the grid for the students without a teacher, the best first."""
-    parts = [list(tuning())]
-    measure(parts, folder, workers)
-    results = finished(parts, folder)
-    sources = dict.fromkeys(r["source"] for r in results)
+    cells = [cell for source in sources for cell in tuning(source, False)]
+    measure([cells], folder, workers)
+    results = finished(cells, folder)
     for source, student in itertools.product(sources, STUDENTS):
         print(f"\n{source}, {student}: batch, rate, rate of the tables: early NE")
-        means = {
-            rates: np.mean(
-                [
-                    r["early_ne"]
-                    for r in results
-                    if r["source"] == source
-                    and r["student"] == student
-                    and tuple(r["rates"]) == rates
-                ]
-            )
-            for rates in GRID
-        }
-        for rates in sorted(means, key=means.__getitem__):
-            print(f"{rates}: {means[rates]:.4f}")
+        by_rates: dict[tuple[float, ...], list[float]] = {}
+        for r in results:
+            if (r["source"], r["student"]) == (source, student):
+                by_rates.setdefault(tuple(r["rates"]), []).append(r["early_ne"])
+        for rates, values in sorted(by_rates.items(), key=lambda item: np.mean(item[1])):
+            print(f"{rates}: {np.mean(values):.4f}")
 
 
 def main() -> None:
     parser = common.arguments(__doc__)
+    parser.add_argument("--source", choices=SOURCES, help="this stream alone")
+    parser.add_argument("--data", type=Path, help="folder of its published files")
+    parser.add_argument("--table", nargs="+", choices=PARTS, help="these tables alone")
     parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
-    parser.add_argument("--table", choices=["ranking"], help="this one alone; others stay")
-    parser.add_argument("--ebnerd", type=Path, help="folder of EB-NeRD, for the table Ranking")
     parser.add_argument("--no-run", action="store_true", help="the page from what is there")
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     options = parser.parse_args()
-    if options.ebnerd:
-        os.environ["EBNERD"] = str(options.ebnerd.absolute())  # for the processes of the pool
+    if options.data:
+        os.environ[options.source.upper()] = str(options.data.absolute())  # for the pool too
+    sources = [options.source] if options.source else at_hand()
     if options.tune:
-        return tune(options.out, options.workers)
-    parts = [] if options.table else groups(options.quick)
-    ranked = [ranking(options.quick)] if options.table or os.environ.get("EBNERD") else []
-    if not options.no_run:
-        measure([*parts, *ranked], options.out, options.workers)
+        return tune(sources, options.out, options.workers)
+    names = options.table or (QUICK if options.quick else PARTS)
+    parts = [
+        list(dict.fromkeys(PARTS[name].cells(source, options.quick)))
+        for name in names
+        for source in sources
+        if source in (PARTS[name].sources or sources)
+    ]
     kept = {} if options.quick else json.loads(KEPT_FILE.read_text())
-    new = measured(parts, options.out)
-    if told := measured(ranked, options.out):
-        new["ranking"] = told
-    kept |= new
-    if new and not options.quick:
+    keys = {result["key"] for result in kept.get("results", ())}
+    if not options.no_run:
+        new = [[cell for cell in part if cell.key not in keys] for part in parts]
+        measure(new, options.out, options.workers)
+    planned = {cell.key for part in parts for cell in part}
+    kept = quality_report.merged(
+        kept, finished(itertools.chain(*parts), options.out), planned, common.environment()
+    )
+    if not options.quick:
         KEPT_FILE.write_text(quality_report.as_text(kept))
-    table = ranking_report.table(kept["ranking"]) if "ranking" in kept else ()
-    if options.table:
-        section = "".join(table)
-        if not options.quick:  # the others to the letter: they were made of more digits
-            file = HERE / "QUALITY.md"
-            file.write_text(quality_report.put_section(file.read_text(), section))
-        print(section)
-    else:
-        quality_report.write_page(kept, options.out if options.quick else HERE, table)
-
-
-def measured(parts: Sequence[Sequence[Cell]], folder: Path) -> dict[str, Any]:
-    """What is kept of the cells that have been run; nothing if none has."""
-    results = finished(parts, folder)
-    planned = len({cell for part in parts for cell in part})
-    kept = {"recipe": RECIPE, "planned": planned, "environment": common.environment()}
-    return {**kept, "results": results} if results else {}
+    quality_report.write_page(
+        kept,
+        options.out if options.quick else HERE,
+        ranking=lambda results: ranking_report.table(results, list(RANKING)),
+        names={"variants": VARIANTS, "mechanisms": MECHANISMS, "two teachers": TWO_TEACHERS},
+    )
 
 
 if __name__ == "__main__":

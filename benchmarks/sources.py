@@ -1,0 +1,169 @@
+"""The streams of the quality benchmark: who sees what of them, and with which settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ebnerd
+import movielens  # puts the example's folder on the path
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
+
+import data
+import main as demo
+import models as models
+
+Array = npt.NDArray[Any]
+Features = tuple[Sequence[str], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream, and who sees what of it.
+
+    Attributes:
+        load: the stream.
+        verticals: those with students.
+        swept: those of sweeps, which change one thing.
+        lean: sparse and dense features of the student of this name.
+        strong: those of the other; the teacher's generation before the rich one has the same.
+        rich: those of the teacher.
+        rates: batch size, learning rate, and that of the tables, of the two students: the best for
+            them without a teacher, see `quality.py --tune`.
+        teacher_rates: the same of the teacher.
+        tuning_week: settings are chosen on the weeks from here on (days, where a stream counts
+            days), which is where students that start late start.
+        first_week: of the evaluation.
+        hourly: the teacher is refreshed every hour in the place of every week.
+        delays: by how many weeks (hours) a teacher is late, for the table Freshness.
+        frozen_after: the last week (hour) of a teacher that learns no more.
+        brought: the user has to bring the files.
+        version: of the stream's format and of the files.
+    """
+
+    load: Callable[[], data.Stream]
+    verticals: tuple[str, ...]
+    swept: tuple[str, ...]
+    lean: Features
+    strong: Features
+    rich: Features
+    rates: dict[str, tuple[int, float, float]]
+    teacher_rates: tuple[int, float, float] = (2048, 1e-3, 0.3)
+    tuning_week: int = 14
+    first_week: int = 27
+    hourly: bool = False
+    delays: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    frozen_after: int = 16
+    brought: bool = False
+    version: Callable[[], Any] = lambda: 1
+
+    def periods(self, stream: data.Stream) -> Array:
+        """Weeks or hours from 1 on, which the teacher is refreshed at the end of, (B,)."""
+        if not self.hourly:
+            return np.asarray(stream.week)
+        return 1 + (np.asarray(stream.time) - stream.time[0]) // 3600
+
+    @property
+    def tuning_period(self) -> int:
+        return 1 + 24 * (self.tuning_week - 1) if self.hourly else self.tuning_week
+
+
+def at_hand() -> list[str]:
+    """The streams that can be had: those whose files pip brings, or whose folder is told."""
+    return [name for name, s in SOURCES.items() if not s.brought or name.upper() in os.environ]
+
+
+def data_folder(source: str) -> Path:
+    """The folder of a stream whose files the user has; processes of a pool get it with the rest."""
+    folder = os.environ.get(source.upper())
+    if not folder:
+        raise SystemExit(
+            f"{source} needs the folder of its published files. Received none: give make quality "
+            f"SOURCE={source} DATA=FOLDER, or set {source.upper()}"
+        )
+    return Path(folder)
+
+
+SOURCES = {
+    "promotions": Source(
+        load=lambda: data.load_stream(progress=False),
+        verticals=(  # departments of 50,000 to 250,000 examples
+            "MEAT-PCKGD",
+            "MEAT",
+            "PRODUCE",
+            "NUTRITION",
+            "DELI",
+            "COSMETICS",
+            "SEAFOOD-PCKGD",
+        ),
+        swept=("PRODUCE", "DELI", "MEAT-PCKGD"),
+        lean=(data.LEAN_SPARSE, data.LEAN_DENSE),
+        strong=(data.LEAN_SPARSE, data.STRONG_DENSE),
+        rich=(data.RICH_SPARSE, tuple(dict.fromkeys((*data.RICH_DENSE, *data.STRONG_DENSE)))),
+        rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+        version=lambda: data.FORMAT_VERSION,
+    ),
+    "movielens": Source(
+        load=movielens.load_stream,
+        verticals=("Comedy", "Action", "Drama", "Horror", "Adventure"),  # the five largest genres
+        swept=("Drama", "Horror", "Adventure"),
+        lean=(movielens.LEAN_SPARSE, movielens.LEAN_DENSE),
+        strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
+        rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
+        rates={"lean": (256, 1e-3, 0.3), "strong": (256, 2e-3, 0.1)},
+        version=lambda: movielens.FORMAT_VERSION,
+    ),
+    "ebnerd": Source(
+        load=lambda: ebnerd.load_stream(data_folder("ebnerd")),
+        verticals=ebnerd.SURFACES,
+        swept=ebnerd.SURFACES,
+        lean=(ebnerd.LEAN_SPARSE, ebnerd.LEAN_DENSE),
+        strong=(ebnerd.LEAN_SPARSE, ebnerd.STRONG_DENSE),
+        rich=(ebnerd.RICH_SPARSE, ebnerd.RICH_DENSE),
+        rates={"lean": (256, 2e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+        teacher_rates=(256, 2e-3, 0.3),
+        tuning_week=4,
+        first_week=8,
+        hourly=True,
+        delays=(0, 5, 23, 71),
+        frozen_after=96,
+        brought=True,
+        version=lambda: (ebnerd.FORMAT_VERSION, ebnerd.digest(data_folder("ebnerd"))),
+    ),
+}
+
+
+@lru_cache(1)
+def stream_of(source: str) -> data.Stream:
+    return SOURCES[source].load()
+
+
+@lru_cache(4)
+def rows_of(source: str, *verticals: str) -> Array:
+    """The rows of some verticals in the stream."""
+    stream = stream_of(source)
+    return np.flatnonzero(np.any([demo.rows_of(stream, name) for name in verticals], axis=0))
+
+
+@lru_cache(1)
+def sampling_rates(source: str) -> Array:
+    """The share of a row's fellow negatives that are in the stream, (B,).
+
+    Negatives of the promotions were drawn basket by basket, and each knows how many it stands for.
+    """
+    stream = stream_of(source)
+    if source != "promotions":
+        return np.ones(len(stream))
+    _, basket = np.unique(stream.group, return_inverse=True)
+    negative = np.asarray(stream.label) == 0
+    stands_for = np.ones(basket.max() + 1)
+    stands_for[basket[negative]] = stream.weight[negative]
+    return 1 / stands_for[basket]
