@@ -85,12 +85,13 @@ faults: venv
 bench: venv
 	$(PY) benchmarks/report.py $(BENCH)
 
-# What a teacher brings, on two real streams, and benchmarks/QUALITY.md from it: some three hours on 2
-# quiet cores, and goes on where it was stopped. QUICK=1: some minutes, and nothing is kept.
-# QUALITY='--table ranking --ebnerd FOLDER': the table on trips and EB-NeRD's pages alone, some 70
-# minutes on 2 cores that others use too; the other tables stay as they are.
+# What a teacher brings, on real streams, and benchmarks/QUALITY.md from it; it goes on where it was
+# stopped, and what is kept in benchmarks/measured/quality.json is not run again. SOURCE=ebnerd
+# DATA=FOLDER: on a stream whose files are yours (taobaoad, kuaivideo, amazonelectronics, criteo).
+# TABLE='bias noise' picks tables. QUICK=1: some minutes, and nothing is kept.
 quality: venv
-	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) $(QUALITY)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) \
+		$(if $(SOURCE),--source $(SOURCE)) $(if $(DATA),--data $(DATA)) $(if $(TABLE),--table $(TABLE))
 
 # All that needs an NVIDIA GPU, in under ten minutes, and benchmarks/measured/gpu.md from it. Makes no
 # .venv and asks no network: it runs in PYTHON's environment, with what WHEELS, a folder, has beside

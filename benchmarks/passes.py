@@ -207,7 +207,7 @@ def start_tables(model: nn.Module, taught: dict[str, Array]) -> None:
         if given <= wanted:
             turn = torch.linalg.qr(torch.randn(wanted, given, generator=random)).Q.T
         else:
-            turn = torch.linalg.svd(values, full_matrices=False).Vh[:wanted].T
+            turn = torch.linalg.svd(values).Vh[:wanted].T
         moved = values @ turn
         mine.copy_(moved * (mine.std() / moved.std()))
 

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,7 +41,6 @@ from torchrec_exfm import Task
 from torchrec_exfm.functional import correct_sampling
 from torchrec_exfm.losses import cosine_of_embeddings, listwise, pairwise
 from torchrec_exfm.study import Arm, Study, figures, run_pass
-from torchrec_exfm.study.figures import losses
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
@@ -124,7 +122,7 @@ TWO_TEACHERS = {
 }
 SETTINGS = {**ARMS, **MECHANISMS, **RANKING, **VARIANTS, **TWO_TEACHERS}
 ADAPTERS = ((1e-3, 32), (1e-1, 32), (1e-2, 8), (1e-2, 128))
-MAIN = ("none", "serving head", "AH", "AH + SA", RECIPE)
+FEWER = ("none", CONTROL, "serving head", "AH", RECIPE)
 
 
 @dataclass(frozen=True)
@@ -207,34 +205,35 @@ def ablation(source: str, quick: bool, arms: Iterable[str] = ARMS) -> Iterator[C
     verticals = SOURCES[source].swept[:2] if quick else SOURCES[source].verticals
     seeds = SEEDS[:2] if quick else SEEDS
     if source == "movielens":
-        arms = [arm for arm in arms if arm in (*MAIN, CONTROL) and arm != "AH + SA"]
+        arms = [arm for arm in arms if arm in FEWER or arm not in ARMS]
     for seed, student, vertical, arm in itertools.product(
         seeds, STUDENTS, verticals, ("teacher", *arms)
     ):
         yield Cell(source, vertical, student, arm, seed)
 
 
+def sweep(
+    source: str,
+    quick: bool,
+    arms: Iterable[str],
+    verticals: Sequence[str] | None = None,
+    students: Sequence[str] = STUDENTS[:1],
+) -> Iterator[Cell]:
+    """Cells of a sweep, which changes one thing."""
+    verticals = verticals or SOURCES[source].swept
+    verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
+    for seed, vertical, student, arm in itertools.product(seeds, verticals, students, arms):
+        yield Cell(source, vertical, student, arm, seed)
+
+
 def generations(source: str, quick: bool) -> Iterator[Cell]:
     """The teacher before, for the second of the two ratios."""
-    for cell in ablation(source, quick, ("AH", RECIPE)):
+    for cell in sweep(source, quick, ("teacher", "AH", RECIPE), students=STUDENTS):
         yield replace(cell, teacher="strong")
 
 
 def mechanisms(source: str, quick: bool) -> Iterator[Cell]:
-    seeds = SEEDS[:2] if quick else SWEEP_SEEDS
-    return (
-        c for c in ablation(source, quick, MECHANISMS) if c.arm in MECHANISMS and c.seed in seeds
-    )
-
-
-def sweep(
-    source: str, quick: bool, arms: Iterable[str], verticals: Sequence[str] | None = None
-) -> Iterator[Cell]:
-    """Cells of the lean student that a sweep changes one thing of."""
-    verticals = verticals or SOURCES[source].swept
-    verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
-    for seed, vertical, arm in itertools.product(seeds, verticals, arms):
-        yield Cell(source, vertical, "lean", arm, seed)
+    return sweep(source, quick, MECHANISMS, students=STUDENTS)
 
 
 def bias(source: str, quick: bool) -> Iterator[Cell]:
@@ -249,7 +248,9 @@ def freshness(source: str, quick: bool) -> Iterator[Cell]:
     yield from sweep(source, quick, ["none"], verticals)
     delays = [f"delay-{delay}" for delay in SOURCES[source].delays]
     feeds = (delays[0], delays[-1]) if quick else (*delays, "frozen")
-    arms = ("teacher", "AH", RECIPE, *(() if quick else ("AH + SA", "serving head")))
+    arms = ["teacher", "AH", RECIPE]
+    if source == "promotions" and not quick:
+        arms += ["AH + SA", "serving head"]
     for cell in sweep(source, quick, arms, verticals):
         yield from (replace(cell, feed=feed) for feed in feeds)
 
@@ -283,24 +284,17 @@ def ranking(source: str, quick: bool) -> Iterator[Cell]:
 
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
     """A model between teacher and student, which is both."""
-    for cell in sweep(source, quick, ["none", "teacher", "AH", RECIPE]):
-        for student in STUDENTS:
-            of_student = replace(cell, student=student)
-            yield from (
-                replace(of_student, teacher=by) for by in ("rich", "domain", "domain alone")
-            )
-    yield from _two_teachers(source, quick, "rich+domain", ("AH of both", "recipe of both"))
+    for cell in sweep(source, quick, ["none", "teacher", "AH", RECIPE], students=STUDENTS):
+        yield from (replace(cell, teacher=by) for by in ("rich", "domain", "domain alone"))
+    for cell in sweep(source, quick, ["AH of both", "recipe of both"], students=STUDENTS):
+        yield replace(cell, teacher="rich+domain")
 
 
 def noise(source: str, quick: bool) -> Iterator[Cell]:
     """A second teacher that knows nothing."""
-    yield from sweep(source, quick, ["none", "AH", RECIPE])
-    yield from _two_teachers(source, quick, "rich+noise", TWO_TEACHERS)
-
-
-def _two_teachers(source: str, quick: bool, teachers: str, arms: Iterable[str]) -> Iterator[Cell]:
-    for cell, student in itertools.product(sweep(source, quick, arms), STUDENTS):
-        yield replace(cell, student=student, teacher=teachers)
+    yield from sweep(source, quick, ["none", "AH", RECIPE], students=STUDENTS)
+    for cell in sweep(source, quick, TWO_TEACHERS, students=STUDENTS):
+        yield replace(cell, teacher="rich+noise")
 
 
 def batches(source: str, quick: bool) -> Iterator[Cell]:
@@ -476,7 +470,6 @@ def mixed(logits: Array, labels: Array) -> Array:
 
 def run(cell: Cell, folder: Path) -> None:
     """Train a cell's student, and keep its figures."""
-    started = time.perf_counter()
     study, stream, rows = study_of(cell, folder)
     source = SOURCES[cell.source]
     if cell.arm == "teacher":
@@ -496,36 +489,12 @@ def run(cell: Cell, folder: Path) -> None:
         **figures(z, y),
         **ranking_report.group_figures(z, y, stream.group[counted]),
         "early_ne": figures(logits[early], stream.label[early])["ne"],
-        "weeks": by_week(z, y, stream.week[counted]),
-        "bins": reliability(z, y),
         "unsampled": {
             "stream": unsampled(z, y, cell.kept),
             "pairs": unsampled(z, y, cell.kept * rates[: len(logits)][counted]),
         },
-        "seconds": time.perf_counter() - started,
     }
     write(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
-
-
-def by_week(logits: Array, labels: Array, weeks: Array) -> list[tuple[int, int, float, float]]:
-    """For each week: examples, mean loss and mean label."""
-    parts = ((week, weeks == week) for week in np.unique(weeks))
-    return [
-        (
-            int(w),
-            int(at.sum()),
-            float(losses(logits[at], labels[at]).mean()),
-            float(labels[at].mean()),
-        )
-        for w, at in parts
-    ]
-
-
-def reliability(logits: Array, labels: Array) -> list[tuple[float, float, int]]:
-    """Mean prediction, mean label and examples of ten equal parts, by prediction."""
-    parts = np.array_split(np.argsort(logits, kind="stable"), 10)
-    p = sigmoid(logits)
-    return [(float(p[part].mean()), float(labels[part].mean()), len(part)) for part in parts]
 
 
 def sigmoid(logits: Array) -> Array:
@@ -649,9 +618,14 @@ def main() -> None:
     )
     if not options.quick:
         KEPT_FILE.write_text(quality_report.as_text(kept))
-    quality_report.write_page(
+    print(show(kept, options.out if options.quick else HERE))
+
+
+def show(kept: dict[str, Any], folder: Path) -> str:
+    """Write the page and its picture."""
+    return quality_report.write_page(
         kept,
-        options.out if options.quick else HERE,
+        folder,
         ranking=lambda results: ranking_report.table(results, list(RANKING)),
         names={"variants": VARIANTS, "mechanisms": MECHANISMS, "two teachers": TWO_TEACHERS},
     )

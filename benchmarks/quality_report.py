@@ -23,7 +23,6 @@ PLAIN = {
 CELL = ("source", "vertical", "student", "arm", "seed", *PLAIN)
 STUDENTS = ("lean", "strong")
 CONTROL, RECIPE = "head on the label", "AH + SA by margin"
-COST_FILE = Path(__file__).parent / "measured" / "amortization.cpu.json"
 
 HEAD = """# Quality: when external distillation pays, by how much, and why
 
@@ -58,16 +57,16 @@ is `model.over_arch.model.1`: the heads share all but the last layer with the se
 Rates of the student without a teacher were chosen at batches of 256 on weeks 14 to 26 (days 4 to
 7), and hold for all arms: by a grid (`quality.py --tune`), for the promotions by trials over eight
 settings; the grid, run later, has a slightly better one for their lean student, see the end of this
-page. EB-NeRD's teacher has the best of nine settings on days 4 to 7, the others' were not tuned. The
-arms were chosen on the same weeks of the promotions in trials that are not kept here, and the
+page. EB-NeRD's teacher has the best of nine settings on days 4 to 7; the others' were not tuned.
+The arms were chosen on the same weeks of the promotions in trials that are not kept here, and the
 margin was added after an earlier form of table 3 had shown that the adapter without one did not pay
-with a late teacher. On MovieLens and EB-NeRD nothing of the arms was chosen. The optimizers are Adam
+with a late teacher. Nothing of the arms was chosen on MovieLens or EB-NeRD. The optimizers are Adam
 and, for the tables, row-wise Adagrad.
 """
 
 PICTURE = """
-![The change of NE as the teacher grows old, calibration as it is biased, reliability, gain by \
-lead](quality.png)
+![The change of NE as the teacher grows old, calibration as it is biased, the gain by the \
+teacher's lead](quality.png)
 """
 
 
@@ -122,76 +121,21 @@ SHOWN = (  # in the tables that compare arms
 )
 
 
-def aims(results: Sequence[Result]) -> Iterator[str]:
-    """What was aimed at, and whether it was met."""
-    yield f"\n## What was aimed at\n\nThe recipe: {RECIPE}.\n\n"
-    rows = [*_gain_aims(results), *_bias_aims(results), *_late_aims(results), *_noise_aims(results)]
-    yield markdown(["aim", "measured", "met"], rows)
-
-
-def _gain_aims(results: Sequence[Result]) -> Iterator[list[str]]:
+def in_short(results: Sequence[Result]) -> Iterator[str]:
+    """The recipe on each stream and student."""
+    yield f"\n## In short\n\nThe recipe is {RECIPE}. NE against the same student alone.\n\n"
+    rows = []
     for source, student in kinds_of(results):
-        change = changes(results, source=source, student=student, arm=RECIPE)
-        if change is None or source == "movielens":
-            continue
-        p = p_value(change.ne.mean(1))
-        what, met = "NE lower, p < 0.01", change.ne.mean() < 0 and p < 0.01
-        if (source, student) == ("promotions", "lean"):
-            what = "NE at least 1.0 % lower, AUC at least 1.1 % higher, p < 0.01"
-            met = met and change.ne.mean() <= -1 and change.auc.mean() >= 1.1
-            met = met and p_value(change.auc.mean(1)) < 0.01
-        measured = f"NE {mean_cell(change.ne)}, AUC {mean_cell(change.auc)}"
-        losers = change.worse()
-        yield [f"{source}, {student}: {what}", measured, _yes(met)]
-        what = f"{source}, {student}: no vertical worse, p < 0.05"
-        yield [what, ", ".join(losers) or "none", _yes(not losers)]
-
-
-def _bias_aims(results: Sequence[Result]) -> Iterator[list[str]]:
-    for source, arm in itertools.product(
-        dict.fromkeys(r["source"] for r in results), ("AH", RECIPE)
-    ):
-        shifted = swept(results, source, "shift")
-        shifts = sorted({r["shift"] for r in shifted})
-        ratios = [_calibrations(shifted, arm, shift) for shift in shifts]
-        if len(ratios) > 1 and all(map(len, ratios)):
-            means = [float(ratio.mean()) for ratio in ratios]
-            what = f"{source}, {arm}: serving calibration within 2 % of none's for every shift"
-            met = all(abs(mean - 1) <= 0.02 for mean in means)
-            yield [what, f"{min(means):.3f} to {max(means):.3f}", _yes(met)]
-
-
-def _late_aims(results: Sequence[Result]) -> Iterator[list[str]]:
-    for source in dict.fromkeys(r["source"] for r in results):
-        aged = swept(results, source, "feed")
-        for feed in feeds_of(aged)[-3:]:
-            mine, ah = (changes(aged, arm=arm, feed=feed) for arm in (RECIPE, "AH"))
-            if mine and ah:
-                ne = mine.less(ah)
-                behind = mine._replace(ne=ne).worse()
-                figures = f"NE {mean_cell(ne)}; behind in: {', '.join(behind) or 'none'}"
-                sure = ne.mean() > 0 and p_value(ne.mean(1)) < 0.05
-                verdict = "within the noise" if ne.mean() > 0 and not sure else _yes(not sure)
-                what = f"{source}, teacher {feed}: the recipe at least as good as AH alone"
-                yield [what, figures, verdict]
-
-
-def _noise_aims(results: Sequence[Result]) -> Iterator[list[str]]:
-    for student in STUDENTS:
-        kind = {"source": "promotions", "student": student}
-        for arm, alone in (("recipe, margin alone of the second", RECIPE),):
-            both = changes(results, arm=arm, teacher="rich+noise", **kind)
-            one = changes(results, arm=alone, **kind)
-            if both and one:
-                cost = both.less(one)
-                what = (
-                    f"promotions, {student}: a teacher of noise beside a good one costs under 0.1 %"
-                )
-                yield [what, f"NE {mean_cell(cost)}", _yes(cost.mean() < 0.1)]
-
-
-def _yes(met: bool) -> str:
-    return "yes" if met else "**no**"
+        kind = {"source": source, "student": student}
+        found = [changes(results, arm=arm, **kind) for arm in ("teacher", "AH", RECIPE, CONTROL)]
+        teacher, ah, recipe, control = found
+        if teacher and ah and recipe:
+            cells = [f"{teacher.ne.mean():+.1f} %", mean_cell(ah.ne), mean_cell(recipe.ne)]
+            cells += ["" if control is None else mean_cell(control.ne)]
+            worse = ", ".join(recipe.worse()) or "none"
+            rows.append([f"{source}, {student}", *cells, f"{recipe.eta(teacher):.2f}", worse])
+    head = ["", "the teacher itself", "AH", "recipe", CONTROL, "η of the recipe"]
+    yield markdown([*head, "recipe significantly worse in"], rows)
 
 
 def ablation(results: Sequence[Result]) -> Iterator[str]:
@@ -281,8 +225,8 @@ def bias(results: Sequence[Result]) -> Iterator[str]:
         yield markdown(["arm", *(f"{shift:+g}" for shift in shifts)], rows)
 
     yield (
-        "\n## 2. Bias: the teacher's logits shifted\n\nServing calibration over that of the student "
-        "without a teacher, and the change of NE.\n"
+        "\n## 2. Bias: the teacher's logits shifted\n\nServing calibration over that of the "
+        "student without a teacher, and the change of NE.\n"
     )
     yield from over_sources(results, "shift", table)
 
@@ -309,9 +253,9 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
         yield markdown(["arm", *feeds], rows)
 
     yield (
-        "\n## 3. Freshness: a teacher that is refreshed every week (EB-NeRD: hour), and used late\n\n"
-        "delay-D: D weeks (hours) later than it could be. Frozen: after week 16 (day 4). Change of NE; "
-        "the last rows are the difference of an arm to AH alone, with the paired test.\n"
+        "\n## 3. Freshness: a teacher that is refreshed every week (EB-NeRD: hour), and late\n\n"
+        "delay-D: D weeks (hours) later than it could be. Frozen: after week 16 (day 4). Change of "
+        "NE; the last rows are the difference of an arm to AH alone, with the paired test.\n"
     )
     yield from over_sources(results, "feed", table)
 
@@ -333,9 +277,9 @@ def adapters(results: Sequence[Result], variants: Iterable[str]) -> Iterator[str
     if ah is None:
         return
     yield (
-        "\nWhat the adapter's term needs, on the promotions with the frozen teacher: variants of the "
-        "recipe, and their difference to AH alone. The recipe's margin is 0.25, its weights 1, the "
-        f"adapter's rate {usual[0]:g} and width {usual[1]}.\n\n"
+        "\nWhat the adapter's term needs, on the promotions with the frozen teacher: variants of "
+        "the recipe, and their difference to AH alone. The recipe's margin is 0.25, its weights 1, "
+        f"the adapter's rate {usual[0]:g} and width {usual[1]}.\n\n"
     )
     rows = [[name, mean_cell(c.less(ah))] for name, c in found.items() if c is not None]
     yield markdown(["variant", "NE less AH's"], rows)
@@ -363,38 +307,11 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
             yield f"\nGeneration ratio from {widths[0]} to {widths[-1]} wide, {arm}: {ratio:.2f}.\n"
 
 
-def one_to_n(results: Sequence[Result]) -> Iterator[str]:
-    """What one teacher's students cost together."""
-    yield (
-        "\n## 5. One teacher, many students\n\nWhat one teacher gives to each of its students is in "
-        "table 1, vertical by vertical. What it"
-    )
-    yield _cost(json.loads(COST_FILE.read_text()))
-
-
-def _cost(amortization: Mapping[str, Any]) -> str:
-    """From the benchmark of that name, whose models are larger than the ones here."""
-    by_students = amortization["details"]["by_students"]
-    ways = {
-        "stored once, as here": "logged",
-        "each asks the teacher": "codistillation",
-        "a teacher for each": "teacher_for_each",
-    }
-    rows = [
-        [name, *(f"{n['extra_over_plain'][way]['median']:+.0%}" for n in by_students.values())]
-        for name, way in ways.items()
-    ]
-    return (
-        " adds to the cost of training them: medians of the amortization benchmark, with its models "
-        "([README.md](README.md) has the spread):\n\n"
-    ) + markdown(["way", *(f"N = {n}" for n in by_students)], rows)
-
-
 def sampling(results: Sequence[Result]) -> Iterator[str]:
     part = swept(results, "promotions", "kept")
     share = min((r["kept"] for r in part), default=1.0)
     yield (
-        f"\n## 6. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives; the "
+        f"\n## 5. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives; the "
         "teacher on all of them, and the stream itself holds about one in a hundred. Calibration "
         "to the stream and to all promoted pairs, of the logits as they are and after the "
         "correction z + log r, r being the share that was kept: of the stream's negatives, and of "
@@ -420,11 +337,11 @@ def sampling(results: Sequence[Result]) -> Iterator[str]:
 def mechanisms(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
     """What ExFM's successors do otherwise, against AH of the same seeds."""
     yield (
-        "\n## 8. What successors do otherwise\n\nNE less AH's, paired by seed; the head on the label "
-        "beside them. *AH + label*: the auxiliary head learns the mean of the teacher's probability "
-        "and the label, at weight 2 (Rec-Distill's auxiliary tower). *AH + serving head*: the teacher "
-        "on both. *α 5, w 10, β 20*: as a digest of the paper has them. *Unlabelled rows*: beside each "
-        "example one of another vertical, without its label, as many labels a step. *Late*: the "
+        "\n## 7. What successors do otherwise\n\nNE less AH's, paired by seed. *AH + label*: the "
+        "auxiliary head learns the mean of the teacher's probability and the label, at weight 2 "
+        "(Rec-Distill's auxiliary tower). *AH + serving head*: the teacher on both. *alpha 5, w "
+        "10, beta 20*: as a digest of the paper has them. *Unlabelled rows*: beside each example "
+        "one of another vertical, without its label, and as many labels a step. *Late*: the "
         "student starts in week 14 (day 4), without or with the teacher's tables of that time, "
         "projected (CrossAdapt); its figures are NE against the late student alone.\n\n"
     )
@@ -449,9 +366,9 @@ def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str
     """A model between the teacher and its students, and a teacher that knows nothing."""
     arms = list(arms)
     yield (
-        "\n## 9. A hierarchy, and a teacher of noise\n\nPromotions. The domain model has the strong "
-        "student's features and the teacher's network, and goes through the examples of all seven "
-        "departments; it is taught by the teacher (AH), and teaches the students. Change of NE; in "
+        "\n## 8. A hierarchy, and a teacher of noise\n\nPromotions. The domain model has the "
+        "strong student's features and the teacher's network, and goes through the examples of all "
+        "seven departments; the teacher teaches it (AH), and it the students. Change of NE; in "
         "brackets η of whoever teaches.\n\n"
     )
     ways: list[tuple[str, str, str]] = [
@@ -485,42 +402,26 @@ def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str
 def what_decides(results: Sequence[Result]) -> Iterator[str]:
     """The gain of each vertical against the lead of its teacher."""
     yield (
-        "\n## 10. What decides\n\nOf each vertical and student: the teacher's lead, and what arms bring "
-        "(changes of NE in %, means over seeds).\n\n"
+        "\n## 9. What decides\n\nOf each vertical and student: the teacher's lead, and what arms "
+        "bring (changes of NE in %, means over seeds).\n\n"
     )
-    points = gains_by_lead(results)
-    rows = []
+    points, rows = gains_by_lead(results), []
     for source, student in kinds_of(results):
-        part = [p for p in points if p["source"] == source and p["student"] == student]
+        part = [p for p in points if (p["source"], p["student"]) == (source, student)]
         if part:
-            lead, ah, recipe = (
-                np.array([p[name] for p in part]) for name in ("lead", "AH", RECIPE)
-            )
-            rows.append(
-                [
-                    f"{source}, {student}",
-                    f"{-lead.max():.1f} to {-lead.min():.1f}",
-                    f"{np.median(ah / lead):.2f} ({(ah / lead).min():.2f} to {(ah / lead).max():.2f})",
-                    f"{np.median(recipe / lead):.2f} ({(recipe / lead).min():.2f} to "
-                    f"{(recipe / lead).max():.2f})",
-                    f"{np.mean(recipe - ah):+.2f}",
-                ]
-            )
-    head = [
-        "",
-        "lead of the teacher",
-        "η of AH, median (range)",
-        "η of the recipe",
-        "recipe less AH",
-    ]
+            lead, ah, recipe = (np.array([p[of] for p in part]) for of in ("lead", "AH", RECIPE))
+            shown = (-lead, ah / lead, recipe / lead)
+            cells = [f"{np.median(x):.2f} ({x.min():.2f} to {x.max():.2f})" for x in shown]
+            rows.append([f"{source}, {student}", *cells, f"{np.mean(recipe - ah):+.2f}"])
+    head = ["median (range)", "the teacher's lead", "η of AH", "η of the recipe", "recipe less AH"]
     yield markdown(head, rows)
     lead, gain, less = (np.array([p[n] for p in points]) for n in ("lead", RECIPE, "less"))
     if len(points) > 2:
         with_gain, with_less = (stats.spearmanr(-lead, -values) for values in (gain, less))
         yield (
-            f"\nOver these {len(points)} verticals and students, the gain of the recipe goes with the "
-            f"lead (rank correlation {with_gain.statistic:.2f}, p {p_text(with_gain.pvalue)}), and so "
-            f"does what the recipe brings beyond AH ({with_less.statistic:.2f}, p "
+            f"\nOver these {len(points)} verticals and students, rank correlation with the lead: "
+            f"of the recipe's gain {with_gain.statistic:.2f} (p {p_text(with_gain.pvalue)}), of "
+            f"what the recipe brings beyond AH {with_less.statistic:.2f} (p "
             f"{p_text(with_less.pvalue)}).\n"
         )
 
@@ -541,8 +442,8 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
     others = {json.dumps(r["rates"]): r["rates"] for r in results if r["rates"]}
     if others:
         yield (
-            "\n## Other settings of the student\n\nPromotions. Better ones for it than those above: "
-            "smaller batches, which take longer, and other rates.\n\n"
+            "\n## Other settings of the student\n\nPromotions. Better ones for it than those "
+            "above, smaller batches, which take longer, and other rates.\n\n"
         )
     rows = []
     for rates, arm, student in itertools.product(others.values(), ("AH", RECIPE), STUDENTS):
@@ -558,19 +459,17 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Freshness, bias, reliability, and gain by lead."""
+    """Freshness, bias, and gain by lead."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     colors = {arm: f"C{at}" for at, arm in enumerate(("none", *SHOWN))}
-    _draw_freshness(axes[0, 0], swept(results, "promotions", "feed"), colors)
-    shifted = swept(results, "promotions", "shift")
-    _draw_bias(axes[0, 1], shifted, colors)
-    _draw_reliability(axes[1, 0], shifted, colors)
-    _draw_leads(axes[1, 1], results)
+    _draw_freshness(axes[0], swept(results, "promotions", "feed"), colors)
+    _draw_bias(axes[1], swept(results, "promotions", "shift"), colors)
+    _draw_leads(axes[2], results)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -601,18 +500,6 @@ def _draw_bias(axes: Any, part: Sequence[Result], colors: Mapping[str, str]) -> 
             axes.plot(shifts, levels, label=arm, color=colors[arm], marker="o")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
-    axes.legend(fontsize=8)
-
-
-def _draw_reliability(axes: Any, part: Sequence[Result], colors: Mapping[str, str]) -> None:
-    for arm, shift in (("none", 0.0), *((arm, 1.0) for arm in arms_of(part))):
-        bins = np.array([r["bins"] for r in pick(part, arm=arm, shift=shift, seed=0) if r["bins"]])
-        if len(bins):
-            predicted, label = bins[:, :, 0].mean(0), bins[:, :, 1].mean(0)
-            name = arm + (" (teacher +1)" if shift else "")
-            axes.loglog(predicted, label, marker="o", label=name, color=colors[arm])
-    axes.axline((1e-3, 1e-3), (1, 1), color="black", linewidth=0.8)
-    axes.set(title="Reliability", xlabel="mean prediction of a tenth", ylabel="mean label")
     axes.legend(fontsize=8)
 
 
@@ -658,10 +545,7 @@ def as_text(kept: Mapping[str, Any]) -> str:
 
 def _short(result: Result) -> dict[str, Any]:
     cell = {**PLAIN, **result}
-    drawn = (cell["source"], cell["student"], cell["seed"]) == ("promotions", "lean", 0)
-    dropped = {"seconds", "weeks"}
-    dropped |= set() if drawn and cell["feed"] == "fresh" else {"bins"}
-    dropped |= {"unsampled"} if cell["kept"] == PLAIN["kept"] else set()
+    dropped = {"unsampled"} if cell["kept"] == PLAIN["kept"] else set()
     grouped = cell["source"] == "ebnerd" or cell["vertical"] == "MEAT-PCKGD"
     dropped |= set() if grouped else {"group_auc", "ndcg", "groups"}
     return {
@@ -684,17 +568,16 @@ def write_page(
     folder: Path,
     ranking: Callable[[Sequence[Result]], Iterator[str]],
     names: Mapping[str, Iterable[str]],
-) -> None:
-    """QUALITY.md and quality.png; the first is printed as well."""
-    results = [{**PLAIN, "bins": [], **r, "part": r["vertical"]} for r in kept["results"]]
+) -> str:
+    """QUALITY.md and quality.png; the first is returned as well."""
+    results = [{**PLAIN, **r, "part": r["vertical"]} for r in kept["results"]]
     tables = itertools.chain(
-        aims(results),
+        in_short(results),
         ablation(results),
         bias(results),
         freshness(results),
         adapters(results, names["variants"]),
         scale(results),
-        one_to_n(results),
         sampling(results),
         ranking(results),
         mechanisms(results, names["mechanisms"]),
@@ -709,4 +592,4 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     draw(results, folder / "quality.png")
     (folder / "QUALITY.md").write_text(text)
-    print(text)
+    return text

@@ -16,7 +16,7 @@ from torchrec_exfm.study.report import markdown, mean_cell
 
 CUTOFF = 5  # of NDCG
 HEAD = """
-## 7. Ranking within groups
+## 6. Ranking within groups
 
 Lists that exist: a household's trip to a store, and what was promoted to it there (of one
 department), and a page of Ekstra Bladet, and the articles in view (a click counts in features of
@@ -98,7 +98,7 @@ def table(results: Sequence[Result], arms: Sequence[str]) -> Iterator[str]:
             f"\n{source}, {student} student; without a teacher AUC within groups {level[0]:.4f}, "
             f"NDCG@{CUTOFF} {level[1]:.4f}; over {', '.join(recipe.parts)}, with "
             f"{' and '.join(f'{groups[part]:,}' for part in recipe.parts)} groups of both labels. "
-            f"The recipe against none: AUC within groups {mean_cell(recipe.auc)}. Less the recipe:\n\n"
+            f"The recipe: AUC within groups {mean_cell(recipe.auc)}. Less the recipe:\n\n"
         )
         rows = []
         for arm in arms:

@@ -124,11 +124,11 @@ SOURCES = {
     "ebnerd": Source(
         load=lambda: ebnerd.load_stream(data_folder("ebnerd")),
         verticals=ebnerd.SURFACES,
-        swept=ebnerd.SURFACES,
+        swept=ebnerd.SURFACES[::3],
         lean=(ebnerd.LEAN_SPARSE, ebnerd.LEAN_DENSE),
         strong=(ebnerd.LEAN_SPARSE, ebnerd.STRONG_DENSE),
         rich=(ebnerd.RICH_SPARSE, ebnerd.RICH_DENSE),
-        rates={"lean": (256, 2e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+        rates={"lean": (256, 2e-3, 0.5), "strong": (256, 4e-3, 0.3)},
         teacher_rates=(256, 2e-3, 0.3),
         tuning_week=4,
         first_week=8,

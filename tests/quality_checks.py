@@ -25,12 +25,13 @@ import passes
 import quality
 import quality_report
 import ranking
+import sources
 import torch
-from passes import data
-from scipy import stats
+from sources import data
 
-from torchrec_exfm import DistillationTerm, ExFMMetrics
+from torchrec_exfm import DistillationTerm
 from torchrec_exfm.losses import cosine_of_embeddings, listwise
+from torchrec_exfm.study import Arm, Study, run, run_pass
 
 WEEKS, WEEKLY, BATCH = 5, 90, 32
 FEATURES = (("household", "product"), ("hour_sin", "hour_cos"))
@@ -57,7 +58,18 @@ def tiny_stream() -> data.Stream:
 
 def teach(stream: data.Stream, **options: Any) -> dict[str, np.ndarray]:
     settings = {"seed": 1, "width": 4, "delays": (0, 2), "frozen_after": 2, **options}
-    return passes.teacher_logits(stream, FEATURES, **settings)
+    return passes.teacher_logits(stream, FEATURES, (BATCH, 1e-3, 0.3), **settings)
+
+
+def student(
+    stream: data.Stream, *terms: DistillationTerm, by: str = "teacher", **options: Any
+) -> np.ndarray:
+    """The logits before each update, NaN in the rest that makes no batch."""
+    study = passes.study_of(stream, FEATURES, RATES, **options)
+    said = run_pass(study, Arm(terms, by), seed=3)
+    logits = np.full(len(stream), np.nan, np.float32)
+    logits[: len(said.logits)] = said.logits[:, 0]
+    return logits
 
 
 def flipped_from(stream: data.Stream, week: int) -> data.Stream:
@@ -100,7 +112,7 @@ def check_directions_are_fitted_on_the_past() -> None:
     wanted = stream.label == 1
     seen: list[torch.Tensor] = []
     plain = passes.Hidden.take
-    options = {"delays": (0,), "frozen_after": None, "scored": wanted, "fitted_before": 3}
+    options = {"delays": (0,), "frozen_after": None, "scored": wanted, "kept_before": 3}
 
     def take(hidden: passes.Hidden, rows: slice) -> None:
         seen.append(torch.cat(hidden._taken))
@@ -129,22 +141,24 @@ def check_a_student_is_taught_groups_and_directions() -> None:
     teacher = stream.dense["hour_sin"]
     embeddings = np.random.default_rng(5).normal(size=(len(stream), 4)).astype(np.float32)
 
-    def student(stream: data.Stream, term: DistillationTerm, **options: Any) -> np.ndarray:
-        options = {"seed": 3, "terms": (term,), "teacher": teacher, **options}
-        return passes.student_logits(stream, FEATURES, RATES, **options)
-
+    options: dict[str, Any] = {"teacher": teacher}
     term = DistillationTerm(loss=listwise(calibrated=True))
     alone = replace(stream, example_id=np.arange(len(stream)) << 25)
     together = replace(stream, example_id=(np.arange(len(stream)) // 6) << 25)
-    free = student(alone, replace(term, weight=0.0))
-    assert np.array_equal(student(alone, term), free, equal_nan=True)  # a list of one says nothing
-    assert not np.array_equal(student(together, term), free, equal_nan=True)
+    free = student(alone, replace(term, weight=0.0), **options)
+    assert np.array_equal(
+        student(alone, term, **options), free, equal_nan=True
+    )  # a list of one says nothing
+    assert not np.array_equal(student(together, term, **options), free, equal_nan=True)
 
     term = DistillationTerm(loss=cosine_of_embeddings(4), hidden=())
     missing = np.full_like(embeddings, np.nan)
-    free = student(stream, replace(term, weight=0.0), embeddings=embeddings)
-    assert np.array_equal(student(stream, term, embeddings=missing), free, equal_nan=True)
-    assert not np.array_equal(student(stream, term, embeddings=embeddings), free, equal_nan=True)
+    options["embeddings"] = embeddings
+    free = student(stream, replace(term, weight=0.0), **options)
+    assert np.array_equal(
+        student(stream, term, **{**options, "embeddings": missing}), free, equal_nan=True
+    )
+    assert not np.array_equal(student(stream, term, **options), free, equal_nan=True)
 
 
 def check_figures_within_groups() -> None:
@@ -187,50 +201,140 @@ def brute_force(
 
 
 def check_a_student_scores_before_it_trains() -> None:
-    stream, terms = tiny_stream(), (DistillationTerm(),)
+    stream, term = tiny_stream(), DistillationTerm()
     teacher = np.full(len(stream), 0.5, np.float32)
-
-    def student(stream: data.Stream, *terms: DistillationTerm) -> np.ndarray:
-        return passes.student_logits(stream, FEATURES, RATES, seed=3, terms=terms, teacher=teacher)
-
-    plain, taught = student(stream), student(stream, *terms)
+    plain, taught = student(stream), student(stream, term, teacher=teacher)
     last = len(stream) // BATCH * BATCH
     assert np.isnan(plain[last:]).all() and not np.isnan(plain[:last]).any()
     changed = flipped_from(stream, 3)
     first = 2 * WEEKLY // BATCH * BATCH  # of the first batch with another label
-    for terms_ in ((), terms):
-        mine, other = student(stream, *terms_), student(changed, *terms_)
+    for terms in ((), (term,)):
+        mine, other = (student(s, *terms, teacher=teacher) for s in (stream, changed))
         assert np.array_equal(mine[: first + BATCH], other[: first + BATCH])
         assert not np.array_equal(mine[first + BATCH : last], other[first + BATCH : last])
-    assert np.array_equal(plain, student(stream, DistillationTerm(weight=0.0)), equal_nan=True)
+    free = student(stream, replace(term, weight=0.0), teacher=teacher)
+    assert np.array_equal(plain, free, equal_nan=True)
     assert not np.array_equal(plain, taught, equal_nan=True)
 
 
-def check_figures_are_torchrecs() -> None:
-    rng = np.random.default_rng(1)
-    logits = rng.normal(-2, 1, 4000).astype(np.float32)
-    labels = (rng.random(4000) < passes_sigmoid(logits)).astype(np.float32)
-    metrics = ExFMMetrics(batch_size=4000, device=torch.device("cpu"), window_size=4000)
-    metrics.update((torch.tensor(0.0), torch.from_numpy(logits), torch.from_numpy(labels)))
-    expected, found = metrics.compute(), quality.figures(logits, labels)
-    for name in ("ne", "auc", "calibration"):
-        np.testing.assert_allclose(found[name], expected[f"{name}/label"], rtol=1e-5)
-    weeks = quality.by_week(logits, labels, np.repeat([1, 2], 2000))
-    rate = labels.mean()
-    entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
-    np.testing.assert_allclose(
-        np.mean([week[2] for week in weeks]) / entropy, found["ne"], rtol=1e-6
+def check_unlabelled_rows_teach_the_head_alone() -> None:
+    """Rows without a label change nothing without a term, but for the batches' borders."""
+    stream, term = tiny_stream(), DistillationTerm()
+    said = np.where(stream.label == 1, 1.0, -1.0).astype(np.float32)
+    missing = np.arange(len(stream)) % 2 == 1
+    part = replace(stream, label=np.where(missing, np.nan, stream.label).astype(np.float32))
+    whole = student(part, term, teacher=said)
+    without = np.where(missing, np.nan, said).astype(np.float32)
+    fewer = student(part, term, teacher=without)
+    assert not np.array_equal(whole, fewer, equal_nan=True)
+    batch = {"part": part, "labelled": stream.select(~missing)}
+    alone = {
+        name: passes.study_of(s, FEATURES, (BATCH // (1 + (name == "labelled")), 1e-2, 0.3))
+        for name, s in batch.items()
+    }
+    logits = {name: run_pass(study, Arm(), seed=3).logits[:, 0] for name, study in alone.items()}
+    labelled = logits["part"][~missing[: len(logits["part"])]]
+    np.testing.assert_allclose(labelled, logits["labelled"][: len(labelled)], rtol=1e-4, atol=1e-5)
+
+
+def check_tables_are_brought_to_the_students_width() -> None:
+    """Distances of a narrower teacher's rows are kept, up to the scale of the student's start."""
+    stream = tiny_stream()
+    rng = np.random.default_rng(8)
+    for width in (4, 48):
+        taught = {name: rng.normal(3, 2, (20, width)).astype(np.float32) for name in FEATURES[0]}
+        study = passes.study_of(stream, FEATURES, RATES, taught_tables=taught)
+        model, _ = study.distribute(study.make_student())
+        for name, table in passes.tables(model).items():
+            values = table.numpy()
+            assert values.shape == (20, passes.demo.STUDENT["width"])
+            if width == 4:
+                ratio = np.linalg.norm(values[1:] - values[:-1], axis=1) / np.linalg.norm(
+                    taught[name][1:] - taught[name][:-1], axis=1
+                )
+                np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+            assert values.std() < 0.5  # the student's own are within 1 / sqrt(20)
+
+
+def check_a_mixed_target_is_the_mean() -> None:
+    logits, labels = np.array([[0.0], [2.0]], np.float32), np.array([1.0, 0.0], np.float32)
+    p = 1 / (1 + np.exp(-quality.mixed(logits, labels)[:, 0].astype(np.float64)))
+    np.testing.assert_allclose(p, [0.75, 0.5 / (1 + np.exp(-2.0))], rtol=1e-6)
+
+
+@contextmanager
+def tiny_source() -> Iterator[Path]:
+    """The tiny stream in the place of one that is downloaded, and a folder for what is run."""
+    stream = tiny_stream()
+    halves = replace(
+        stream, vertical=(np.arange(len(stream)) % 2).astype(np.int32), verticals=("even", "odd")
     )
+    source = sources.Source(
+        load=lambda: halves,
+        verticals=halves.verticals,
+        swept=halves.verticals,
+        lean=FEATURES,
+        strong=FEATURES,
+        rich=FEATURES,
+        rates={"lean": RATES, "strong": RATES},
+        teacher_rates=(BATCH, 1e-2, 0.3),
+        tuning_week=2,
+        first_week=3,
+    )
+    with mock.patch.dict(sources.SOURCES, tiny=source), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+    for cached in (sources.stream_of, sources.rows_of, sources.sampling_rates):
+        cached.cache_clear()
 
 
-def check_ties_count_half() -> None:
-    labels = np.array([0, 1, 0, 1])
-    assert quality_report.auc(np.array([1.0, 1.0, 1.0, 1.0]), labels) == 0.5
-    assert quality_report.auc(np.array([30.0, 31.0, 29.0, 40.0]), labels) == 1.0
+def check_a_study_is_the_same_as_a_cell() -> None:
+    """The command's table has the figures of the benchmark, for the arms that both have."""
+    with tiny_source() as folder:
+        cell = quality.Cell("tiny", "odd", "lean", "AH", 0)
+        teacher = next(iter(quality.said_for(cell)))
+        quality.teach(teacher, {"fresh"}, folder)
+        study, _, _ = quality.study_of(cell, folder)
+        arms = {name: quality.ARMS[name] for name in ("none", "head on the label", "AH")}
+        run(replace(study, arms=arms), seeds=1, folder=folder / "study")
+        results = quality.json.loads((folder / "study" / "table.json").read_text())
+        for name in (*arms, "teacher"):
+            one = replace(cell, arm=name)
+            quality.run(one, folder)
+            mine = quality.json.loads(quality.cell_file(folder, one).read_text())
+            told = "the teacher itself" if name == "teacher" else name
+            (theirs,) = (r for r in results if r["arm"] == told)
+            for figure in ("rows", "ne", "auc", "calibration"):
+                assert mine[figure] == theirs[figure], (name, figure)
+        assert isinstance(study, Study)
 
 
-def passes_sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z.astype(np.float64)))
+def check_every_kind_of_cell_runs() -> None:
+    """A model between, noise, tables, unlabelled rows: all that a tiny stream can show."""
+    with tiny_source() as folder:
+        cells = [
+            quality.Cell("tiny", "odd", "lean", arm, 0, teacher=teacher)
+            for teacher, arm in (
+                *(("rich", arm) for arm in quality.MECHANISMS),
+                ("strong", "AH"),
+                ("domain", "teacher"),
+                ("domain alone", "AH"),
+                ("rich+domain", "AH of both"),
+                ("rich+noise", "recipe, margin alone of the second"),
+            )
+        ]
+        needed: dict[quality.Teacher, set[str]] = {}
+        for cell in cells:
+            for teacher, feeds in quality.said_for(cell).items():
+                needed.setdefault(teacher, set()).update(feeds)
+        for teacher in sorted(needed, key=lambda t: t.kind.startswith("domain")):
+            quality.teach(teacher, needed[teacher], folder)
+        found = {}
+        for cell in cells:
+            quality.run(cell, folder)
+            told = quality.json.loads(quality.cell_file(folder, cell).read_text())
+            assert 0 < told["ne"] < 5 and told["rows"] > 50, cell
+            found[cell.teacher, cell.arm] = told["ne"]
+        assert len(set(found.values())) == len(found)  # each does something of its own
 
 
 def check_a_correction_meets_the_unsampled_rate() -> None:
@@ -255,128 +359,130 @@ def check_a_row_has_the_rate_of_its_basket() -> None:
         weight=np.where(rows % 5 == 2, 1, baskets + 2).astype(np.float32),
         example_id=data.example_ids(baskets, rows),
     )
-    with mock.patch.object(passes, "stream_of", return_value=stream):
-        rates = passes.sampling_rates("promotions")
-    passes.sampling_rates.cache_clear()
+    with mock.patch.object(sources, "stream_of", return_value=stream):
+        rates = sources.sampling_rates("promotions")
+    sources.sampling_rates.cache_clear()
     np.testing.assert_allclose(rates, 1 / (baskets + 2))
 
 
-def check_cells_have_names_of_their_own() -> None:
+def check_cells_have_keys_of_their_own() -> None:
     with ebnerd_of("one"):
         cells = all_cells(quick=False)
-        names = {cell: cell.name for cell in cells}
-        assert len(set(names.values())) == len(cells)
+        keys = {cell: cell.key for cell in cells}
+        assert len(set(keys.values())) == len(cells)
         assert set(all_cells(quick=True)) <= set(cells)
     with ebnerd_of("another"):  # data are another cell
-        assert all((cell.name != names[cell]) == (cell.source == "ebnerd") for cell in cells)
+        assert all((cell.key != keys[cell]) == (cell.source == "ebnerd") for cell in cells)
 
 
 def all_cells(quick: bool) -> set[quality.Cell]:
-    parts = [*quality.groups(quick), quality.ranking(quick)]
-    return {cell for part in parts for cell in part}
+    return {
+        cell
+        for part in quality.PARTS.values()
+        for source in part.sources or ("promotions", "movielens", "ebnerd")
+        for cell in part.cells(source, quick)
+    }
 
 
 @contextmanager
 def ebnerd_of(digest: str) -> Iterator[None]:
     with (
         mock.patch.dict("os.environ", EBNERD="anywhere"),
-        mock.patch.object(passes.ebnerd, "digest", return_value=digest),
+        mock.patch.object(sources.ebnerd, "digest", return_value=digest),
     ):
         yield
 
 
-def check_the_losses_of_a_term_are_in_the_name() -> None:
-    cell = quality.Cell("promotions", "PRODUCE", "lean", "recipe + pairwise", 0)
-    names = {cell.name}
-    for loss in (listwise(), listwise(calibrated=True), cosine_of_embeddings(3)):
-        arms = {cell.arm: (DistillationTerm(loss=loss),)}
-        with mock.patch.dict(quality.RANKING_ARMS, arms):
-            names.add(cell.name)
-    assert len(names) == 4
+def check_all_that_an_arm_is_of_is_in_the_key() -> None:
+    cell = quality.Cell("promotions", "PRODUCE", "lean", "AH", 0)
+    keys = {cell.key}
+    settings = [
+        quality.Setting((DistillationTerm(loss=loss),))
+        for loss in (listwise(), listwise(calibrated=True), cosine_of_embeddings(3))
+    ]
+    settings += [quality.Setting((DistillationTerm(beta=2.0),)), quality.Setting(mixed=True)]
+    for setting in settings:
+        with mock.patch.dict(quality.SETTINGS, {cell.arm: setting}):
+            keys.add(cell.key)
+    assert len(keys) == 1 + len(settings)
 
 
 def check_a_missing_folder_is_told() -> None:
     with mock.patch.dict("os.environ"):
-        passes.os.environ.pop("EBNERD", None)
+        sources.os.environ.pop("EBNERD", None)
+        assert "ebnerd" not in sources.at_hand()
         try:
-            passes.ebnerd_folder()
+            sources.data_folder("ebnerd")
         except SystemExit as error:
-            assert "--ebnerd FOLDER" in str(error)
+            assert "SOURCE=ebnerd DATA=FOLDER" in str(error)
         else:
             raise AssertionError("no error")
 
 
-def check_tables() -> None:
-    """Changes against none of the same vertical and seed, with the test over seeds."""
-    results = []
-    rng = np.random.default_rng(3)
-    effect = {"none": 0.0, "AH": -0.02, "serving head": 0.03, "teacher": -0.2}
-    for seed in range(5):
-        for vertical, level in (("a", 0.5), ("b", 0.8)):
-            for arm, change in effect.items():
-                noise = 0 if arm == "none" else rng.normal(0, 1e-3)
-                results.append(
-                    {
-                        **{"source": "s", "vertical": vertical, "student": "lean", "arm": arm},
-                        **{"seed": seed, "feed": "fresh", "width": 16, "shift": 0.0, "kept": 1.0},
-                        **{"adapter": [1e-2, 32]},
-                        **{"corrected": False, "rates": None, "ne": level * (1 + change + noise)},
-                        **{"auc": 0.8, "calibration": 1.0},
-                    }
-                )
+def made_up(effects: dict[str, float], **cell: Any) -> list[dict[str, Any]]:
+    """Results of two verticals and five seeds, in any order."""
+    rng, results = np.random.default_rng(3), []
+    for seed, (vertical, level), (arm, change) in itertools.product(
+        range(5), (("a", 0.5), ("b", 0.8)), effects.items()
+    ):
+        noise = 0 if arm == "none" else rng.normal(0, 1e-3)
+        ids = {"source": "s", "vertical": vertical, "part": vertical, "student": "lean"}
+        figures = {"ne": level * (1 + change + noise), "auc": 0.8, "calibration": 1.0}
+        figures |= {
+            "group_auc": 0.6 * (1 - change - noise),
+            "ndcg": 0.5 * (1 - change),
+            "groups": 9,
+        }
+        results.append({**quality_report.PLAIN, **ids, "arm": arm, "seed": seed, **figures, **cell})
     rng.shuffle(results)
-    change = quality_report.changes(results, source="s", student="lean", arm="AH")
-    assert change is not None and change.ne.shape == (5, 2)
-    assert abs(change.ne.mean() + 2) < 0.2 and quality_report.worse(change) == []
-    expected = stats.ttest_rel([0.1, 0.2, 0.4], [0.0, 0.1, 0.1]).pvalue
-    assert np.isclose(quality_report.p_value(np.array([0.1, 0.1, 0.3])), expected)
-    serving = quality_report.changes(results, source="s", student="lean", arm="serving head")
-    assert serving is not None and sorted(quality_report.worse(serving)) == ["a", "b"]
-    text = "".join(quality_report.ablation(results, "AH"))
-    assert "| AH | -2.0" in text or "| AH | -1.9" in text
-    assert ("a, b" in text or "b, a" in text) and "0.10" in text  # the transfer ratio, 2 of 20
+    return results
+
+
+def check_tables() -> None:
+    """Changes against none of the same vertical and seed, with the two ratios and the control."""
+    control = quality_report.CONTROL
+    results = made_up(
+        {"none": 0, "AH": -0.02, "serving head": 0.03, "teacher": -0.2, control: -0.01}
+    )
+    older = made_up({"AH": -0.01, "teacher": -0.1}, teacher="strong")
+    text = "".join(quality_report.ablation(results + older))
+    row = next(line for line in text.splitlines() if line.startswith("| AH |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert -2.1 < float(cells[1].split()[0]) < -1.9 and -1.1 < float(cells[3].split()[0]) < -0.9
+    assert cells[5] == "0.10" and cells[6] == "0.10" and cells[7] == "none"
+    worse = next(line for line in text.splitlines() if line.startswith("| serving head |"))
+    assert "a, b" in worse or "b, a" in worse
 
 
 def check_the_table_of_ranking() -> None:
-    """Changes against none, tests against the recipe, and whether the aim is met."""
-    rng, results = np.random.default_rng(6), []
-    effect = {"none": 0.0, "teacher": 0.1, "R": 0.01, "recipe + pairwise": 0.01}
-    for arm, gain in {**effect, "recipe + calibrated listwise": 0.02}.items():
-        for seed, vertical in itertools.product(range(5), "ab"):
-            level = 1 + gain + (arm != "none") * rng.normal(0, 1e-4)
-            cell = {"source": "s", "student": "lean", "vertical": vertical, "arm": arm}
-            figures = {"ne": 0.8, "auc": 0.7, "group_auc": 0.6 * level, "ndcg": 0.5 * level}
-            results.append({**cell, **figures, "seed": seed, "calibration": 1.0, "groups": 9})
-    kept = {"recipe": "R", "planned": 50, "environment": quality.common.environment()}
-    text = "".join(ranking.table({**kept, "results": results}))
-    change = ranking.changes(results, "R")
-    assert change is not None and change["group_auc"].shape == (5, 2)
-    assert abs(change["group_auc"].mean() - 1) < 0.05 and "Not through" not in text
-    assert "Met: s, lean." in text
-    assert "| recipe + calibrated listwise | +1.0" in text
-    for factor in (1.02, 0.98):  # no longer calibrated
-        off = [
-            {**r, "calibration": factor} if r["arm"] == "recipe + calibrated listwise" else r
-            for r in results
-        ]
-        assert "Met: **nowhere**" in "".join(ranking.table({**kept, "results": off}))
-    part = "".join(ranking.table({**kept, "results": results[1:]}))  # without a whole seed
-    assert "Not through: 49 of 50" in part and "and 4 seeds" in part
-    assert "Of these 2 differences 1 are above 0 and 0 below" in text
+    """Tests against the recipe, within groups."""
+    effects = {"none": 0.0, "teacher": -0.1, quality_report.RECIPE: -0.01}
+    effects |= {"recipe + pairwise": -0.01, "recipe + calibrated listwise": -0.02}
+    text = "".join(ranking.table(made_up(effects), list(quality.RANKING)))
+    row = next(line for line in text.splitlines() if line.startswith("| recipe + cal"))
+    assert 0.8 < float(row.split("|")[3].split()[0]) < 1.2
+    assert "Of these 2 differences of AUC within groups 1 are above 0 and 0 below" in text
 
 
 def check_what_is_kept_is_read_again() -> None:
-    """One table alone leaves the others as they are, to the byte."""
+    """What was measured anew takes the place of what it replaces; the rest stays to the byte."""
     text = quality.KEPT_FILE.read_text()
     kept = quality.json.loads(text)
     assert quality_report.as_text(kept) == text
-    ranked = {"recipe": "R", "planned": 0, "environment": {}, "results": []}
-    again = quality.json.loads(quality_report.as_text({**kept, "ranking": ranked}))
-    assert again == {**kept, "ranking": ranked}
-    page = "# Q\n\n## 1. A\n\na\n\n## 2. B\n\nb\n"
-    new = quality_report.put_section(page, "\n## 7. R\n\nr\n")
-    assert new == page.replace("\n## 2. B", "\n## 7. R\n\nr\n\n## 2. B")
-    assert quality_report.put_section(new, "\n## 7. R\n\ns\n") == new.replace("r\n", "s\n")
+    same = quality_report.merged(kept, [], set(), {})
+    assert same == {**kept, "missing": 0}
+    first = kept["results"][0]
+    changed = {**first, "ne": 0.5, "key": "another"}
+    again = quality_report.merged(kept, [changed], {"another", "missing"}, {"machine": 1})
+    assert len(again["results"]) == len(kept["results"]) and again["missing"] == 1
+    assert again["results"][0] == {**changed, "run": len(kept["environments"])}
+
+
+def check_the_page_is_that_of_what_is_kept() -> None:
+    page = quality.HERE / "QUALITY.md"
+    with tempfile.TemporaryDirectory() as folder:
+        quality.show(quality.json.loads(quality.KEPT_FILE.read_text()), Path(folder))
+        assert (Path(folder) / "QUALITY.md").read_text() == page.read_text()
 
 
 def check_a_cell_is_kept_whole() -> None:
@@ -394,7 +500,6 @@ def check_a_cell_is_kept_whole() -> None:
 
 def main() -> None:
     passes.start()
-    passes.TEACHER_BATCH = BATCH
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             check()

@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> TeacherStore:
 
 def log(logger: TeacherLogger, ids: list[int], first: float = 0.0, at: int = AT) -> None:
     """The output of each example is its id and what is given."""
-    example_ids = torch.tensor(ids)
+    example_ids = torch.tensor(ids, dtype=torch.int64)
     logger.log(example_ids, torch.full_like(example_ids, at), example_ids.float() + first)
 
 
@@ -77,6 +77,13 @@ def test_a_batch_may_be_overwritten_after_it_was_logged(store: TeacherStore) -> 
         for buffer in (ids, seconds, outputs):  # as a loader may that uses its buffers again
             buffer.fill_(7)
     assert dd.by_id(store) == {1: [0.5]}
+
+
+def test_a_rank_may_have_a_batch_without_an_example(store: TeacherStore) -> None:
+    with TeacherLogger(store, "fm") as logger:
+        log(logger, [])
+        log(logger, [1])
+    assert dd.by_id(store) == {1: [1.0]}
 
 
 class Teacher(nn.Module):

@@ -50,7 +50,9 @@ class TeacherLogger:
     what it had logged after the checkpoint stays.
 
     Each row carries the newest published snapshot as the version that the teacher has moved on
-    from (version 0 before the first), and ``logged``; its age is 0.
+    from (version 0 before the first), and ``logged``; its age is 0. What is logged of an example
+    knows no label of its own, but may know that of one that comes later in a student's order: where
+    that student is a teacher in turn, both have to go through the examples in one order.
 
     Args:
         store: where to.

@@ -139,7 +139,7 @@ class StoreFormat:
                     f"{name} should be of shape {(rows, width)} (examples, the store's width); "
                     f"received {tuple(values.shape)}: are they of all the examples asked for?"
                 )
-        return torch.cat([values.detach().reshape(rows, -1) for values, _ in given.values()], 1)
+        return torch.cat([v.detach().reshape(rows, width) for v, width in given.values()], 1)
 
     def to_json(self) -> str:
         """The table's description."""
