@@ -1,0 +1,273 @@
+"""Published data sets as streams, against plain Python on small files in the published form."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Hashable, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+with pytest.MonkeyPatch.context() as patch:  # undone: beside data.py is a models.py
+    patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import published
+    import published_tables
+    from published_tables import data
+
+DAY = 86_400
+
+
+def write(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a stream of a few rows is of several parts."""
+    monkeypatch.setattr(published_tables, "PART_ROWS", 7)
+
+
+def ranks(values: Sequence[object]) -> list[int]:
+    """The code of each value; of None the number of known ones."""
+    known = sorted({value for value in values if value is not None})
+    return [len(known) if value is None else known.index(value) for value in values]
+
+
+def smoothed(labels: Sequence[int], prior: float) -> float:
+    return (sum(labels) + 10 * prior) / (len(labels) + 10)
+
+
+def assert_form(stream: data.Stream, features: published.Format) -> None:
+    """What the stream of any data set has in common."""
+    for name in ("time", "example_id"):
+        assert getattr(stream, name).dtype == np.int64
+    for name in ("week", "vertical"):
+        assert getattr(stream, name).dtype == np.int32
+    for name in ("label", "weight"):
+        assert getattr(stream, name).dtype == np.float32
+    assert stream.weight.tolist() == [1.0] * len(stream)
+    assert len(set(stream.example_id.tolist())) == len(stream)
+    assert (np.diff(stream.time) >= 0).all() and (np.diff(stream.week) >= 0).all()
+    assert 0 <= stream.vertical.min() <= stream.vertical.max() < len(stream.verticals)
+    assert set(features.rich[0]) == set(stream.sparse) == set(stream.cardinalities)
+    assert set(features.rich[1]) == set(stream.dense)
+    for less, more in ((features.lean, features.strong), (features.strong, features.rich)):
+        assert all(set(a) <= set(b) for a, b in zip(less, more, strict=True)) and less != more
+    for name, ids in stream.sparse.items():
+        assert ids.dtype == np.int32 and ids.shape == (len(stream),)
+        assert 0 <= ids.min() <= ids.max() < stream.cardinalities[name]
+    for name, values in stream.dense.items():
+        assert values.dtype == np.float32, name
+        assert values.shape == (len(stream),) and np.isfinite(values).all()
+
+
+def assert_dense(stream: data.Stream, name: str, expected: Sequence[float]) -> None:
+    assert len(set(expected)) > 1, name
+    np.testing.assert_allclose(stream.dense[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def assert_same(one: data.Stream, other: data.Stream) -> None:
+    first, second = data._columns(one), data._columns(other)
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+    assert one.verticals == other.verticals and one.cardinalities == other.cardinalities
+
+
+# TaobaoAd
+
+
+class Shown(NamedTuple):
+    user: int
+    time: int
+    ad: int
+    pid: str
+    click: int
+
+
+FIRST = 1_494_000_300  # 6 May 2017, a Saturday, 00:05 in China and Friday in UTC
+ADS = {  # category, campaign, customer, brand and price
+    1: (9, 50, 7, "NULL", "170.0"),
+    2: (9, 51, 7, "95471", "0.5"),
+    30: (4520, 51, 8, "100", "1E8"),
+    846_811: (7, 52, 9, "95471", "12.99"),
+}
+PROFILES = {  # all that user_profile.csv has
+    581_738: ("0", "5", "2", "2", "", "3", "0", ""),
+    12: ("13", "5", "2", "2", "1", "3", "0", "3"),
+    9: ("96", "10", "1", "4", "3", "1", "1", "4"),
+    777: ("1", "10", "1", "4", "2", "1", "1", "1"),  # has seen nothing
+}
+HEADER = (
+    "userid,cms_segid,cms_group_id,final_gender_code,age_level,pvalue_level,shopping_level,"
+    "occupation,new_user_class_level "
+)
+
+
+def random_shown(seed: int = 0) -> list[Shown]:
+    """A hundred in three days; some in the same second, one twice with another label."""
+    rng = random.Random(seed)
+    times = [FIRST, *(FIRST + rng.randrange(3 * DAY) for _ in range(20))]
+    rows = [
+        Shown(
+            rng.choice((581_738, 12, 9, 1_141_729)),
+            FIRST if k == 0 else rng.choice(times),
+            rng.choice(list(ADS)),
+            rng.choice(("430548_1007", "430539_1007")),
+            int(rng.random() < 0.3),
+        )
+        for k in range(98)
+    ]
+    rows += [rows[5], rows[6]._replace(click=1 - rows[6].click)]
+    return rng.sample(rows, len(rows))
+
+
+def write_taobaoad(folder: Path, rows: Sequence[Shown]) -> Path:
+    lines = [f"{r.user},{r.time},{r.ad},{r.pid},{1 - r.click},{r.click}" for r in rows]
+    write(folder / "raw_sample.csv", ["user,time_stamp,adgroup_id,pid,nonclk,clk", *lines])
+    lines = [f"{ad},{','.join(map(str, values))}" for ad, values in ADS.items()]
+    header = "adgroup_id,cate_id,campaign_id,customer,brand,price"
+    write(folder / "ad_feature.csv", [header, *lines])
+    lines = [f"{user},{','.join(values)}" for user, values in PROFILES.items()]
+    write(folder / "user_profile.csv", [HEADER, *lines])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[Shown]:
+    """In the order of the stream."""
+    return sorted(random_shown(), key=lambda r: (r.time, r.user, r.ad, r.pid, r.click))
+
+
+@pytest.fixture
+def taobaoad(tmp_path: Path) -> data.Stream:
+    return published.taobaoad(write_taobaoad(tmp_path / "raw", random_shown()), tmp_path)
+
+
+def test_taobaoad_has_the_rows_in_order(taobaoad: data.Stream, shown: list[Shown]) -> None:
+    assert_form(taobaoad, published.TAOBAOAD)
+    assert len(taobaoad) == 100
+    assert taobaoad.verticals == ("430539_1007", "430548_1007")
+    for at, row in enumerate(shown):
+        assert taobaoad.time[at] == row.time
+        assert taobaoad.label[at] == row.click
+        assert taobaoad.verticals[taobaoad.vertical[at]] == row.pid
+        moment = datetime.fromtimestamp(row.time, timezone(timedelta(hours=8)))
+        assert taobaoad.week[at] == moment.day - 5
+        assert taobaoad.sparse["weekday"][at] == moment.weekday()
+        assert taobaoad.sparse["hour"][at] == moment.hour
+    assert set(taobaoad.week.tolist()) == {1, 2, 3, 4} or set(taobaoad.week.tolist()) == {1, 2, 3}
+    views = [(row.user, row.time) for row in shown]
+    assert max(map(views.count, views)) > 2
+    for at, group in enumerate(taobaoad.group):
+        same = [views[k] for k in np.flatnonzero(taobaoad.group == group)]
+        assert same == [views[at]] * views.count(views[at])
+
+
+def test_taobaoad_codes_are_ranks(taobaoad: data.Stream, shown: list[Shown]) -> None:
+    raw = {
+        "user": [row.user for row in shown],
+        "ad": [row.ad for row in shown],
+        "placement": [row.pid for row in shown],
+    }
+    for at, name in enumerate(("cate_id", "campaign_id", "customer", "brand")):
+        values = [ADS[row.ad][at] for row in shown]
+        raw[name] = [None if value == "NULL" else int(value) for value in values]
+    for at, name in enumerate(HEADER.strip().split(",")[1:]):
+        profiles = [PROFILES.get(row.user, [""] * 8)[at] for row in shown]
+        raw[name] = [int(value) if value else None for value in profiles]
+    for name, values in raw.items():
+        assert taobaoad.sparse[name].tolist() == ranks(values), name
+        assert taobaoad.cardinalities[name] == len({*values, None}), name
+    assert_dense(taobaoad, "log_price", [math.log1p(float(ADS[row.ad][4])) for row in shown])
+    hours = taobaoad.sparse["hour"]
+    assert_dense(taobaoad, "hour_sin", [math.sin(2 * math.pi * hour / 24) for hour in hours])
+
+
+@pytest.mark.parametrize(
+    ("key", "ids"),
+    [
+        ("user", lambda row: row.user),
+        ("ad", lambda row: row.ad),
+        ("user_category", lambda row: (row.user, ADS[row.ad][0])),
+    ],
+)
+def test_taobaoad_looks_at_strictly_earlier_rows(
+    taobaoad: data.Stream, shown: list[Shown], key: str, ids: Callable[[Shown], Hashable]
+) -> None:
+    pasts = [[r for r in shown if ids(r) == ids(here) and r.time < here.time] for here in shown]
+    assert_dense(taobaoad, f"{key}_log_seen", [math.log1p(len(past)) for past in pasts])
+    means = [smoothed([r.click for r in past], 0.05) for past in pasts]
+    assert_dense(taobaoad, f"{key}_mean", means)
+    days = [
+        (here.time - past[-1].time) / DAY if past else 30
+        for here, past in zip(shown, pasts, strict=True)
+    ]
+    assert_dense(taobaoad, f"{key}_log_days", np.log1p(days).tolist())
+
+
+def test_a_stream_is_built_once_for_its_files(tmp_path: Path) -> None:
+    folder, cache = write_taobaoad(tmp_path / "one", random_shown()), tmp_path / "cache"
+    built = published.taobaoad(folder, cache)
+    names = [path.name for path in cache.iterdir()]
+    assert len(names) == 1 and names[0].startswith("taobaoad-v1-")
+    made = (cache / names[0]).stat().st_mtime_ns
+    again = published.taobaoad(folder, cache)
+    assert_same(again, built)
+    assert (cache / names[0]).stat().st_mtime_ns == made
+    assert not again.time.flags.writeable
+    other = write_taobaoad(tmp_path / "two", random_shown(seed=1))
+    assert len(published.taobaoad(other, cache)) == len(built)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_in_any_order_of_rows_and_in_any_parts(
+    taobaoad: data.Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published_tables, "PART_ROWS", 1000)
+    turned = write_taobaoad(tmp_path / "turned", random_shown()[::-1])
+    assert_same(published.taobaoad(turned, tmp_path / "cache"), taobaoad)
+
+
+def test_a_stream_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Received: 0 rows"):
+        published.taobaoad(write_taobaoad(tmp_path / "raw", []), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["raw_sample.csv", "ad_feature.csv", "user_profile.csv"])
+def test_taobaoad_without_a_file(tmp_path: Path, name: str) -> None:
+    (write_taobaoad(tmp_path, random_shown()) / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"TaobaoAd should have.*without {name}. Give"):
+        published.taobaoad(tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "received"),
+    [
+        ("raw_sample.csv", "nonclk,clk", "clk,nonclk", "should name.*'nonclk', 'clk'.*Received"),
+        ("user_profile.csv", ",occupation", "", "first line of .*user_profile.csv should name"),
+        ("raw_sample.csv", "0,1\n", "0,2\n", r"Line: \d+.*\"2\" to 'ENUM\('0', '1'\)'"),
+        ("raw_sample.csv", "0,1\n", "0,\n", "100 rows, [1-9][0-9]* that lack a value"),
+        ("raw_sample.csv", f",{FIRST},", ",yesterday,", "time_stamp.*\"yesterday\" to 'BIGINT'"),
+        ("raw_sample.csv", f",{FIRST},", f",{FIRST},1,", "Columns: 6 Found: 7"),
+        ("ad_feature.csv", ",12.99", "", "Columns: 6 Found: 5"),
+        ("ad_feature.csv", "846811,", "846812,", "1 ads that are not, one of them 846811"),
+        ("ad_feature.csv", "30,45", "2,45", "each adgroup_id in one row. Received: 4 rows of 3"),
+        ("user_profile.csv", "\n12,", "\n9,", "each userid in one row. Received: 4 rows of 3"),
+    ],
+)
+def test_taobaoad_of_another_form(
+    tmp_path: Path, name: str, old: str, new: str, received: str
+) -> None:
+    path = write_taobaoad(tmp_path, random_shown()) / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=f"(?s){received}"):
+        published.taobaoad(tmp_path, tmp_path / "cache")
