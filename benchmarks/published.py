@@ -1,6 +1,7 @@
 """Four published data sets as streams, as the package's quality is told by.
 
     taobaoad           TaobaoAd (Tianchi, data set 56): is an ad clicked, in the order of time
+    kuaivideo          KuaiVideo_x1: is a micro-video clicked, in the order of time
 
 None of the data are here: whoever has agreed to their terms gives the folder that the files were
 unpacked to. What is made of them stays in the cache folder. A stream is built there the first time
@@ -20,6 +21,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
+from published_histories import KUAIVIDEO, kuaivideo
 from published_tables import (
     LABEL,
     Format,
@@ -37,6 +39,8 @@ from published_tables import (
     require_once,
     require_values,
 )
+
+__all__ = ("KUAIVIDEO", "TAOBAOAD", "kuaivideo", "taobaoad")
 
 NEVER_DAYS = 30.0
 """Days since the last example that stand for 'none yet': longer than the data last."""

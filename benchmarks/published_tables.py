@@ -244,8 +244,8 @@ def require_once(database: duckdb.DuckDBPyConnection, table: str, key: str, path
         )
 
 
-def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source: str) -> None:
-    """A table of the values of a key in another table.
+def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source: str) -> int:
+    """Make a table of the values of a key in another table, and tell how many there are.
 
     It has the key, its `code`, which is its rank, and `before`, the number of rows in the other
     table that have a lower one.
@@ -254,6 +254,7 @@ def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source
         CREATE TABLE {table} AS SELECT {key}, row_number() OVER (ORDER BY {key}) - 1 AS code,
             (sum(n) OVER (ORDER BY {key}) - n)::BIGINT AS before
         FROM (SELECT {key}, count(*) AS n FROM {source} GROUP BY {key})""")
+    return int(database.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])
 
 
 def code_columns(table: pl.DataFrame, columns: Sequence[str]) -> tuple[Arrays, dict[str, int]]:
@@ -313,14 +314,14 @@ def part(
     verticals: Names,
     cardinalities: Mapping[str, int],
 ) -> data.Stream:
-    """A part of a stream: rows have time, week, label, vertical, page and slot."""
-    sparse_names, dense_names = features.rich
+    """A part of a stream: rows have time, week, label, page and slot, some vertical."""
+    (sparse_names, dense_names), size = features.rich, len(rows["time"])
     return data.Stream(
         time=rows["time"].astype(np.int64),
         week=rows["week"].astype(np.int32),
         label=rows["label"].astype(np.float32),
-        vertical=rows["vertical"].astype(np.int32),
-        weight=np.ones(len(rows["time"]), np.float32),
+        vertical=np.array(rows.get("vertical", np.zeros(size)), np.int32),
+        weight=np.ones(size, np.float32),
         example_id=data.example_ids(rows["page"], rows["slot"]),
         sparse={name: sparse[name].astype(np.int32) for name in sparse_names},
         dense={name: dense[name].astype(np.float32) for name in dense_names},

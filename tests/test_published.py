@@ -271,3 +271,156 @@ def test_taobaoad_of_another_form(
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=f"(?s){received}"):
         published.taobaoad(tmp_path, tmp_path / "cache")
+
+
+# KuaiVideo
+
+
+class Video(NamedTuple):
+    stamp: str
+    user: str
+    item: str
+    click: int
+    like: int
+    follow: int
+    liked: str
+    passed: str
+
+    @property
+    def time(self) -> float:
+        return float(self.stamp)
+
+
+VIDEO_HEADER = "timestamp,user_id,item_id,is_click,is_like,is_follow,pos_items,neg_items"
+VIDEOS = ("10", "9", "3239533", "77")
+
+
+def random_videos(seed: int = 0) -> list[Video]:
+    """In no order; an item of a history may be no row's item, and a history may be empty."""
+    rng = random.Random(seed)
+    stamps = [str(rng.randrange(10**12)) for _ in range(20)] + ["0.25"]
+
+    def history() -> str:
+        return "^".join(rng.choice((*VIDEOS, "5")) for _ in range(rng.choice((0, 1, 3, 100))))
+
+    rows = []
+    for _ in range(90):
+        labels = (int(rng.random() < rate) for rate in (0.4, 0.3, 0.3))
+        ids = rng.choice(stamps), rng.choice(("0", "9999", "12")), rng.choice(VIDEOS)
+        rows.append(Video(*ids, *labels, history(), history()))
+    return rows
+
+
+def write_splits(folder: Path, header: str, rows: Sequence[Sequence[object]], train: int) -> Path:
+    lines = [",".join(map(str, row)) for row in rows]
+    write(folder / "train.csv", [header, *lines[:train]])
+    write(folder / "test.csv", [header, *lines[train:]])
+    return folder
+
+
+def write_kuaivideo(folder: Path, rows: Sequence[Video]) -> Path:
+    return write_splits(folder, VIDEO_HEADER, rows, train=70)
+
+
+@pytest.fixture(scope="module")
+def videos() -> list[Video]:
+    """In the order of the stream: sorted() leaves those that are alike as in the files."""
+    return sorted(random_videos(), key=lambda r: (r.time, r.user, r.item))
+
+
+@pytest.fixture
+def kuaivideo(tmp_path: Path) -> data.Stream:
+    return published.kuaivideo(write_kuaivideo(tmp_path / "raw", random_videos()), tmp_path)
+
+
+def test_kuaivideo_has_the_rows_in_order(kuaivideo: data.Stream, videos: list[Video]) -> None:
+    assert_form(kuaivideo, published.KUAIVIDEO)
+    assert published.KUAIVIDEO.in_time_order
+    assert kuaivideo.label.tolist() == [row.click for row in videos]
+    assert kuaivideo.time.tolist() == ranks([row.time for row in videos])
+    earlier = [sum(r.time < row.time for r in videos) for row in videos]
+    assert kuaivideo.week.tolist() == [1 + 10 * count // 90 for count in earlier]
+    views = [(row.user, row.time) for row in videos]
+    assert max(map(views.count, views)) > 2
+    for at, group in enumerate(kuaivideo.group):
+        same = [views[k] for k in np.flatnonzero(kuaivideo.group == group)]
+        assert same == [views[at]] * views.count(views[at])
+
+
+def test_kuaivideo_codes_are_ranks(kuaivideo: data.Stream, videos: list[Video]) -> None:
+    assert kuaivideo.sparse["user"].tolist() == ranks([row.user for row in videos])
+    assert kuaivideo.sparse["item"].tolist() == ranks([row.item for row in videos])
+    known = {item: code for code, item in enumerate(sorted(VIDEOS))}
+    for name, histories in (
+        ("pos_last_item", [row.liked for row in videos]),
+        ("neg_last_item", [row.passed for row in videos]),
+    ):
+        expected = [known.get(history.split("^")[-1], 4) for history in histories]
+        assert kuaivideo.sparse[name].tolist() == expected
+    assert kuaivideo.cardinalities == {
+        "user": 4,
+        "item": 5,
+        "pos_last_item": 5,
+        "neg_last_item": 5,
+    }
+
+
+def test_kuaivideo_tells_histories(kuaivideo: data.Stream, videos: list[Video]) -> None:
+    for side, field in (("pos", "liked"), ("neg", "passed")):
+        lists = [getattr(row, field).split("^") if getattr(row, field) else [] for row in videos]
+        lengths = [math.log1p(len(items)) for items in lists]
+        assert_dense(kuaivideo, f"{side}_log_length", lengths)
+        shares = [
+            items.count(row.item) / len(items) if items else 0
+            for row, items in zip(videos, lists, strict=True)
+        ]
+        assert_dense(kuaivideo, f"{side}_item_share", shares)
+
+
+@pytest.mark.parametrize("key", ["user", "item"])
+def test_kuaivideo_looks_at_strictly_earlier_rows(
+    kuaivideo: data.Stream, videos: list[Video], key: str
+) -> None:
+    pasts = [
+        [r for r in videos if getattr(r, key) == getattr(row, key) and r.time < row.time]
+        for row in videos
+    ]
+    assert_dense(kuaivideo, f"{key}_log_seen", [math.log1p(len(rows)) for rows in pasts])
+    for name, label, prior in (
+        ("mean", "click", 0.2),
+        ("is_like_mean", "like", 0.01),
+        ("is_follow_mean", "follow", 0.01),
+    ):
+        means = [smoothed([getattr(r, label) for r in rows], prior) for rows in pasts]
+        assert_dense(kuaivideo, f"{key}_{name}", means)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_kuaivideo_without_a_file(tmp_path: Path, name: str) -> None:
+    (write_kuaivideo(tmp_path, random_videos()) / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"KuaiVideo_x1 should have.*without {name}"):
+        published.kuaivideo(tmp_path, tmp_path / "cache")
+
+
+VIDEO = Video("7", "1", "2", 1, 0, 0, "3^4", "5")
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "received"),
+    [
+        (VIDEO_HEADER, [], "Received: 0 rows"),
+        (VIDEO_HEADER.replace("is_click,", ""), [VIDEO], "train.csv should name.*'item_id', 'is_l"),
+        (VIDEO_HEADER, [(*VIDEO, "6")], "Columns: 8 Found: 9"),
+        (VIDEO_HEADER, [VIDEO._replace(click=2)], 'is_click.*"2" to \'ENUM'),
+        (VIDEO_HEADER, [VIDEO._replace(like=-1)], 'is_like.*"-1" to \'ENUM'),
+        (VIDEO_HEADER, [VIDEO._replace(stamp="now")], "timestamp.*\"now\" to 'DOUBLE'"),
+        (VIDEO_HEADER, [VIDEO._replace(stamp="nan")], "1 rows, 1 that lack a value"),
+        (VIDEO_HEADER, [VIDEO._replace(user="")], "1 rows, 1 that lack a value"),
+    ],
+)
+def test_kuaivideo_of_another_form(
+    tmp_path: Path, header: str, rows: Sequence[Sequence[object]], received: str
+) -> None:
+    write_splits(tmp_path, header, rows, train=1)
+    with pytest.raises(ValueError, match=f"(?s){received}"):
+        published.kuaivideo(tmp_path, tmp_path / "cache")
