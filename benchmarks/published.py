@@ -2,6 +2,7 @@
 
     taobaoad           TaobaoAd (Tianchi, data set 56): is an ad clicked, in the order of time
     kuaivideo          KuaiVideo_x1: is a micro-video clicked, in the order of time
+    amazonelectronics  AmazonElectronics_x1: is a product reviewed, in no order of time
 
 None of the data are here: whoever has agreed to their terms gives the folder that the files were
 unpacked to. What is made of them stays in the cache folder. A stream is built there the first time
@@ -21,7 +22,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-from published_histories import KUAIVIDEO, kuaivideo
+from published_histories import AMAZONELECTRONICS, KUAIVIDEO, amazonelectronics, kuaivideo
 from published_tables import (
     LABEL,
     Format,
@@ -40,7 +41,14 @@ from published_tables import (
     require_values,
 )
 
-__all__ = ("KUAIVIDEO", "TAOBAOAD", "kuaivideo", "taobaoad")
+__all__ = (
+    "AMAZONELECTRONICS",
+    "KUAIVIDEO",
+    "TAOBAOAD",
+    "amazonelectronics",
+    "kuaivideo",
+    "taobaoad",
+)
 
 NEVER_DAYS = 30.0
 """Days since the last example that stand for 'none yet': longer than the data last."""

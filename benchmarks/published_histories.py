@@ -92,9 +92,9 @@ def _kuaivideo_parts(
     kept = ["CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp", "user_id", "item_id"]
     kept += [f"{name}::VARCHAR::TINYINT AS {name}" for name in labels]
     for side in _SIDES:
-        items = f"string_split({side}_items, '^')"
-        kept.append(f"{_length(items)} AS {side}_length, {items}[-1] AS {side}_last")
-        kept.append(f"{_number(items, 'item_id')} AS {side}_same")
+        history = _split(f"{side}_items")
+        kept.append(f"{_length(history)} AS {side}_length, {history}[-1] AS {side}_last")
+        kept.append(f"{_number(history, 'item_id')} AS {side}_same")
     for path in paths:
         read_table(database, "shown", path, _VIDEO, ", ".join(kept))
     total = require_values(database, "shown", ("timestamp", "user_id", "item_id", *labels))
@@ -121,21 +121,133 @@ def _kuaivideo_query(no_item: int) -> str:
     labels = tuple(_RATES)
     past_of = (earlier("user", '"user"', labels), earlier("item", "item", labels))
     columns, windows = zip(*past_of, strict=True)
-    last = " ".join(
-        f"LEFT JOIN items AS {side}_items ON {side}_items.item_id = {side}_last" for side in _SIDES
-    )
+    kept = [f"{side}_length, {side}_same" for side in _SIDES]
+    kept += [f"coalesce({side}.code, {no_item}) AS {side}_last_item" for side in _SIDES]
+    joins = [f"LEFT JOIN items AS {side} ON {side}.item_id = {side}_last" for side in _SIDES]
     return f"""
         WITH coded AS (
             SELECT times.code AS time, times.before AS earlier_rows, users.code AS "user",
                 users.before AS user_before, items.code AS item, shown.rowid AS row,
-                is_click AS label, is_like, is_follow,
-                {", ".join(f"{side}_length, {side}_same" for side in _SIDES)},
-                {", ".join(f"coalesce({side}_items.code, {no_item}) AS {side}_last_item" for side in _SIDES)}
+                is_click AS label, is_like, is_follow, {", ".join(kept)}
             FROM shown JOIN times USING (timestamp) JOIN users USING (user_id)
-                JOIN items USING (item_id) {last})
+                JOIN items USING (item_id) {" ".join(joins)})
         SELECT *, {", ".join(columns)},
             row_number() OVER (PARTITION BY "user", time ORDER BY item, row) - 1 AS slot
         FROM coded WINDOW {", ".join(windows)} ORDER BY time, "user", slot"""
+
+
+# AmazonElectronics
+
+_REVIEW = {
+    "label": LABEL,
+    "user_id": "VARCHAR",
+    "item_id": "VARCHAR",
+    "cate_id": "VARCHAR",
+    "item_history": "VARCHAR",
+    "cate_history": "VARCHAR",
+}
+_IDS = ("user", "item", "category")
+_AMAZON_STRONG = ("history_log_length", "category_in_history", "category_log_count")
+AMAZONELECTRONICS = Format(
+    lean=(_IDS, _AMAZON_STRONG[:1]),
+    strong=(_IDS, _AMAZON_STRONG),
+    rich=(
+        (*_IDS, "last_item", "last_category"),
+        (*_AMAZON_STRONG, "category_share", "item_share", "category_log_distance"),
+    ),
+    in_time_order=False,
+)
+
+
+def amazonelectronics(folder: Path, cache: Path | None = None) -> data.Stream:
+    """Reviews of electronics at Amazon and drawn negatives, from train.csv and test.csv.
+
+    The label says whether the user reviewed the item. These rows have no time and are not in the
+    order of one: the order of the files is kept, train.csv before test.csv, `time` is the number of
+    the row, and `AMAZONELECTRONICS.in_time_order` is False. So nothing is told of earlier rows, but
+    of the history that the row itself brings. `week` is the tenth of train.csv that the row is in,
+    and 11 for test.csv. The example's group is the user in one of the files. There is one vertical.
+
+    Args:
+        folder: has the two files.
+        cache: folder to keep the built stream in, by default that of the promotion stream.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: one is of another form.
+    """
+    paths = require_files("AmazonElectronics_x1", folder, SPLITS)
+    return load_or_build("amazonelectronics", paths, cache, partial(_amazon_parts, paths))
+
+
+def _amazon_parts(paths: list[Path], database: duckdb.DuckDBPyConnection) -> Iterator[data.Stream]:
+    train_rows = _read_amazon(paths, database)
+    users = make_codes(database, "users", "user_id", "reviews")
+    items = make_codes(database, "items", "item_id", "reviews")
+    categories = make_codes(database, "categories", "cate_id", "reviews")
+    sizes = {"user": users + 1, "item": items + 1, "category": categories + 1}
+    sizes |= {"last_item": items + 1, "last_category": categories + 1}
+    for rows in parts(database, _amazon_query(items, categories)):
+        length, same = rows["length"], rows["same_category"]
+        dense = {
+            "history_log_length": np.log1p(length),
+            "category_in_history": same > 0,
+            "category_log_count": np.log1p(same),
+            "category_share": same / np.maximum(length, 1),
+            "item_share": rows["same_item"] / np.maximum(length, 1),
+            "category_log_distance": np.log1p(rows["distance"]),
+        }
+        tenth = 1 + PERIODS * rows["time"] // max(train_rows, 1)
+        rows["week"] = np.where(rows["is_test"], PERIODS + 1, tenth)
+        rows["page"] = 2 * rows["user"] + rows["is_test"]
+        yield part(AMAZONELECTRONICS, rows, rows, dense, ("electronics",), sizes)
+
+
+def _read_amazon(paths: list[Path], database: duckdb.DuckDBPyConnection) -> int:
+    """Both files as the table reviews; the rows of the first."""
+    ids = ("user_id", "item_id", "cate_id")
+    items, categories = _split("item_history"), _split("cate_history")
+    # How many rows ago the category was last there; one more than there are where it was not
+    distance = f"list_position(list_reverse({categories}), cate_id)"
+    kept = [
+        *ids,
+        "label::VARCHAR::TINYINT AS label",
+        f"{_length(items)} AS length, {items}[-1] AS last_item, {categories}[-1] AS last_category",
+        f"{_number(items, 'item_id')} AS same_item",
+        f"{_number(categories, 'cate_id')} AS same_category",
+        f"coalesce(nullif({distance}, 0), {_length(categories)} + 1) AS distance",
+    ]
+    counts = []
+    for is_test, path in enumerate(paths):
+        select = ", ".join([*kept, f"{is_test} AS is_test"])
+        read_table(database, "reviews", path, _REVIEW, select)
+        counts.append(len(database.table("reviews")))
+    require_values(database, "reviews", (*ids, "label"))
+    return counts[0]
+
+
+def _amazon_query(no_item: int, no_category: int) -> str:
+    """The rows with codes, in the order of the files."""
+    return f"""
+        SELECT reviews.rowid AS time, label, is_test, length, same_item, same_category, distance,
+            users.code AS "user", items.code AS item, categories.code AS category,
+            coalesce(last_items.code, {no_item}) AS last_item,
+            coalesce(last_categories.code, {no_category}) AS last_category,
+            row_number() OVER (PARTITION BY user_id, is_test ORDER BY reviews.rowid) - 1 AS slot
+        FROM reviews JOIN users USING (user_id) JOIN items USING (item_id)
+            JOIN categories USING (cate_id)
+            LEFT JOIN items AS last_items ON last_items.item_id = reviews.last_item
+            LEFT JOIN categories AS last_categories
+                ON last_categories.cate_id = reviews.last_category
+        ORDER BY time"""
+
+
+# Both
+
+
+def _split(history: str) -> str:
+    """SQL of a history as a list."""
+    return f"string_split({history}, '^')"
 
 
 def _length(items: str) -> str:

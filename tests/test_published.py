@@ -424,3 +424,117 @@ def test_kuaivideo_of_another_form(
     write_splits(tmp_path, header, rows, train=1)
     with pytest.raises(ValueError, match=f"(?s){received}"):
         published.kuaivideo(tmp_path, tmp_path / "cache")
+
+
+# AmazonElectronics
+
+
+class Review(NamedTuple):
+    label: int
+    user: str
+    item: str
+    category: str
+    items: str
+    categories: str
+
+
+REVIEW_HEADER = "label,user_id,item_id,cate_id,item_history,cate_history"
+REVIEWED = {"13179": "738", "5": "8", "41": "738", "40": "16"}  # category by item
+TRAIN = 60
+
+
+def random_reviews(seed: int = 0) -> list[Review]:
+    rng = random.Random(seed)
+    others = {**REVIEWED, "63000": "800"}  # no row is of the last
+    rows = []
+    for _ in range(80):
+        item = rng.choice(list(REVIEWED))
+        items = [rng.choice(list(others)) for _ in range(rng.choice((0, 1, 2, 9)))]
+        histories = "^".join(items), "^".join(others[item] for item in items)
+        user = str(rng.randrange(8, 14))
+        rows.append(Review(rng.randint(0, 1), user, item, REVIEWED[item], *histories))
+    return rows
+
+
+@pytest.fixture
+def amazon(tmp_path: Path) -> data.Stream:
+    write_splits(tmp_path / "raw", REVIEW_HEADER, random_reviews(), TRAIN)
+    return published.amazonelectronics(tmp_path / "raw", tmp_path)
+
+
+def test_amazonelectronics_keeps_the_order_of_the_files(amazon: data.Stream) -> None:
+    rows = random_reviews()
+    assert_form(amazon, published.AMAZONELECTRONICS)
+    assert not published.AMAZONELECTRONICS.in_time_order
+    assert amazon.time.tolist() == list(range(80))
+    assert amazon.label.tolist() == [row.label for row in rows]
+    assert amazon.week.tolist() == [1 + k // 6 for k in range(TRAIN)] + [11] * 20
+    groups = [(row.user, at >= TRAIN) for at, row in enumerate(rows)]
+    for at, group in enumerate(amazon.group):
+        same = [groups[k] for k in np.flatnonzero(amazon.group == group)]
+        assert same == [groups[at]] * groups.count(groups[at])
+
+
+def test_amazonelectronics_codes_are_ranks(amazon: data.Stream) -> None:
+    rows = random_reviews()
+    for name in ("user", "item", "category"):
+        assert amazon.sparse[name].tolist() == ranks([getattr(row, name) for row in rows])
+    for name, field, values in (
+        ("last_item", "items", REVIEWED),
+        ("last_category", "categories", REVIEWED.values()),
+    ):
+        known = {value: code for code, value in enumerate(sorted(set(values)))}
+        last = [getattr(row, field).split("^")[-1] for row in rows]
+        assert amazon.sparse[name].tolist() == [known.get(value, len(known)) for value in last]
+    sizes = {"user": 7, "item": 5, "category": 4, "last_item": 5, "last_category": 4}
+    assert amazon.cardinalities == sizes
+
+
+def test_amazonelectronics_tells_histories(amazon: data.Stream) -> None:
+    rows = random_reviews()
+    items = [row.items.split("^") if row.items else [] for row in rows]
+    categories = [row.categories.split("^") if row.categories else [] for row in rows]
+    same = [seen.count(row.category) for row, seen in zip(rows, categories, strict=True)]
+    ago = [
+        [*seen[::-1], row.category].index(row.category) + 1
+        for row, seen in zip(rows, categories, strict=True)
+    ]
+    length = [max(1, len(seen)) for seen in items]
+    assert_dense(amazon, "history_log_length", [math.log1p(len(seen)) for seen in items])
+    assert_dense(amazon, "category_in_history", [float(count > 0) for count in same])
+    assert_dense(amazon, "category_log_count", [math.log1p(count) for count in same])
+    shares = [count / total for count, total in zip(same, length, strict=True)]
+    assert_dense(amazon, "category_share", shares)
+    shares = [
+        seen.count(row.item) / total for row, seen, total in zip(rows, items, length, strict=True)
+    ]
+    assert_dense(amazon, "item_share", shares)
+    assert_dense(amazon, "category_log_distance", [math.log1p(count) for count in ago])
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_amazonelectronics_without_a_file(tmp_path: Path, name: str) -> None:
+    (write_splits(tmp_path, REVIEW_HEADER, random_reviews(), TRAIN) / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"AmazonElectronics_x1 should .*without {name}"):
+        published.amazonelectronics(tmp_path, tmp_path / "cache")
+
+
+REVIEW = Review(1, "1", "2", "3", "4^5", "3^8")
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "received"),
+    [
+        (REVIEW_HEADER, [], "Received: 0 rows"),
+        ("clk,user_id", [REVIEW], "train.csv should name.*'cate_history'.*Received: .'clk'"),
+        (REVIEW_HEADER, [REVIEW[:5]], "Columns: 6 Found: 5"),
+        (REVIEW_HEADER, [REVIEW._replace(label=3)], 'label.*"3" to \'ENUM'),
+        (REVIEW_HEADER, [REVIEW._replace(category="")], "1 rows, 1 that lack a value"),
+    ],
+)
+def test_amazonelectronics_of_another_form(
+    tmp_path: Path, header: str, rows: Sequence[Sequence[object]], received: str
+) -> None:
+    write_splits(tmp_path, header, rows, train=1)
+    with pytest.raises(ValueError, match=f"(?s){received}"):
+        published.amazonelectronics(tmp_path, tmp_path / "cache")
