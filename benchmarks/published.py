@@ -3,6 +3,7 @@
     taobaoad           TaobaoAd (Tianchi, data set 56): is an ad clicked, in the order of time
     kuaivideo          KuaiVideo_x1: is a micro-video clicked, in the order of time
     amazonelectronics  AmazonElectronics_x1: is a product reviewed, in no order of time
+    criteo             Criteo's day_0 to day_23: is an ad clicked, in the order of time
 
 None of the data are here: whoever has agreed to their terms gives the folder that the files were
 unpacked to. What is made of them stays in the cache folder. A stream is built there the first time
@@ -15,6 +16,7 @@ example's group is what one user had in view at one time. Letters in shapes: B e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -43,9 +45,11 @@ from published_tables import (
 
 __all__ = (
     "AMAZONELECTRONICS",
+    "CRITEO",
     "KUAIVIDEO",
     "TAOBAOAD",
     "amazonelectronics",
+    "criteo",
     "kuaivideo",
     "taobaoad",
 )
@@ -53,6 +57,8 @@ __all__ = (
 NEVER_DAYS = 30.0
 """Days since the last example that stand for 'none yet': longer than the data last."""
 _DAY = 86_400
+
+# TaobaoAd
 
 _SAMPLE = {
     "user": "BIGINT",
@@ -192,3 +198,91 @@ def _taobaoad_query() -> str:
 def _log_days(time: data.Array, last: data.Array) -> data.Array:
     """log1p of the days since the last example; of NEVER_DAYS where that is NaN."""
     return np.log1p(np.where(np.isnan(last), NEVER_DAYS, (time - last) / _DAY))
+
+
+# Criteo
+
+_INTEGERS = tuple(f"int_{k}" for k in range(1, 14))
+_CATEGORIES = tuple(f"cat_{k}" for k in range(1, 27))
+_CLICK = {
+    "label": LABEL,
+    **dict.fromkeys(_INTEGERS, "BIGINT"),
+    **dict.fromkeys(_CATEGORIES, "VARCHAR"),
+}
+BUCKETS = 2**18
+"""Ids of a category of Criteo; a missing value has one more."""
+
+
+def _with_missing(integers: Names) -> Names:
+    return tuple(f"{name}_{what}" for name in integers for what in ("log", "missing"))
+
+
+CRITEO = Format(
+    lean=(_CATEGORIES[:8], _with_missing(_INTEGERS[:4])),
+    strong=(_CATEGORIES[:13], _with_missing(_INTEGERS)),
+    rich=(_CATEGORIES, _with_missing(_INTEGERS)),
+)
+
+
+def criteo(folder: Path, cache: Path | None = None) -> data.Stream:
+    """Days of display ads, from day_0 to day_23 or some that follow each other, also with .gz.
+
+    The label says whether the ad was clicked. What `week` counts is days: 1 is that of day_0. The
+    order within a day is that of the file, and as no row tells its time, `time` spreads those of a
+    day over its seconds; it counts from the start of day_0. An integer becomes log1p, of 0 where it
+    is negative, and a flag where it is missing. A category is a hash, and becomes its remainder by
+    `BUCKETS`. No example is in view with another, and there is one vertical.
+
+    Args:
+        folder: has the files of the days.
+        cache: folder to keep the built stream in, by default that of the promotion stream.
+
+    Raises:
+        FileNotFoundError: there is no file of a day.
+        ValueError: one is of another form, or a day between two others is missing.
+    """
+    days = _criteo_days(folder)
+    return load_or_build("criteo", list(days.values()), cache, partial(_criteo_parts, days))
+
+
+def _criteo_days(folder: Path) -> dict[int, Path]:
+    """The files by day; of a day that is there twice, the one without .gz."""
+    found = sorted(folder.glob("day_*"), reverse=True)
+    named = ((re.fullmatch(r"day_(\d+)(\.gz)?", path.name), path) for path in found)
+    days = {int(match[1]): path for match, path in named if match}
+    if not days:
+        raise FileNotFoundError(
+            "The folder of Criteo should have files such as day_0 or day_0.gz. "
+            f"Received: {folder}, without one. Give the folder that they were downloaded to"
+        )
+    if max(days) - min(days) + 1 != len(days):
+        raise ValueError(
+            f"The days of Criteo in {folder} should follow each other. Received: {sorted(days)}. "
+            "Add the days between them, or move those of one side elsewhere"
+        )
+    return dict(sorted(days.items()))
+
+
+def _criteo_parts(
+    days: dict[int, Path], database: duckdb.DuckDBPyConnection
+) -> Iterator[data.Stream]:
+    hashes = [
+        f"coalesce(('0x' || {c})::UINTEGER % {BUCKETS}, {BUCKETS}) AS {c}" for c in _CATEGORIES
+    ]
+    logs = [f"ln(1 + coalesce(greatest({i}, 0), 0)) AS {i}_log" for i in _INTEGERS]
+    missing = [f"{i} IS NULL AS {i}_missing" for i in _INTEGERS]
+    kept = ", ".join(["label::VARCHAR::TINYINT AS label", *hashes, *logs, *missing])
+    sizes = dict.fromkeys(_CATEGORIES, BUCKETS + 1)
+    earlier_rows = 0
+    for day, path in days.items():
+        read_table(database, "clicks", path, _CLICK, kept, delimiter="\t", header=False)
+        total, first = require_values(database, "clicks", ("label",)), earlier_rows
+        for rows in parts(database, "FROM clicks"):  # as they were read
+            size = len(rows["label"])
+            rows["page"] = earlier_rows + np.arange(size)
+            rows["slot"] = np.zeros(size, np.int64)
+            rows["week"] = np.full(size, day + 1)
+            rows["time"] = day * _DAY + (rows["page"] - first) * _DAY // total
+            yield part(CRITEO, rows, rows, rows, ("ads",), sizes)
+            earlier_rows += size
+        database.execute("DROP TABLE clicks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import random
 from collections.abc import Callable, Hashable, Sequence
@@ -538,3 +539,114 @@ def test_amazonelectronics_of_another_form(
     write_splits(tmp_path, header, rows, train=1)
     with pytest.raises(ValueError, match=f"(?s){received}"):
         published.amazonelectronics(tmp_path, tmp_path / "cache")
+
+
+# Criteo
+
+
+class Ad(NamedTuple):
+    label: int
+    integers: tuple[int | None, ...]
+    categories: tuple[str, ...]
+
+
+def random_ads(number: int, seed: int) -> list[Ad]:
+    """Integers and categories are missing now and then; one in three integers is negative."""
+    rng = random.Random(seed)
+    values = (None, -2, -1, 0, 1, 7, 65_535)
+    return [
+        Ad(
+            rng.randint(0, 1),
+            tuple(rng.choice(values) for _ in range(13)),
+            tuple(rng.choice(("", f"{rng.getrandbits(32):08x}")) for _ in range(26)),
+        )
+        for _ in range(number)
+    ]
+
+
+def day_lines(rows: Sequence[Ad]) -> list[str]:
+    return [
+        "\t".join([str(r.label), *("" if i is None else str(i) for i in r.integers), *r.categories])
+        for r in rows
+    ]
+
+
+DAYS = {3: random_ads(20, seed=3), 4: random_ads(31, seed=4), 5: random_ads(9, seed=5)}
+
+
+def write_criteo(folder: Path) -> Path:
+    for day, rows in DAYS.items():
+        write(folder / f"day_{day}", day_lines(rows))
+    packed = gzip.compress((folder / "day_4").read_bytes())
+    (folder / "day_4").unlink()
+    (folder / "day_4.gz").write_bytes(packed)
+    write(folder / "day_3.md5", ["no day"])
+    return folder
+
+
+@pytest.fixture
+def criteo(tmp_path: Path) -> data.Stream:
+    return published.criteo(write_criteo(tmp_path / "raw"), tmp_path)
+
+
+def test_criteo_keeps_the_order_of_the_days(criteo: data.Stream) -> None:
+    assert_form(criteo, published.CRITEO)
+    assert criteo.label.tolist() == [row.label for rows in DAYS.values() for row in rows]
+    assert criteo.week.tolist() == [4] * 20 + [5] * 31 + [6] * 9
+    times = [
+        day * DAY + at * DAY // len(rows) for day, rows in DAYS.items() for at in range(len(rows))
+    ]
+    assert criteo.time.tolist() == times
+    assert criteo.group.tolist() == list(range(60))
+
+
+def test_criteo_has_every_column(criteo: data.Stream) -> None:
+    rows = [row for rows in DAYS.values() for row in rows]
+    for k in range(13):
+        values = [row.integers[k] for row in rows]
+        assert_dense(criteo, f"int_{k + 1}_log", [math.log1p(max(v or 0, 0)) for v in values])
+        assert_dense(criteo, f"int_{k + 1}_missing", [float(v is None) for v in values])
+    for k in range(26):
+        hashes = [row.categories[k] for row in rows]
+        buckets = [int(word, 16) % 2**18 if word else 2**18 for word in hashes]
+        assert criteo.sparse[f"cat_{k + 1}"].tolist() == buckets
+    assert set(criteo.cardinalities.values()) == {2**18 + 1}
+    lean, strong = published.CRITEO.lean, published.CRITEO.strong
+    assert [len(names) for names in (*lean, *strong)] == [8, 8, 13, 26]
+
+
+def test_criteo_takes_what_is_unpacked_where_both_are_there(tmp_path: Path) -> None:
+    folder = write_criteo(tmp_path / "raw")
+    write(folder / "day_4", day_lines(DAYS[4][:2]))
+    assert len(published.criteo(folder, tmp_path)) == 20 + 2 + 9
+
+
+def test_criteo_without_days(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"such as day_0 or day_0\.gz.*without one"):
+        published.criteo(tmp_path, tmp_path)
+
+
+def test_criteo_with_days_that_do_not_follow_each_other(tmp_path: Path) -> None:
+    (write_criteo(tmp_path) / "day_4.gz").unlink()
+    with pytest.raises(ValueError, match=r"follow each other. Received: \[3, 5\]"):
+        published.criteo(tmp_path, tmp_path / "cache")
+
+
+AD = day_lines(random_ads(1, seed=6))[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "received"),
+    [
+        ([], "Received: 0 rows"),
+        ([AD, AD + "\t1"], "Line: 2.*Columns: 40 Found: 41"),
+        ([AD, "2" + AD[1:]], 'Line: 2.*"2" to \'ENUM'),
+        ([AD, AD[1:]], "2 rows, 1 that lack a value"),
+        ([AD, f"{AD.rpartition(chr(9))[0]}\tno hash"], "0xno hash"),
+        ([AD, "0\tmany\t" + AD.split("\t", 2)[2]], "int_1.*\"many\" to 'BIGINT'"),
+    ],
+)
+def test_criteo_of_another_form(tmp_path: Path, lines: Sequence[str], received: str) -> None:
+    write(tmp_path / "day_0", lines)
+    with pytest.raises(ValueError, match=f"(?s){received}"):
+        published.criteo(tmp_path, tmp_path / "cache")
