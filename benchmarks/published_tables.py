@@ -114,7 +114,8 @@ def _connect(work: Path) -> duckdb.DuckDBPyConnection:
         "temp_directory": str(work / "spilled"),
         "preserve_insertion_order": True,
     }
-    return duckdb.connect(str(work / "tables.duckdb"), config=settings)
+    database = duckdb.connect(str(work / "tables.duckdb"), config=settings)
+    return database.execute("SET enable_progress_bar = false")
 
 
 def _rename(draft: Path, folder: Path) -> None:
@@ -202,7 +203,7 @@ def read_table(
 
 def _check_header(path: Path, columns: list[str], delimiter: str) -> None:
     with path.open(errors="replace") as file:
-        names = [name.strip() for name in file.readline(10_000).split(delimiter)]
+        names = [name.strip() for name in file.readline(1_000).split(delimiter)]
     if names != columns:
         raise ValueError(
             f"The first line of {path} should name {columns}. Received: {names}. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +162,7 @@ def test_taobaoad_has_the_rows_in_order(taobaoad: data.Stream, shown: list[Shown
         assert taobaoad.week[at] == moment.day - 5
         assert taobaoad.sparse["weekday"][at] == moment.weekday()
         assert taobaoad.sparse["hour"][at] == moment.hour
-    assert set(taobaoad.week.tolist()) == {1, 2, 3, 4} or set(taobaoad.week.tolist()) == {1, 2, 3}
+    assert len(set(taobaoad.week.tolist())) > 2
     views = [(row.user, row.time) for row in shown]
     assert max(map(views.count, views)) > 2
     for at, group in enumerate(taobaoad.group):
@@ -225,6 +225,48 @@ def test_a_stream_is_built_once_for_its_files(tmp_path: Path) -> None:
     other = write_taobaoad(tmp_path / "two", random_shown(seed=1))
     assert len(published.taobaoad(other, cache)) == len(built)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_file_is_known_by_its_name_its_size_and_both_ends(tmp_path: Path) -> None:
+    def digest_of(name: str, ends: tuple[str, str], size: int) -> str:
+        (tmp_path / name).write_text(ends[0] + "." * size + ends[1])
+        return published_tables.digest([tmp_path / name])
+
+    kinds = [
+        ("a", ("1", "2"), 3 * 2**20),
+        ("b", ("1", "2"), 3 * 2**20),
+        ("a", ("0", "2"), 3 * 2**20),
+        ("a", ("1", "0"), 3 * 2**20),
+        ("a", ("1", "2"), 3 * 2**20 + 1),
+    ]
+    digests = [digest_of(*kind) for kind in kinds]
+    assert len(set(digests)) == len(kinds)
+    assert digest_of(*kinds[0]) == digests[0]
+
+
+def test_a_stream_that_another_process_has_built_since_is_kept(
+    tmp_path: Path, taobaoad: data.Stream
+) -> None:
+    paths, cache = [tmp_path / "raw" / "raw_sample.csv"], tmp_path / "cache"
+
+    def late(_: object) -> Iterator[data.Stream]:
+        published_tables.load_or_build("one", paths, cache, lambda _: iter([taobaoad]))
+        yield taobaoad.select(slice(5))
+
+    assert_same(published_tables.load_or_build("one", paths, cache, late), taobaoad)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_cache_that_takes_no_folder_is_told(
+    tmp_path: Path, taobaoad: data.Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    paths = [tmp_path / "raw" / "raw_sample.csv"]
+    with pytest.raises(PermissionError, match="read-only"):
+        published_tables.load_or_build("one", paths, tmp_path / "c", lambda _: iter([taobaoad]))
 
 
 def test_in_any_order_of_rows_and_in_any_parts(
