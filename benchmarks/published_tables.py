@@ -1,0 +1,331 @@
+"""From published files to a stream on disk, with little in memory: what the four readers share.
+
+DuckDB reads the files, sorts and counts in a folder of its own and gives the rows in parts; each
+part becomes a stream, and what is written is one after the other. Memory is that of DuckDB, which
+spills beyond `MEMORY`, of the vocabularies, and of a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import duckdb
+import numpy as np
+import polars as pl
+
+# After the script's own folder, as both have a report.py.
+sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
+
+import data
+
+FORMAT_VERSION = 1
+MEMORY, THREADS = "2GB", 4
+"""Of DuckDB; of fewer cores fewer threads."""
+PART_ROWS = 2**18
+PRIOR_COUNT = 10.0
+"""The examples that a prior rate stands for."""
+LABEL = "ENUM('0', '1')"
+_MIB = 2**20
+
+Names: TypeAlias = tuple[str, ...]
+Arrays: TypeAlias = dict[str, data.Array]
+
+
+class Format(NamedTuple):
+    """Which features of a stream a model gets: names of sparse ones, and of dense ones.
+
+    Attributes:
+        lean: what a served student has.
+        strong: also what the past says of the example's ids.
+        rich: everything.
+        in_time_order: the rows come in the order in which they happened.
+    """
+
+    lean: tuple[Names, Names]
+    strong: tuple[Names, Names]
+    rich: tuple[Names, Names]
+    in_time_order: bool = True
+
+
+def require_files(title: str, folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of these names.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"The folder of {title} should have {', '.join(names)}. Received: {folder}, without "
+            f"{', '.join(missing)}. Give the folder that the published files were unpacked to"
+        )
+    return [folder / name for name in names]
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """SHA-256 of each file's name and size, and of its first and last MiB."""
+    total = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        total.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            total.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            total.update(file.read())
+    return total.hexdigest()
+
+
+def load_or_build(
+    name: str,
+    paths: Sequence[Path],
+    cache: Path | None,
+    parts: Callable[[duckdb.DuckDBPyConnection], Iterator[data.Stream]],
+) -> data.Stream:
+    """The stream of some files, memory-mapped; built in the cache folder the first time.
+
+    Args:
+        name: of the data set.
+        paths: the files; the name in the cache says which they were.
+        cache: by default that of the promotion stream.
+        parts: gives the stream in parts, in order, with the help of an empty database.
+    """
+    folder = (cache or data._default_cache()) / f"{name}-v{FORMAT_VERSION}-{digest(paths)[:12]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
+            with _connect(Path(work)) as database:
+                save_parts(parts(database), Path(work) / "stream")
+            _rename(Path(work) / "stream", folder)
+    return data.load(folder)
+
+
+def _connect(work: Path) -> duckdb.DuckDBPyConnection:
+    settings: dict[str, Any] = {
+        "memory_limit": MEMORY,
+        "threads": min(THREADS, os.cpu_count() or 1),
+        "temp_directory": str(work / "spilled"),
+        "preserve_insertion_order": True,
+    }
+    database = duckdb.connect(str(work / "tables.duckdb"), config=settings)
+    return database.execute("SET enable_progress_bar = false")
+
+
+def _rename(draft: Path, folder: Path) -> None:
+    """Let the folder appear whole; one that another process has made since is kept."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+def save_parts(parts: Iterable[data.Stream], folder: Path) -> None:
+    """Write the parts of a stream, one after the other, as `data.save` writes a whole one.
+
+    The files grow by plain writes: pages of a memory-map would count as this process's memory.
+    """
+    folder.mkdir()
+    rows, meta, types = 0, {}, {}
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for part in parts:
+            for name, values in data._columns(part).items():
+                if name not in files:
+                    files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
+                    types[name] = values.dtype
+                    _write_header(files[name], values.dtype, 0)
+                files[name].write(np.ascontiguousarray(values, types[name]).data)
+            rows += len(part)
+            meta = {"verticals": part.verticals, "cardinalities": part.cardinalities}
+        for name, file in files.items():
+            file.seek(0)
+            _write_header(file, types[name], rows)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _write_header(file: Any, dtype: np.dtype[Any], rows: int) -> None:
+    """As long for any number of rows: NumPy leaves room for one that grows."""
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(file, about)
+
+
+def read_table(
+    database: duckdb.DuckDBPyConnection,
+    table: str,
+    path: Path,
+    columns: Mapping[str, str],
+    select: str = "*",
+    *,
+    delimiter: str = ",",
+    header: bool = True,
+) -> None:
+    """Append what SQL selects from the rows of a file to a table, in the order of the file.
+
+    Args:
+        database: what has the table, or is given it.
+        table: its name.
+        path: text, or text that gzip has packed.
+        columns: name and type of every column. An empty value is missing, and so is NULL.
+        select: SQL of the columns to keep.
+        delimiter: what stands between two columns.
+        header: the first line has the names of the columns.
+
+    Raises:
+        ValueError: the file has another header, or a line of another form.
+    """
+    if header:
+        _check_header(path, list(columns), delimiter)
+    form = (
+        f"SELECT {select} FROM read_csv($path, auto_detect = false, header = false, "
+        f"skip = {int(header)}, delim = '{delimiter}', quote = '', escape = '', "
+        f"nullstr = ['', 'NULL'], columns = {dict(columns)})"
+    )
+    try:
+        # Without rows, for the columns alone
+        database.execute(
+            f"CREATE TABLE IF NOT EXISTS {table} AS {form} LIMIT 0", {"path": str(path)}
+        )
+        database.execute(f"INSERT INTO {table} {form}", {"path": str(path)})
+    except (duckdb.DataError, duckdb.InvalidInputException) as error:
+        raise ValueError(
+            f"{path} should be as published, each line with the columns {dict(columns)}. "
+            f"Received: {_first_lines(error)}. Unpack it again, or see whether it is another file"
+        ) from error
+
+
+def _check_header(path: Path, columns: list[str], delimiter: str) -> None:
+    with path.open(errors="replace") as file:
+        names = [name.strip() for name in file.readline(1_000).split(delimiter)]
+    if names != columns:
+        raise ValueError(
+            f"The first line of {path} should name {columns}. Received: {names}. "
+            "See whether it is the published file, and whole"
+        )
+
+
+def _first_lines(error: Exception) -> str:
+    """What DuckDB says of a line, without its advice and settings."""
+    lines = str(error).split("\nColumn ")[0].split("\nPossible ")[0].splitlines()
+    return ". ".join(line[:200] for line in lines if line)
+
+
+def require_values(database: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str]) -> int:
+    """The number of a table's rows.
+
+    Raises:
+        ValueError: there is none, or some lack a value.
+    """
+    lacking = " OR ".join(f"{name} IS NULL" for name in columns)
+    counts = f"SELECT count(*), count(*) FILTER (WHERE {lacking}) FROM {table}"
+    rows, lack = database.execute(counts).fetchall()[0]
+    if not rows or lack:
+        raise ValueError(
+            f"Some rows should be there, all with {', '.join(columns)}. Received: {rows} rows, "
+            f"{lack} that lack a value. Unpack the published files again"
+        )
+    return int(rows)
+
+
+def require_once(database: duckdb.DuckDBPyConnection, table: str, key: str, path: Path) -> None:
+    """See that no two rows of a table, which a file was read into, have the same key."""
+    counts = f"SELECT count(*), count(DISTINCT {key}) FROM {table}"
+    rows, keys = database.execute(counts).fetchall()[0]
+    if rows != keys:
+        raise ValueError(
+            f"{path} should have each {key} in one row. Received: {rows} rows of {keys} of them. "
+            "Unpack it again"
+        )
+
+
+def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source: str) -> int:
+    """Make a table of the values of a key in another table, and tell how many there are.
+
+    It has the key, its `code`, which is its rank, and `before`, the number of rows in the other
+    table that have a lower one.
+    """
+    database.execute(f"""
+        CREATE TABLE {table} AS SELECT {key}, row_number() OVER (ORDER BY {key}) - 1 AS code,
+            (sum(n) OVER (ORDER BY {key}) - n)::BIGINT AS before
+        FROM (SELECT {key}, count(*) AS n FROM {source} GROUP BY {key})""")
+    return int(database.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])
+
+
+def code_columns(table: pl.DataFrame, columns: Sequence[str]) -> tuple[Arrays, dict[str, int]]:
+    """Codes of some columns by the rank of the value, and how many codes there are.
+
+    A missing value has the last one, whether it occurs or not.
+    """
+    words = {name: table[name].drop_nulls().unique().sort() for name in columns}
+    codes = {name: data.code(table[name], known) for name, known in words.items()}
+    return codes, {name: len(known) + 1 for name, known in words.items()}
+
+
+def earlier(key: str, columns: str, labels: Sequence[str] = ("label",)) -> tuple[str, str]:
+    """SQL that looks at the rows of the same key with a strictly earlier `time`.
+
+    Args:
+        key: name of the key, and of what is selected: `{key}_seen`, the number of such rows,
+            `{key}_last`, the greatest time among them, else NULL, and `{key}_{label}` for each
+            label, the number of those that have it.
+        columns: the key's columns.
+        labels: columns of 0 and 1.
+
+    Returns:
+        columns to select, and the definition of a window.
+    """
+    counts = [f"coalesce(sum({x}) OVER {key}_past, 0)::BIGINT AS {key}_{x}" for x in labels]
+    seen = f"count(*) OVER {key}_past AS {key}_seen"
+    last = f"max(time) OVER {key}_past AS {key}_last"
+    frame = "GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"  # of rows with one time
+    window = f"{key}_past AS (PARTITION BY {columns} ORDER BY time {frame})"
+    return ", ".join([seen, last, *counts]), window
+
+
+def parts(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[Arrays]:
+    """The columns of a query's rows, a part of the rows at a time."""
+    for batch in database.sql(query).to_arrow_reader(PART_ROWS):
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        yield {name: column.to_numpy(zero_copy_only=False) for name, column in columns}
+
+
+def past(key: str, rows: Arrays, prior: float, label: str = "label") -> Arrays:
+    """log1p of how many earlier rows have the key, and the smoothed mean of their label,
+
+    (positives + prior * PRIOR_COUNT) / (count + PRIOR_COUNT).
+    """
+    seen = rows[f"{key}_seen"]
+    mean = (rows[f"{key}_{label}"] + prior * PRIOR_COUNT) / (seen + PRIOR_COUNT)
+    named = key if label == "label" else f"{key}_{label}"
+    return {f"{key}_log_seen": np.log1p(seen), f"{named}_mean": mean}
+
+
+def part(
+    features: Format,
+    rows: Arrays,
+    sparse: Arrays,
+    dense: Arrays,
+    verticals: Names,
+    cardinalities: Mapping[str, int],
+) -> data.Stream:
+    """A part of a stream: rows have time, week, label, page and slot, some vertical."""
+    (sparse_names, dense_names), size = features.rich, len(rows["time"])
+    return data.Stream(
+        time=rows["time"].astype(np.int64),
+        week=rows["week"].astype(np.int32),
+        label=rows["label"].astype(np.float32),
+        vertical=np.array(rows.get("vertical", np.zeros(size)), np.int32),
+        weight=np.ones(size, np.float32),
+        example_id=data.example_ids(rows["page"], rows["slot"]),
+        sparse={name: sparse[name].astype(np.int32) for name in sparse_names},
+        dense={name: dense[name].astype(np.float32) for name in dense_names},
+        verticals=verticals,
+        cardinalities={name: int(cardinalities[name]) for name in sparse_names},
+    )
