@@ -88,10 +88,11 @@ bench: venv
 # What a teacher brings, on real streams, and benchmarks/QUALITY.md from it; it goes on where it was
 # stopped, and what is kept in benchmarks/measured/quality.json is not run again. SOURCE=ebnerd
 # DATA=FOLDER: on a stream whose files are yours (taobaoad, kuaivideo, amazonelectronics, criteo).
-# TABLE='bias noise' picks tables. QUICK=1: some minutes, and nothing is kept.
+# TABLE='bias noise' picks tables, SEEDS=1 is the first seed alone. QUICK=1: some minutes, and nothing is kept.
 quality: venv
 	OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(if $(QUICK),--quick) \
-		$(if $(SOURCE),--source $(SOURCE)) $(if $(DATA),--data $(DATA)) $(if $(TABLE),--table $(TABLE))
+		$(if $(SOURCE),--source $(SOURCE)) $(if $(DATA),--data $(DATA)) \
+		$(if $(TABLE),--table $(TABLE)) $(if $(SEEDS),--seeds $(SEEDS))
 
 # All that needs an NVIDIA GPU, in under ten minutes, and benchmarks/measured/gpu.md from it. Makes no
 # .venv and asks no network: it runs in PYTHON's environment, with what WHEELS, a folder, has beside

@@ -26,11 +26,13 @@ import numpy as np
 import polars as pl
 from published_histories import AMAZONELECTRONICS, KUAIVIDEO, amazonelectronics, kuaivideo
 from published_tables import (
+    FORMAT_VERSION,
     LABEL,
     Format,
     Names,
     code_columns,
     data,
+    digest,
     earlier,
     load_or_build,
     make_codes,
@@ -52,7 +54,14 @@ __all__ = (
     "criteo",
     "kuaivideo",
     "taobaoad",
+    "version",
 )
+
+
+def version(folder: Path) -> tuple[int, str]:
+    """Of the streams' format, and of the files of a folder."""
+    return FORMAT_VERSION, digest(sorted(path for path in folder.iterdir() if path.is_file()))
+
 
 NEVER_DAYS = 30.0
 """Days since the last example that stand for 'none yet': longer than the data last."""

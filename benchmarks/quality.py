@@ -1,7 +1,7 @@
 """When does external distillation pay, and how much: the paper's experiments on real streams.
 
     python benchmarks/quality.py [--source NAME [--data FOLDER]] [--table NAME ...] [--quick]
-                                 [--tune] [--no-run] [--workers N] [--out FOLDER]
+                                 [--seeds N] [--tune] [--no-run] [--workers N] [--out FOLDER]
 
 One pass in time order, each example scored before it is trained on, figures over the later half,
 several seeds (a teacher and its students share one). A stream whose files the user has to bring is
@@ -33,7 +33,7 @@ import ranking as ranking_report
 import torch
 from passes import WIDTH
 from quality_report import CONTROL, RECIPE, STUDENTS
-from sources import SOURCES, Array, at_hand, demo, rows_of, sampling_rates, stream_of
+from sources import SOURCES, Array, at_hand, demo, rows_of, sampling_rates, source_of, stream_of
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
@@ -163,7 +163,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Another one for every other cell, and for every change of a setting."""
-        told = {**changed(self), "rates": self.rates or SOURCES[self.source].rates[self.student]}
+        told = {**changed(self), "rates": self.rates or source_of(self.source).rates[self.student]}
         arm = SETTINGS.get(self.arm, Setting())
         options = {**changed(arm), "terms": [_told(term) for term in arm.terms]}
         text = json.dumps([told, options, settings(self.source)], sort_keys=True)
@@ -187,11 +187,11 @@ def _told(term: Term) -> dict[str, Any]:
 
 def settings(source: str) -> dict[str, Any]:
     """What a run rests on beside its cell; of the code nothing is told."""
-    told = {name: getattr(SOURCES[source], name) for name in ("lean", "strong", "rich")}
+    told = {name: getattr(source_of(source), name) for name in ("lean", "strong", "rich")}
     told |= {name: getattr(demo, name) for name in ("TEACHER", "STUDENT")}
     names = ("teacher_rates", "tuning_week", "first_week", "frozen_after")
-    told |= {name: getattr(SOURCES[source], name) for name in names}
-    return told | {"version": SOURCES[source].version()}
+    told |= {name: getattr(source_of(source), name) for name in names}
+    return told | {"version": source_of(source).version()}
 
 
 class Part(NamedTuple):
@@ -202,14 +202,15 @@ class Part(NamedTuple):
 
 
 def ablation(source: str, quick: bool, arms: Iterable[str] = ARMS) -> Iterator[Cell]:
-    verticals = SOURCES[source].swept[:2] if quick else SOURCES[source].verticals
+    verticals = source_of(source).swept[:2] if quick else source_of(source).verticals
     seeds = SEEDS[:2] if quick else SEEDS
-    if source == "movielens":
+    if source not in ("promotions", "ebnerd"):
         arms = [arm for arm in arms if arm in FEWER or arm not in ARMS]
     for seed, student, vertical, arm in itertools.product(
         seeds, STUDENTS, verticals, ("teacher", *arms)
     ):
-        yield Cell(source, vertical, student, arm, seed)
+        if source != "ebnerd" or seed in SWEEP_SEEDS or arm in ("teacher", *FEWER):
+            yield Cell(source, vertical, student, arm, seed)
 
 
 def sweep(
@@ -220,7 +221,7 @@ def sweep(
     students: Sequence[str] = STUDENTS[:1],
 ) -> Iterator[Cell]:
     """Cells of a sweep, which changes one thing."""
-    verticals = verticals or SOURCES[source].swept
+    verticals = verticals or source_of(source).swept
     verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
     for seed, vertical, student, arm in itertools.product(seeds, verticals, students, arms):
         yield Cell(source, vertical, student, arm, seed)
@@ -238,15 +239,16 @@ def mechanisms(source: str, quick: bool) -> Iterator[Cell]:
 
 def bias(source: str, quick: bool) -> Iterator[Cell]:
     yield from sweep(source, quick, ["none"])
-    for cell in sweep(source, quick, ["serving head", "AH", "AH + SA", RECIPE]):
+    arms = ["serving head", "AH", RECIPE, *(["AH + SA"] if source == "promotions" else [])]
+    for cell in sweep(source, quick, arms):
         yield from (replace(cell, shift=shift) for shift in ((0.0, 1.0) if quick else SHIFTS))
 
 
 def freshness(source: str, quick: bool) -> Iterator[Cell]:
     """Over all verticals, as they differ in how fast a teacher grows old."""
-    verticals = SOURCES[source].verticals
+    verticals = source_of(source).verticals
     yield from sweep(source, quick, ["none"], verticals)
-    delays = [f"delay-{delay}" for delay in SOURCES[source].delays]
+    delays = [f"delay-{delay}" for delay in source_of(source).delays]
     feeds = (delays[0], delays[-1]) if quick else (*delays, "frozen")
     arms = ["teacher", "AH", RECIPE]
     if source == "promotions" and not quick:
@@ -257,7 +259,7 @@ def freshness(source: str, quick: bool) -> Iterator[Cell]:
 
 def adapters(source: str, quick: bool) -> Iterator[Cell]:
     """What the recipe's second term needs, with the teacher that is oldest."""
-    verticals = SOURCES[source].verticals
+    verticals = source_of(source).verticals
     for cell in sweep(source, quick, [RECIPE, *VARIANTS], verticals):
         yield replace(cell, feed="frozen")
     for cell in sweep(source, quick, [RECIPE], verticals):
@@ -277,9 +279,9 @@ def sampling(source: str, quick: bool) -> Iterator[Cell]:
 
 def ranking(source: str, quick: bool) -> Iterator[Cell]:
     """What terms over groups add to the recipe."""
-    for cell in ablation(source, quick, ("none", "AH", RECIPE, *RANKING)):
-        if cell.vertical in RANKED.get(source, (cell.vertical,)):
-            yield cell
+    verticals = RANKED.get(source, source_of(source).verticals)
+    for cell in sweep(source, quick, ("none", "AH", RECIPE, *RANKING), verticals, STUDENTS):
+        yield from (replace(cell, seed=seed) for seed in SEEDS) if cell.seed == 0 else ()
 
 
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
@@ -301,24 +303,25 @@ def batches(source: str, quick: bool) -> Iterator[Cell]:
     """With a smaller batch, which is better and takes twice the time, and with other rates."""
     for cell in sweep(source, quick, ["none", RECIPE]):
         for student in STUDENTS:
-            _, *rates = SOURCES[source].rates[student]
+            _, *rates = source_of(source).rates[student]
             yield replace(cell, student=student, rates=(SMALL_BATCH, *rates))
-    for cell in sweep(source, quick, ["none", "AH", RECIPE], SOURCES[source].verticals):
+    for cell in sweep(source, quick, ["none", "AH", RECIPE], source_of(source).verticals):
         yield replace(cell, rates=OTHER_RATES)
 
 
 def tuning(source: str, quick: bool) -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
-    for student, vertical, rates in itertools.product(STUDENTS, SOURCES[source].swept, GRID):
+    for student, vertical, rates in itertools.product(STUDENTS, source_of(source).swept, GRID):
         yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
 
 
+OURS = ("promotions", "movielens", "ebnerd")
 PARTS = {  # in the order to run them
     "ablation": Part(ablation),
     "bias": Part(bias, ("promotions", "ebnerd")),
     "freshness": Part(freshness, ("promotions", "ebnerd")),
-    "generations": Part(generations),
-    "mechanisms": Part(mechanisms),
+    "generations": Part(generations, OURS),
+    "mechanisms": Part(mechanisms, OURS),
     "ranking": Part(ranking, ("promotions", "ebnerd")),
     "hierarchy": Part(hierarchy, ("promotions",)),
     "noise": Part(noise, ("promotions",)),
@@ -359,7 +362,7 @@ def said_for(cell: Cell) -> dict[Teacher, set[str]]:
 
 def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
     """Run a teacher, and keep what it says: one file for each age of it, and its directions."""
-    source, stream = SOURCES[teacher.source], stream_of(teacher.source)
+    source, stream = source_of(teacher.source), stream_of(teacher.source)
     rows = rows_of(teacher.source, *source.verticals)
     if teacher.kind.startswith("domain"):
         said: dict[str, Any] = {"fresh": domain_logits(teacher, rows, folder)}
@@ -388,7 +391,7 @@ def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
 
 def domain_logits(teacher: Teacher, rows: Array, folder: Path) -> Array:
     """What a model between the teacher and the students says, (B,): NaN of other verticals."""
-    source, stream = SOURCES[teacher.source], stream_of(teacher.source)
+    source, stream = source_of(teacher.source), stream_of(teacher.source)
     above = np.load(teacher._replace(kind="rich").file(folder, "fresh"), mmap_mode="r")
     study = passes.study_of(
         stream.select(rows),
@@ -418,7 +421,7 @@ def outputs_of(cell: Cell, rows: Array, folder: Path) -> Array:
 
 def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
     """A cell's student with its teacher, its examples, and their rows in the stream."""
-    source, arm = SOURCES[cell.source], SETTINGS.get(cell.arm, Setting())
+    source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
     whole = stream_of(cell.source)
     rows = rows_of(cell.source, cell.vertical)
     needed = said_for(cell)
@@ -471,7 +474,7 @@ def mixed(logits: Array, labels: Array) -> Array:
 def run(cell: Cell, folder: Path) -> None:
     """Train a cell's student, and keep its figures."""
     study, stream, rows = study_of(cell, folder)
-    source = SOURCES[cell.source]
+    source = source_of(cell.source)
     if cell.arm == "teacher":
         logits = outputs_of(cell, rows, folder)[:, 0]
         batch_size = source.rates[cell.student][0]
@@ -590,6 +593,7 @@ def main() -> None:
     parser.add_argument("--source", choices=SOURCES, help="this stream alone")
     parser.add_argument("--data", type=Path, help="folder of its published files")
     parser.add_argument("--table", nargs="+", choices=PARTS, help="these tables alone")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first of them alone")
     parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
     parser.add_argument("--no-run", action="store_true", help="the page from what is there")
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
@@ -602,10 +606,10 @@ def main() -> None:
         return tune(sources, options.out, options.workers)
     names = options.table or (QUICK if options.quick else PARTS)
     parts = [
-        list(dict.fromkeys(PARTS[name].cells(source, options.quick)))
-        for name in names
+        [cell for cell in dict.fromkeys(cells(source, options.quick)) if cell.seed < options.seeds]
+        for cells, only in map(PARTS.__getitem__, names)
         for source in sources
-        if source in (PARTS[name].sources or sources)
+        if source in (only or sources)
     ]
     kept = {} if options.quick else json.loads(KEPT_FILE.read_text())
     keys = {result["key"] for result in kept.get("results", ())}

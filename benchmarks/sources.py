@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import ebnerd
 import movielens  # puts the example's folder on the path
 import numpy as np
 import numpy.typing as npt
+import published
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
 
@@ -31,7 +32,8 @@ class Source:
 
     Attributes:
         load: the stream.
-        verticals: those with students.
+        verticals: those with students; (): all that the stream has, and the weeks below are those
+            that a quarter and a half of its examples are before.
         swept: those of sweeps, which change one thing.
         lean: sparse and dense features of the student of this name.
         strong: those of the other; the teacher's generation before the rich one has the same.
@@ -92,6 +94,21 @@ def data_folder(source: str) -> Path:
     return Path(folder)
 
 
+def _published(name: str, features: published.Format) -> Source:
+    """A stream of published files, with rates that nobody chose."""
+    return Source(
+        load=lambda: getattr(published, name)(data_folder(name)),
+        verticals=(),
+        swept=(),
+        lean=features.lean,
+        strong=features.strong,
+        rich=features.rich,
+        rates={"lean": (2048, 2e-3, 0.3), "strong": (2048, 2e-3, 0.3)},
+        brought=True,
+        version=lambda: published.version(data_folder(name)),
+    )
+
+
 SOURCES = {
     "promotions": Source(
         load=lambda: data.load_stream(progress=False),
@@ -141,9 +158,34 @@ SOURCES = {
 }
 
 
+SOURCES |= {
+    "taobaoad": _published("taobaoad", published.TAOBAOAD),
+    "kuaivideo": _published("kuaivideo", published.KUAIVIDEO),
+    "amazonelectronics": _published("amazonelectronics", published.AMAZONELECTRONICS),
+    "criteo": _published("criteo", published.CRITEO),
+}
+
+
 @lru_cache(1)
 def stream_of(source: str) -> data.Stream:
     return SOURCES[source].load()
+
+
+@lru_cache
+def source_of(name: str) -> Source:
+    """A stream's settings, with those that only its examples tell."""
+    source = SOURCES[name]
+    if source.verticals:
+        return source
+    stream = stream_of(name)
+    quarter, half = (int(stream.week[len(stream) * k // 4]) for k in (1, 2))
+    return replace(
+        source,
+        verticals=stream.verticals,
+        swept=stream.verticals,
+        tuning_week=quarter,
+        first_week=half,
+    )
 
 
 @lru_cache(4)

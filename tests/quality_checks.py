@@ -283,8 +283,19 @@ def tiny_source() -> Iterator[Path]:
     )
     with mock.patch.dict(sources.SOURCES, tiny=source), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-    for cached in (sources.stream_of, sources.rows_of, sources.sampling_rates):
+    for cached in (sources.stream_of, sources.source_of, sources.rows_of, sources.sampling_rates):
         cached.cache_clear()
+
+
+def check_a_stream_tells_verticals_and_weeks_where_nobody_did() -> None:
+    with tiny_source():
+        told = replace(sources.SOURCES["tiny"], verticals=(), swept=())
+        with mock.patch.dict(sources.SOURCES, tiny=told):
+            source = sources.source_of("tiny")
+            assert source.verticals == source.swept == ("even", "odd")
+            assert (source.tuning_week, source.first_week) == (2, 3)
+            cells = list(quality.ablation("tiny", quick=False))
+            assert {cell.arm for cell in cells} == {"teacher", *quality.FEWER}
 
 
 def check_a_study_is_the_same_as_a_cell() -> None:
