@@ -1,0 +1,141 @@
+"""Figures of logits and labels, and tests of what an arm changes. numpy and SciPy alone.
+
+Letters in shapes: B examples, S seeds, V parts (verticals, or the tasks of a student).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Changes", "changes_of", "figures", "generation_ratio", "losses", "p_value"]
+
+Array = npt.NDArray[Any]
+Result = Mapping[str, Any]
+
+
+def figures(logits: Array, labels: Array) -> dict[str, float]:
+    """What a student's predictions are worth.
+
+    With p = σ(z), the log-loss l and the base rate r = mean(y):
+
+        ne = mean l(p, y) / l(r, r),    calibration = mean p / r,
+
+    and auc, the share of pairs of a positive and a negative in the right order; ties count half.
+
+    Args:
+        logits: z, (B,).
+        labels: y in [0, 1], (B,).
+
+    Returns:
+        "rows", "ne", "auc" and "calibration"; NaN where one is not defined.
+    """
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    rate = y.mean() if len(y) else np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -rate * np.log(rate) - (1 - rate) * np.log1p(-rate)
+        return {
+            "rows": len(y),
+            "ne": float(np.mean(losses(z, y)) / entropy) if len(y) else np.nan,
+            "auc": _auc(z, y > 0.5),
+            "calibration": float(np.mean(1 / (1 + np.exp(-z))) / rate) if len(y) else np.nan,
+        }
+
+
+def losses(logits: Array, labels: Array) -> Array:
+    """The log-loss of each example, (B,)."""
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    return np.logaddexp(0, z) - y * z
+
+
+def _auc(z: Array, positive: Array) -> float:
+    _, place, counts = np.unique(z, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    wins = int(positive.sum())
+    pairs = wins * (len(z) - wins)
+    return float((ranks[positive].sum() - wins * (wins + 1) / 2) / pairs) if pairs else np.nan
+
+
+class Changes(NamedTuple):
+    """What an arm changes against the student alone, in per cent.
+
+    Attributes:
+        ne, auc: (S, V).
+        seeds, parts: in the order of rows and columns.
+        calibration: (S, V), as it is.
+    """
+
+    ne: Array
+    auc: Array
+    seeds: list[int]
+    parts: list[str]
+    calibration: Array
+
+    def less(self, other: Changes, figure: str = "ne") -> Array:
+        """The difference of a figure, of the seeds and parts that both have."""
+        seeds = [s for s in self.seeds if s in other.seeds]
+        parts = [p for p in self.parts if p in other.parts]
+
+        def common(changes: Changes) -> Array:
+            rows, columns = map(changes.seeds.index, seeds), map(changes.parts.index, parts)
+            return np.asarray(getattr(changes, figure))[np.ix_(list(rows), list(columns))]
+
+        return common(self) - common(other)
+
+    def worse(self) -> list[str]:
+        """The parts where NE is significantly higher: p < 0.05 over seeds, uncorrected."""
+        columns = zip(self.parts, self.ne.T, strict=True)
+        return [part for part, ne in columns if ne.mean() > 0 and p_value(ne) < 0.05]
+
+    def eta(self, teacher: Changes) -> float:
+        """η, the share of the teacher's lead that the student gets: its gain over the teacher's.
+
+        η = (NE_none - NE_arm) / (NE_none - NE_teacher), of means over seeds and parts, in per cent
+        of none's NE (Rec-Distill, arXiv 2605.29755).
+        """
+        return float(self.ne.mean() / teacher.ne.mean())
+
+
+def generation_ratio(new: Changes, old: Changes, teacher: Changes, older: Changes) -> float:
+    """What students gain from a teacher over an older one, over what the teacher gained itself.
+
+    (NE_arm,old - NE_arm,new) / (NE_older - NE_teacher): it can be high where η is low.
+    """
+    return float(new.less(old).mean() / teacher.less(older).mean())
+
+
+def changes_of(
+    arm: Iterable[Result], none: Iterable[Result], figures: Sequence[str] = ("ne", "auc")
+) -> Changes | None:
+    """An arm against the student alone: of the seeds that have every part of the arm in both.
+
+    Args:
+        arm: results, each with "part", "seed", "ne", "auc" and "calibration".
+        none: those of the student alone.
+        figures: those that NE and AUC are taken from, by name.
+    """
+    mine, alone = ({(r["part"], r["seed"]): r for r in results} for results in (arm, none))
+    parts = list(dict.fromkeys(part for part, _ in mine))
+    whole = [
+        seed
+        for seed in sorted({seed for _, seed in mine})
+        if all((part, seed) in mine and (part, seed) in alone for part in parts)
+    ]
+    if not whole:
+        return None
+
+    def table(name: str, results: Mapping[Any, Result]) -> Array:
+        return np.array([[results[part, seed][name] for part in parts] for seed in whole])
+
+    ne, auc = (100 * (table(name, mine) / table(name, alone) - 1) for name in figures)
+    return Changes(ne, auc, whole, parts, table("calibration", mine))
+
+
+def p_value(values: Array) -> float:
+    """Of a two-sided t-test that the mean is 0; NaN of fewer than two values."""
+    from scipy import stats
+
+    return float(stats.ttest_1samp(values, 0).pvalue) if len(values) > 1 else float("nan")

@@ -1,0 +1,295 @@
+"""The table of a study, its picture, and the sentence that says which setting to take.
+
+Letters in shapes: N examples, P periods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchrec_exfm.study.figures import (
+    Array,
+    Changes,
+    Result,
+    changes_of,
+    figures,
+    generation_ratio,
+    losses,
+    p_value,
+)
+from torchrec_exfm.study.passes import Arm, Pass
+from torchrec_exfm.tasks import Task
+
+__all__ = ["Run", "markdown", "mean_cell", "p_text", "write_report"]
+
+ITSELF = {"teacher": "the teacher itself", "older": "the older teacher itself"}
+SURE = 0.05  # of p, times the number of settings that are tried
+
+
+class Run(NamedTuple):
+    """A pass of an arm with a seed, and which of its examples figures are of, (N,)."""
+
+    name: str
+    arm: Arm
+    seed: int
+    said: Pass
+    counted: Array
+
+
+class Finding(NamedTuple):
+    """What an arm changes: of all examples, of those that the teacher spoke of, and over time.
+
+    Attributes:
+        over_time: (P,) the change of the mean log-loss in each period, in per cent, over all seeds.
+        cost: of training an example, over the student alone: the median over seeds.
+    """
+
+    arm: Arm
+    change: Changes
+    covered: Changes
+    over_time: Array
+    cost: float
+
+
+def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> str:
+    """table.md, table.json and picture.png in the folder; the first is returned as well."""
+    results = results_of(runs, tasks)
+    findings = _findings(runs, results)
+    text = f"{_table(runs, results, findings)}\n{sentence(findings)}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text)
+    (folder / "table.json").write_text(json.dumps(results))
+    draw(folder / "picture.png", findings)
+    return text
+
+
+def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Figures by arm, seed and task, of all examples and of those that the teacher spoke of.
+
+    What the teachers themselves said has arms of its own.
+    """
+    results = []
+    teachers: dict[tuple[str, int], Array] = {
+        (run.arm.teacher, run.seed): run.said.teacher for run in runs if run.arm.terms
+    }
+    for run in runs:
+        outputs = {kind: teachers.get((kind, run.seed)) for kind in ITSELF}
+        for t, task in enumerate(tasks):
+            labels = run.said.labels[:, t]
+            rows = run.counted & ~np.isnan(labels)
+            said = {run.name: run.said.logits[:, t]}
+            spoken = rows
+            for kind, values in outputs.items():
+                if values is not None and run.name == "none":
+                    said[ITSELF[kind]] = values[:, 0, t]
+                if values is not None and kind == "teacher":
+                    spoken = rows & ~np.isnan(values[:, 0, t])
+            for name, logits in said.items():
+                shown = rows & ~np.isnan(logits)
+                covered = figures(logits[spoken & shown], labels[spoken & shown])
+                results.append(
+                    {
+                        **{"arm": name, "seed": run.seed, "part": task.name},
+                        **figures(logits[shown], labels[shown]),
+                        **{f"covered_{figure}": covered[figure] for figure in ("ne", "auc")},
+                    }
+                )
+    return results
+
+
+def _findings(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
+    alone = {run.seed: run.said for run in runs if run.name == "none"}
+    findings = {}
+    for name, arm in {run.name: run.arm for run in runs if run.arm.terms}.items():
+        own = [run for run in runs if run.name == name]
+        change, covered = (_changes(results, name, prefix) for prefix in ("", "covered_"))
+        if change is not None and covered is not None:
+            cost = np.median([run.said.seconds / alone[run.seed].seconds for run in own])
+            findings[name] = Finding(arm, change, covered, _over_time(own, alone), float(cost))
+    return findings
+
+
+def _changes(results: Sequence[Result], name: str, prefix: str = "") -> Changes | None:
+    mine, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
+    return changes_of(mine, none, (f"{prefix}ne", f"{prefix}auc"))
+
+
+def _over_time(runs: Sequence[Run], alone: Mapping[int, Pass]) -> Array:
+    """(P,) see `Finding`."""
+    sums = []
+    for run in runs:
+        counted, labels = run.counted, run.said.labels[run.counted]
+        _, period = np.unique(run.said.periods[counted], return_inverse=True)
+        both = (
+            np.nansum(losses(said.logits[counted], labels), 1)
+            for said in (run.said, alone[run.seed])
+        )
+        sums.append([np.bincount(period, values) for values in both])
+    mine, none = np.sum(sums, 0)
+    return np.asarray(100 * (mine / none - 1))
+
+
+def _table(runs: Sequence[Run], results: Sequence[Result], findings: Mapping[str, Finding]) -> str:
+    none = [r for r in results if r["arm"] == "none"]
+    level = {name: np.mean([r[name] for r in none]) for name in ("ne", "auc", "calibration")}
+    teachers = {kind: _changes(results, name, "covered_") for kind, name in ITSELF.items()}
+    rows = [
+        [
+            ITSELF[kind],
+            mean_cell(of.ne),
+            mean_cell(of.auc),
+            "",
+            f"{of.calibration.mean():.3f}",
+            "1",
+            "",
+        ]
+        for kind, of in teachers.items()
+        if of is not None
+    ]
+    for name, found in findings.items():
+        teacher = teachers.get(found.arm.teacher)
+        rows.append(
+            [
+                name,
+                mean_cell(found.change.ne),
+                mean_cell(found.change.auc),
+                p_text(p_value(found.over_time)),
+                f"{found.change.calibration.mean():.3f}",
+                "" if teacher is None else f"{found.covered.eta(teacher):.2f}",
+                f"{found.cost:.2f}",
+            ]
+        )
+    seeds, parts = len({r["seed"] for r in none}), len({r["part"] for r in none})
+    periods = len(next(iter(findings.values())).over_time) if findings else 0
+    return (
+        f"The student alone: NE {level['ne']:.4f}, AUC {level['auc']:.4f}, calibration "
+        f"{level['calibration']:.3f}; means over {seeds} seeds and {parts} tasks, of "
+        f"{runs[0].counted.sum():,} examples, each scored before it was trained on.\n\n"
+        + markdown(["arm", "NE", "AUC", "p over time", "calibration", "η", "cost"], rows)
+        + "\nNE, AUC: change against the student alone, ± the standard deviation over seeds, and p "
+        f"of a paired t-test over seeds; p over time: over {periods} stretches of time. η: the "
+        "share of the teacher's lead in NE that the student gets. Cost: of training an example, "
+        "over the student alone.\n" + _generations(findings, teachers)
+    )
+
+
+def _generations(findings: Mapping[str, Finding], teachers: Mapping[str, Changes | None]) -> str:
+    """The ratio between two teachers' generations, of the arms that were taught by both."""
+    lines = []
+    for name, found in findings.items():
+        new = findings.get(name.removesuffix(", by the older teacher"))
+        teacher, older = teachers["teacher"], teachers["older"]
+        if found.arm.teacher == "older" and new and teacher and older:
+            ratio = generation_ratio(new.covered, found.covered, teacher, older)
+            lines.append(f"\nGeneration ratio of {name}: {ratio:.2f}.\n")
+    return "".join(lines)
+
+
+def sentence(findings: Mapping[str, Finding]) -> str:
+    """Which setting to take, or that it does not pay, with how sure that is.
+
+    A setting pays if NE is below the student alone, and below the head on the label, by tests over
+    seeds and over time, each p times the number of settings being under 0.05. Of those that pay the
+    first is taken that is not significantly behind the best: the simplest.
+    """
+    settings = {name: f for name, f in findings.items() if f.arm.teacher == "teacher"}
+    controls = [found for found in findings.values() if found.arm.teacher == "labels"]
+    if not settings:
+        return "No arm has a teacher."
+
+    def gains(found: Finding) -> list[Array]:
+        """What should be below 0: the change, and what is beyond the control, by seed and time."""
+        change = [found.change.ne.mean(1), *(found.change.less(c.change).mean(1) for c in controls)]
+        over_time = [found.over_time, *(found.over_time - c.over_time for c in controls)]
+        return [*(change if len(found.change.seeds) > 1 else []), *over_time]
+
+    def pays(found: Finding) -> bool:
+        return all(
+            values.mean() < 0 and p_value(values) * len(settings) < SURE for values in gains(found)
+        )
+
+    best_name, best = min(settings.items(), key=lambda item: item[1].change.ne.mean())
+    paying = {name: found for name, found in settings.items() if pays(found)}
+    if not paying:
+        return (
+            f"It does not pay here: the best setting, {best_name}, changes NE by {_sure(best)}, and "
+            "that is not surely below the student alone"
+            f"{' and a head on the label without any teacher' if controls else ''}."
+        )
+    best = min(paying.values(), key=lambda found: found.change.ne.mean())
+    name, chosen = next(
+        (name, found)
+        for name, found in paying.items()
+        if found is best or p_value(found.over_time - best.over_time) > SURE
+    )
+    beyond = "".join(
+        f", {-chosen.change.less(c.change).mean():.2f} % of it beyond a head on the label"
+        for c in controls
+    )
+    caution = (
+        " Its teacher is on the serving head, where any bias of it is served."
+        if any(term.serving and not term.adapted for term in chosen.arm.terms)
+        else ""
+    )
+    return (
+        f"Take {name}: NE {_sure(chosen)}{beyond}, at {chosen.cost:.2f} of the cost of training."
+        f"{caution}"
+    )
+
+
+def _sure(found: Finding) -> str:
+    """The change with its interval of 95 %: over seeds, or over time where there is one seed."""
+    from scipy import stats
+
+    seeds = found.change.ne.mean(1)
+    values, what = (seeds, "seeds") if len(seeds) > 1 else (found.over_time, "stretches of time")
+    mean, n = values.mean(), len(values)
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    return f"{mean:+.2f} % (95 % interval {mean - half:+.2f} to {mean + half:+.2f} over {n} {what})"
+
+
+def draw(path: Path, findings: Mapping[str, Finding]) -> None:
+    """The change of each arm with the points of its seeds, and the log-loss over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for at, (name, found) in enumerate(findings.items()):
+        seeds = found.change.ne.mean(1)
+        left.barh(at, seeds.mean(), color=f"C{at}", alpha=0.6)
+        left.plot(seeds, [at] * len(seeds), ".", color="black")
+        right.plot(found.over_time, color=f"C{at}", label=name)
+    left.set(yticks=range(len(findings)), yticklabels=list(findings), xlabel="change of NE, %")
+    left.invert_yaxis()
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="stretch of time", ylabel="log-loss against the student alone, %")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def mean_cell(values: Array, digits: int = 2) -> str:
+    """(S, V) -> mean ± standard deviation over seeds (p)."""
+    means = values.mean(1)
+    if len(means) < 2:
+        return f"{means.mean():+.{digits}f} %"
+    spread = means.std(ddof=1)
+    return f"{means.mean():+.{digits}f} ± {spread:.{digits}f} % (p {p_text(p_value(means))})"
+
+
+def p_text(p: float) -> str:
+    """A p-value, to two digits."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
