@@ -89,15 +89,15 @@ def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     for collection in module.modules():
         if not isinstance(collection, (EmbeddingBagCollection, EmbeddingCollection)):
             continue
-        if not all(hasattr(table, "_optimizer_classes") for table in collection.parameters()):
+        without = [name for name, _ in in_backward_optimizer_filter(collection.named_parameters())]
+        if without:
             raise ValueError(
-                "make_student should apply an optimizer to its tables; received some without: "
-                "apply_optimizer_in_backward(RowWiseAdagrad, student.tables.parameters(), "
+                f"make_student should apply an optimizer to its tables; received {without} without "
+                "one: apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), "
                 '{"lr": 0.1}), or give the study a distribute of your own'
             )
-        bags = isinstance(collection, EmbeddingBagCollection)
-        tables = collection.embedding_bags if bags else collection.embeddings
-        constraints |= {name: ParameterConstraints(compute_kernels=FUSED) for name in tables}
+        for name, _ in collection.named_parameters():
+            constraints[name.split(".")[-2]] = ParameterConstraints(compute_kernels=FUSED)
     ranks = world_size()
     topology = Topology(ranks, device().type, local_world_size=get_local_size(ranks))
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
@@ -210,16 +210,17 @@ def run_pass(
                 output = pipeline.progress(batches)
             except StopIteration:
                 break
-            teacher = None if wrapper is None else wrapper.last_teacher
-            rows.append(_rows(study, output, teacher))
+            rows.append(_rows(study, output, wrapper))
             times.append(time.perf_counter())
             step(len(rows[-1][0]))
     if not rows:
         raise ValueError("stream() should give some batches; received none")
-    columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*rows, strict=True)]
+    logits, labels, teacher = (
+        torch.cat(parts).float().cpu().numpy() for parts in zip(*rows, strict=True)
+    )
     sizes, half = [len(part[0]) for part in rows], len(rows) // 2
     seconds = (time.perf_counter() - times[max(half - 1, 0)]) / sum(sizes[half:])
-    return Pass(*columns, _periods(study, periods, sizes), seconds)
+    return Pass(logits, labels, teacher, _periods(study, periods, sizes), seconds)
 
 
 def _fields(study: Study, *names: str) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def _taught_labels(study: Study, batch: Any) -> TeacherOutputs:
     return TeacherOutputs(values, presence=~values.isnan())
 
 
-def _rows(study: Study, output: Any, teacher: TeacherOutputs | None) -> tuple[Tensor, ...]:
+def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tensor, ...]:
     """Logits and labels, (B, T), and the teacher's outputs, (B, M, T), of a step."""
     tasks = len(study.tasks)
     try:
@@ -282,6 +283,7 @@ def _rows(study: Study, output: Any, teacher: TeacherOutputs | None) -> tuple[Te
             f"received {outline(output)}: say where they are by outputs=..., a function of what "
             "the student returns"
         ) from error
+    teacher = None if wrapper is None else wrapper.last_teacher
     if teacher is None:
         return *rows, logits.new_empty(0, len(study.teachers), tasks)
     return *rows, teacher.values.where(teacher.presence, torch.nan)

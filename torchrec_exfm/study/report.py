@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> str:
     """table.md, table.json and picture.png in the folder; the first is returned as well."""
     results = results_of(runs, tasks)
-    findings = _findings(runs, results)
+    findings = findings_of(runs, results)
     text = f"{_table(runs, results, findings)}\n{sentence(findings)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
@@ -102,7 +102,7 @@ def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any
     return results
 
 
-def _findings(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
+def findings_of(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
     alone = {run.seed: run.said for run in runs if run.name == "none"}
     findings = {}
     for name, arm in {run.name: run.arm for run in runs if run.arm.terms}.items():
