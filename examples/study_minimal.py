@@ -30,7 +30,11 @@ def make_student():
 
 
 def stream():
-    """Batches in time order, the same ones at every call, with what the teacher said of them."""
+    """Batches in time order, the same ones at every call, with the teacher's logits.
+
+    Where a store has those, yield the batch alone, and let a function `make_teacher` of this module
+    return `TeacherLookup(store, "fm")`.
+    """
     random = torch.Generator().manual_seed(0)
     appeal = torch.randn(2, ROWS, generator=random)
     for _ in range(BATCHES):
@@ -40,9 +44,4 @@ def stream():
         clicked = (torch.rand(SIZE, generator=random) < odds.sigmoid()).float()
         noise = 0.5 * torch.randn(SIZE, generator=random)
         features = KeyedJaggedTensor(NAMES, ids.flatten(), lengths=torch.ones(2 * SIZE).int())
-        yield ExFMBatch(
-            Batch(torch.ones(SIZE, 1), features, clicked),
-            TeacherOutputs(
-                odds + noise
-            ),  # logits; from a store by `make_teacher` instead: TeacherLookup(store, "fm")
-        )
+        yield ExFMBatch(Batch(torch.ones(SIZE, 1), features, clicked), TeacherOutputs(odds + noise))

@@ -56,9 +56,9 @@ def _study_in(path: Path) -> Study:
 
 
 def _set_up() -> None:
-    """Join the ranks, and keep from the terminal what TorchRec says of its own planning."""
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger().setLevel(logging.ERROR)
+    """Join the ranks; what TorchRec says of its planning stays out of the terminal."""
+    for name in ("", "torch.fx", "torchrec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
     where = device()
     if where.type == "cuda":

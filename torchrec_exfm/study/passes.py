@@ -80,7 +80,7 @@ def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The module by TorchRec's planner, and Adam with a rate of 1e-3 for what is dense.
 
     No table is replicated, as the planner would do with small ones: TorchRec drops the optimizer
-    that was applied in backward there.
+    that was applied in backward there. It draws the tables anew, the same for every arm.
 
     Raises:
         ValueError: for tables without an optimizer in backward.
@@ -114,7 +114,7 @@ class Study:
 
     Args:
         make_student: gives the training module, ``forward(batch) -> (loss, (loss, logits,
-            labels))``, before it is wrapped and sharded; its parameters as they are drawn then.
+            labels))``, before it is wrapped and sharded.
         stream: gives this rank's batches in time order, as many on every rank, and the same ones
             whenever it is called.
         make_teacher: gives a ``TeacherLookup``, or a function of the batch to its
@@ -125,8 +125,9 @@ class Study:
         arms: by their names, among them ``"none"``; see `ARMS`, whose terms are of a teacher of
             the name ``"teacher"``.
         distribute: takes the module, wrapped where an arm has terms, to what the pipeline trains,
-            and the optimizer. By default ``DistributedModelParallel`` and Adam; tables have the
-            optimizer that ``make_student`` applied in backward.
+            and the optimizer. By default TorchRec's planner, the optimizer that ``make_student``
+            applied to the tables in backward, and Adam with a rate of 1e-3 for the rest. Give one
+            for other rates, and for tables that begin with values of their own.
         make_adapter: gives a student adapter and its optimizer (None: its own), for terms that
             need one.
         labels, weights, groups, candidates: as ``TrainPipelineExFM`` takes them.
@@ -203,7 +204,8 @@ def run_pass(
     periods: list[Any] = []
     times: list[float] = []
     with contextlib.ExitStack() as stack:
-        pipeline = _pipeline(study, arm, model, optimizer, stack)
+        kind = TrainPipelineExFM if arm.terms else TrainPipelineSparseDist
+        pipeline: Any = kind(model, optimizer, device(), **_options(study, arm, stack))
         batches = _batches(study, arm, periods)
         while True:
             try:
@@ -227,16 +229,10 @@ def _fields(study: Study, *names: str) -> dict[str, Any]:
     return {name: getattr(study, name) for name in names}
 
 
-def _pipeline(
-    study: Study,
-    arm: Arm,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stack: contextlib.ExitStack,
-) -> Any:
-    """TorchRec's for the student alone, else ours; the stack closes the arm's teacher."""
+def _options(study: Study, arm: Arm, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The pipeline's; the stack closes the arm's teacher."""
     if not arm.terms:
-        return TrainPipelineSparseDist(model, optimizer, device())
+        return {}
     options = _fields(study, "labels", "weights", "groups", "candidates")
     if any(term.adapted for term in arm.terms):
         adapter, own = StudentAdapter(num_teachers=len(study.teachers), tasks=study.tasks), None
@@ -247,7 +243,7 @@ def _pipeline(
     if arm.teacher != "labels" and make_teacher is not None:
         options["teacher"] = teacher = make_teacher()
         stack.callback(getattr(teacher, "close", lambda: None))
-    return TrainPipelineExFM(model, optimizer, device(), **options)
+    return options
 
 
 def _batches(study: Study, arm: Arm, periods: list[Any]) -> Iterator[Any]:

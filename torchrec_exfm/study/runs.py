@@ -25,9 +25,9 @@ OLDER = "AH, by the older teacher"
 def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> str:
     """Train every arm with every seed, and report; called by all ranks.
 
-    What a pass said is kept in the folder, 4 + 4 T + 4 M T bytes an example and more, and a study
-    that was killed goes on after the last whole pass. table.md, table.json and picture.png are
-    written beside it.
+    What a pass said is kept in the folder, 4 + 8 T + 4 M T bytes an example, and a study that was
+    killed goes on after the last whole pass. table.md, table.json and picture.png are written
+    beside it.
 
     Args:
         study: what is trained on what.
@@ -43,7 +43,9 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
         ValueError: for a study without the arm "none" or with a task that is no binary one, for
             a number of seeds below 1; if the stream is not the same whenever it is called.
     """
-    arms = _arms(study)
+    arms = dict(study.arms or ARMS)
+    if study.make_older_teacher is not None:
+        arms[OLDER] = Arm(ARMS["AH"].terms, "older")
     regressions = [task.name for task in study.tasks if task.regression]
     if seeds < 1 or arms.get("none") != Arm() or regressions:
         raise ValueError(
@@ -69,13 +71,6 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
             _write(files[name, seed], kept)
             bar.total = bar.n * len(missing) // (at + 1)
     return on_rank_0(lambda: write_report(folder, _read(files, arms, study), study.tasks))
-
-
-def _arms(study: Study) -> dict[str, Arm]:
-    arms = dict(study.arms or ARMS)
-    if study.make_older_teacher is not None:
-        arms[OLDER] = Arm(ARMS["AH"].terms, "older")
-    return arms
 
 
 def _digest(name: str, arm: Arm, seed: int, key: str) -> str:
