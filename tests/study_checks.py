@@ -297,8 +297,10 @@ def _with_sgd() -> nn.Module:
 def check_adapter_and_options_are_used(rank: int, world_size: int) -> None:
     """An adapter of the study's own, weights, and its own labels; one without rate stays."""
     adapters: list[StudentAdapter] = []
+    drawn: list[Tensor] = []
 
     def make_adapter() -> tuple[StudentAdapter, torch.optim.Optimizer]:
+        drawn.append(torch.get_rng_state())
         adapters.append(StudentAdapter(num_teachers=2, tasks=TASKS, hidden=(5,)))
         return adapters[-1], torch.optim.SGD(adapters[-1].parameters(), lr=0.0)
 
@@ -314,5 +316,6 @@ def check_adapter_and_options_are_used(rank: int, world_size: int) -> None:
         for of, arm_of in ((study, arm), (mine, arm), (ones, arm), (study, Arm()))
     )
     assert len(adapters) == 1 and not np.array_equal(usual, frozen)
+    assert torch.equal(drawn[0], torch.manual_seed(SEED).get_state())  # whatever sharding drew
     np.testing.assert_allclose(unweighed, alone, rtol=1e-5, atol=1e-6)
     assert np.abs(usual - alone).max() > 1e-4

@@ -288,6 +288,12 @@ def test_what_a_head_on_the_label_brings_as_well_is_no_gain_of_a_teacher() -> No
     assert sentence(named(head=-1.0, ah=-1.0)).startswith("It does not pay here")
     assert sentence(named(head=-1.5, ah=-1.0)).startswith("It does not pay here")
     assert sentence(named(ah=-1.0)).startswith("Take AH")  # without that control
+    findings = named(head=0.0, ah=-1.0)
+    assert sentence(findings).startswith("Take AH")
+    for alike in ({"change": findings["AH"].change}, {"over_time": findings["AH"].over_time}):
+        control = findings["head on the label"]._replace(**alike)
+        said = sentence(findings | {"head on the label": control})
+        assert said.startswith("It does not pay here")  # over seeds alone, or over time alone
 
 
 def test_p_is_multiplied_by_the_number_of_settings() -> None:

@@ -235,10 +235,10 @@ def _options(study: Study, arm: Arm, stack: contextlib.ExitStack) -> dict[str, A
         return {}
     options = _fields(study, "labels", "weights", "groups", "candidates")
     if any(term.adapted for term in arm.terms):
-        adapter, own = StudentAdapter(num_teachers=len(study.teachers), tasks=study.tasks), None
-        if study.make_adapter is not None:
-            adapter, own = study.make_adapter()
-        options |= {"adapter": adapter, "adapter_optimizer": own}
+        make_adapter = study.make_adapter or (
+            lambda: (StudentAdapter(num_teachers=len(study.teachers), tasks=study.tasks), None)
+        )
+        options["adapter"], options["adapter_optimizer"] = make_adapter()
     make_teacher = study.make_older_teacher if arm.teacher == "older" else study.make_teacher
     if arm.teacher != "labels" and make_teacher is not None:
         options["teacher"] = teacher = make_teacher()
