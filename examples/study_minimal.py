@@ -2,69 +2,46 @@
 
     python -m torchrec_exfm.study examples/study_minimal.py --seeds 3
 
-The stream is made here, so that there is something to find: an item's appeal drifts from day to
-day, the student knows user and item by their ids alone, and the teacher knows the odds but for an
-error of its own. Put your student, your stream and your teacher in their places.
+What the command needs is here: `tap`, `make_student` and `stream`; put yours in their places. The
+stream is made up, so that there is something to find: the appeal of users and items drifts, which
+the student has to follow from clicks, while the teacher knows the odds but for some noise.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_exfm import TeacherOutputs
+from torchrec_exfm import ExFMBatch, TeacherOutputs
 
-USERS, ITEMS, BATCHES, SIZE = 300, 200, 240, 256
-tap = "top"  # the submodule whose input serving head and distillation heads share
+NAMES, ROWS, BATCHES, SIZE = ["user", "item"], 500, 240, 256
 
-
-class Ranker(nn.Module):
-    """Two tables and a small perceptron."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        tables = [
-            EmbeddingBagConfig(name=name, embedding_dim=8, num_embeddings=rows, feature_names=[name])
-            for name, rows in (("user", USERS), ("item", ITEMS))
-        ]
-        self.tables = EmbeddingBagCollection(tables)
-        self.bottom = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
-        self.top = nn.Linear(32, 1)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        pooled = self.tables(batch.sparse_features)
-        shared = self.bottom(torch.cat([pooled["user"], pooled["item"]], dim=1))
-        logits = self.top(shared).squeeze(-1)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
-        return loss, (loss.detach(), logits.detach(), batch.labels)
+tap = "model.over_arch"  # the submodule whose input serving head and distillation heads share
 
 
-def make_student() -> nn.Module:
-    student = Ranker()
-    apply_optimizer_in_backward(RowWiseAdagrad, student.tables.parameters(), {"lr": 0.1})
-    return student
+def make_student():
+    """A training module as TorchRec's: forward(batch) -> (loss, (loss, logits, labels))."""
+    tables = [EmbeddingBagConfig(ROWS, 8, name=name, feature_names=[name]) for name in NAMES]
+    bags = EmbeddingBagCollection(tables)
+    apply_optimizer_in_backward(RowWiseAdagrad, bags.parameters(), {"lr": 0.1})
+    return DLRMTrain(DLRM(bags, 1, [8], [16, 1]))
 
 
 def stream():
-    """Batches in time order, the same at every call; the dense column is the teacher's logit."""
+    """Batches in time order, the same ones at every call, with the teacher's logits.
+
+    Where a store has those, yield the batch alone, and let a function `make_teacher` of this module
+    return `TeacherLookup(store, "fm")`.
+    """
     random = torch.Generator().manual_seed(0)
-    users, items = torch.randn(USERS, 4, generator=random), torch.randn(ITEMS, 4, generator=random)
+    appeal = torch.randn(2, ROWS, generator=random)
     for _ in range(BATCHES):
-        items = 0.99 * items + 0.14 * torch.randn(items.shape, generator=random)
-        user = torch.randint(USERS, (SIZE,), generator=random)
-        item = torch.randint(ITEMS, (SIZE,), generator=random)
-        odds = (users[user] * items[item]).sum(1) - 2
-        labels = (torch.rand(SIZE, generator=random) < odds.sigmoid()).float()
-        teacher = odds + 0.5 * torch.randn(SIZE, generator=random)
-        ids = KeyedJaggedTensor(
-            ["user", "item"], torch.cat([user, item]), lengths=torch.ones(2 * SIZE).int()
-        )
-        yield Batch(teacher.unsqueeze(1), ids, labels)
-
-
-def make_teacher():
-    """Columns of the batch; from a store it would be `return TeacherLookup(store, "fm")`."""
-    return lambda batch: TeacherOutputs(batch.dense_features[:, 0])
+        appeal = 0.995 * appeal + 0.1 * torch.randn(appeal.shape, generator=random)
+        ids = torch.randint(ROWS, (2, SIZE), generator=random)
+        odds = appeal.gather(1, ids).sum(0) - 1
+        clicked = (torch.rand(SIZE, generator=random) < odds.sigmoid()).float()
+        noise = 0.5 * torch.randn(SIZE, generator=random)
+        features = KeyedJaggedTensor(NAMES, ids.flatten(), lengths=torch.ones(2 * SIZE).int())
+        yield ExFMBatch(Batch(torch.ones(SIZE, 1), features, clicked), TeacherOutputs(odds + noise))

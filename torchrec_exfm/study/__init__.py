@@ -4,8 +4,20 @@
 
 ``my_study.py`` gives a student, a stream and a teacher (:class:`Study`); each arm goes once through
 the stream in time order, and every figure is of examples scored before they were trained on. It
-needs the extra ``study`` (numpy, SciPy, matplotlib).
+needs the packages of the extra ``study``: matplotlib, numpy, SciPy and tqdm.
 """
+
+try:
+    import matplotlib  # noqa: F401
+    import numpy  # noqa: F401
+    import scipy  # noqa: F401
+    import tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "torchrec_exfm.study needs matplotlib, numpy, SciPy and tqdm, and "
+        f"{error.name} is not installed: pip install 'torchrec-exfm[study]'",
+        name=error.name,
+    ) from error
 
 from torchrec_exfm.study.figures import figures
 from torchrec_exfm.study.passes import ARMS, Arm, Pass, Study, run_pass

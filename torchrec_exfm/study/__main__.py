@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import logging
 import os
-import runpy
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,10 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.module.is_file():
         parser.error(f"module should be a Python file; received {options.module}")
-    _join_ranks()
-    sys.path.insert(0, str(options.module.parent))  # as for a script: what lies beside it
-    names = runpy.run_path(str(options.module))
-    study = study_of(names, options.module)
+    _set_up()
+    study = _study_in(options.module)
     folder = options.out or Path("results") / options.module.stem
     text = run(study, seeds=options.seeds, folder=folder, key=options.module.read_text())
     if rank() == 0:
@@ -41,23 +41,25 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def study_of(names: dict[str, object], module: Path) -> Study:
-    """The study that a module's names make.
-
-    Raises:
-        SystemExit: for a module that lacks one of those that a study needs.
-    """
+def _study_in(path: Path) -> Study:
+    """The study that the names of a module make."""
+    sys.path.insert(0, str(path.parent))  # as for a script: what lies beside it
+    names = vars(importlib.import_module(path.stem))
     fields = dataclasses.fields(Study)
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in names]
-    if needed:
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in names]
+    if missing:
         raise SystemExit(
-            f"{module} should define {', '.join(needed)}; received a module without: see "
-            "`python -c 'help(\"torchrec_exfm.study.Study\")'`"
+            f"{path} should define make_student, stream and tap; received one without "
+            f"{', '.join(missing)}: examples/study_minimal.py shows them"
         )
-    return Study(**{f.name: names[f.name] for f in fields if f.name in names})  # type: ignore[arg-type]
+    return Study(**{f.name: names[f.name] for f in fields if f.name in names})
 
 
-def _join_ranks() -> None:
+def _set_up() -> None:
+    """Join the ranks; what TorchRec says of its planning stays out of the terminal."""
+    for name in ("", "torch.fx", "torchrec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 __all__ = ["Changes", "changes_of", "figures", "generation_ratio", "losses", "p_value"]
 
@@ -135,7 +136,7 @@ def changes_of(
 
 
 def p_value(values: Array) -> float:
-    """Of a two-sided t-test that the mean is 0; NaN of fewer than two values."""
-    from scipy import stats
-
-    return float(stats.ttest_1samp(values, 0).pvalue) if len(values) > 1 else float("nan")
+    """Of a two-sided t-test that the mean is 0; NaN of fewer than two values, or zeros alone."""
+    if len(values) < 2 or not np.any(values):
+        return float("nan")
+    return float(stats.ttest_1samp(values, 0).pvalue)

@@ -9,7 +9,6 @@ import contextlib
 import operator
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +16,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from torchrec_exfm._ranks import world_size
+from torchrec_exfm._user import outline
 from torchrec_exfm.adapter import StudentAdapter
 from torchrec_exfm.batch import ExFMBatch, TeacherOutputs
 from torchrec_exfm.pipeline import TrainPipelineExFM
@@ -33,7 +39,8 @@ from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 __all__ = ["ARMS", "Arm", "Pass", "Study", "run_pass"]
 
 CERTAIN = 1e-13  # a label is taught as the logit of it or of 1 less it: within float32 of the label
-KEPT_BATCHES = 512  # on the device, before they are moved to the host
+STRETCHES = 40  # of a pass without periods
+FUSED = ["fused", "fused_uvm", "fused_uvm_caching"]  # kernels that keep the optimizer in backward
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,33 @@ def device() -> torch.device:
 
 
 def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The module by TorchRec's own planner, and Adam with a rate of 1e-3 for what is dense."""
-    model = DistributedModelParallel(module, device=device())
+    """The module by TorchRec's planner, and Adam with a rate of 1e-3 for what is dense.
+
+    No table is replicated, as the planner would do with small ones: TorchRec drops the optimizer
+    that was applied in backward there. It draws the tables anew, the same for every arm.
+
+    Raises:
+        ValueError: for tables without an optimizer in backward.
+    """
+    constraints: dict[str, ParameterConstraints] = {}
+    for collection in module.modules():
+        if not isinstance(collection, (EmbeddingBagCollection, EmbeddingCollection)):
+            continue
+        without = [name for name, _ in in_backward_optimizer_filter(collection.named_parameters())]
+        if without:
+            raise ValueError(
+                f"make_student should apply an optimizer to its tables; received {without} without "
+                "one: apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), "
+                '{"lr": 0.1}), or give the study a distribute of your own'
+            )
+        for name, _ in collection.named_parameters():
+            constraints[name.split(".")[-2]] = ParameterConstraints(compute_kernels=FUSED)
+    ranks = world_size()
+    topology = Topology(ranks, device().type, local_world_size=get_local_size(ranks))
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    sharders = get_default_sharders()
+    plan = planner.collective_plan(module, sharders, dist.GroupMember.WORLD)
+    model = DistributedModelParallel(module, device=device(), plan=plan, sharders=sharders)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     return model, KeyedOptimizerWrapper(dense, lambda params: torch.optim.Adam(params, lr=1e-3))
 
@@ -82,19 +114,20 @@ class Study:
 
     Args:
         make_student: gives the training module, ``forward(batch) -> (loss, (loss, logits,
-            labels))``, before it is wrapped and sharded; its parameters as they are drawn then.
+            labels))``, before it is wrapped and sharded.
         stream: gives this rank's batches in time order, as many on every rank, and the same ones
             whenever it is called.
         make_teacher: gives a ``TeacherLookup``, or a function of the batch to its
             ``TeacherOutputs``; called for each pass. None: the stream gives :class:`ExFMBatch`.
         make_older_teacher: the same of a generation before; None: there is none.
-        tap: see :class:`ExFMWrapper`, as ``tasks``, which have to be binary, ``teachers`` and
-            ``serving_logits``.
+        tap: see :class:`ExFMWrapper`, as ``tasks``, which have to be binary, ``teachers`` (the
+            first is the one that the table tells of), ``in_features`` and ``serving_logits``.
         arms: by their names, among them ``"none"``; see `ARMS`, whose terms are of a teacher of
             the name ``"teacher"``.
         distribute: takes the module, wrapped where an arm has terms, to what the pipeline trains,
-            and the optimizer. By default ``DistributedModelParallel`` and Adam; tables have the
-            optimizer that ``make_student`` applied in backward.
+            and the optimizer. By default TorchRec's planner, the optimizer that ``make_student``
+            applied to the tables in backward, and Adam with a rate of 1e-3 for the rest. Give one
+            for other rates, and for tables that begin with values of their own.
         make_adapter: gives a student adapter and its optimizer (None: its own), for terms that
             need one.
         labels, weights, groups, candidates: as ``TrainPipelineExFM`` takes them.
@@ -112,6 +145,7 @@ class Study:
     tap: Any
     tasks: Sequence[Task] = (Task(),)
     teachers: Sequence[str] = ("teacher",)
+    in_features: int | None = None
     serving_logits: Callable[[Any], Tensor] | None = None
     arms: Mapping[str, Arm] | None = None
     distribute: Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer]] = distribute
@@ -144,7 +178,7 @@ class Pass:
 
 
 def run_pass(
-    study: Study, arm: Arm, seed: int, step: Callable[[int], None] = lambda examples: None
+    study: Study, arm: Arm, seed: int, step: Callable[[int], object] = lambda examples: None
 ) -> Pass:
     """Train one arm on this rank's part of the stream; called by all ranks.
 
@@ -152,84 +186,79 @@ def run_pass(
         study: what is trained on what.
         arm: how.
         seed: of the parameters.
-        step: takes the examples of each step.
+        step: takes the number of examples of each step.
 
     Raises:
-        ValueError: for a stream without a batch; for a student whose outputs do not fit.
+        ValueError: for a stream without a batch; for outputs of the student, or periods, that do
+            not fit.
     """
     torch.manual_seed(seed)
     module = study.make_student()
     if arm.terms:
-        module = ExFMWrapper(
-            module,
-            tap=study.tap,
-            terms=arm.terms,
-            teachers=study.teachers,
-            tasks=study.tasks,
-            serving_logits=study.serving_logits,
-        )
+        names = ("tap", "tasks", "teachers", "in_features", "serving_logits")
+        module = ExFMWrapper(module, terms=arm.terms, **_fields(study, *names))
     model, optimizer = study.distribute(module)
     torch.manual_seed(seed)
-    seen, periods = _Seen(study), deque[Any]()
+    wrapper = wrapper_in(model) if arm.teacher != "labels" else None
+    rows: list[tuple[Tensor, ...]] = []  # on the device, until the pass ends
+    periods: list[Any] = []
+    times: list[float] = []
     with contextlib.ExitStack() as stack:
-        pipeline = _pipeline(study, arm, model, optimizer, stack)
-        wrapper = wrapper_in(model) if arm.teacher != "labels" else None
+        kind = TrainPipelineExFM if arm.terms else TrainPipelineSparseDist
+        pipeline: Any = kind(model, optimizer, device(), **_options(study, arm, stack))
         batches = _batches(study, arm, periods)
         while True:
             try:
                 output = pipeline.progress(batches)
             except StopIteration:
                 break
-            teacher = None if wrapper is None else wrapper.last_teacher
-            seen.add(output, teacher, periods.popleft())
-            step(seen.examples[-1])
-    if not seen.examples:
+            rows.append(_rows(study, output, wrapper))
+            times.append(time.perf_counter())
+            step(len(rows[-1][0]))
+    if not rows:
         raise ValueError("stream() should give some batches; received none")
-    return seen.finish()
+    logits, labels, teacher = (
+        torch.cat(parts).float().cpu().numpy() for parts in zip(*rows, strict=True)
+    )
+    sizes, half = [len(part[0]) for part in rows], len(rows) // 2
+    seconds = (time.perf_counter() - times[max(half - 1, 0)]) / sum(sizes[half:])
+    return Pass(logits, labels, teacher, _periods(study, periods, sizes), seconds)
 
 
-def _pipeline(
-    study: Study,
-    arm: Arm,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stack: contextlib.ExitStack,
-) -> Any:
-    """TorchRec's for the student alone, else ours with the arm's teacher, closed with the stack."""
+def _fields(study: Study, *names: str) -> dict[str, Any]:
+    return {name: getattr(study, name) for name in names}
+
+
+def _options(study: Study, arm: Arm, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The pipeline's; the stack closes the arm's teacher."""
     if not arm.terms:
-        return TrainPipelineSparseDist(model, optimizer, device())
-    options: dict[str, Any] = {
-        name: getattr(study, name) for name in ("labels", "weights", "groups", "candidates")
-    }
+        return {}
+    options = _fields(study, "labels", "weights", "groups", "candidates")
     if any(term.adapted for term in arm.terms):
-        make = study.make_adapter or (
+        make_adapter = study.make_adapter or (
             lambda: (StudentAdapter(num_teachers=len(study.teachers), tasks=study.tasks), None)
         )
-        options["adapter"], options["adapter_optimizer"] = make()
+        options["adapter"], options["adapter_optimizer"] = make_adapter()
     make_teacher = study.make_older_teacher if arm.teacher == "older" else study.make_teacher
-    if arm.teacher == "labels":
-        options["teacher"] = None if make_teacher is None else lambda batch: _said(study, batch)
-    elif make_teacher is not None:
+    if arm.teacher != "labels" and make_teacher is not None:
         options["teacher"] = teacher = make_teacher()
-        if hasattr(teacher, "close"):
-            stack.callback(teacher.close)
-    return TrainPipelineExFM(model, optimizer, device(), **options)
+        stack.callback(getattr(teacher, "close", lambda: None))
+    return options
 
 
-def _batches(study: Study, arm: Arm, periods: deque[Any]) -> Iterator[Any]:
-    """The stream's, with what the arm is taught from; their periods are put into the queue."""
+def _batches(study: Study, arm: Arm, periods: list[Any]) -> Iterator[Any]:
+    """The stream's, with what the control is taught; their periods are put into the list."""
     for batch in study.stream():
         bare = batch.batch if isinstance(batch, ExFMBatch) else batch
-        periods.append(None if study.period is None else study.period(bare))
-        if not arm.terms:
-            yield bare
-        elif batch is not bare and arm.teacher == "labels":
-            yield ExFMBatch(bare, _said(study, bare))
+        if study.period is not None:
+            periods.append(np.asarray(study.period(bare)))
+        if arm.teacher == "labels":
+            yield ExFMBatch(bare, _taught_labels(study, bare))
         else:
-            yield batch
+            yield batch if arm.terms else bare
 
 
-def _said(study: Study, batch: Any) -> TeacherOutputs:
+def _taught_labels(study: Study, batch: Any) -> TeacherOutputs:
     """The labels, as if every teacher were sure of them."""
     labels = study.labels(batch)
     columns = checked_labels(labels, study.tasks, len(labels)).double()
@@ -237,54 +266,33 @@ def _said(study: Study, batch: Any) -> TeacherOutputs:
     return TeacherOutputs(values, presence=~values.isnan())
 
 
-class _Seen:
-    """What was computed step by step, moved to the host now and then."""
+def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tensor, ...]:
+    """Logits and labels, (B, T), and the teacher's outputs, (B, M, T), of a step."""
+    tasks = len(study.tasks)
+    try:
+        _, logits, labels, *_ = study.outputs(output)
+        shape = len(logits), tasks
+        rows = logits.detach().reshape(shape), labels.detach().reshape(shape)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"progress should return (loss, logits, labels), the last two of (B, {tasks}); "
+            f"received {outline(output)}: say where they are by outputs=..., a function of what "
+            "the student returns"
+        ) from error
+    teacher = None if wrapper is None else wrapper.last_teacher
+    if teacher is None:
+        return *rows, logits.new_empty(0, len(study.teachers), tasks)
+    return *rows, teacher.values.where(teacher.presence, torch.nan)
 
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self._on_device: list[tuple[Tensor, ...]] = []
-        self._on_host: list[tuple[Tensor, ...]] = []
-        self._periods: list[Any] = []
-        self._times: list[float] = []
-        self.examples: list[int] = []
 
-    def add(self, output: Any, teacher: TeacherOutputs | None, period: Any) -> None:
-        _, logits, labels, *_ = self._study.outputs(output)
-        shape = len(logits), len(self._study.tasks)
-        if logits.numel() != shape[0] * shape[1] or labels.numel() != logits.numel():
+def _periods(study: Study, periods: Sequence[Any], sizes: Sequence[int]) -> npt.NDArray[np.int32]:
+    """(N,), out of each batch's."""
+    if study.period is None:
+        periods = [np.full(size, at * STRETCHES // len(sizes)) for at, size in enumerate(sizes)]
+    for period, size in zip(periods, sizes, strict=True):
+        if period.shape != (size,):
             raise ValueError(
-                f"progress should return (loss, logits, labels) of (B, {shape[1]}) each; received "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}: say where they are by "
-                "outputs=..., a function of what the student returns"
+                f"period should give an integer for each example, {(size,)}; received "
+                f"{period.shape}"
             )
-        said = logits.new_empty(0, len(self._study.teachers), shape[1])
-        if teacher is not None:
-            said = teacher.values.where(teacher.presence, torch.nan)
-        self._on_device.append(
-            (logits.detach().reshape(shape), labels.detach().reshape(shape), said)
-        )
-        self._periods.append(period)
-        self.examples.append(len(logits))
-        if len(self._on_device) == KEPT_BATCHES:
-            self._move()
-        self._times.append(time.perf_counter())
-
-    def _move(self) -> None:
-        columns = zip(*self._on_device, strict=True)
-        self._on_host.append(tuple(torch.cat(column).float().cpu() for column in columns))
-        self._on_device.clear()
-
-    def finish(self) -> Pass:
-        if self._on_device:
-            self._move()
-        columns = zip(*self._on_host, strict=True)
-        logits, labels, teacher = (torch.cat(column).numpy() for column in columns)
-        half = len(self.examples) // 2
-        spent = time.perf_counter() - self._times[max(half - 1, 0)]
-        return Pass(logits, labels, teacher, self._all_periods(), spent / sum(self.examples[half:]))
-
-    def _all_periods(self) -> npt.NDArray[np.int32]:
-        steps = len(self.examples)
-        if self._study.period is None:
-            return np.repeat(np.arange(steps) * 40 // steps, self.examples).astype(np.int32)
-        return np.concatenate([np.asarray(part) for part in self._periods]).astype(np.int32)
+    return np.concatenate(periods).astype(np.int32)
