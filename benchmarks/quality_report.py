@@ -362,41 +362,41 @@ def mechanisms(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
     yield markdown(["arm", *(f"{source}, {student}" for source, student in kinds)], rows)
 
 
+TAUGHT_BY = {
+    "rich": "the teacher",
+    "domain": "a domain model that it taught",
+    "domain alone": "a domain model that nobody taught",
+    "rich+domain": "the teacher and the domain model",
+    "rich+noise": "the teacher and noise",
+}
+
+
 def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
     """A model between the teacher and its students, and a teacher that knows nothing."""
-    arms = list(arms)
     yield (
         "\n## 8. A hierarchy, and a teacher of noise\n\nPromotions. The domain model has the "
         "strong student's features and the teacher's network, and goes through the examples of all "
-        "seven departments; the teacher teaches it (AH), and it the students. Change of NE; in "
-        "brackets η of whoever teaches.\n\n"
+        "seven departments; the teacher teaches it (AH), and it the students. Noise: a second "
+        "teacher whose logits are random. Change of NE, and less the same arm by the teacher alone "
+        "(AH, or the recipe), paired by seed.\n\n"
     )
-    ways: list[tuple[str, str, str]] = [
-        (f"{name}, {arm}", teacher, arm)
-        for name, teacher in (
-            ("the teacher", "rich"),
-            ("a domain model that it taught", "domain"),
-            ("a domain model that nobody taught", "domain alone"),
-        )
-        for arm in ("teacher", "AH", RECIPE)
-    ]
-    ways += [(f"both, {arm}", "rich+domain", arm) for arm in arms]
-    ways += [(f"the teacher and noise, {arm}", "rich+noise", arm) for arm in arms]
-    verticals = {r["vertical"] for r in results if r["teacher"] == "domain"}
-    seeds = {r["seed"] for r in results if r["teacher"] == "domain"}
-    part = [r for r in results if r["vertical"] in verticals and r["seed"] in seeds]
+    between = [r for r in results if r["teacher"] == "domain"]
+    cells = {(r["vertical"], r["seed"]) for r in between}
+    part = [r for r in results if (r["vertical"], r["seed"]) in cells]
     rows = []
-    for name, teacher, arm in ways:
-        cells = []
+    for by, arm in itertools.product(TAUGHT_BY, ("teacher", "AH", RECIPE, *arms)):
+        row = [f"{TAUGHT_BY[by]}, {'itself' if arm == 'teacher' else arm}"]
         for student in STUDENTS:
             kind = {"source": "promotions", "student": student}
-            change = changes(part, arm=arm, teacher=teacher, **kind)
-            itself = changes(part, arm="teacher", teacher=teacher, **kind)
-            eta = f" ({change.eta(itself):.2f})" if change and itself and arm != "teacher" else ""
-            cells.append("" if change is None else f"{mean_cell(change.ne)}{eta}")
-        if any(cells):
-            rows.append([name.replace(", teacher", " itself"), *cells])
-    yield markdown(["taught by, arm", *STUDENTS], rows)
+            change = changes(part, arm=arm, teacher=by, **kind)
+            alone = changes(part, arm="AH" if arm.startswith("AH of") else arm, **kind)
+            alone = changes(part, arm=RECIPE, **kind) if arm.startswith("recipe") else alone
+            less = mean_cell(change.less(alone)) if change and alone and by != "rich" else ""
+            row += [mean_cell(change.ne) if change else "", less]
+        if any(row[1:]):
+            rows.append(row)
+    head = [f"{student}{what}" for student in STUDENTS for what in ("", ", less the teacher alone")]
+    yield markdown(["taught by, arm", *head], rows)
 
 
 def what_decides(results: Sequence[Result]) -> Iterator[str]:

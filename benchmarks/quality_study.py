@@ -18,4 +18,5 @@ cell = quality.Cell(source, vertical, os.environ.get("STUDENT", "lean"), "AH", s
 for teacher, feeds in quality.said_for(cell).items():
     if not all(teacher.file(folder, feed).exists() for feed in feeds):
         quality.teach(teacher, feeds, folder)
+key = str(cell)
 globals().update(vars(quality.study_of(cell, folder)[0]))

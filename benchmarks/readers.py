@@ -1,11 +1,10 @@
 """How fast the published data sets are read, and with how much memory.
 
-    python benchmarks/readers.py [--quick]
+    python benchmarks/readers.py [--quick] [--json]
 
 Rows of each published form are made in a temporary folder, 250,000 and 1,000,000 (--quick: 25,000
 and 100,000), and read in a process of their own. Memory is the most that this process ever had,
 less the most of one that only imports the same; it is told for both, so that its growth is seen.
-Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -35,7 +35,19 @@ def main() -> None:
         name: {str(rows): measure(name, rows, imports) for rows in size_pair(options.quick)}
         for name in MAKERS
     }
-    print(json.dumps({"readers": result, "environment": common.environment()}))
+    result = {"readers": result, "environment": common.environment()}
+    print(json.dumps(result) if options.json else markdown(result))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row for each data set, the smaller size before the larger."""
+    few, many = (f"{int(rows):,}" for rows in next(iter(result["readers"].values())))
+    head = ["rows", *(f"{what}, {n}" for what in ("rows/s", "peak MiB") for n in (few, many))]
+    rows = [
+        [name, *(size[what] for what in ("rows_per_s", "peak_mib") for size in sizes.values())]
+        for name, sizes in result["readers"].items()
+    ]
+    return common.table(head, rows)
 
 
 def size_pair(quick: bool) -> tuple[int, int]:

@@ -8,6 +8,7 @@ the student has to follow from clicks, while the teacher knows the odds but for 
 """
 
 import torch
+import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM, DLRMTrain
@@ -37,11 +38,13 @@ def stream():
     """
     random = torch.Generator().manual_seed(0)
     appeal = torch.randn(2, ROWS, generator=random)
-    for _ in range(BATCHES):
+    for number in range(BATCHES):
         appeal = 0.995 * appeal + 0.1 * torch.randn(appeal.shape, generator=random)
         ids = torch.randint(ROWS, (2, SIZE), generator=random)
         odds = appeal.gather(1, ids).sum(0) - 1
         clicked = (torch.rand(SIZE, generator=random) < odds.sigmoid()).float()
         noise = 0.5 * torch.randn(SIZE, generator=random)
-        features = KeyedJaggedTensor(NAMES, ids.flatten(), lengths=torch.ones(2 * SIZE).int())
-        yield ExFMBatch(Batch(torch.ones(SIZE, 1), features, clicked), TeacherOutputs(odds + noise))
+        if number % dist.get_world_size() == dist.get_rank():  # each rank has its own batches
+            features = KeyedJaggedTensor(NAMES, ids.flatten(), lengths=torch.ones(2 * SIZE).int())
+            batch = Batch(torch.ones(SIZE, 1), features, clicked)
+            yield ExFMBatch(batch, TeacherOutputs(odds + noise))

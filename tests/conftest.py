@@ -25,7 +25,14 @@ def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 # Two processes share the tests, a file at a time: those that take minutes begin first.
-LONG = ("test_two_ranks.py", "test_quality.py", "test_served_files.py", "test_retrieval.py")
+LONG = (
+    "test_two_ranks.py",
+    "test_quality.py",
+    "test_served_files.py",
+    "test_retrieval.py",
+    "test_study.py",
+    "test_hierarchy.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

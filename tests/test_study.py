@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -23,9 +24,11 @@ from scipy import stats
 from torchmetrics.functional.classification import binary_auroc
 
 from torchrec_exfm import DistillationTerm, Task, study
+from torchrec_exfm.losses import listwise, pairwise
 from torchrec_exfm.study import ARMS, Arm, Pass, __main__, figures
 from torchrec_exfm.study.figures import Changes, changes_of, generation_ratio, losses, p_value
 from torchrec_exfm.study.report import Finding, Run, findings_of, results_of, sentence, write_report
+from torchrec_exfm.study.runs import _digest
 
 ROOT = Path(__file__).parents[1]
 CHECKS = [
@@ -43,9 +46,9 @@ TASKS = (Task(name="click"), Task(name="buy"))
 OLDER = "AH, by the older teacher"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks(2)
     yield processes
     processes.close()
 
@@ -143,7 +146,7 @@ def test_results_are_of_the_examples_that_are_meant() -> None:
         expected = reference(logits[rows], labels[rows])
         assert found["rows"] == rows.sum()
         assert {figure: found[figure] for figure in expected} == pytest.approx(expected, rel=1e-6)
-        rows &= ~np.isnan(teacher)
+        rows &= ~np.isnan(teacher) & ~np.isnan(passes[OLDER, seed].teacher[:, 0, t])
         expected = reference(logits[rows], labels[rows])
         assert found["covered_ne"] == pytest.approx(expected["ne"], rel=1e-6)
         assert found["covered_auc"] == pytest.approx(expected["auc"], rel=1e-6)
@@ -158,7 +161,7 @@ def test_findings_are_changes_against_the_student_alone() -> None:
 
     def value(arm: str, figure: str) -> Any:
         return np.array(
-            [[of_one(arm, seed, part)[figure] for part in ("click", "buy")] for seed in range(3)]
+            [[of_one(arm, seed, part)[figure] for part in ("buy", "click")] for seed in range(3)]
         )
 
     def of_one(arm: str, seed: int, part: str) -> Any:
@@ -314,9 +317,9 @@ def test_one_seed_is_judged_over_time() -> None:
 
 
 def test_without_a_teacher_there_is_nothing_to_say() -> None:
-    assert sentence(named(head=0.0)) == "No arm has a teacher."
+    assert sentence(named(head=0.0)) == "No arm with a teacher has figures."
     older = finding(Arm((DistillationTerm(),), "older"), -1.0)
-    assert sentence({OLDER: older}) == "No arm has a teacher."
+    assert sentence({OLDER: older}) == "No arm with a teacher has figures."
 
 
 # The command
@@ -380,6 +383,36 @@ def test_the_command_runs_the_example_and_goes_on_where_it_was_killed(tmp_path: 
         assert one == other
 
 
+def test_a_pass_is_kept_under_all_that_it_is_of() -> None:
+    told = {
+        _digest(name, Arm((term,), teacher), seed, key)
+        for name, term, teacher, seed, key in (
+            ("AH", DistillationTerm(), "teacher", 0, ""),
+            ("another", DistillationTerm(), "teacher", 0, ""),
+            ("AH", DistillationTerm(beta=2.0), "teacher", 0, ""),
+            ("AH", DistillationTerm(loss=pairwise()), "teacher", 0, ""),
+            ("AH", DistillationTerm(loss=listwise()), "teacher", 0, ""),
+            ("AH", DistillationTerm(loss=listwise(calibrated=True)), "teacher", 0, ""),
+            ("AH", DistillationTerm(), "labels", 0, ""),
+            ("AH", DistillationTerm(), "teacher", 1, ""),
+            ("AH", DistillationTerm(), "teacher", 0, "changed"),
+        )
+    }
+    assert len(told) == 9
+
+
+def test_an_arm_that_diverges_is_not_taken() -> None:
+    runs = []
+    for run in made_up():
+        logits = run.said.logits.copy()
+        if run.name == "AH" and run.seed == 1:
+            logits[900:] = np.nan
+        runs.append(run._replace(said=dataclasses.replace(run.said, logits=logits)))
+    findings = findings_of(runs, results_of(runs, TASKS))
+    assert np.isnan(findings["AH"].change.ne[1]).all() and np.isnan(findings["AH"].over_time).any()
+    assert sentence(findings) == "No arm with a teacher has figures."
+
+
 def test_a_module_that_lacks_something_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,7 +420,7 @@ def test_a_module_that_lacks_something_is_told(
     module = tmp_path / "lacking_study.py"
     module.write_text("tap = 'top'\n")
     with pytest.raises(SystemExit, match=r"should define .*; received one without make_student, s"):
-        __main__._study_in(module)
+        __main__._names_in(module)
     monkeypatch.setattr(sys, "argv", ["study", str(tmp_path / "none.py")])
     with pytest.raises(SystemExit):
         __main__.main()

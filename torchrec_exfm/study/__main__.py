@@ -11,13 +11,13 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from torchrec_exfm._ranks import rank
 from torchrec_exfm.study import Study, run
-from torchrec_exfm.study.passes import device
 
 
 def main() -> None:
@@ -33,16 +33,17 @@ def main() -> None:
     if not options.module.is_file():
         parser.error(f"module should be a Python file; received {options.module}")
     _set_up()
-    study = _study_in(options.module)
+    names = _names_in(options.module)
     folder = options.out or Path("results") / options.module.stem
-    text = run(study, seeds=options.seeds, folder=folder, key=options.module.read_text())
+    key = f"{options.module.read_text()}{names.pop('key', '')}"
+    text = run(Study(**names), seeds=options.seeds, folder=folder, key=key)
     if rank() == 0:
         print(text)
     dist.destroy_process_group()
 
 
-def _study_in(path: Path) -> Study:
-    """The study that the names of a module make."""
+def _names_in(path: Path) -> dict[str, Any]:
+    """A study's names in a module, and `key`."""
     sys.path.insert(0, str(path.parent))  # as for a script: what lies beside it
     names = vars(importlib.import_module(path.stem))
     fields = dataclasses.fields(Study)
@@ -52,18 +53,19 @@ def _study_in(path: Path) -> Study:
             f"{path} should define make_student, stream and tap; received one without "
             f"{', '.join(missing)}: examples/study_minimal.py shows them"
         )
-    return Study(**{f.name: names[f.name] for f in fields if f.name in names})
+    known = [*(f.name for f in fields), "key"]
+    return {name: names[name] for name in known if name in names}
 
 
 def _set_up() -> None:
     """Join the ranks; what TorchRec says of its planning stays out of the terminal."""
     for name in ("", "torch.fx", "torchrec"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
-    where = device()
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu)(\.|$)")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:

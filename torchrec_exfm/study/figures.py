@@ -65,7 +65,7 @@ class Changes(NamedTuple):
 
     Attributes:
         ne, auc: (S, V).
-        seeds, parts: in the order of rows and columns.
+        seeds, parts: in the order of rows and columns, which is theirs.
         calibration: (S, V), as it is.
     """
 
@@ -75,16 +75,15 @@ class Changes(NamedTuple):
     parts: list[str]
     calibration: Array
 
+    def common(self, other: Changes, figure: str) -> Array:
+        """A figure, of the seeds and parts that the other has as well."""
+        rows = [at for at, seed in enumerate(self.seeds) if seed in other.seeds]
+        columns = [at for at, part in enumerate(self.parts) if part in other.parts]
+        return np.asarray(getattr(self, figure))[np.ix_(rows, columns)]
+
     def less(self, other: Changes, figure: str = "ne") -> Array:
         """The difference of a figure, of the seeds and parts that both have."""
-        seeds = [s for s in self.seeds if s in other.seeds]
-        parts = [p for p in self.parts if p in other.parts]
-
-        def common(changes: Changes) -> Array:
-            rows, columns = map(changes.seeds.index, seeds), map(changes.parts.index, parts)
-            return np.asarray(getattr(changes, figure))[np.ix_(list(rows), list(columns))]
-
-        return common(self) - common(other)
+        return self.common(other, figure) - other.common(self, figure)
 
     def worse(self) -> list[str]:
         """The parts where NE is significantly higher: p < 0.05 over seeds, uncorrected."""
@@ -97,7 +96,7 @@ class Changes(NamedTuple):
         η = (NE_none - NE_arm) / (NE_none - NE_teacher), of means over seeds and parts, in per cent
         of none's NE (Rec-Distill, arXiv 2605.29755).
         """
-        return float(self.ne.mean() / teacher.ne.mean())
+        return float(self.common(teacher, "ne").mean() / teacher.common(self, "ne").mean())
 
 
 def generation_ratio(new: Changes, old: Changes, teacher: Changes, older: Changes) -> float:
@@ -119,7 +118,7 @@ def changes_of(
         figures: those that NE and AUC are taken from, by name.
     """
     mine, alone = ({(r["part"], r["seed"]): r for r in results} for results in (arm, none))
-    parts = list(dict.fromkeys(part for part, _ in mine))
+    parts = sorted({part for part, _ in mine})  # the same order for every arm
     whole = [
         seed
         for seed in sorted({seed for _, seed in mine})

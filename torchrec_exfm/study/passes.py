@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +69,10 @@ ARMS: Mapping[str, Arm] = {
 
 
 def device() -> torch.device:
-    """This process's GPU, if there are any."""
+    """This process's current GPU, if there are any."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -166,14 +165,14 @@ class Pass:
     Attributes:
         logits, labels: (N, T) float32, before the example's update; NaN for a missing label.
         teacher: (N, M, T) float32, NaN where an output was missing; (0, M, T) without a teacher.
-        periods: (N,) int32.
+        periods: (N,) int64.
         seconds: of an example of this rank, over the second half of the pass.
     """
 
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.float32]
     teacher: npt.NDArray[np.float32]
-    periods: npt.NDArray[np.int32]
+    periods: npt.NDArray[np.int64]
     seconds: float
 
 
@@ -190,7 +189,7 @@ def run_pass(
 
     Raises:
         ValueError: for a stream without a batch; for outputs of the student, or periods, that do
-            not fit.
+            not fit; for labels outside [0, 1], and for probabilities in the place of logits.
     """
     torch.manual_seed(seed)
     module = study.make_student()
@@ -198,14 +197,16 @@ def run_pass(
         names = ("tap", "tasks", "teachers", "in_features", "serving_logits")
         module = ExFMWrapper(module, terms=arm.terms, **_fields(study, *names))
     model, optimizer = study.distribute(module)
-    torch.manual_seed(seed)
+    where = next((value.device for value in model.parameters()), device())
     wrapper = wrapper_in(model) if arm.teacher != "labels" else None
     rows: list[tuple[Tensor, ...]] = []  # on the device, until the pass ends
     periods: list[Any] = []
     times: list[float] = []
     with contextlib.ExitStack() as stack:
         kind = TrainPipelineExFM if arm.terms else TrainPipelineSparseDist
-        pipeline: Any = kind(model, optimizer, device(), **_options(study, arm, stack))
+        torch.manual_seed(seed)  # of the adapter, whatever drew before it
+        pipeline: Any = kind(model, optimizer, where, **_options(study, arm, stack))
+        torch.manual_seed(seed)  # the same for every arm from here on
         batches = _batches(study, arm, periods)
         while True:
             try:
@@ -220,9 +221,24 @@ def run_pass(
     logits, labels, teacher = (
         torch.cat(parts).float().cpu().numpy() for parts in zip(*rows, strict=True)
     )
+    _check_values(logits, labels)
     sizes, half = [len(part[0]) for part in rows], len(rows) // 2
     seconds = (time.perf_counter() - times[max(half - 1, 0)]) / sum(sizes[half:])
     return Pass(logits, labels, teacher, _periods(study, periods, sizes), seconds)
+
+
+def _check_values(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+    """Raise for what can't be a binary task's: the table would be of something else."""
+    if ((labels < 0) | (labels > 1)).any():
+        raise ValueError(
+            "labels should lie in [0, 1], or be NaN where one is missing; received "
+            f"{np.nanmin(labels):g} to {np.nanmax(labels):g}"
+        )
+    if len(logits) > 64 and ((logits >= 0) & (logits <= 1)).all():
+        raise ValueError(
+            "logits should be the student's log-odds; received values that all lie in [0, 1]: give "
+            "them as they are before the sigmoid, by outputs=..."
+        )
 
 
 def _fields(study: Study, *names: str) -> dict[str, Any]:
@@ -272,7 +288,8 @@ def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tenso
     try:
         _, logits, labels, *_ = study.outputs(output)
         shape = len(logits), tasks
-        rows = logits.detach().reshape(shape), labels.detach().reshape(shape)
+        # Labels are copied: as a view they would keep the batch that they are of.
+        rows = logits.detach().reshape(shape), labels.detach().reshape(shape).clone()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"progress should return (loss, logits, labels), the last two of (B, {tasks}); "
@@ -285,7 +302,7 @@ def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tenso
     return *rows, teacher.values.where(teacher.presence, torch.nan)
 
 
-def _periods(study: Study, periods: Sequence[Any], sizes: Sequence[int]) -> npt.NDArray[np.int32]:
+def _periods(study: Study, periods: Sequence[Any], sizes: Sequence[int]) -> npt.NDArray[np.int64]:
     """(N,), out of each batch's."""
     if study.period is None:
         periods = [np.full(size, at * STRETCHES // len(sizes)) for at, size in enumerate(sizes)]
@@ -295,4 +312,4 @@ def _periods(study: Study, periods: Sequence[Any], sizes: Sequence[int]) -> npt.
                 f"period should give an integer for each example, {(size,)}; received "
                 f"{period.shape}"
             )
-    return np.concatenate(periods).astype(np.int32)
+    return np.concatenate(periods).astype(np.int64)

@@ -71,7 +71,7 @@ def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> st
 
 
 def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Figures by arm, seed and task, of all examples and of those that the teacher spoke of.
+    """Figures by arm, seed and task, of all examples and of those that every teacher spoke of.
 
     What the teachers themselves said has arms of its own.
     """
@@ -87,11 +87,13 @@ def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any
             for kind, name in ITSELF.items():
                 if run.name == "none" and (kind, run.seed) in outputs:
                     said[name] = outputs[kind, run.seed][:, 0, t]
-            teacher = outputs.get(("teacher", run.seed))
-            spoken = True if teacher is None else ~np.isnan(teacher[:, 0, t])
+            spoken = rows.copy()
+            for kind in ITSELF:
+                if (kind, run.seed) in outputs:
+                    spoken &= ~np.isnan(outputs[kind, run.seed][:, 0, t])
             for name, logits in said.items():
-                shown = rows & ~np.isnan(logits)
-                covered = figures(logits[spoken & shown], labels[spoken & shown])
+                shown = rows & ~np.isnan(logits) if name in ITSELF.values() else rows
+                covered = figures(logits[spoken], labels[spoken])
                 results.append(
                     {
                         **{"arm": name, "seed": run.seed, "part": task.name},
@@ -126,8 +128,9 @@ def _over_time(runs: Sequence[Run], alone: Mapping[int, Pass]) -> Array:
         labelled = run.counted & ~np.isnan(run.said.labels).all(1)
         _, period = np.unique(run.said.periods[labelled], return_inverse=True)
         for said in (run.said, alone[run.seed]):
-            values = losses(said.logits[labelled], said.labels[labelled])
-            sums.append(np.bincount(period, np.nansum(values, 1)))
+            labels = said.labels[labelled]
+            values = np.where(np.isnan(labels), 0, losses(said.logits[labelled], labels))
+            sums.append(np.bincount(period, values.sum(1)))
     return np.asarray(100 * (sum(sums[::2]) / sum(sums[1::2]) - 1))
 
 
@@ -182,13 +185,19 @@ def sentence(findings: Mapping[str, Finding]) -> str:
     seeds and over time, each p times the number of settings being under 0.05. Of those that pay the
     first is taken that is not significantly behind the best over time: the simplest.
     """
-    settings = {name: f for name, f in findings.items() if f.arm.teacher == "teacher"}
+    settings = {
+        name: found
+        for name, found in findings.items()
+        if found.arm.teacher == "teacher" and np.isfinite(found.change.ne).all()  # NaN: it diverged
+    }
     controls = [found for found in findings.values() if found.arm.teacher == "labels"]
     if not settings:
-        return "No arm has a teacher."
+        return "No arm with a teacher has figures."
 
     def pays(found: Finding) -> bool:
         tested = [found.over_time, *(found.over_time - c.over_time for c in controls)]
+        if len(found.over_time) < 2 <= len(found.change.seeds):
+            tested.clear()
         if len(found.change.seeds) > 1:
             beyond = (found.change.less(c.change) for c in controls)
             tested += [values.mean(1) for values in (found.change.ne, *beyond)]
@@ -205,7 +214,7 @@ def sentence(findings: Mapping[str, Finding]) -> str:
     name, chosen = next(
         (name, found)
         for name, found in paying.items()
-        if found is best or p_value(found.over_time - best.over_time) > SURE
+        if (less := found.over_time - best.over_time).mean() <= 0 or p_value(less) > SURE
     )
     beyond = "".join(
         f", {-chosen.change.less(control.change).mean():.2f} % below a head on the label"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 
-from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import on_rank_0, rank, world_size
 from torchrec_exfm.study.passes import ARMS, Arm, Pass, Study, run_pass
 from torchrec_exfm.study.report import Run, write_report
 
@@ -40,17 +42,22 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
         the table, and the sentence that says what to take.
 
     Raises:
-        ValueError: for a study without the arm "none" or with a task that is no binary one, for
-            a number of seeds below 1; if the stream is not the same whenever it is called.
+        ValueError: for a study without the arm "none", with another arm without terms, or with a
+            task that is no binary one, for a number of seeds below 1; if the stream is not the
+            same whenever it is called, or the same on two ranks; as :func:`run_pass`.
     """
     arms = dict(study.arms or ARMS)
     if study.make_older_teacher is not None:
         arms[OLDER] = Arm(ARMS["AH"].terms, "older")
     regressions = [task.name for task in study.tasks if task.regression]
-    if seeds < 1 or arms.get("none", ARMS["AH"]).terms or regressions:
+    plain = [name for name, arm in arms.items() if not arm.terms]
+    older = [name for name, arm in arms.items() if arm.teacher == "older"]
+    lacking = older if study.make_older_teacher is None else []
+    if seeds < 1 or plain != ["none"] or regressions or lacking:
         raise ValueError(
-            "a study should have at least one seed, an arm 'none' without terms, and binary tasks; "
-            f"received {seeds} seeds, the arms {list(arms)}, and the regressions {regressions}"
+            "a study should have at least one seed, the one arm 'none' without terms, binary "
+            f"tasks, and make_older_teacher where an arm learns from it; received {seeds} seeds, "
+            f"{plain} without terms, the regressions {regressions}, and {lacking} of an older one"
         )
     folder = Path(folder)
     files = {
@@ -68,32 +75,61 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
                 f"{' (time left: known after it)' if not at else ''}"
             )
             kept = run_pass(study, arms[name], seed, lambda size: bar.update(size * world_size()))
-            _write(files[name, seed], kept)
+            others = [file for file in files.values() if file != files[name, seed]]
+            on_rank_0(functools.partial(_write, files[name, seed], _gathered(kept), others))
             bar.total = bar.n * len(missing) // (at + 1)
     return on_rank_0(lambda: write_report(folder, _read(files, arms, study), study.tasks))
 
 
 def _digest(name: str, arm: Arm, seed: int, key: str) -> str:
-    terms = [{**vars(term), "loss": None} for term in arm.terms]
-    text = repr([name, terms, arm.teacher, seed, world_size(), key])
+    losses = [term.loss.function for term in arm.terms]
+    told = [(getattr(f, "func", f).__qualname__, getattr(f, "args", ())) for f in losses]
+    terms = [{**vars(term), "loss": term.loss.width} for term in arm.terms]
+    text = repr([name, terms, told, arm.teacher, seed, world_size(), key])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _write(path: Path, part: Pass) -> None:
+def _gathered(part: Pass) -> list[Pass]:
+    """The ranks' parts on rank 0; nothing on others."""
+    parts: list[Any] | None = [part] * world_size() if rank() == 0 else None
+    if world_size() > 1:
+        dist.gather_object(part, parts)
+    return parts or []
+
+
+def _write(path: Path, parts: Sequence[Pass], others: Sequence[Path]) -> None:
     """The ranks' parts, one after the other, in a file that appears whole or not at all."""
-    parts = of_each_rank(part)
-    names = ("logits", "labels", "teacher", "periods")
-    columns: dict[str, Any] = {n: np.concatenate([vars(part)[n] for part in parts]) for n in names}
-    seconds = max(part.seconds for part in parts) / len(parts)
+    first, *rest = parts
+    if any(np.array_equal(first.logits, part.logits) for part in rest):
+        raise ValueError(
+            "stream() should give each rank examples of its own; received the same on two ranks: "
+            "give rank r of n every n-th batch, from the r-th on"
+        )
+    columns: dict[str, Any] = {
+        name: np.concatenate([vars(part)[name] for part in parts])
+        for name in ("logits", "labels", "teacher", "periods")
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_labels(columns["labels"], others)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        np.savez(file, **columns, seconds=max(part.seconds for part in parts) / len(parts))
+    draft.replace(path)
 
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        with draft.open("wb") as file:
-            np.savez(file, **columns, seconds=seconds)
-        draft.replace(path)
 
-    on_rank_0(write)
+def _check_labels(labels: Any, others: Sequence[Path]) -> None:
+    """Raise if another pass of the study had others."""
+    kept = next((path for path in others if path.exists()), None)
+    if kept is None:
+        return
+    with np.load(kept) as values:
+        if np.array_equal(labels, values["labels"], equal_nan=True):
+            return
+    raise ValueError(
+        "stream() should give the same batches in the same order whenever it is called; received "
+        "other labels than in an earlier pass: where that is mended, or the data have changed, "
+        f"remove {kept.parent}"
+    )
 
 
 def _read(
@@ -105,12 +141,6 @@ def _read(
     for (name, seed), file in files.items():
         with np.load(file) as values:
             said = Pass(**{column: values[column] for column in values})
-        if runs and not np.array_equal(said.labels, runs[0].said.labels, equal_nan=True):
-            raise ValueError(
-                "stream() should give the same batches in the same order whenever it is called; "
-                f"received other labels for {name!r} with seed {seed} than for {runs[0].name!r}: "
-                f"where that is mended, or the data have changed, remove {file.parent}"
-            )
         if first is None:
             first = math.ceil(np.median(said.periods))
         runs.append(Run(name, arms[name], seed, said, said.periods >= first))
