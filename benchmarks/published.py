@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import duckdb
@@ -58,9 +58,11 @@ __all__ = (
 )
 
 
+@lru_cache
 def version(folder: Path) -> tuple[int, str]:
     """Of the streams' format, and of the files of a folder."""
-    return FORMAT_VERSION, digest(sorted(path for path in folder.iterdir() if path.is_file()))
+    kinds = ("*.csv", "day_*")
+    return FORMAT_VERSION, digest(sorted(path for kind in kinds for path in folder.glob(kind)))
 
 
 NEVER_DAYS = 30.0

@@ -61,13 +61,13 @@ class Setting(Arm):
 
     Attributes:
         mixed: the teacher's probability is the mean of its own and the label.
-        unlabelled: for each example so many of other verticals, without their label.
+        unlabelled: for each example one of another vertical, without its label.
         late: the student starts in the tuning week.
         tables: with the tables that the teacher has then.
     """
 
     mixed: bool = False
-    unlabelled: float = 0.0
+    unlabelled: bool = False
     late: bool = False
     tables: bool = False
 
@@ -89,7 +89,7 @@ MECHANISMS = {  # of ExFM's successors
     "AH + label": Setting((Term(weight=2.0),), mixed=True),
     "AH + serving head": Setting((AH, Term(serving=True))),
     "AH, alpha 5, w 10, beta 20": Setting((Term(alpha=5.0, weight=10.0, beta=20.0),)),
-    "AH + unlabelled rows": Setting((AH,), unlabelled=1.0),
+    "AH + unlabelled rows": Setting((AH,), unlabelled=True),
     "none, late": Setting(late=True),
     "AH, late": Setting((AH,), late=True),
     "none, late, teacher's tables": Setting(late=True, tables=True),
@@ -189,7 +189,7 @@ def settings(source: str) -> dict[str, Any]:
     """What a run rests on beside its cell; of the code nothing is told."""
     told = {name: getattr(source_of(source), name) for name in ("lean", "strong", "rich")}
     told |= {name: getattr(demo, name) for name in ("TEACHER", "STUDENT")}
-    names = ("teacher_rates", "tuning_week", "first_week", "frozen_after")
+    names = ("verticals", "teacher_rates", "tuning_week", "first_week", "frozen_after", "hourly")
     told |= {name: getattr(source_of(source), name) for name in names}
     return told | {"version": source_of(source).version()}
 
@@ -199,6 +199,11 @@ class Part(NamedTuple):
 
     cells: Callable[[str, bool], Iterable[Cell]]
     sources: tuple[str, ...] | None = None  # None: all
+
+    def of(self, source: str, quick: bool) -> list[Cell]:
+        """Those of a stream; none if the table is not of it."""
+        told = self.cells(source, quick) if source in (self.sources or (source,)) else ()
+        return list(dict.fromkeys(told))
 
 
 def ablation(source: str, quick: bool, arms: Iterable[str] = ARMS) -> Iterator[Cell]:
@@ -286,7 +291,8 @@ def ranking(source: str, quick: bool) -> Iterator[Cell]:
 
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
     """A model between teacher and student, which is both."""
-    for cell in sweep(source, quick, ["none", "teacher", "AH", RECIPE], students=STUDENTS):
+    yield from sweep(source, quick, ["none"], students=STUDENTS)
+    for cell in sweep(source, quick, ["teacher", "AH", RECIPE], students=STUDENTS):
         yield from (replace(cell, teacher=by) for by in ("rich", "domain", "domain alone"))
     for cell in sweep(source, quick, ["AH of both", "recipe of both"], students=STUDENTS):
         yield replace(cell, teacher="rich+domain")
@@ -432,7 +438,7 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
     labelled = rows
     if arm.unlabelled:
         others = np.setdiff1d(rows_of(cell.source, *source.verticals), rows)
-        count = min(len(others), int(arm.unlabelled * len(rows)))
+        count = min(len(others), len(rows))
         rows = np.union1d(rows, random.choice(others, count, replace=False))
     if arm.late:
         rows = rows[np.asarray(whole.week)[rows] >= source.tuning_week]
@@ -452,7 +458,7 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
     if arm.unlabelled:
         labels = np.where(np.isin(rows, labelled), stream.label, np.nan).astype(np.float32)
         stream = replace(stream, label=labels)
-        batch_size *= 1 + int(arm.unlabelled)  # as many labels a step
+        batch_size *= 2  # as many labels a step
     study = passes.study_of(
         stream,
         getattr(source, cell.student),
@@ -531,8 +537,6 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None
     for cell in itertools.chain(*parts):
         for teacher, feeds in said_for(cell).items():
             needed.setdefault(teacher, set()).update(feeds)
-            if teacher.kind == "domain":
-                needed.setdefault(teacher._replace(kind="rich"), set()).add("fresh")
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=passes.start
     ) as pool:
@@ -599,6 +603,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     options = parser.parse_args()
+    if options.data and not options.source:
+        parser.error("--data should come with the --source that it is of; received none")
     if options.data:
         os.environ[options.source.upper()] = str(options.data.absolute())  # for the pool too
     sources = [options.source] if options.source else at_hand()
@@ -606,23 +612,23 @@ def main() -> None:
         return tune(sources, options.out, options.workers)
     names = options.table or (QUICK if options.quick else PARTS)
     parts = [
-        [cell for cell in dict.fromkeys(cells(source, options.quick)) if cell.seed < options.seeds]
-        for cells, only in map(PARTS.__getitem__, names)
+        [cell for cell in PARTS[name].of(source, options.quick) if cell.seed < options.seeds]
+        for name in names
         for source in sources
-        if source in (only or sources)
     ]
     kept = {} if options.quick else json.loads(KEPT_FILE.read_text())
     keys = {result["key"] for result in kept.get("results", ())}
     if not options.no_run:
         new = [[cell for cell in part if cell.key not in keys] for part in parts]
         measure(new, options.out, options.workers)
-    planned = {cell.key for part in parts for cell in part}
-    kept = quality_report.merged(
-        kept, finished(itertools.chain(*parts), options.out), planned, common.environment()
-    )
+    cells = [cell for part in PARTS.values() for s in sources for cell in part.of(s, options.quick)]
+    cells = [*itertools.chain(*parts)] if options.quick else cells
+    results, planned = finished(cells, options.out), {cell: cell.key for cell in cells}
+    text = quality_report.merged(kept, results, planned, common.environment())
+    folder = options.out if options.quick else HERE
     if not options.quick:
-        KEPT_FILE.write_text(quality_report.as_text(kept))
-    print(show(kept, options.out if options.quick else HERE))
+        write(KEPT_FILE, lambda to: to.write(text.encode()))
+    print(show(json.loads(text), folder))
 
 
 def show(kept: dict[str, Any], folder: Path) -> str:

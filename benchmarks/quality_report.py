@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,11 @@ def _ablation(
     head += ["calibration", "η", "generation ratio", "significantly worse in"]
     yield markdown(head, rows)
     yield "\nNE by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
-    rows = [[arm, *(f"{c.mean():+.2f}{_stars(c)}" for c in found[arm].ne.T)] for arm in found]
-    rows.append(["teacher itself", *(f"{c.mean():+.1f}" for c in teacher.ne.T)])
+    rows = []
+    for arm, change in {**found, "teacher itself": teacher}.items():
+        by_part = dict(zip(change.parts, change.ne.T, strict=True))
+        told = {p: f"{ne.mean():+.2f}{_stars(ne)}" for p, ne in by_part.items()}
+        rows.append([arm, *(told.get(part, "") for part in teacher.parts)])
     yield markdown(["arm", *teacher.parts], rows)
     if RECIPE in found and "AH" in found:
         mine, ah = found[RECIPE], found["AH"]
@@ -235,7 +239,8 @@ def _calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
     """An arm's calibration over none's, of each vertical and seed."""
     none = {(r["vertical"], r["seed"]): r["calibration"] for r in pick(results, arm="none")}
     shifted = pick(results, arm=arm, shift=shift)
-    return np.array([r["calibration"] / none[r["vertical"], r["seed"]] for r in shifted])
+    ids = ((r, (r["vertical"], r["seed"])) for r in shifted)
+    return np.array([r["calibration"] / none[cell] for r, cell in ids if cell in none])
 
 
 def freshness(results: Sequence[Result]) -> Iterator[str]:
@@ -362,6 +367,7 @@ def mechanisms(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
     yield markdown(["arm", *(f"{source}, {student}" for source, student in kinds)], rows)
 
 
+LEADS = (1, 4, 8, 12, 30)  # per cent of NE
 TAUGHT_BY = {
     "rich": "the teacher",
     "domain": "a domain model that it taught",
@@ -415,15 +421,38 @@ def what_decides(results: Sequence[Result]) -> Iterator[str]:
             rows.append([f"{source}, {student}", *cells, f"{np.mean(recipe - ah):+.2f}"])
     head = ["median (range)", "the teacher's lead", "η of AH", "η of the recipe", "recipe less AH"]
     yield markdown(head, rows)
-    lead, gain, less = (np.array([p[n] for p in points]) for n in ("lead", RECIPE, "less"))
-    if len(points) > 2:
-        with_gain, with_less = (stats.spearmanr(-lead, -values) for values in (gain, less))
-        yield (
-            f"\nOver these {len(points)} verticals and students, rank correlation with the lead: "
-            f"of the recipe's gain {with_gain.statistic:.2f} (p {p_text(with_gain.pvalue)}), of "
-            f"what the recipe brings beyond AH {with_less.statistic:.2f} (p "
-            f"{p_text(with_less.pvalue)}).\n"
-        )
+    if len(points) < 3:
+        return
+    lead, ah, gain = (np.array([p[n] for p in points]) for n in ("lead", "AH", RECIPE))
+    less = gain - ah
+    led, rows_of = -lead >= LEADS[0], np.array([p["rows"] for p in points])
+    shares, strong = (ah / lead)[led], np.array([p["student"] == "strong" for p in points])[led]
+    low, middle, high = np.percentile(shares, [10, 50, 90])
+    tests = {
+        "the lead and the recipe's gain": (-lead, -gain),
+        "the lead and what the recipe brings beyond AH": (-lead, -less),
+        "the number of examples and AH's η": (rows_of[led], shares),
+        "being the strong student and AH's η": (strong, shares),
+    }
+    told = [
+        f"{name} {test.statistic:.2f} (p {p_text(test.pvalue)})"
+        for name, pair in tests.items()
+        for test in [stats.spearmanr(*pair)]
+    ]
+    yield (
+        f"\nRank correlations over these {len(points)} verticals and students, η where the teacher "
+        f"leads by {LEADS[0]} % or more: of {'; of '.join(told)}. AH's η: 10th percentile "
+        f"{low:.2f}, median {middle:.2f}, 90th {high:.2f}. By the lead, medians and ranges:\n\n"
+    )
+    rows = []
+    for low, high in itertools.pairwise(LEADS):
+        at = (-lead >= low) & (-lead < high)
+        if at.any():
+            shown = (-ah[at], ah[at] / lead[at], -gain[at], gain[at] / lead[at])
+            cells = [f"{np.median(x):.2f} ({x.min():.2f} to {x.max():.2f})" for x in shown]
+            rows.append([f"{low} to {high} % ({at.sum()})", *cells, f"{less[at].mean():+.2f}"])
+    head = ["lead (how many)", "gain of AH, %", "η of AH", "gain of the recipe, %"]
+    yield markdown([*head, "η of the recipe", "recipe less AH, mean"], rows)
 
 
 def gains_by_lead(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -431,10 +460,14 @@ def gains_by_lead(results: Sequence[Result]) -> list[dict[str, Any]]:
     for source, student in kinds_of(results):
         kind = {"source": source, "student": student}
         found = {arm: changes(results, arm=arm, **kind) for arm in ("teacher", "AH", RECIPE)}
-        if all(change is not None for change in found.values()):
-            means = {arm: change.ne.mean(0) for arm, change in found.items() if change}
-            for lead, ah, recipe in zip(*means.values(), strict=True):
-                points.append({**kind, "lead": lead, "AH": ah, RECIPE: recipe, "less": recipe - ah})
+        means = [dict(zip(c.parts, c.ne.mean(0), strict=True)) for c in found.values() if c]
+        for part in means[0] if len(means) == len(found) else ():
+            if all(part in by_part for by_part in means):
+                lead, ah, recipe = (by_part[part] for by_part in means)
+                rows = np.mean(
+                    [r["rows"] for r in pick(results, arm="none", **kind, vertical=part)]
+                )
+                points.append({**kind, "lead": lead, "AH": ah, RECIPE: recipe, "rows": rows})
     return points
 
 
@@ -518,29 +551,37 @@ def _draw_leads(axes: Any, results: Sequence[Result]) -> None:
 def merged(
     kept: Mapping[str, Any],
     new: Sequence[Result],
-    planned: set[str],
+    planned: Mapping[Any, str],
     environment: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What is kept with what was measured now in the place of what it replaces."""
+) -> str:
+    """What is kept with what was measured now, as JSON: a line for each result.
+
+    Args:
+        kept: from the file, or nothing.
+        new: results of cells.
+        planned: the cells of all tables, with their keys: what is kept of one under another key was
+            of other settings, and goes.
+        environment: of the new ones.
+    """
+    wanted = {cell_of(asdict(cell)): key for cell, key in planned.items()}
+    cells = {
+        cell_of(r): r
+        for r in kept.get("results", ())
+        if wanted.get(cell_of(r), r["key"]) == r["key"]
+    }
     environments = list(kept.get("environments", ()))
-    cells = {cell_of(r): r for r in kept.get("results", ())}
-    if fresh := [r for r in new if r["key"] not in {r["key"] for r in cells.values()}]:
-        environments.append(environment)
+    fresh = [r for r in new if cell_of(r) not in cells]
     for result in fresh:
-        cells[cell_of(result)] = {**result, "run": len(environments) - 1}
-    missing = len(planned - {r["key"] for r in cells.values()})
-    return {"missing": missing, "environments": environments, "results": list(cells.values())}
+        cells[cell_of(result)] = {**_short(result), "run": len(environments)}
+    missing = len(wanted.keys() - cells.keys())
+    told = {"missing": missing, "environments": environments + [environment] * bool(fresh)}
+    lines = ",\n".join(map(json.dumps, cells.values()))
+    return f'{json.dumps(told)[:-1]},\n"results": [\n{lines}\n]}}\n'
 
 
 def cell_of(result: Result) -> str:
+    """All that tells a cell from others, as text."""
     return json.dumps([{**PLAIN, **result}[name] for name in CELL])
-
-
-def as_text(kept: Mapping[str, Any]) -> str:
-    """JSON, a line for each result, numbers to six digits; no more than is shown."""
-    lines = ",\n".join(json.dumps(_short(result)) for result in kept["results"])
-    head = json.dumps({name: kept[name] for name in ("missing", "environments")})
-    return f'{head[:-1]},\n"results": [\n{lines}\n]}}\n'
 
 
 def _short(result: Result) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def figures(logits: Array, labels: Array) -> dict[str, float]:
 def losses(logits: Array, labels: Array) -> Array:
     """The log-loss of each example, (B,)."""
     z, y = logits.astype(np.float64), labels.astype(np.float64)
-    return np.logaddexp(0, z) - y * z
+    with np.errstate(invalid="ignore"):  # a logit of a student that diverged
+        return np.logaddexp(0, z) - y * z
 
 
 def _auc(z: Array, positive: Array) -> float:
