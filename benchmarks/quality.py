@@ -222,20 +222,25 @@ def sweep(
     source: str,
     quick: bool,
     arms: Iterable[str],
-    verticals: Sequence[str] | None = None,
+    verticals: Sequence[str] = (),
     students: Sequence[str] = STUDENTS[:1],
+    **changed: Iterable[Any],
 ) -> Iterator[Cell]:
-    """Cells of a sweep, which changes one thing."""
+    """Cells of which one thing is changed, to each of the values that are given."""
     verticals = verticals or source_of(source).swept
     verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
+    values = [
+        dict(zip(changed, them, strict=True)) for them in itertools.product(*changed.values())
+    ]
     for seed, vertical, student, arm in itertools.product(seeds, verticals, students, arms):
-        yield Cell(source, vertical, student, arm, seed)
+        for value in values:
+            yield replace(Cell(source, vertical, student, arm, seed), **value)
 
 
 def generations(source: str, quick: bool) -> Iterator[Cell]:
     """The teacher before, for the second of the two ratios."""
-    for cell in sweep(source, quick, ("teacher", "AH", RECIPE), students=STUDENTS):
-        yield replace(cell, teacher="strong")
+    arms = ("teacher", "AH", RECIPE)
+    return sweep(source, quick, arms, students=STUDENTS, teacher=["strong"])
 
 
 def mechanisms(source: str, quick: bool) -> Iterator[Cell]:
@@ -245,80 +250,73 @@ def mechanisms(source: str, quick: bool) -> Iterator[Cell]:
 def bias(source: str, quick: bool) -> Iterator[Cell]:
     yield from sweep(source, quick, ["none"])
     arms = ["serving head", "AH", RECIPE, *(["AH + SA"] if source == "promotions" else [])]
-    for cell in sweep(source, quick, arms):
-        yield from (replace(cell, shift=shift) for shift in ((0.0, 1.0) if quick else SHIFTS))
+    yield from sweep(source, quick, arms, shift=(0.0, 1.0) if quick else SHIFTS)
 
 
 def freshness(source: str, quick: bool) -> Iterator[Cell]:
     """Over all verticals, as they differ in how fast a teacher grows old."""
     verticals = source_of(source).verticals
     yield from sweep(source, quick, ["none"], verticals)
-    delays = [f"delay-{delay}" for delay in source_of(source).delays]
-    feeds = (delays[0], delays[-1]) if quick else (*delays, "frozen")
+    feeds = [*(f"delay-{delay}" for delay in source_of(source).delays), "frozen"]
     arms = ["teacher", "AH", RECIPE]
     if source == "promotions" and not quick:
         arms += ["AH + SA", "serving head"]
-    for cell in sweep(source, quick, arms, verticals):
-        yield from (replace(cell, feed=feed) for feed in feeds)
+    yield from sweep(source, quick, arms, verticals, feed=(feeds[0], feeds[-2]) if quick else feeds)
 
 
 def adapters(source: str, quick: bool) -> Iterator[Cell]:
     """What the recipe's second term needs, with the teacher that is oldest."""
-    verticals = source_of(source).verticals
-    for cell in sweep(source, quick, [RECIPE, *VARIANTS], verticals):
-        yield replace(cell, feed="frozen")
-    for cell in sweep(source, quick, [RECIPE], verticals):
-        yield from (replace(cell, feed="frozen", adapter=adapter) for adapter in ADAPTERS)
+    verticals, late = source_of(source).verticals, ["frozen"]
+    yield from sweep(source, quick, [RECIPE, *VARIANTS], verticals, feed=late)
+    yield from sweep(source, quick, [RECIPE], verticals, feed=late, adapter=ADAPTERS)
 
 
 def scale(source: str, quick: bool) -> Iterator[Cell]:
-    for cell in sweep(source, quick, ["teacher", "AH", RECIPE]):
-        yield from (replace(cell, width=width) for width in WIDTHS)
+    return sweep(source, quick, ["teacher", "AH", RECIPE], width=WIDTHS)
 
 
 def sampling(source: str, quick: bool) -> Iterator[Cell]:
-    for cell in sweep(source, quick, ["none", "serving head", "AH"]):
-        fewer = replace(cell, kept=KEPT)
-        yield from (fewer, replace(fewer, corrected=True)) if cell.arm != "none" else (fewer,)
+    yield from sweep(source, quick, ["none"], kept=[KEPT])
+    arms = ["serving head", "AH"]
+    yield from sweep(source, quick, arms, kept=[KEPT], corrected=[False, True])
 
 
 def ranking(source: str, quick: bool) -> Iterator[Cell]:
     """What terms over groups add to the recipe."""
     verticals = RANKED.get(source, source_of(source).verticals)
-    for cell in sweep(source, quick, ("none", "AH", RECIPE, *RANKING), verticals, STUDENTS):
-        yield from (replace(cell, seed=seed) for seed in SEEDS) if cell.seed == 0 else ()
+    arms = ("none", "AH", RECIPE, *RANKING)
+    cells = sweep(source, quick, arms, verticals, STUDENTS, seed=SEEDS)
+    return iter(dict.fromkeys(cells))
 
 
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
     """A model between teacher and student, which is both."""
     yield from sweep(source, quick, ["none"], students=STUDENTS)
-    for cell in sweep(source, quick, ["teacher", "AH", RECIPE], students=STUDENTS):
-        yield from (replace(cell, teacher=by) for by in ("rich", "domain", "domain alone"))
-    for cell in sweep(source, quick, ["AH of both", "recipe of both"], students=STUDENTS):
-        yield replace(cell, teacher="rich+domain")
+    arms, by = ("teacher", "AH", RECIPE), ("rich", "domain", "domain alone")
+    yield from sweep(source, quick, arms, students=STUDENTS, teacher=by)
+    arms = ("AH of both", "recipe of both")
+    yield from sweep(source, quick, arms, students=STUDENTS, teacher=["rich+domain"])
 
 
 def noise(source: str, quick: bool) -> Iterator[Cell]:
     """A second teacher that knows nothing."""
     yield from sweep(source, quick, ["none", "AH", RECIPE], students=STUDENTS)
-    for cell in sweep(source, quick, TWO_TEACHERS, students=STUDENTS):
-        yield replace(cell, teacher="rich+noise")
+    yield from sweep(source, quick, TWO_TEACHERS, students=STUDENTS, teacher=["rich+noise"])
 
 
 def batches(source: str, quick: bool) -> Iterator[Cell]:
     """With a smaller batch, which is better and takes twice the time, and with other rates."""
-    for cell in sweep(source, quick, ["none", RECIPE]):
-        for student in STUDENTS:
-            _, *rates = source_of(source).rates[student]
-            yield replace(cell, student=student, rates=(SMALL_BATCH, *rates))
-    for cell in sweep(source, quick, ["none", "AH", RECIPE], source_of(source).verticals):
-        yield replace(cell, rates=OTHER_RATES)
+    for student in STUDENTS:
+        rates = (SMALL_BATCH, *source_of(source).rates[student][1:])
+        yield from sweep(source, quick, ["none", RECIPE], students=[student], rates=[rates])
+    verticals = source_of(source).verticals
+    yield from sweep(source, quick, ["none", "AH", RECIPE], verticals, rates=[OTHER_RATES])
 
 
 def tuning(source: str, quick: bool) -> Iterator[Cell]:
     """The students without a teacher, with other rates; seeds of their own."""
-    for student, vertical, rates in itertools.product(STUDENTS, source_of(source).swept, GRID):
-        yield Cell(source, vertical, student, "none", seed=TUNING_SEED, rates=rates)
+    cells = sweep(source, quick, ["none"], students=STUDENTS, seed=[TUNING_SEED], rates=GRID)
+    return iter(dict.fromkeys(cells))
 
 
 OURS = ("promotions", "movielens", "ebnerd")
@@ -354,7 +352,7 @@ class Teacher(NamedTuple):
         return folder / "teachers" / name.replace(" ", "-")
 
 
-def said_for(cell: Cell) -> dict[Teacher, set[str]]:
+def feeds_for(cell: Cell) -> dict[Teacher, set[str]]:
     """What a cell needs of its teachers: what `passes.teacher_logits` calls it."""
     arm = SETTINGS.get(cell.arm, Setting())
     feeds = {passes.TABLES} if arm.tables else set()
@@ -430,7 +428,7 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
     source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
     whole = stream_of(cell.source)
     rows = rows_of(cell.source, cell.vertical)
-    needed = said_for(cell)
+    needed = feeds_for(cell)
     random = np.random.default_rng(cell.seed)
     if cell.kept < 1:
         drawn = random.random(len(rows)) < cell.kept
@@ -535,25 +533,25 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None
     """Run what is missing, one part after the other, the first seeds of each first."""
     needed: dict[Teacher, set[str]] = {}
     for cell in itertools.chain(*parts):
-        for teacher, feeds in said_for(cell).items():
+        for teacher, feeds in feeds_for(cell).items():
             needed.setdefault(teacher, set()).update(feeds)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=passes.start
     ) as pool:
         for part in parts:
             cells = [cell for cell in part if not cell_file(folder, cell).exists()]
-            wanted = {teacher for cell in cells for teacher in said_for(cell)}
+            wanted = {teacher for cell in cells for teacher in feeds_for(cell)}
             wanted |= {t._replace(kind="rich") for t in wanted if t.kind.startswith("domain")}
             for taught in (False, True):  # the domain's models come after their teachers
                 teachers = [t for t in sorted(wanted) if t.kind.startswith("domain") == taught]
-                missing = [t for t in teachers if not _said(t, needed.get(t, set()), folder)]
+                missing = [t for t in teachers if not _is_there(t, needed.get(t, set()), folder)]
                 jobs = [pool.submit(teach, t, needed.get(t, {"fresh"}), folder) for t in missing]
                 _wait(jobs, "teachers")
             cells.sort(key=lambda cell: cell.seed)
             _wait([pool.submit(run, cell, folder) for cell in cells], "students")
 
 
-def _said(teacher: Teacher, feeds: set[str], folder: Path) -> bool:
+def _is_there(teacher: Teacher, feeds: set[str], folder: Path) -> bool:
     return all(teacher.file(folder, feed).exists() for feed in feeds or {"fresh"})
 
 

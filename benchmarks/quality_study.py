@@ -15,7 +15,7 @@ source = os.environ.get("SOURCE", "promotions")
 vertical = os.environ.get("VERTICAL", quality.SOURCES[source].swept[-1])
 folder = Path("results/quality")
 cell = quality.Cell(source, vertical, os.environ.get("STUDENT", "lean"), "AH", seed=0)
-for teacher, feeds in quality.said_for(cell).items():
+for teacher, feeds in quality.feeds_for(cell).items():
     if not all(teacher.file(folder, feed).exists() for feed in feeds):
         quality.teach(teacher, feeds, folder)
 key = str(cell)

@@ -302,7 +302,7 @@ def check_a_study_is_the_same_as_a_cell() -> None:
     """The command's table has the figures of the benchmark, for the arms that both have."""
     with tiny_source() as folder:
         cell = quality.Cell("tiny", "odd", "lean", "AH", 0)
-        teacher = next(iter(quality.said_for(cell)))
+        teacher = next(iter(quality.feeds_for(cell)))
         quality.teach(teacher, {"fresh"}, folder)
         study, _, _ = quality.study_of(cell, folder)
         arms = {name: quality.ARMS[name] for name in ("none", "head on the label", "AH")}
@@ -335,7 +335,7 @@ def check_every_kind_of_cell_runs() -> None:
         ]
         needed: dict[quality.Teacher, set[str]] = {}
         for cell in cells:
-            for teacher, feeds in quality.said_for(cell).items():
+            for teacher, feeds in quality.feeds_for(cell).items():
                 needed.setdefault(teacher, set()).update(feeds)
         for teacher in sorted(needed, key=lambda t: t.kind.startswith("domain")):
             quality.teach(teacher, needed[teacher], folder)
