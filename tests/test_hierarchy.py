@@ -32,9 +32,9 @@ EXAMPLES, WINDOW, WINDOWS = 60, 10, 3
 SEEDS = range(4)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks(2)
     yield processes
     processes.close()
 
