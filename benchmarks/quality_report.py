@@ -165,7 +165,10 @@ def _ablation(
     none = [r for r in pick(results, arm="none", **kind) if r["vertical"] in teacher.parts]
     ne, auc, calibration = (np.mean([r[f] for r in none]) for f in ("ne", "auc", "calibration"))
     older = changes(results, arm="teacher", teacher="strong", **kind)
-    before = "" if older is None else f", the one before NE {older.ne.mean():+.1f} %"
+    before = ""
+    if older is not None:
+        new, old = teacher.common(older, "ne").mean(), older.ne.mean()
+        before = f"; in the sweeps {new:+.1f} %, and the generation before {old:+.1f} %"
     yield (
         f"\n### {kind['source']}, {kind['student']} student\n\nWithout a teacher: NE {ne:.4f}, AUC "
         f"{auc:.4f}, calibration {calibration:.3f}; means over {len(teacher.parts)} verticals and "
