@@ -503,53 +503,34 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
 def draw(results: Sequence[Result], path: Path) -> None:
     """Freshness, bias, and gain by lead."""
     figure = Figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    colors = {arm: f"C{at}" for at, arm in enumerate(("none", *SHOWN))}
-    _draw_freshness(axes[0], swept(results, "promotions", "feed"), colors)
-    _draw_bias(axes[1], swept(results, "promotions", "shift"), colors)
-    _draw_leads(axes[2], results)
-    figure.savefig(path, dpi=90)
-
-
-def _draw_freshness(axes: Any, part: Sequence[Result], colors: Mapping[str, str]) -> None:
-    feeds = feeds_of(part)
-    for arm in arms_of(part):
-        found = [changes(part, arm=arm, feed=feed) for feed in feeds]
-        means = [c.ne.mean(1) for c in found if c]
-        if means and len(means) == len(feeds):
-            spread = [m.std(ddof=1) if len(m) > 1 else 0 for m in means]
-            names = [feed.removeprefix("delay-") for feed in feeds]
-            levels = [m.mean() for m in means]
-            axes.errorbar(
-                names, levels, spread, label=arm, color=colors[arm], capsize=3, marker="o"
+    fresh, shifted, leads = figure.subplots(1, 3)
+    aged, biased = (swept(results, "promotions", what) for what in ("feed", "shift"))
+    feeds, shifts = feeds_of(aged), sorted({r["shift"] for r in biased})
+    for at, arm in enumerate(SHOWN):
+        means = [c.ne.mean(1) for feed in feeds if (c := changes(aged, arm=arm, feed=feed))]
+        if means:
+            names = [feed.removeprefix("delay-") for feed in feeds[: len(means)]]
+            spread = [m.std() for m in means]
+            style = {"label": arm, "color": f"C{at}", "marker": "o"}
+            fresh.errorbar(names, [m.mean() for m in means], spread, capsize=3, **style)
+        levels = [[r["calibration"] for r in pick(biased, arm=arm, shift=s)] for s in shifts]
+        if levels and all(levels):
+            shifted.plot(
+                shifts, [np.mean(x) for x in levels], label=arm, color=f"C{at}", marker="o"
             )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
-    axes.legend(fontsize=8)
-
-
-def _draw_bias(axes: Any, part: Sequence[Result], colors: Mapping[str, str]) -> None:
-    shifts = sorted({r["shift"] for r in part})
-    for arm in arms_of(part):
-        means = [[r["calibration"] for r in pick(part, arm=arm, shift=shift)] for shift in shifts]
-        if all(means):
-            levels = [np.mean(m) for m in means]
-            axes.plot(shifts, levels, label=arm, color=colors[arm], marker="o")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
-    axes.legend(fontsize=8)
-
-
-def _draw_leads(axes: Any, results: Sequence[Result]) -> None:
-    points = gains_by_lead(results)
-    for source, student in kinds_of(results):
-        part = [p for p in points if p["source"] == source and p["student"] == student]
-        if part:
-            xy = [[-p[name] for p in part] for name in ("lead", RECIPE)]
-            axes.plot(*xy, "o" if student == "lean" else "s", label=f"{source}, {student}")
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(title="Gain by lead", xlabel="NE the teacher is better by, %", ylabel="the recipe, %")
-    axes.legend(fontsize=8)
+    for (source, student), mark in zip(kinds_of(results), itertools.cycle("os"), strict=False):
+        part = [
+            p for p in gains_by_lead(results) if (p["source"], p["student"]) == (source, student)
+        ]
+        xy = [[-p[name] for p in part] for name in ("lead", RECIPE)]
+        leads.plot(*xy, mark, label=f"{source}, {student}")
+    fresh.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
+    shifted.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
+    leads.set(title="Gain by lead", xlabel="NE the teacher is better by, %", ylabel="the recipe, %")
+    for axes, level in ((fresh, 0), (shifted, 1), (leads, 0)):
+        axes.axhline(level, color="black", linewidth=0.8)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def merged(
@@ -593,19 +574,15 @@ def _short(result: Result) -> dict[str, Any]:
     dropped = {"unsampled"} if cell["kept"] == PLAIN["kept"] else set()
     grouped = cell["source"] == "ebnerd" or cell["vertical"] == "MEAT-PCKGD"
     dropped |= set() if grouped else {"group_auc", "ndcg", "groups"}
-    return {
-        name: _rounded(value)
+    short = {
+        name: value
         for name, value in result.items()
         if name not in dropped and (name not in PLAIN or value != PLAIN[name])
     }
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    digits: dict[str, Any] = json.loads(
+        json.dumps(short), parse_float=lambda text: float(f"{float(text):.6g}")
+    )
+    return digits
 
 
 def write_page(
