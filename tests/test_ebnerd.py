@@ -162,7 +162,8 @@ def test_rows_are_the_articles_in_view_in_order(stream: data.Stream, rows: list[
         assert stream.label[at] == row.label
         assert stream.group[at] == row.page.number
         assert stream.example_id[at] == row.page.number * 2**25 + row.article
-        assert stream.vertical[at] == (row.page.page is not None)
+        on_desktop = row.page.user % 3 == 0  # device type 1; 2 and 3 are mobile
+        assert stream.vertical[at] == 2 * (row.page.page is not None) + on_desktop
         moment = START + timedelta(seconds=row.page.time)
         assert stream.sparse["weekday"][at] == moment.weekday()
         assert stream.sparse["hour"][at] == moment.hour
@@ -182,7 +183,12 @@ def test_the_columns_have_their_types(stream: data.Stream) -> None:
     assert set(stream.dense) == set(ebnerd.RICH_DENSE)
     assert set(ebnerd.LEAN_SPARSE) < set(ebnerd.RICH_SPARSE)
     assert set(ebnerd.LEAN_DENSE) < set(ebnerd.STRONG_DENSE) < set(ebnerd.RICH_DENSE)
-    assert stream.verticals == ("front page", "article page")
+    assert stream.verticals == (
+        "front page, mobile",
+        "front page, desktop",
+        "article page, mobile",
+        "article page, desktop",
+    )
     for name, ids in stream.sparse.items():
         assert ids.dtype == np.int32 and ids.shape == (len(stream),)
         assert 0 <= ids.min() <= ids.max() < stream.cardinalities[name]

@@ -26,7 +26,7 @@ from torchrec.streamable import Pipelineable
 # After the script's own folder; with it come the stream, its rankers and their features.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from passes import data, movielens
+from sources import data, movielens
 
 Array = npt.NDArray[Any]
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from pairs import Array, PairBatch, Pairs, Queries
-from passes import CPU, TEACHER_BATCH, data, demo, models, movielens, parameters, score
+from passes import CPU, parameters, score
 from passes import train as train_one_pass
 from scipy.sparse import csr_matrix
+from sources import SOURCES, data, demo, models, movielens
 
 from torchrec_exfm import TeacherOutputs
 
@@ -133,7 +134,7 @@ def train_ranker(stream: Any, end: int) -> tuple[Any, Array]:
     module = models.ranker(*FEATURES, stream.cardinalities, **demo.TEACHER)
     model, optimizer = models.distribute(module, CPU, **demo.TEACHER_RATES)
     logits = np.full(len(stream), np.nan, np.float32)
-    part, size = stream.select(slice(0, end)), TEACHER_BATCH
+    part, size = stream.select(slice(0, end)), SOURCES["movielens"].teacher_rates[0]
     feed = data.batches(part, *FEATURES, size)
     train_one_pass(model, optimizer, feed, part, logits)
     return model, logits

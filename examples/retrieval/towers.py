@@ -13,7 +13,8 @@ import faiss
 import numpy as np
 import torch
 from pairs import MOVIE, USER, Array, PairBatch, Pairs, Queries
-from passes import CPU, models
+from passes import CPU
+from sources import models
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
