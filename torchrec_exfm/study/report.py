@@ -232,7 +232,7 @@ def _interval(found: Finding) -> str:
     """The change with its interval of 95 %: over seeds, or over time where there is one seed."""
     seeds = found.change.ne.mean(1)
     values, what = (seeds, "seeds") if len(seeds) > 1 else (found.over_time, "stretches of time")
-    mean, n = values.mean(), len(values)
+    mean, n = seeds.mean(), len(values)
     if n < 2:
         return f"{mean:+.2f} %"
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
