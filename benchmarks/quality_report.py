@@ -302,6 +302,8 @@ def adapters(results: Sequence[Result], variants: Iterable[str]) -> Iterator[str
 def scale(results: Sequence[Result]) -> Iterator[str]:
     part = swept(results, "promotions", "width")
     widths = sorted({r["width"] for r in part})
+    if len(widths) < 2:
+        return
     yield (
         "\n## 4. Scale of the teacher\n\nThe width of its tables, which hold nearly all of its "
         f"parameters; promotions, {spread_of(part)}. Change of NE.\n\n"
@@ -323,7 +325,9 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
 
 def sampling(results: Sequence[Result]) -> Iterator[str]:
     part = swept(results, "promotions", "kept")
-    share = min((r["kept"] for r in part), default=1.0)
+    if not part:
+        return
+    share = min(r["kept"] for r in part)
     yield (
         f"\n## 5. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives; the "
         "teacher on all of them, and the stream itself holds about one in a hundred. Calibration "
@@ -388,6 +392,8 @@ TAUGHT_BY = {
 
 def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
     """A model between the teacher and its students, and a teacher that knows nothing."""
+    if not any(r["teacher"] == "domain" for r in results):
+        return
     yield (
         "\n## 8. A hierarchy, and a teacher of noise\n\nPromotions. The domain model has the "
         "strong student's features and the teacher's network, and goes through the examples of all "
@@ -482,11 +488,12 @@ def gains_by_lead(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def batches(results: Sequence[Result]) -> Iterator[str]:
     others = {json.dumps(r["rates"]): r["rates"] for r in results if r["rates"]}
-    if others:
-        yield (
-            "\n## Other settings of the student\n\nPromotions. Better ones for it than those "
-            "above, smaller batches, which take longer, and other rates.\n\n"
-        )
+    if not others:
+        return
+    yield (
+        "\n## Other settings of the student\n\nPromotions. Better ones for it than those above, "
+        "smaller batches, which take longer, and other rates.\n\n"
+    )
     rows = []
     for rates, arm, student in itertools.product(others.values(), ("AH", RECIPE), STUDENTS):
         kind = {"source": "promotions", "student": student, "rates": rates, "arm": arm}

@@ -96,7 +96,7 @@ def table(results: Sequence[Result], arms: Sequence[str]) -> Iterator[str]:
         groups = {r["vertical"]: r["groups"] for r in none}
         yield (
             f"\n{source}, {student} student; without a teacher AUC within groups {level[0]:.4f}, "
-            f"NDCG@{CUTOFF} {level[1]:.4f}; over {', '.join(recipe.parts)}, with "
+            f"NDCG@{CUTOFF} {level[1]:.4f}; over {'; '.join(recipe.parts)}, with "
             f"{' and '.join(f'{groups[part]:,}' for part in recipe.parts)} groups of both labels. "
             f"The recipe: AUC within groups {mean_cell(recipe.auc)}. Less the recipe:\n\n"
         )

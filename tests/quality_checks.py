@@ -500,6 +500,15 @@ def check_the_page_is_that_of_what_is_kept() -> None:
         assert (Path(folder) / "QUALITY.md").read_text() == page.read_text()
 
 
+def check_a_page_of_one_stream_is_made_too() -> None:
+    """As where the others were never run: their tables are left out."""
+    kept = quality.json.loads(quality.KEPT_FILE.read_text())
+    some = [r for r in kept["results"] if r["source"] == "movielens" and r["seed"] < 2]
+    with tempfile.TemporaryDirectory() as folder:
+        text = quality.show({**kept, "results": some}, Path(folder))
+    assert "### movielens, lean" in text and "## 4. Scale" not in text and "nan" not in text
+
+
 def check_a_cell_is_kept_whole() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells" / "x.json"
