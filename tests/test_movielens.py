@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import pytest
+from stream_form import assert_types
 
 with pytest.MonkeyPatch.context() as patch:  # undone: beside data.py is a models.py
     patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
@@ -145,25 +146,11 @@ def test_rows_are_the_ratings_in_order(stream: data.Stream, ratings: list[Rating
 
 
 def test_the_columns_have_their_types(stream: data.Stream) -> None:
-    for name in ("time", "example_id"):
-        assert getattr(stream, name).dtype == np.int64
-    for name in ("week", "vertical"):
-        assert getattr(stream, name).dtype == np.int32
-    for name in ("label", "weight"):
-        assert getattr(stream, name).dtype == np.float32
-    assert set(stream.sparse) == set(movielens.RICH_SPARSE) == set(stream.cardinalities)
+    assert_types(stream)
+    assert set(stream.sparse) == set(movielens.RICH_SPARSE)
     assert set(stream.dense) == set(movielens.RICH_DENSE)
     assert set(movielens.LEAN_SPARSE) < set(movielens.RICH_SPARSE)
     assert set(movielens.LEAN_DENSE) < set(movielens.STRONG_DENSE) < set(movielens.RICH_DENSE)
-    assert 0 <= stream.vertical.min() <= stream.vertical.max() < len(stream.verticals)
-    for name, ids in stream.sparse.items():
-        assert ids.dtype == np.int32
-        assert ids.shape == (len(stream),)
-        assert 0 <= ids.min() <= ids.max() < stream.cardinalities[name]
-    for name, values in stream.dense.items():
-        assert values.dtype == np.float32, name
-        assert values.shape == (len(stream),)
-        assert np.isfinite(values).all()
 
 
 def test_sparse_ids_are_ranks_of_the_raw_values(stream: data.Stream, ratings: list[Rating]) -> None:
