@@ -103,7 +103,7 @@ def load_or_build(
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
             with _connect(Path(work)) as database:
                 save_parts(parts(database), Path(work) / "stream")
-            _rename(Path(work) / "stream", folder)
+            data.rename(Path(work) / "stream", folder)
     return data.load(folder)
 
 
@@ -116,15 +116,6 @@ def _connect(work: Path) -> duckdb.DuckDBPyConnection:
     }
     database = duckdb.connect(str(work / "tables.duckdb"), config=settings)
     return database.execute("SET enable_progress_bar = false")
-
-
-def _rename(draft: Path, folder: Path) -> None:
-    """Let the folder appear whole; one that another process has made since is kept."""
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
 
 
 def save_parts(parts: Iterable[data.Stream], folder: Path) -> None:

@@ -702,13 +702,18 @@ def save(stream: Stream, folder: Path) -> None:
             np.save(draft / f"{name}.npy", values)
         meta = {"verticals": stream.verticals, "cardinalities": stream.cardinalities}
         (draft / "meta.json").write_text(json.dumps(meta))
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def rename(draft: Path, folder: Path) -> None:
+    """Let a folder appear whole; one that another process has made since is kept."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def load(folder: Path) -> Stream:
