@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +37,12 @@ from sources import SOURCES, Array, at_hand, demo, rows_of, sampling_rates, sour
 from tqdm import tqdm
 
 from torchrec_exfm import DistillationTerm as Term
-from torchrec_exfm import Task
+from torchrec_exfm import Task, study
 from torchrec_exfm.functional import correct_sampling
 from torchrec_exfm.losses import cosine_of_embeddings, listwise, pairwise
 from torchrec_exfm.study import Arm, Study, figures, run_pass
+from torchrec_exfm.study.passes import changed_fields, term_in_words
+from torchrec_exfm.study.runs import write_whole
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
@@ -72,18 +74,14 @@ class Setting(Arm):
     tables: bool = False
 
 
-AH, ADAPTED = Term(), Term(adapted=True, serving=True, margin=0.25)
+AH, ADAPTED = study.ARMS[RECIPE].terms
 ARMS: dict[str, Setting] = {
-    "none": Setting(),
-    "head on the label": Setting((AH,), "labels"),
-    "serving head": Setting((Term(serving=True),)),
-    "AH": Setting((AH,)),
+    **{name: Setting(arm.terms, arm.teacher) for name, arm in study.ARMS.items()},
     "AH + GS": Setting((Term(beta=3.0),)),
     "AH + LS": Setting((Term(alpha=1.5),)),
     "AH + LW": Setting((Term(weight=2.0),)),
     "AH + SA": Setting((AH, Term(adapted=True))),
     "SA on serving": Setting((Term(adapted=True, serving=True),)),
-    "AH + SA by margin": Setting((AH, ADAPTED)),
 }
 MECHANISMS = {  # of ExFM's successors
     "AH + label": Setting((Term(weight=2.0),), mixed=True),
@@ -163,26 +161,14 @@ class Cell:
     @property
     def key(self) -> str:
         """Another one for every other cell, and for every change of a setting."""
-        told = {**changed(self), "rates": self.rates or source_of(self.source).rates[self.student]}
+        told = {
+            **changed_fields(self),
+            "rates": self.rates or source_of(self.source).rates[self.student],
+        }
         arm = SETTINGS.get(self.arm, Setting())
-        options = {**changed(arm), "terms": [_told(term) for term in arm.terms]}
+        options = {**changed_fields(arm), "terms": [term_in_words(term) for term in arm.terms]}
         text = json.dumps([told, options, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def changed(what: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not as they are if not told otherwise."""
-    return {f.name: v for f in fields(what) if (v := getattr(what, f.name)) != f.default}
-
-
-def _told(term: Term) -> dict[str, Any]:
-    """A term in words and numbers: of its loss the function, what that was given, its width."""
-    told = changed(term)
-    if "loss" in told:
-        function = term.loss.function
-        of_loss = getattr(function, "func", function).__name__, *getattr(function, "args", ())
-        told["loss"] = [*of_loss, term.loss.width]
-    return told
 
 
 def settings(source: str) -> dict[str, Any]:
@@ -390,21 +376,21 @@ def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
     for feed, values in said.items():
         save = np.savez if feed == passes.TABLES else np.save
         arrays = values if feed == passes.TABLES else {"arr": values}
-        write(teacher.file(folder, feed), lambda to, s=save, a=arrays: s(to, **a))
+        write_whole(teacher.file(folder, feed), lambda to, s=save, a=arrays: s(to, **a))
 
 
 def domain_logits(teacher: Teacher, rows: Array, folder: Path) -> Array:
     """What a model between the teacher and the students says, (B,): NaN of other verticals."""
     source, stream = source_of(teacher.source), stream_of(teacher.source)
     above = np.load(teacher._replace(kind="rich").file(folder, "fresh"), mmap_mode="r")
-    study = passes.study_of(
+    domain = passes.study_of(
         stream.select(rows),
         source.strong,
         source.teacher_rates,
         teacher=above[rows],
         sizes=demo.TEACHER,
     )
-    said = run_pass(study, ARMS["none" if teacher.kind == "domain alone" else "AH"], teacher.seed)
+    said = run_pass(domain, ARMS["none" if teacher.kind == "domain alone" else "AH"], teacher.seed)
     logits = np.full(len(stream), np.nan, np.float32)
     logits[rows[: len(said.logits)]] = said.logits[:, 0]
     return logits
@@ -457,7 +443,7 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
         labels = np.where(np.isin(rows, labelled), stream.label, np.nan).astype(np.float32)
         stream = replace(stream, label=labels)
         batch_size *= 2  # as many labels a step
-    study = passes.study_of(
+    student = passes.study_of(
         stream,
         getattr(source, cell.student),
         (batch_size, *rates),
@@ -466,7 +452,7 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
         first_week=source.first_week,
         **options,
     )
-    return study, stream, rows
+    return student, stream, rows
 
 
 def mixed(logits: Array, labels: Array) -> Array:
@@ -477,16 +463,18 @@ def mixed(logits: Array, labels: Array) -> Array:
 
 def run(cell: Cell, folder: Path) -> None:
     """Train a cell's student, and keep its figures."""
-    study, stream, rows = study_of(cell, folder)
+    student, stream, rows = study_of(cell, folder)
     source = source_of(cell.source)
     if cell.arm == "teacher":
         logits = outputs_of(cell, rows, folder)[:, 0]
         batch_size = source.rates[cell.student][0]
         logits = logits[: len(logits) // batch_size * batch_size]  # the student drops them too
     else:
-        logits = run_pass(study, SETTINGS[cell.arm], cell.seed).logits[:, 0]
+        logits = run_pass(student, SETTINGS[cell.arm], cell.seed).logits[:, 0]
     stream, rates = stream.select(slice(0, len(logits))), sampling_rates(cell.source)[rows]
-    there = ~np.isnan(logits) & ~np.isnan(stream.label)
+    there = ~np.isnan(stream.label)
+    if cell.arm == "teacher":  # of a student a NaN is no gap: it diverged
+        there &= ~np.isnan(logits)
     counted = there & (stream.week >= source.first_week)
     early = there & (stream.week < source.first_week) & (stream.week >= source.tuning_week)
     z, y = logits[counted], stream.label[counted]
@@ -496,12 +484,13 @@ def run(cell: Cell, folder: Path) -> None:
         **figures(z, y),
         **ranking_report.group_figures(z, y, stream.group[counted]),
         "early_ne": figures(logits[early], stream.label[early])["ne"],
-        "unsampled": {
+    }
+    if cell.kept < 1:
+        result["unsampled"] = {
             "stream": unsampled(z, y, cell.kept),
             "pairs": unsampled(z, y, cell.kept * rates[: len(logits)][counted]),
-        },
-    }
-    write(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
+        }
+    write_whole(cell_file(folder, cell), lambda to: to.write(json.dumps(result).encode()))
 
 
 def sigmoid(logits: Array) -> Array:
@@ -518,15 +507,6 @@ def unsampled(logits: Array, labels: Array, rate: float | Array) -> tuple[float,
     corrected = correct_sampling(z, rate if isinstance(rate, float) else torch.from_numpy(rate))
     raw, after = (float(stands_for @ sigmoid(x.numpy()) / labels.sum()) for x in (z, corrected))
     return raw, after
-
-
-def write(path: Path, how: Any) -> None:
-    """A file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        how(file)
-    draft.replace(path)
 
 
 def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None:
@@ -625,7 +605,7 @@ def main() -> None:
     text = quality_report.merged(kept, results, planned, common.environment())
     folder = options.out if options.quick else HERE
     if not options.quick:
-        write(KEPT_FILE, lambda to: to.write(text.encode()))
+        write_whole(KEPT_FILE, lambda to: to.write(text.encode()))
     print(show(json.loads(text), folder))
 
 

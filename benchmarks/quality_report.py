@@ -109,10 +109,10 @@ def kinds_of(results: Sequence[Result]) -> list[tuple[str, str]]:
     return list(itertools.product(sources, STUDENTS))
 
 
-def arms_of(results: Sequence[Result], names: Iterable[str] | None = None) -> list[str]:
-    """Those that were run with a teacher or the control, in the order of the names."""
-    arms = {r["arm"] for r in results} - {"none", "teacher"}
-    return [arm for arm in (names or SHOWN) if arm in arms]
+def arms_of(results: Sequence[Result]) -> list[str]:
+    """Those of the tables that compare arms that were run, in their order."""
+    arms = {r["arm"] for r in results}
+    return [arm for arm in SHOWN if arm in arms]
 
 
 SHOWN = (  # in the tables that compare arms
@@ -410,8 +410,8 @@ def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str
         for student in STUDENTS:
             kind = {"source": "promotions", "student": student}
             change = changes(part, arm=arm, teacher=by, **kind)
-            alone = changes(part, arm="AH" if arm.startswith("AH of") else arm, **kind)
-            alone = changes(part, arm=RECIPE, **kind) if arm.startswith("recipe") else alone
+            one = "AH" if arm.startswith("AH of") else RECIPE if arm.startswith("recipe") else arm
+            alone = changes(part, arm=one, **kind)
             less = mean_cell(change.less(alone)) if change and alone and by != "rich" else ""
             row += [mean_cell(change.ne) if change else "", less]
         if any(row[1:]):
@@ -525,10 +525,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
             shifted.plot(
                 shifts, [np.mean(x) for x in levels], label=arm, color=f"C{at}", marker="o"
             )
+    points = gains_by_lead(results)
     for (source, student), mark in zip(kinds_of(results), itertools.cycle("os"), strict=False):
-        part = [
-            p for p in gains_by_lead(results) if (p["source"], p["student"]) == (source, student)
-        ]
+        part = [p for p in points if (p["source"], p["student"]) == (source, student)]
         xy = [[-p[name] for p in part] for name in ("lead", RECIPE)]
         leads.plot(*xy, mark, label=f"{source}, {student}")
     fresh.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
@@ -578,9 +577,8 @@ def cell_of(result: Result) -> str:
 
 def _short(result: Result) -> dict[str, Any]:
     cell = {**PLAIN, **result}
-    dropped = {"unsampled"} if cell["kept"] == PLAIN["kept"] else set()
     grouped = cell["source"] == "ebnerd" or cell["vertical"] == "MEAT-PCKGD"
-    dropped |= set() if grouped else {"group_auc", "ndcg", "groups"}
+    dropped = {"early_ne", *(() if grouped else ("group_auc", "ndcg", "groups"))}
     short = {
         name: value
         for name, value in result.items()

@@ -83,7 +83,7 @@ def table(results: Sequence[Result], arms: Sequence[str]) -> Iterator[str]:
     tested = []
     for source, student in kinds_of(results):
         kind = {"source": source, "student": student}
-        measured = [r for r in results if "group_auc" in r and r["group_auc"] is not None]
+        measured = [r for r in results if "group_auc" in r]
         found = {
             figure: {arm: changes(measured, auc=figure, arm=arm, **kind) for arm in (RECIPE, *arms)}
             for figure in ("group_auc", "ndcg")

@@ -94,8 +94,9 @@ def data_folder(source: str) -> Path:
     return Path(folder)
 
 
-def _published(name: str, features: published.Format) -> Source:
+def _published(name: str) -> Source:
     """A stream of published files, with rates that nobody chose."""
+    features: published.Format = getattr(published, name.upper())
     return Source(
         load=lambda: getattr(published, name)(data_folder(name)),
         verticals=(),
@@ -155,14 +156,7 @@ SOURCES = {
         brought=True,
         version=lambda: (ebnerd.FORMAT_VERSION, ebnerd.digest(data_folder("ebnerd"))),
     ),
-}
-
-
-SOURCES |= {
-    "taobaoad": _published("taobaoad", published.TAOBAOAD),
-    "kuaivideo": _published("kuaivideo", published.KUAIVIDEO),
-    "amazonelectronics": _published("amazonelectronics", published.AMAZONELECTRONICS),
-    "criteo": _published("criteo", published.CRITEO),
+    **{name: _published(name) for name in ("taobaoad", "kuaivideo", "amazonelectronics", "criteo")},
 }
 
 

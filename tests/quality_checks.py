@@ -513,10 +513,10 @@ def check_a_cell_is_kept_whole() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells" / "x.json"
         try:
-            quality.write(path, lambda file: 1 / 0)
+            quality.write_whole(path, lambda file: 1 / 0)
         except ZeroDivisionError:
             assert not path.exists()
-        quality.write(path, lambda file: file.write(b"{}"))
+        quality.write_whole(path, lambda file: file.write(b"{}"))
         assert [entry.name for entry in path.parent.iterdir() if entry.suffix == ".json"] == [
             "x.json"
         ]

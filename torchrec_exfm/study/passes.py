@@ -9,7 +9,7 @@ import contextlib
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +54,25 @@ class Arm:
 
     terms: tuple[DistillationTerm, ...] = ()
     teacher: Literal["teacher", "older", "labels"] = "teacher"
+
+
+def changed_fields(what: Any) -> dict[str, Any]:
+    """The fields of a dataclass whose values are not those of a plain one."""
+    values = {field.name: (getattr(what, field.name), field.default) for field in fields(what)}
+    return {name: value for name, (value, plain) in values.items() if value != plain}
+
+
+def term_in_words(term: DistillationTerm) -> dict[str, Any]:
+    """What makes a term another one than a plain one, in words and numbers, to be told apart by.
+
+    Of a loss: its function, what that was given, its width.
+    """
+    told = changed_fields(term)
+    if "loss" in told:
+        function = term.loss.function
+        name, given = getattr(function, "func", function).__name__, getattr(function, "args", ())
+        told["loss"] = [name, *given, term.loss.width]
+    return told
 
 
 ARMS: Mapping[str, Arm] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +94,13 @@ def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any
                     spoken &= ~np.isnan(outputs[kind, run.seed][:, 0, t])
             for name, logits in said.items():
                 shown = rows & ~np.isnan(logits) if name in ITSELF.values() else rows
-                covered = figures(logits[spoken], labels[spoken])
+                whole = figures(logits[shown], labels[shown])
+                same = np.array_equal(spoken, shown)
+                covered = whole if same else figures(logits[spoken], labels[spoken])
                 results.append(
                     {
                         **{"arm": name, "seed": run.seed, "part": task.name},
-                        **figures(logits[shown], labels[shown]),
+                        **whole,
                         **{f"covered_{figure}": covered[figure] for figure in ("ne", "auc")},
                     }
                 )
@@ -169,8 +172,9 @@ def _table(runs: Sequence[Run], results: Sequence[Result], findings: Mapping[str
 def _generations(findings: Mapping[str, Finding], teachers: Mapping[str, Changes | None]) -> str:
     """The ratio between two teachers' generations, of the arms that were taught by both."""
     lines = []
+    by_arm = {found.arm: found for found in findings.values()}
     for name, found in findings.items():
-        new = findings.get(name.removesuffix(", by the older teacher"))
+        new = by_arm.get(replace(found.arm, teacher="teacher"))
         teacher, older = teachers["teacher"], teachers["older"]
         if found.arm.teacher == "older" and new and teacher and older:
             ratio = generation_ratio(new.covered, found.covered, teacher, older)
@@ -195,10 +199,10 @@ def sentence(findings: Mapping[str, Finding]) -> str:
         return "No arm with a teacher has figures."
 
     def pays(found: Finding) -> bool:
-        tested = [found.over_time, *(found.over_time - c.over_time for c in controls)]
-        if len(found.over_time) < 2 <= len(found.change.seeds):
-            tested.clear()
-        if len(found.change.seeds) > 1:
+        by_seeds, tested = len(found.change.seeds) > 1, []
+        if len(found.over_time) > 1 or not by_seeds:
+            tested += [found.over_time, *(found.over_time - c.over_time for c in controls)]
+        if by_seeds:
             beyond = (found.change.less(c.change) for c in controls)
             tested += [values.mean(1) for values in (found.change.ne, *beyond)]
         return all(v.mean() < 0 and p_value(v) * len(settings) < SURE for v in tested)

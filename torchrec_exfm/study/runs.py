@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import on_rank_0, rank, world_size
-from torchrec_exfm.study.passes import ARMS, Arm, Pass, Study, run_pass
+from torchrec_exfm.study.passes import ARMS, Arm, Pass, Study, run_pass, term_in_words
 from torchrec_exfm.study.report import Run, write_report
 
 __all__ = ["run"]
@@ -82,10 +82,8 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
 
 
 def _digest(name: str, arm: Arm, seed: int, key: str) -> str:
-    losses = [term.loss.function for term in arm.terms]
-    told = [(getattr(f, "func", f).__qualname__, getattr(f, "args", ())) for f in losses]
-    terms = [{**vars(term), "loss": term.loss.width} for term in arm.terms]
-    text = repr([name, terms, told, arm.teacher, seed, world_size(), key])
+    terms = [term_in_words(term) for term in arm.terms]
+    text = repr([name, terms, arm.teacher, seed, world_size(), key])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -98,7 +96,7 @@ def _gathered(part: Pass) -> list[Pass]:
 
 
 def _write(path: Path, parts: Sequence[Pass], others: Sequence[Path]) -> None:
-    """The ranks' parts, one after the other, in a file that appears whole or not at all."""
+    """Keep the ranks' parts, one after the other."""
     first, *rest = parts
     if any(np.array_equal(first.logits, part.logits) for part in rest):
         raise ValueError(
@@ -109,11 +107,17 @@ def _write(path: Path, parts: Sequence[Pass], others: Sequence[Path]) -> None:
         name: np.concatenate([vars(part)[name] for part in parts])
         for name in ("logits", "labels", "teacher", "periods")
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     _check_labels(columns["labels"], others)
+    columns["seconds"] = max(part.seconds for part in parts) / len(parts)
+    write_whole(path, lambda file: np.savez(file, **columns))
+
+
+def write_whole(path: Path, write: Callable[[Any], object]) -> None:
+    """A file that appears whole or not at all, of what is written into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     with draft.open("wb") as file:
-        np.savez(file, **columns, seconds=max(part.seconds for part in parts) / len(parts))
+        write(file)
     draft.replace(path)
 
 
