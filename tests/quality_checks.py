@@ -178,6 +178,14 @@ def check_figures_within_groups() -> None:
     assert nothing["groups"] == 0 and math.isnan(nothing["ndcg"])
 
 
+def orders(rows: list[int], logits: list[float]) -> Iterator[list[int]]:
+    """All that have the larger logits first: every order of each block that is tied."""
+    levels = sorted({logits[i] for i in rows}, reverse=True)
+    blocks = [[i for i in rows if logits[i] == level] for level in levels]
+    for parts in itertools.product(*map(itertools.permutations, blocks)):
+        yield list(itertools.chain(*parts))
+
+
 def brute_force(
     logits: list[float], labels: list[float], groups: list[int]
 ) -> list[tuple[float, float]]:
@@ -192,8 +200,7 @@ def brute_force(
         auc = sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs)
         gains = [
             sum(labels[i] / math.log2(2 + at) for at, i in enumerate(order[:5]))
-            for order in itertools.permutations(rows)
-            if all(logits[a] >= logits[b] for a, b in itertools.pairwise(order))
+            for order in orders(rows, logits)
         ]
         ideal = sum(1 / math.log2(2 + at) for at in range(min(5, len(good))))
         figures.append((auc, sum(gains) / len(gains) / ideal))
