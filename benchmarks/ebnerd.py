@@ -209,6 +209,11 @@ def build_stream(tables: Tables) -> data.Stream:
     )
 
 
+def left_seconds(folder: Path) -> data.Array:
+    """When the page of each example was left, as its clicks are known then, epoch seconds (B,)."""
+    return articles_in_view(read_tables(folder).behaviors)["left"].to_numpy()
+
+
 def articles_in_view(behaviors: pl.DataFrame) -> pl.DataFrame:
     """One row for each impression and article in view, in order, with the clock (UTC)."""
     needed = ["impression_id", "impression_time", "user_id", "article_ids_inview"]

@@ -11,11 +11,13 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import remembered
 import torch
 import torch.distributed as dist
 from sources import SOURCES, Array, Features, data, demo, models
@@ -272,6 +274,8 @@ def study_of(
     embeddings: Array | None = None,
     adapter: tuple[float, int] = (1e-2, 32),
     task: Task | None = None,
+    memory: Array | None = None,
+    history: tuple[Array, Array] | None = None,
     sizes: dict[str, Any] = demo.STUDENT,
     taught_tables: dict[str, Array] | None = None,
     first_week: int = SOURCES["promotions"].first_week,
@@ -286,6 +290,9 @@ def study_of(
         embeddings: the teacher's, (B, E), NaN where there is none; None: without.
         adapter: the student adapter's learning rate and width.
         task: with the rate at which negatives of the stream were sampled.
+        memory: dense features more, (B, D).
+        history: the rows of the user's last events, -1: none, (B, L); and what is known of each
+            row, a vector of the teacher's (N, V) or an id (N,).
         sizes: of the ranker.
         taught_tables: a teacher's, that the student starts from; None: its own.
         first_week: of the evaluation.
@@ -293,8 +300,14 @@ def study_of(
     said = np.full((len(stream), 1), np.nan, np.float32) if teacher is None else teacher
     said = said.reshape(len(stream), -1)
     partly = bool(np.isnan(stream.label).any())
+    if memory is not None:
+        remembered_columns = {f"memory_{n}": column for n, column in enumerate(memory.T)}
+        stream = replace(stream, dense={**stream.dense, **remembered_columns})
+        features = features[0], (*features[1], *remembered_columns)
 
     def make_student() -> nn.Module:
+        if history is not None:
+            return remembered.with_pooled_history(features, stream, sizes, history[1])
         module = models.ranker(*features, stream.cardinalities, **sizes)
         return PartlyLabelled(module.model) if partly else module
 
@@ -308,6 +321,8 @@ def study_of(
         for rows, batch in data.batches(stream, *features, rates[0]):
             values = torch.from_numpy(np.array(said[rows])).unsqueeze(2)
             options = {}
+            if history is not None:
+                batch = remembered.with_history(batch, history[0][rows], history[1])
             if embeddings is not None:
                 taught = torch.from_numpy(np.array(embeddings[rows]))
                 options = {"embeddings": taught, "embedding_presence": ~taught[:, 0].isnan()}

@@ -30,6 +30,7 @@ import numpy as np
 import passes
 import quality_report
 import ranking as ranking_report
+import remembered
 import torch
 from passes import WIDTH
 from quality_report import CONTROL, RECIPE, STUDENTS
@@ -66,12 +67,16 @@ class Setting(Arm):
         unlabelled: for each example one of another vertical, without its label.
         late: the student starts in the tuning week.
         tables: with the tables that the teacher has then.
+        memory: of earlier "labels", of the "teacher"'s logits, or of both, as dense features.
+        history: the user's last events pooled: "raw" ids with labels, or the "teacher"'s vectors.
     """
 
     mixed: bool = False
     unlabelled: bool = False
     late: bool = False
     tables: bool = False
+    memory: tuple[str, ...] = ()
+    history: str | None = None
 
 
 AH, ADAPTED = study.ARMS[RECIPE].terms
@@ -103,6 +108,14 @@ RANKING = {  # heads and weights were chosen before the evaluation
         (AH, ADAPTED, Term(loss=cosine_of_embeddings(passes.DIRECTIONS), hidden=(), weight=0.1))
     ),
 }
+MEMORY = {  # each above what it is held against
+    "label memory": Setting(memory=("labels",)),
+    "label memory + recipe": Setting((AH, ADAPTED), memory=("labels",)),
+    "teacher memory + recipe": Setting((AH, ADAPTED), memory=("teacher",)),
+    "label and teacher memory + recipe": Setting((AH, ADAPTED), memory=("labels", "teacher")),
+    "raw history + recipe": Setting((AH, ADAPTED), history="raw"),
+    "teacher history + recipe": Setting((AH, ADAPTED), history="teacher"),
+}
 VARIANTS = {  # of the recipe, for the sweep over the adapter
     "margin 0.1": Setting((AH, replace(ADAPTED, margin=0.1))),
     "margin 0.5": Setting((AH, replace(ADAPTED, margin=0.5))),
@@ -118,7 +131,7 @@ TWO_TEACHERS = {
     "recipe, margin alone of the second": Setting((AH, ADAPTED, SECOND_ADAPTED)),
     "AH of both, weight 0.1 of the second": Setting((AH, replace(SECOND, weight=0.1))),
 }
-SETTINGS = {**ARMS, **MECHANISMS, **RANKING, **VARIANTS, **TWO_TEACHERS}
+SETTINGS = {**ARMS, **MECHANISMS, **RANKING, **MEMORY, **VARIANTS, **TWO_TEACHERS}
 ADAPTERS = ((1e-3, 32), (1e-1, 32), (1e-2, 8), (1e-2, 128))
 FEWER = ("none", CONTROL, "serving head", "AH", RECIPE)
 
@@ -163,12 +176,22 @@ class Cell:
         """Another one for every other cell, and for every change of a setting."""
         told = {
             **changed_fields(self),
-            "rates": self.rates or source_of(self.source).rates[self.student],
+            "rates": rates_of(self),
         }
         arm = SETTINGS.get(self.arm, Setting())
         options = {**changed_fields(arm), "terms": [term_in_words(term) for term in arm.terms]}
+        if arm.memory or arm.history:
+            options["remembered"] = remembered.settings(source_of(self.source))
         text = json.dumps([told, options, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rates_of(cell: Cell) -> tuple[int, float, float]:
+    """A cell's batch size, learning rate, and that of the tables."""
+    source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
+    remembers = cell.student == "lean" and (arm.memory or arm.history)
+    usual = source.rates[cell.student]
+    return cell.rates or (source.memory_rates if remembers else None) or usual
 
 
 def settings(source: str) -> dict[str, Any]:
@@ -275,6 +298,15 @@ def ranking(source: str, quick: bool) -> Iterator[Cell]:
     return iter(dict.fromkeys(cells))
 
 
+def memory(source: str, quick: bool) -> Iterator[Cell]:
+    """What earlier labels, and what the teacher said of them, add as features."""
+    arms = ("teacher", "none", "AH", RECIPE, *MEMORY)
+    verticals = source_of(source).verticals if source == "ebnerd" else ()
+    for cell in sweep(source, quick, arms, verticals, STUDENTS, seed=SEEDS):
+        if cell.student == "lean" or not SETTINGS.get(cell.arm, Setting()).history:
+            yield cell
+
+
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
     """A model between teacher and student, which is both."""
     yield from sweep(source, quick, ["none"], students=STUDENTS)
@@ -313,6 +345,7 @@ PARTS = {  # in the order to run them
     "generations": Part(generations, OURS),
     "mechanisms": Part(mechanisms, OURS),
     "ranking": Part(ranking, ("promotions", "ebnerd")),
+    "memory": Part(memory, OURS),
     "hierarchy": Part(hierarchy, ("promotions",)),
     "noise": Part(noise, ("promotions",)),
     "adapters": Part(adapters, ("promotions",)),
@@ -344,7 +377,9 @@ def feeds_for(cell: Cell) -> dict[Teacher, set[str]]:
     feeds = {passes.TABLES} if arm.tables else set()
     if cell.arm == "teacher" or (arm.terms and arm.teacher == "teacher"):
         feeds |= {cell.feed}
-    if any(term.loss.embeddings for term in arm.terms):
+    if "teacher" in arm.memory:
+        feeds |= {cell.feed}
+    if arm.history or any(term.loss.embeddings for term in arm.terms):
         feeds |= {passes.TAUGHT}
     kinds = [kind for kind in cell.teacher.split("+") if kind != "noise"]
     return {Teacher(cell.source, k, cell.width, cell.seed): feeds for k in kinds if feeds}
@@ -432,13 +467,18 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
         options["teacher"] = outputs_of(cell, rows, folder)
     if arm.mixed:
         options["teacher"] = mixed(options["teacher"], stream.label)
+    if arm.memory:
+        columns = [aggregates_of(cell, kind, rows, folder) for kind in arm.memory]
+        options["memory"] = np.concatenate(columns, axis=1)
+    if arm.history:
+        options["history"] = history_of(cell, arm.history, rows, folder)
     for teacher, feeds in needed.items():
-        if passes.TAUGHT in feeds:
+        if passes.TAUGHT in feeds and not arm.history:
             kept = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
             options["embeddings"] = kept[rows]
         if passes.TABLES in feeds:
             options["taught_tables"] = dict(np.load(teacher.file(folder, passes.TABLES)))
-    batch_size, *rates = cell.rates or source.rates[cell.student]
+    batch_size, *rates = rates_of(cell)
     if arm.unlabelled:
         labels = np.where(np.isin(rows, labelled), stream.label, np.nan).astype(np.float32)
         stream = replace(stream, label=labels)
@@ -453,6 +493,42 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
         **options,
     )
     return student, stream, rows
+
+
+def aggregates_of(cell: Cell, kind: str, rows: Array, folder: Path) -> Array:
+    """Dense features of a memory of "labels" or of the "teacher"'s logits, for some rows."""
+    source, stream = source_of(cell.source), stream_of(cell.source)
+    teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed if kind == "teacher" else 0)
+    file = teacher.file(folder, f"memory-of-{kind}")
+    examples = rows_of(cell.source, *source.verticals)
+    if not file.exists():
+        of_teacher = kind == "teacher"
+        logits = np.load(teacher.file(folder, cell.feed)) if of_teacher else None
+        is_asked = np.zeros(len(stream), bool)
+        is_asked[examples] = True
+        columns = remembered.aggregates(source, stream, is_asked, logits)
+        write_whole(file, lambda to: np.save(to, columns))
+    return np.asarray(np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)])
+
+
+def history_of(cell: Cell, kind: str, rows: Array, folder: Path) -> tuple[Array, Array]:
+    """The rows of the user's last events, and what is known of each row of the stream."""
+    source, stream = source_of(cell.source), stream_of(cell.source)
+    teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed)
+    taught = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
+    file = teacher._replace(seed=0).file(folder, "history")
+    examples = rows_of(cell.source, *source.verticals)
+    if not file.exists():  # the same events for both: those of which the teacher said something
+        is_asked = np.zeros(len(stream), bool)
+        is_asked[examples] = True
+        events = ~np.isnan(taught[:, 0])
+        places = remembered.histories(source, stream, events, is_asked)
+        write_whole(file, lambda to: np.save(to, places))
+    places = np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)]
+    if kind == "raw":
+        item = source.memory_keys[1][0]
+        taught = 2 * stream.sparse[item].astype(np.int64) + (np.asarray(stream.label) == 1)
+    return places, taught
 
 
 def mixed(logits: Array, labels: Array) -> Array:

@@ -47,6 +47,12 @@ class Source:
         hourly: the teacher is refreshed every hour in the place of every week.
         delays: by how many weeks (hours) a teacher is late, for the table Freshness.
         frozen_after: the last week (hour) of a teacher that learns no more.
+        memory_keys: columns of sparse features that earlier examples are remembered by; the first
+            is the user.
+        memory_half_life: of the decayed means, in days.
+        memory_rates: of the lean student with a memory; None: its own. Half-life and rates are the
+            best in one vertical of three and a memory of labels, without a teacher.
+        known: when the label of each example is known, in seconds (B,); None: at its own time.
         brought: the user has to bring the files.
         version: of the stream's format and of the files.
     """
@@ -64,6 +70,10 @@ class Source:
     hourly: bool = False
     delays: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     frozen_after: int = 16
+    memory_keys: tuple[tuple[str, ...], ...] = ()
+    memory_half_life: float = 28.0
+    memory_rates: tuple[int, float, float] | None = None
+    known: Callable[[], Array] | None = None
     brought: bool = False
     version: Callable[[], Any] = lambda: 1
 
@@ -127,6 +137,13 @@ SOURCES = {
         strong=(data.LEAN_SPARSE, data.STRONG_DENSE),
         rich=(data.RICH_SPARSE, tuple(dict.fromkeys((*data.RICH_DENSE, *data.STRONG_DENSE)))),
         rates={"lean": (256, 1e-3, 0.5), "strong": (256, 2e-3, 0.3)},
+        memory_keys=(
+            ("household",),
+            ("product",),
+            ("household", "product"),
+            ("household", "category"),
+        ),
+        memory_rates=(256, 2e-3, 0.3),
         version=lambda: data.FORMAT_VERSION,
     ),
     "movielens": Source(
@@ -137,6 +154,8 @@ SOURCES = {
         strong=(movielens.LEAN_SPARSE, movielens.STRONG_DENSE),
         rich=(movielens.RICH_SPARSE, movielens.RICH_DENSE),
         rates={"lean": (256, 1e-3, 0.3), "strong": (256, 2e-3, 0.1)},
+        memory_keys=(("user",), ("movie",), ("user", "genre")),
+        memory_rates=(256, 2e-3, 0.1),
         version=lambda: movielens.FORMAT_VERSION,
     ),
     "ebnerd": Source(
@@ -153,6 +172,9 @@ SOURCES = {
         hourly=True,
         delays=(0, 5, 23, 71),
         frozen_after=96,
+        memory_keys=(("user",), ("article",), ("user", "article")),
+        memory_half_life=0.25,
+        known=lambda: ebnerd.left_seconds(data_folder("ebnerd")),
         brought=True,
         version=lambda: (ebnerd.FORMAT_VERSION, ebnerd.digest(data_folder("ebnerd"))),
     ),

@@ -1,0 +1,182 @@
+"""What a memory tells the students of the quality benchmark, and the control of each.
+
+Of examples whose labels were known strictly before the example's own time: these labels, which
+anyone could keep, what the teacher said of them, and the last ones of the user as a sequence.
+Letters in shapes: B examples, L events of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sources import Array, Features, Source, data, models
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import PoolingType
+
+from torchrec_exfm.das.memory import Memory, MemoryFeatures, MemoryFormat
+from torchrec_exfm.history import HistoryPooling
+
+LENGTH, WIDTH = 50, 12
+CHUNK = 1 << 16
+PRIOR = 10.0  # examples of the mean rate that an empty history of labels counts for
+
+
+def settings(source: Source) -> list[Any]:
+    """What a memory rests on beside its stream and teacher."""
+    return [source.memory_keys, source.memory_half_life, LENGTH, WIDTH, PRIOR]
+
+
+def _memory(source: Source, name: str, **options: Any) -> Memory:
+    options = {"keys": source.memory_keys, **options}
+    half_life = 86_400 * source.memory_half_life
+    return Memory(MemoryFormat(name=name, half_life_seconds=half_life, **options))
+
+
+def _pass(
+    memory: Memory,
+    source: Source,
+    stream: data.Stream,
+    events: Array,
+    values: Array,
+    examples: Array,
+) -> Iterator[tuple[Array, dict[str, MemoryFeatures]]]:
+    """Positions among the examples, and what is remembered of them, in order of time.
+
+    Args:
+        memory: that starts empty.
+        source: that knows when labels are known.
+        stream: in time order.
+        events: rows (a mask) that are remembered.
+        values: of each row, (B,).
+        examples: rows (a mask) that are asked about.
+    """
+    known = np.asarray(stream.time if source.known is None else source.known())
+    done = 0
+    for first in range(0, len(stream), CHUNK):
+        for rows, is_event in ((events, True), (examples, False)):
+            chosen = first + np.flatnonzero(rows[first : first + CHUNK])
+            columns = {
+                name: stream.sparse[name][chosen] for key in memory.format.keys for name in key
+            }
+            if is_event:
+                memory.write(columns, known[chosen], values[chosen].astype(np.float32))
+            else:
+                features = memory.read(columns, stream.time[chosen])
+                yield np.arange(done, done + len(chosen)), features
+                done += len(chosen)
+
+
+def aggregates(source: Source, stream: data.Stream, examples: Array, logits: Array | None) -> Array:
+    """Dense features of the memory of a teacher's logits, or (None) of labels, float32 (B', D).
+
+    Rates of labels are smoothed log-odds, as the strong student has them.
+    """
+    values = np.asarray(stream.label if logits is None else logits)
+    memory = _memory(source, "label" if logits is None else "teacher")
+    parts = []
+    for _, features in _pass(memory, source, stream, ~np.isnan(values), values, examples):
+        known = features.values()
+        parts.append(
+            np.concatenate([_odds(f, values) if logits is None else f.dense() for f in known], 1)
+        )
+    return np.concatenate(parts)
+
+
+def _odds(features: MemoryFeatures, labels: Array) -> Array:
+    """Dense features of labels, with log-odds in the place of rates."""
+    count, prior = features.count[:, None], 0.09
+    dense = features.dense()
+    for column, rate in ((3, features.mean), (5, features.decayed_mean)):
+        positive = np.where(count > 0, rate * count, 0)
+        odds = np.log(positive + prior * PRIOR) - np.log(count - positive + (1 - prior) * PRIOR)
+        dense[:, column] = odds[:, 0]
+    return dense
+
+
+def histories(source: Source, stream: data.Stream, events: Array, examples: Array) -> Array:
+    """The rows in the stream of the user's last events, the last first; -1: none, int32 (B', L)."""
+    user = source.memory_keys[0]
+    memory = _memory(source, "history", keys=[user], length=LENGTH)
+    rows = np.arange(len(stream))
+    assert len(stream) < 1 << 24  # float32 tells them apart
+    padded = np.full((np.count_nonzero(examples), LENGTH), -1, np.int32)
+    for at, features in _pass(memory, source, stream, events, rows, examples):
+        (known,) = features.values()
+        filled = np.arange(LENGTH) < known.lengths[:, None]
+        part = np.full(filled.shape, -1, np.int32)
+        part[filled] = known.vectors[:, 0]
+        padded[at] = part
+    return padded
+
+
+@dataclass
+class HistoryBatch(data.StreamBatch):
+    """A batch with the last events of each example's user: vectors, or ids."""
+
+    history: Any
+
+    def _with(self, batch: Any) -> HistoryBatch:
+        return HistoryBatch(*vars(super()._with(batch)).values(), self.history)
+
+
+def with_history(batch: data.StreamBatch, rows: Array, taught: Array | Tensor) -> HistoryBatch:
+    """The batch with sequences: of vectors where `taught` (N, V) has them, else of ids (N,).
+
+    Args:
+        batch: of b examples.
+        rows: of their events, -1: none, (b, L).
+        taught: of each event.
+    """
+    lengths = torch.from_numpy((rows >= 0).sum(1))
+    values = torch.from_numpy(np.array(taught[rows[rows >= 0]]))
+    if values.dim() == 1:
+        history: Any = KeyedJaggedTensor(["history"], values.long(), lengths=lengths)
+    else:
+        history = JaggedTensor(values, lengths=lengths)
+    return HistoryBatch(*vars(batch).values(), history)
+
+
+def with_pooled_history(
+    features: Features, stream: data.Stream, sizes: dict[str, Any], taught: Array
+) -> nn.Module:
+    """A ranker with a history of vectors (N, V), or of ids (N,) in a table as wide."""
+    ids = None if taught.ndim == 2 else 1 + int(taught.max())
+    dense = (*features[1], *(f"history_{n}" for n in range(WIDTH)))
+    module = models.ranker(features[0], dense, stream.cardinalities, **sizes)
+    return WithHistory(module.model, ids)
+
+
+class WithHistory(nn.Module):
+    """A ranker in TorchRec's training contract, with a pooled history among its dense features."""
+
+    def __init__(self, ranker: nn.Module, num_ids: int | None) -> None:
+        super().__init__()
+        self.model = ranker
+        self.loss = nn.BCEWithLogitsLoss()
+        self.table = self.pooling = None
+        if num_ids is None:
+            self.pooling = HistoryPooling(WIDTH)
+        else:
+            config = EmbeddingBagConfig(
+                name="history",
+                embedding_dim=WIDTH,
+                num_embeddings=num_ids,
+                feature_names=["history"],
+                pooling=PoolingType.MEAN,
+            )
+            self.table = EmbeddingBagCollection([config], device=torch.device("meta"))
+
+    def forward(self, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        if self.table is None:
+            pooled = self.pooling(batch.history)
+        else:
+            pooled = self.table(batch.history).values()
+        dense = torch.cat([batch.dense_features, pooled], 1)
+        logits = self.model(dense, batch.sparse_features).squeeze(-1)
+        loss = self.loss(logits, batch.labels)
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
