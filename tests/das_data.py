@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ def small_store(folder: Path, rows: int = 3) -> TeacherStore:
     return store
 
 
-def all_rows(store: TeacherStore, teacher: str = "fm") -> Rows:
+def all_rows(store: TeacherStore, teacher: str = "fm", keys: Sequence[str] = ()) -> Rows:
     """What a teacher said, as of the newest commit, in order of the ids."""
     store.refresh()
-    parts = [store.read(teacher, window)[0] for window in store.windows(teacher)]
-    rows = Rows.concatenate(parts, len(store.tasks))
+    parts = [store.read(teacher, window, keys=keys)[0] for window in store.windows(teacher)]
+    rows = Rows.concatenate(parts, len(store.tasks), num_keys=len(keys))
     return rows[np.argsort(rows.example_id, kind="stable")]
 
 

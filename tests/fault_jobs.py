@@ -49,6 +49,8 @@ STEPS = 80  # of the training, with the first LOGGED examples
 LOGGED = 3_200
 CHECKPOINT_STEPS = 5
 
+KEYS = ("user_id", "item_id")
+
 Job = Callable[[int, int, Path], Any]
 
 
@@ -88,6 +90,19 @@ def assert_said(teacher: DLRMTrain, rows: Rows) -> None:
     reference.assert_said(rows.outputs, expected)
 
 
+def keys_of(batch: rm.Columns) -> dict[str, Tensor]:
+    """Of each example keys that tell it from the others, one of them null for the first."""
+    items = torch.where(batch.event_seconds == START, -(2**63), START - batch.event_seconds)
+    return {"item_id": items, "user_id": batch.example_ids * 7}
+
+
+def assert_keys(rows: Rows) -> None:
+    """The columns ``KEYS`` of each example, and of no other."""
+    seconds = rows.event_time // dd.US
+    items = np.where(seconds == START, -(2**63), START - seconds)
+    np.testing.assert_array_equal(rows.keys, np.stack([rows.example_id * 7, items], axis=1))
+
+
 def make_store(folder: Path) -> TeacherStore:
     return dd.new_store(folder / "store", tasks=TASKS, window_seconds=WINDOW)
 
@@ -119,6 +134,7 @@ def scoring(rank: int, world_size: int, folder: Path) -> None:
         shards[rank::world_size],
         Snapshot("fm", 1, START - 1),
         device=device(),
+        keys=keys_of,
         shard_rows=PIECE,
         progress=False,
     )
@@ -140,7 +156,8 @@ def training(rank: int, world_size: int, folder: Path) -> None:
     trainee = rm.sharded(rm.two_task_student(), world_size)
     first = resumed(rank, folder, trainee.model.state_dict())
     size = LOGGED // STEPS // world_size
-    with TeacherLogger(TeacherStore(folder / "store"), "fm", shard_rows=3 * size) as logger:
+    store = TeacherStore(folder / "store")
+    with TeacherLogger(store, "fm", keys=keys_of, shard_rows=3 * size) as logger:
         logger.attach(trainee.model)
         for step in range(first, STEPS):
             start = (step * world_size + rank) * size

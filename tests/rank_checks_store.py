@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from torchrec_exfm.das import (
     score,
 )
 from torchrec_exfm.das import lookup as lookup_module
+from torchrec_exfm.das.rules import NO_KEY
 
 STEPS = 6
 WINDOW = 1000
@@ -333,6 +334,26 @@ def shards_of(examples: rm.Columns, lengths: Sequence[int] = LENGTHS) -> list[Sh
     return [shard(number, rows) for number, rows in enumerate(parts)]
 
 
+def keys_of(batch: rm.Columns) -> dict[str, Tensor]:
+    return {"category_id": batch.event_seconds % 97, "user_id": batch.example_ids - 2**61}
+
+
+def assert_keys(store: TeacherStore, examples: Sequence[rm.Columns]) -> None:
+    """Those that are stored, of each example once, are its own."""
+    names = ["user_id", "category_id", "item_id"]
+    store.refresh()
+    parts = [store.read("a", window, keys=names)[0] for window in store.windows("a")]
+    expected = [
+        (id_, id_ - 2**61, second % 97, NO_KEY)
+        for batch in examples
+        for id_, second in zip(
+            batch.example_ids.tolist(), batch.event_seconds.tolist(), strict=True
+        )
+    ]
+    rows = [(id_, *keys) for p in parts for id_, keys in zip(p.example_id, p.keys, strict=True)]
+    assert sorted(rows) == sorted(expected)
+
+
 def never_opened(shards: list[Shard]) -> list[Shard]:
     return [replace(shard, batches=mock.Mock(side_effect=AssertionError)) for shard in shards]
 
@@ -373,7 +394,7 @@ def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
     model = teacher_model(world_size, seed=4)
     rows = []
     model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].labels)))
-    options: Any = {"device": device(), "shard_rows": 7, "progress": False}
+    options: Any = {"device": device(), "shard_rows": 7, "progress": False, "keys": keys_of}
     for mine in shards[rank:], shards if rank == world_size - 1 else []:
         with rm.shared_folder() as name:
             store = new_store(Path(name) / "store")
@@ -389,6 +410,7 @@ def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
             assert total[0] == total[1] + report.fillers
             assert (report.fillers > 0) == (world_size > 1)
             assert_near(stored(store, "a"), said_by(4, examples))
+            assert_keys(store, [examples])
 
             again = score(model, store, never_opened(mine), snapshot, **options)
             assert (again.skipped, again.shards, again.fillers) == (total_of(mine), 0, 0)
@@ -411,8 +433,9 @@ def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> Non
         options: Any = {"device": device(), "shard_rows": 7, "progress": False}
 
         def scored(shards: list[Shard]) -> ScoringReport:
-            report = score(model, store, shards, snapshot, **options)
+            report = score(model, store, shards, snapshot, keys=keys_of, **options)
             assert_near(stored(store, "a"), said_by(4, examples))
+            assert_keys(store, [examples])
             return report
 
         scored(mine)
@@ -525,6 +548,7 @@ def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
     last = rank == world_size - 1
     model = teacher_model(world_size, seed=4)
     shards = shards_of(examples)
+    (whole_shard,) = shards_of(examples, [len(examples.labels)])
     snapshot = Snapshot("a", 1, TRAINED_THROUGH)
 
     def torn() -> Iterator[rm.Columns]:
@@ -532,12 +556,20 @@ def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
         raise OSError("the file is torn")
 
     def refused(
-        error: type[Exception], match: str, of_last: Shard, teacher: str | Snapshot = "a"
+        error: type[Exception],
+        match: str,
+        of_last: Shard,
+        teacher: str | Snapshot = "a",
+        keys: Callable[[rm.Columns], Any] | None = None,
     ) -> None:
         mine = [of_last] if last else []
         elsewhere = rf"^rank {world_size - 1} stopped, and all ranks with it: .*{match}"
         with pytest.raises(error if last else RuntimeError, match=match if last else elsewhere):
-            score(model, store, mine, teacher, device=device(), progress=False)
+            score(model, store, mine, teacher, device=device(), keys=keys, progress=False)
+
+    def some_without(batch: rm.Columns) -> dict[str, Tensor]:
+        names = ("user_id", "item_id") if batch.example_ids[0] == examples.example_ids[0] else ()
+        return dict.fromkeys(names, batch.example_ids)
 
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
@@ -545,6 +577,13 @@ def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
         refused(RuntimeError, words, Shard("torn", torn), snapshot)
         refused(ValueError, "the shard '1' should have begin_seconds", Shard("1", list))
         refused(ValueError, "a has no published snapshot", shards[1])
+        for keys, error, words in (
+            (lambda _: {"user": []}, ValueError, "keys should be among .*'user'"),
+            (lambda _: {"user_id": [1]}, ValueError, r"user_id should be of shape \(5,\); .*1,"),
+            (lambda batch: {"item_id": batch.labels[:, 0]}, TypeError, "item_id should be whole"),
+            (some_without, ValueError, r"keys .* same names .*\[\] after \['user_id', 'item_id'\]"),
+        ):
+            refused(error, f"the shard '0': {words}", whole_shard, snapshot, keys)
         assert stored_nothing(store)
         leaking = Snapshot("a", 2, START + SECONDS * 50)
         refused(ValueError, r"the shard '3': .*leak.*trained through", shards[3], leaking)
@@ -601,7 +640,8 @@ def check_logging_the_training_forward(rank: int, world_size: int) -> None:
         calls: list[Any] = []
         trainee.model.register_forward_pre_hook(lambda *_: calls.append(1))
         pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
-        with TeacherLogger(store, "a", shard_rows=2 * rm.GLOBAL_SIZE // world_size) as logger:
+        rows = 2 * rm.GLOBAL_SIZE // world_size
+        with TeacherLogger(store, "a", keys=keys_of, shard_rows=rows) as logger:
             logger.attach(trainee.model)
             outputs = rm.drained(pipeline, batches)
         assert len(calls) == STEPS
@@ -611,6 +651,7 @@ def check_logging_the_training_forward(rank: int, world_size: int) -> None:
         found = stored(store, "a")
         assert len(found) == STEPS * rm.GLOBAL_SIZE
         assert [found[key] for key in ids.tolist()] == logits.tolist()
+        assert_keys(store, data())
         for window in store.windows("a"):
             rows, _ = store.read("a", window)
             assert rows.logged.all() and not rows.age_seconds.any()

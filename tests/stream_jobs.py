@@ -60,7 +60,8 @@ def teacher(rank: int, world_size: int, folder: Path) -> None:
     pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
     store = TeacherStore(folder / "store")
     windows = windows_of(lambda rows: batches(data, rows[rows % 4 > 0], rank, world_size))
-    with TeacherLogger(store, "fm", shard_rows=3 * BATCH) as logger:  # several in a window
+    rows = 3 * BATCH  # several in a window
+    with TeacherLogger(store, "fm", keys=fj.keys_of, shard_rows=rows) as logger:
         logger.attach(trainee.model)
         for _ in train_teacher(
             pipeline, windows, store, "fm", refresh=REFRESH, logger=logger, folder=folder / "fm"
@@ -82,6 +83,7 @@ def scorer(rank: int, world_size: int, folder: Path) -> None:
         "fm",
         device=device(),
         delay=DELAY,
+        keys=fj.keys_of,
         shard_rows=fj.PIECE,  # several in a window
         progress=False,
     ):
@@ -173,7 +175,8 @@ class Row(NamedTuple):
 
 def rows_of(folder: Path) -> dict[int, Row]:
     """What is in the store, by example; each is there once."""
-    rows = dd.all_rows(TeacherStore(folder / "store"))
+    rows = dd.all_rows(TeacherStore(folder / "store"), keys=fj.KEYS)
+    fj.assert_keys(rows)
     assert (np.diff(rows.example_id) > 0).all()
     columns = rows.snapshot.tolist(), rows.logged.tolist(), rows.outputs.tolist()
     return dict(zip(rows.example_id.tolist(), map(Row, *columns), strict=True))

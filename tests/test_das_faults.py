@@ -75,7 +75,8 @@ class Attempts:
 
     def rows(self) -> Rows:
         """What is in the store, each example once."""
-        rows = dd.all_rows(TeacherStore(self.folder / "store"))
+        rows = dd.all_rows(TeacherStore(self.folder / "store"), keys=jobs.KEYS)
+        jobs.assert_keys(rows)
         assert (np.diff(rows.example_id) > 0).all()
         return rows
 

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import das_data as dd
+import numpy as np
 import pytest
 import torch
 from das_data import AT, WINDOW, new_store, snapshot
 from torch import Tensor, nn
 
 from torchrec_exfm.das import TeacherLogger, TeacherLookup, TeacherStore, publish
+from torchrec_exfm.das.rules import NO_KEY
 
 
 @pytest.fixture
@@ -86,6 +88,76 @@ def test_a_rank_may_have_a_batch_without_an_example(store: TeacherStore) -> None
     assert dd.by_id(store) == {1: [1.0]}
 
 
+NAMES = ("item_id", "user_id", "category_id")
+
+
+def keys_in(store: TeacherStore) -> list[list[int]]:
+    """Each example's id and keys."""
+    rows = dd.all_rows(store, keys=NAMES)
+    return [[id_, *keys] for id_, keys in zip(rows.example_id.tolist(), rows.keys, strict=True)]
+
+
+def test_keys_are_logged_beside_outputs(store: TeacherStore) -> None:
+    """Over several shards and windows, of examples that come again, and not in order."""
+
+    def batch(ids: list[int]) -> tuple[list[int], list[int], Tensor]:
+        return ids, [AT + (i % 2) * WINDOW for i in ids], torch.tensor(ids).float()
+
+    for first in (0, 10**6):  # the second run logs example 6 alone
+        with TeacherLogger(store, "fm", shard_rows=3) as logger:
+            for ids in ([5, 2], [4, 5, 1], [3], [] if first == 0 else [6]):
+                users = torch.tensor(ids, dtype=torch.int32) * 10 + first
+                items = np.array([NO_KEY if i == 3 else 2**62 + i for i in ids], np.int64)
+                logger.log(*batch(ids), keys={"user_id": users, "item_id": items})
+                users.fill_(7)  # as a loader may that uses its buffers again
+                items.fill(7)
+    expected = [[i, 2**62 + i, 10 * i, NO_KEY] for i in range(1, 6)]
+    expected[2][1] = NO_KEY
+    assert keys_in(store) == [*expected, [6, 2**62 + 6, 60 + 10**6, NO_KEY]]
+
+
+def test_without_keys_there_are_none(store: TeacherStore) -> None:
+    with TeacherLogger(store, "fm") as logger:
+        log(logger, [1, 2])
+    assert keys_in(store) == [[1, *[NO_KEY] * 3], [2, *[NO_KEY] * 3]]
+
+
+def test_keys_that_do_not_fit_are_told(store: TeacherStore) -> None:
+    one = torch.ones(2)
+    with TeacherLogger(store, "fm") as logger:
+        with pytest.raises(ValueError, match=r"keys should be among .*; received \['user'\]"):
+            logger.log([1, 2], [AT, AT], one, keys={"user": [1, 2]})
+        with pytest.raises(TypeError, match=r"item_id should be whole numbers"):
+            logger.log([1, 2], [AT, AT], one, keys={"item_id": [0.5, 1.5]})
+        with pytest.raises(ValueError, match=r"item_id should have no nulls"):
+            logger.log([1, 2], [AT, AT], one, keys={"item_id": [1, None]})
+        logger.log([1, 2], [AT, AT], one, keys={"user_id": [1, 2]})
+        for _ in range(2):  # the second time after they were written
+            for other in ({"item_id": [3, 4]}, {"user_id": [3, 4], "item_id": [3, 4]}, None):
+                words = r"received \[.*\] after \['user_id'\]: pass -2\^63"
+                with pytest.raises(ValueError, match=words):
+                    logger.log([3, 4], [AT, AT], one, keys=other)
+            logger.flush()
+    assert keys_in(store) == [[1, NO_KEY, 1, NO_KEY], [2, NO_KEY, 2, NO_KEY]]
+    with TeacherLogger(store, "fm") as logger:
+        log(logger, [3])
+        with pytest.raises(ValueError, match=r"received \['user_id'\] after \[\]"):
+            logger.log([4], [AT], torch.ones(1), keys={"user_id": [4]})
+    assert logger.written == 1
+
+
+@pytest.mark.parametrize("keys", [torch.ones(3).long(), torch.ones(2), torch.ones(2, 1).long()])
+def test_tensors_of_keys_are_looked_at_before_a_row_is_written(
+    store: TeacherStore, keys: Tensor
+) -> None:
+    logger = TeacherLogger(store, "fm")
+    logger.log([1, 2], [AT, AT], torch.ones(2), keys={"user_id": torch.arange(2)})
+    logger.log([3, 4], [AT, AT], torch.ones(2), keys={"user_id": keys})
+    with pytest.raises((TypeError, ValueError), match=r"user_id should be (of shape|whole)"):
+        logger.flush()
+    assert store.refresh() == 0
+
+
 class Teacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +175,8 @@ def test_training_forwards_are_logged_and_no_others(store: TeacherStore) -> None
 
     teacher = Teacher()
     optimizer = torch.optim.SGD(teacher.parameters(), lr=1.0)
-    logger = TeacherLogger(store, "fm", shard_rows=1)
+    keys = {"keys": lambda batch: {"category_id": -batch.example_ids}}
+    logger = TeacherLogger(store, "fm", shard_rows=1, **keys)
     logger.attach(teacher)
     for id_ in (1, 3):
         loss, _ = teacher(batch(id_))
@@ -114,6 +187,7 @@ def test_training_forwards_are_logged_and_no_others(store: TeacherStore) -> None
     logger.close()
     teacher.train()(batch(5))  # detached
     assert dd.by_id(store) == {1: [2.0], 3: [3.0]}  # before each update
+    assert keys_in(store) == [[1, NO_KEY, NO_KEY, -1], [3, NO_KEY, NO_KEY, -3]]
 
 
 def test_bad_rows_are_told_or_counted(store: TeacherStore) -> None:

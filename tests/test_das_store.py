@@ -106,6 +106,10 @@ def test_keys_come_back(store: TeacherStore) -> None:
     store.write(snapshot(), [8, 7], [0.5, 1.5], [AT, AT], keys=keys)
     store.refresh()
     rows = pq.read_table(dd.only_file(store)).to_pylist()
+    store.write(snapshot(2), [8], [0.5], [AT], keys={"user_id": [NO_KEY]})
+    store.refresh()
+    tables = [pq.read_table(f"{store.table.url}/{file.path}") for file in store.files("fm", 2)]
+    assert sum(table["user_id"].null_count for table in tables) == 1  # of NO_KEY: it is null there
     assert [row["example_id"] for row in rows] == [7, 8]
     assert [row["user_id"] for row in rows] == [-4, 3]
     assert [row["item_id"] for row in rows] == [None, None]

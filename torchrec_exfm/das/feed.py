@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torchrec_exfm._ranks import of_each_rank, rank
 from torchrec_exfm.das.arrays import Ints, among, as_epoch, as_int64, as_second, utc
 from torchrec_exfm.das.delta import Commit
-from torchrec_exfm.das.schema import Snapshot
+from torchrec_exfm.das.schema import Snapshot, as_keys, check_same_keys
 from torchrec_exfm.das.shards import transaction_name
 from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import TeacherStore
@@ -113,6 +113,7 @@ class Part:
     piece: int
     ids: Ints
     seconds: Ints
+    keys: dict[str, Ints]
     ends_piece: bool
     ends_shard: bool
 
@@ -127,6 +128,7 @@ class Feed:
     group: dist.ProcessGroup | None
     ids: Callable[[Any], Any]
     event_seconds: Callable[[Any], Any]
+    keys: Callable[[Any], Mapping[str, Any]] | None
     shard_rows: int
     report: ScoringReport = field(default_factory=ScoringReport)
     ahead: deque[tuple[Part, Any]] = field(default_factory=deque)
@@ -247,20 +249,21 @@ class Feed:
         if wanted == []:
             return
         piece = rows = 0
-        batches = itertools.chain(self._opened(task.shard), [(None, _NONE, _NONE)])
-        for (batch, ids, seconds), (_, after, _) in itertools.pairwise(batches):
+        batches = itertools.chain(self._opened(task.shard), [(None, _NONE, _NONE, {})])
+        for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
             ends = rows >= self.shard_rows or not len(after)
             last = not len(after) if wanted is None else ends and piece == wanted[-1]
             if wanted is None or piece in wanted:
-                yield Part(task, piece, ids, seconds, ends, last), batch
+                yield Part(task, piece, ids, seconds, keys, ends, last), batch
             if last:
                 return
             if ends:
                 piece, rows = piece + 1, 0
 
-    def _opened(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints]]:
-        """Batches, with their ids and times, as far as they have examples."""
+    def _opened(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:
+        """Batches, with their ids, times and keys, as far as they have examples."""
+        before = None
         for batch in _reading(shard):
             with naming(shard):
                 if not hasattr(batch, "to"):  # to TorchRec's thread it would be the end, unsaid
@@ -270,8 +273,11 @@ class Feed:
                     )
                 ids = as_int64("example_ids", self.ids(batch))
                 seconds = as_epoch("event_seconds", self.event_seconds(batch), len(ids))
+                keys = as_keys(self.keys and self.keys(batch), len(ids))
+                check_same_keys(keys, keys if before is None else before)
+            before = keys
             if len(ids):
-                yield batch, ids, seconds
+                yield batch, ids, seconds, keys
 
 
 class _Stored:

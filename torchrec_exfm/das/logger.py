@@ -12,9 +12,9 @@ import copy
 import operator
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,13 +24,20 @@ from torch.utils.hooks import RemovableHandle
 from torchrec_exfm.das.arrays import Ints, Mask, among, as_epoch, as_int64
 from torchrec_exfm.das.errors import check_process
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
-from torchrec_exfm.das.schema import Snapshot, check_name
+from torchrec_exfm.das.schema import (
+    Snapshot,
+    as_keys,
+    check_key_names,
+    check_name,
+    check_same_keys,
+)
 from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore
 
 __all__ = ["TeacherLogger"]
 
 _WINDOWS = 16  # whose logged ids are kept in memory
+_Batch: TypeAlias = tuple[Any, Any, Tensor, dict[str, Any]]  # ids, times, outputs, keys
 
 
 class TeacherLogger:
@@ -59,6 +66,8 @@ class TeacherLogger:
         teacher: its name.
         ids: takes the batch to its example ids, (B,) int64.
         event_seconds: takes the batch to its event times, (B,) epoch seconds or timestamps.
+        keys: takes the batch to its keys by name, as for :meth:`TeacherStore.write`, (B,) each;
+            None: rows are written without.
         outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
             the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
         embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
@@ -91,6 +100,7 @@ class TeacherLogger:
         *,
         ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
         event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
+        keys: Callable[[Any], Mapping[str, Any]] | None = None,
         outputs: Callable[[Any], Tensor] = lambda output: output[1][1],
         embeddings: Callable[[Any], Tensor] | None = None,
         tasks: Sequence[str] | None = None,
@@ -107,6 +117,7 @@ class TeacherLogger:
         self._store = copy.copy(store)
         self._ids = ids
         self._event_seconds = event_seconds
+        self._keys = keys
         self._outputs = outputs
         self._embeddings = embeddings
         self._tasks = self._store.format.chosen(tasks)
@@ -115,9 +126,9 @@ class TeacherLogger:
         self._process = os.getpid()
         self._run = uuid.uuid4().hex
         self._shards = 0
-        self._rows: list[tuple[Any, Any, Tensor]] = []
+        self._rows: list[_Batch] = []
         self._count = 0
-        self._handed_over: list[tuple[Any, Any, Tensor]] = []
+        self._handed_over: list[_Batch] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
         self._writing: Future[None] | None = None
         # by window, the one used last last: the ids that are logged there, in order; files read
@@ -131,34 +142,47 @@ class TeacherLogger:
             if module.training:
                 batch = arguments[0]
                 ids, event_seconds = self._ids(batch), self._event_seconds(batch)
+                keys = self._keys and self._keys(batch)
                 embeddings = self._embeddings and self._embeddings(output)
-                self.log(ids, event_seconds, self._outputs(output), embeddings=embeddings)
+                outputs = self._outputs(output)
+                self.log(ids, event_seconds, outputs, embeddings=embeddings, keys=keys)
 
         self._handles.append(model.register_forward_hook(hook))
 
     def log(
-        self, ids: Any, event_seconds: Any, outputs: Tensor, *, embeddings: Tensor | None = None
+        self,
+        ids: Any,
+        event_seconds: Any,
+        outputs: Tensor,
+        *,
+        embeddings: Tensor | None = None,
+        keys: Mapping[str, Any] | None = None,
     ) -> None:
         """Log the outputs of B examples; tensors may be on the device, and are not waited for.
 
-        Embeddings (B, E) come with every call, or with none.
+        Embeddings (B, E), and keys by name, (B,) each, come with every call, or with none.
 
         Raises:
             StoreError: if an earlier shard could not be written.
-            TypeError: for ids and times of another dtype.
-            ValueError: for bad rows in an earlier shard; for nulls; for another shape.
+            TypeError: for ids, times and keys of another dtype.
+            ValueError: for bad rows in an earlier shard; for nulls; for another shape; for other
+                names of keys.
         """
         values = self._store.format.joined(
             outputs, embeddings, outputs.shape[:1].numel(), self._tasks
         )
-        for _, _, before in (self._rows or self._handed_over)[-1:]:
+        given = {} if keys is None else keys
+        check_key_names([*given])
+        kept = {name: _copy(name, given[name], as_int64) for name in given}
+        for _, _, before, kept_before in (self._rows or self._handed_over)[-1:]:
+            check_same_keys(kept, kept_before)
             if before.shape[1] != values.shape[1]:
                 raise ValueError(
                     "embeddings should come with every call of log() or with none; received "
                     f"{'none' if embeddings is None else 'some'}: take another logger for these"
                 )
         seconds = _copy("event_seconds", event_seconds, as_epoch)
-        self._rows.append((_copy("ids", ids, as_int64), seconds, values))
+        self._rows.append((_copy("ids", ids, as_int64), seconds, values, kept))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -195,7 +219,7 @@ class TeacherLogger:
                 writing.result()
             except Exception:  # nothing is lost: the next flush tries again
                 self._rows = self._handed_over + self._rows
-                self._count = sum(len(outputs) for _, _, outputs in self._rows)
+                self._count = sum(len(outputs) for _, _, outputs, _ in self._rows)
                 raise
 
     def _hand_over(self) -> None:
@@ -207,14 +231,14 @@ class TeacherLogger:
             self._writing = self._writer.submit(self._write, self._handed_over, self._shards, ready)
             self._shards += 1
 
-    def _write(
-        self, rows: list[tuple[Any, Any, Tensor]], shard: int, ready: torch.Event | None
-    ) -> None:
+    def _write(self, rows: list[_Batch], shard: int, ready: torch.Event | None) -> None:
         if ready is not None:
             ready.synchronize()  # the writer's thread has a stream of its own
-        ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values in rows])
-        seconds = np.concatenate([as_epoch("event_seconds", s, len(v)) for _, s, v in rows])
-        columns = torch.cat([values for _, _, values in rows]).cpu()
+        ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values, _ in rows])
+        seconds = np.concatenate([as_epoch("event_seconds", s, len(v)) for _, s, v, _ in rows])
+        columns = torch.cat([values for _, _, values, _ in rows]).cpu()
+        parts = [as_keys(kept, len(values)) for _, _, values, kept in rows]
+        keys = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         new = self._first_time(ids, seconds)
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
         for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
@@ -230,6 +254,7 @@ class TeacherLogger:
                     tasks=self._tasks,
                     shard=f"log/{self._run}/{shard}/{part}",
                     logged=True,
+                    keys={name: key[chosen] for name, key in keys.items()},
                     embeddings=embeddings if embeddings.shape[1] else None,
                     bad_rows=self._bad_rows,
                 )

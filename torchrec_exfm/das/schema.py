@@ -272,6 +272,15 @@ def as_keys(keys: Mapping[str, Any] | None, rows: int) -> dict[str, Ints]:
     return {name: as_int64(name, keys[name], rows) for name in names or ()}
 
 
+def check_same_keys(keys: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the keys of a batch have the names of those of another."""
+    if keys.keys() != before.keys():
+        raise ValueError(
+            "keys should have the same names in every batch, or come with none; received "
+            f"{[*keys]} after {[*before]}: pass -2^63 where an example has none"
+        )
+
+
 def check_name(what: str, name: object) -> str:
     """The name of a task or teacher, fit for a column and a folder; a ValueError if it is not."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):

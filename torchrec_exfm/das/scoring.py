@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,6 +39,7 @@ def score(
     device: torch.device,
     ids: Callable[[Any], Any] = operator.attrgetter("example_ids"),
     event_seconds: Callable[[Any], Any] = operator.attrgetter("event_seconds"),
+    keys: Callable[[Any], Mapping[str, Any]] | None = None,
     outputs: Callable[[Any], Tensor] = lambda output: output[1],
     embeddings: Callable[[Any], Tensor] | None = None,
     tasks: Sequence[str] | None = None,
@@ -65,6 +66,8 @@ def score(
         device: where the model runs.
         ids: takes a batch, as it is read, to its example ids, (B,) int64 on the host.
         event_seconds: takes it to its event times, (B,) epoch seconds or timestamps.
+        keys: takes it to its keys by name, as for :meth:`TeacherStore.write`, (B,) each, on the
+            host; None: rows are written without.
         outputs: takes what ``EvalPipelineSparseDist.progress`` returns to logits, not
             probabilities (or predictions), (B, T) or (B,); the default fits
             ``(loss, logits, labels)``.
@@ -75,7 +78,7 @@ def score(
         progress: show a bar of rank 0's shards, with its rows a second.
 
     Raises:
-        TypeError: for ids and times of another dtype.
+        TypeError: for ids, times and keys of another dtype.
         ValueError: for a wrong value; for bad rows (leaks among them); if no published snapshot is
             old enough; if a shard has other examples than it was written with.
         RuntimeError: if a shard's batches can't be read; if another rank has stopped by an error.
@@ -88,7 +91,7 @@ def score(
     store, read = copy.copy(store), copy.copy(store)
     # of its own, as batches are read on a thread of their own; and on the host
     group = dist.new_group(backend="gloo") if world_size() > 1 else None
-    feed = Feed(read, shards, teacher, group, ids, event_seconds, shard_rows)
+    feed = Feed(read, shards, teacher, group, ids, event_seconds, keys, shard_rows)
     known = len(shards) if isinstance(shards, Sized) else None
     bar = tqdm(total=known, unit="shards", desc="scoring", disable=not progress or rank() > 0)
     said = outputs, embeddings, store.format.chosen(tasks)
@@ -190,6 +193,7 @@ class _Job:
     def _write(self, kept: list[tuple[Part, Tensor]]) -> WriteReport:
         """A piece; and with its last one the mark of the shard."""
         last = kept[-1][0]
+        keys = {name: np.concatenate([p.keys[name] for p, _ in kept]) for name in last.keys}
         ids, seconds = (
             np.concatenate([getattr(p, n) for p, _ in kept]) for n in ("ids", "seconds")
         )
@@ -203,6 +207,7 @@ class _Job:
                 seconds,
                 tasks=self.tasks,
                 shard=f"{task.shard.name}/{last.piece}",
+                keys=keys,
                 embeddings=self.embeddings and embeddings,
                 bad_rows=self.bad_rows,
             )
