@@ -82,7 +82,7 @@ def _pooled(
     divisor = lengths.unsqueeze(1) if mean else lengths.new_ones(())
     if query is not None:
         example = torch.repeat_interleave(lengths, output_size=values.shape[0])
-        keys = query.to(wide.dtype).index_select(0, example)
+        keys = query.to(wide.dtype).index_select(0, example)  # whose gradient is added up in it
         scores = (wide * keys).sum(1, keepdim=True) / math.sqrt(width)
         largest = _reduced(scores.detach(), lengths, "max").index_select(0, example)
         weights = (scores - largest).exp()
