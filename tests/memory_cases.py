@@ -1,4 +1,4 @@
-"""Random events, examples and stores, and what a memory in SQL has to say of them, for its tests."""
+"""Random events, examples and stores, and the check of a memory in SQL, for its tests."""
 
 from __future__ import annotations
 

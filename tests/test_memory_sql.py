@@ -16,7 +16,7 @@ from memory_reference import brute_force
 
 from torchrec_exfm.das import TeacherStore, data_files
 from torchrec_exfm.das.embeddings import decode
-from torchrec_exfm.das.memory import MemoryFormat
+from torchrec_exfm.das.memory import Memory, MemoryFormat, store_events
 from torchrec_exfm.das.memory_sql import events_sql, memory_sql
 from torchrec_exfm.das.schema import KEYS
 
@@ -73,6 +73,29 @@ def test_events_are_what_counts_of_a_store(tmp_path: Path, choice: dict[str, Any
     assert rows == expected and len(rows) > 20
     format = MemoryFormat(name="fm", keys=[["category_id"], ["user_id", "item_id"]], length=2)
     cases.check(columns(made, format), rows, examples.to_pydict(), format)
+
+
+def test_a_table_is_what_the_iterator_reads(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    store = cases.random_store(tmp_path, random)
+    examples: dict[str, Any] = {name: random.integers(0, 5, 300) for name in KEYS}
+    examples["event_seconds"] = random.integers(2 * WINDOW, 7 * WINDOW, 300)
+    examples["number"] = np.arange(300)
+    keys = [["user_id"], ["user_id", "item_id"]]
+    format = MemoryFormat(name="fm", keys=keys, length=3, half_life_seconds=5e3, delay_seconds=100)
+    memory = Memory(format)
+    for events in store_events(store, "fm"):
+        memory.write(*events)
+    made = with_outputs(store, examples=pa.table(examples))
+    made.execute(f"CREATE VIEW events AS {events_sql(store, 'fm')}")
+    found = columns(made, format)
+    for key, read in memory.read(examples, examples["event_seconds"]).items():
+        assert found[f"fm_{key}_count"] == read.count.tolist() and read.count.max() > 1
+        for name in ("mean", "last", "decayed_mean", "days_since"):
+            column = np.array(found[f"fm_{key}_{name}"], np.float64)
+            # of float32, and of sums of at most 150 normal numbers in float64
+            np.testing.assert_allclose(getattr(read, name).ravel(), column, 2.0**-24, 1e-12)
+        assert sum(found[f"fm_{key}_values"], []) == read.vectors.ravel().tolist()
 
 
 def test_embeddings_are_bytes_in_sequences(tmp_path: Path) -> None:
@@ -158,7 +181,7 @@ def test_years_of_short_half_lives_are_no_overflow() -> None:
     table |= {"example_id": [*range(300)], "value": (random.normal(size=300) * 2.0**100).tolist()}
     table["value"] = np.float32(table["value"]).tolist()
     rows = pa.table(table)
-    for half_life_seconds in (600.0, 1e5, 2e6, 1e12):
+    for half_life_seconds in (600.0, 1e5, 2e6, 1e12, 1e30):
         format = MemoryFormat(name="fm", keys=[["user_id"]], half_life_seconds=half_life_seconds)
         found = columns(engine(events=rows, examples=rows), format)
         assert all(map(math.isfinite, found["fm_user_id_decayed_mean"][1:]))

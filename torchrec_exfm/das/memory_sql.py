@@ -30,11 +30,11 @@ def events_sql(
     exclude: Collection[int] = (),
     outputs: str = "outputs",
 ) -> str:
-    """Return one SELECT of what a store holds of a teacher as events: ``KEYS``, ``example_id``,
-    ``event_seconds`` and ``value``, for the rows with an output that :func:`join_sql` counts.
+    """Return one SELECT of what a store holds of a teacher as events, for :func:`memory_sql`.
 
-    Times and arguments are those of :func:`store_events`; values are a task's outputs or, with
-    ``embeddings``, bytes. ``outputs`` names a table as for ``join_sql``.
+    Columns: those of ``KEYS``, ``example_id``, ``event_seconds`` and ``value``, a task's output or,
+    with ``embeddings``, bytes. Rows, times and arguments are as for :func:`store_events`, errors
+    and ``outputs``, the name of a table, as for :func:`join_sql`.
     """
     task = store.tasks[0] if task is None else task
     wanted = Wanted.of(store, teacher, [task], snapshot, exclude, None, embeddings)
@@ -94,6 +94,11 @@ def memory_sql(
     if format.width == 1:  # a float32, as in MemoryEvents
         is_vector = f"abs(CAST({vector} AS DOUBLE)) <= {LARGEST}"
         vector = f"CAST(CAST({vector} AS FLOAT) AS DOUBLE)"
+    half = max(int(min(300 * format.half_life_seconds, 2.0**40)), 1)
+    middle, later_middle = (
+        f"CAST(floor((seconds + {shift}) / {2 * half}) AS BIGINT) * {2 * half} + {half - shift}"
+        for shift in (0, half)
+    )
     at = f"CAST(floor(source.{quoted(event_seconds)}) AS BIGINT)"
     tables, columns, joins = [], ["source.*"], []
     for place, (name, key) in enumerate(zip(format.key_names, format.keys, strict=True)):
@@ -112,7 +117,7 @@ def memory_sql(
       FROM (
         SELECT *, row_number() OVER (
           PARTITION BY {keys} ORDER BY seconds, example_id, vector
-        ) AS place, {_middles(format)}
+        ) AS place, {middle} AS middle, {later_middle} AS later_middle
         FROM (
           SELECT {keyed}, {at} AS seconds, source.{quoted(example_id)} AS example_id,
             {vector} AS vector
@@ -128,7 +133,7 @@ def memory_sql(
 )""")
         matches = [f"{memory}.key_{i} = {part}" for i, part in enumerate(parts)]
         matches.append(f"{memory}.example_seconds = {at}")
-        joins.append(f"LEFT JOIN {memory}\n  ON " + "\n  AND ".join(matches))
+        joins.append(f"LEFT JOIN {memory} ON {' AND '.join(matches)}")
         features = {"count": f"coalesce({memory}.number, 0)"}
         if format.width == 1:
             features |= {n: f"{memory}.{n}_value" for n in ("mean", "last", "decayed_mean")}
@@ -138,16 +143,11 @@ def memory_sql(
             ages = transform.format(f"{memory}.times", age.format("_t"))
             features["values"] = f"coalesce({memory}.vectors, {empty})"
             features["ages_days"] = f"coalesce({ages}, {empty})"
-        start = f"{format.name}_{name}"
-        columns += [f"{text} AS {quoted(f'{start}_{n}')}" for n, text in features.items()]
-    return "\n".join(
-        [
-            "WITH " + ",\n".join(tables),
-            "SELECT " + ",\n  ".join(columns),
-            f"FROM {quoted_table(examples)} AS source",
-            *joins,
+        columns += [
+            f"{text} AS {quoted(f'{format.name}_{name}_{n}')}" for n, text in features.items()
         ]
-    )
+    selected, asked = ",\n  ".join(columns), f"FROM {quoted_table(examples)} AS source"
+    return "WITH " + ",\n".join(tables) + "\n" + "\n".join([f"SELECT {selected}", asked, *joins])
 
 
 def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
@@ -176,12 +176,3 @@ def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
             "times": f"array_agg(seconds) {latest}",
         }
     return states
-
-
-def _middles(format: MemoryFormat) -> str:
-    half = max(int(300 * format.half_life_seconds), 1)
-    first, second = (
-        f"CAST(floor((seconds + {shift}) / {2 * half}) AS BIGINT) * {2 * half}"
-        for shift in (0, half)
-    )
-    return f"{first} + {half} AS middle, {second} AS later_middle"
