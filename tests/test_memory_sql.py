@@ -95,7 +95,8 @@ def test_a_table_is_what_the_iterator_reads(tmp_path: Path) -> None:
             column = np.array(found[f"fm_{key}_{name}"], np.float64)
             # of float32, and of sums of at most 150 normal numbers in float64
             np.testing.assert_allclose(getattr(read, name).ravel(), column, 2.0**-24, 1e-12)
-        assert sum(found[f"fm_{key}_values"], []) == read.vectors.ravel().tolist()
+        values = [v for row in found[f"fm_{key}_values"] for v in row]
+        assert values == read.vectors.ravel().tolist()
 
 
 def test_embeddings_are_bytes_in_sequences(tmp_path: Path) -> None:
