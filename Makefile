@@ -61,12 +61,14 @@ nightly: venv
 	$(PIP) install -q --no-deps --upgrade --target .venv/torchx-nightly torchx-nightly==2026.10.26
 	PYTHONPATH=.venv/torchx-nightly $(PY) -m pytest tests/test_torchx.py
 
-# The join on Spark, which needs Java; SPARK=4.3.0 picks another version. Spark unpacks into .venv.
+# The join and the memory on Spark, which needs Java; SPARK=4.3.0 picks another version. Spark
+# unpacks into .venv.
 SPARK ?= 3.5.9
 spark: venv
 	@command -v java >/dev/null || { echo 'make spark needs Java: apt-get install openjdk-17-jre-headless'; false; }
 	$(PIP) install -q --upgrade --target .venv/spark-$(SPARK) pyspark==$(SPARK)
-	PYTHONPATH=.venv/spark-$(SPARK) $(PY) -m pytest tests/test_join_spark.py tests/test_ids_spark.py
+	PYTHONPATH=.venv/spark-$(SPARK) $(PY) -m pytest tests/test_join_spark.py tests/test_ids_spark.py \
+		tests/test_memory_spark.py
 
 # Wheel and source distribution into dist/, each tried in an environment of its own.
 package: venv

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torchrec_exfm.das.arrays import MAX_SECONDS, MICROSECONDS, check_duration, utc
 from torchrec_exfm.das.choice import check_names, chosen_versions
+from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["data_files", "join_sql"]
 
 WINNERS = "_winners"  # the name of a table in the text
-_LARGEST = 3.4028234663852886e38  # of float32; NaN is larger to both engines
+LARGEST = 3.4028234663852886e38  # of float32; NaN is larger to both engines
 # as text they become times of the kind that they are compared with
 _FIRST, _LAST = (f"'{utc(seconds)}'" for seconds in (0, MAX_SECONDS))
 
@@ -168,7 +169,7 @@ class Wanted:
 
     def rules(self) -> dict[str, str]:
         """What rows may not do, in words and as a condition: ``rules.broken_rules`` in SQL."""
-        infinite = [f"abs({_quoted(f'output_{task}')}) > {_LARGEST}" for task in self.tasks]
+        infinite = [f"abs({quoted(f'output_{task}')}) > {LARGEST}" for task in self.tasks]
         window = (
             f"floor({_microseconds(_FIRST, 'event_time')} / {self.window_seconds * MICROSECONDS})"
         )
@@ -184,11 +185,17 @@ class Wanted:
             "lie outside of their window": f"{window} <> `window`",
         }
 
-    def winners(self, outputs: str) -> str:
-        """The row of each example that counts, for each teacher and window."""
-        tasks = [_quoted(f"output_{task}") for task in self.tasks]
+    def winners(self, outputs: str, as_events: bool = False) -> str:
+        """The row of each example that counts, for each teacher and window.
+
+        As events they have keys, and the time from which they are known (``event_seconds``).
+        """
+        tasks = [quoted(f"output_{task}") for task in self.tasks]
         columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
         columns += ["embedding"] if self.embeddings else []
+        if as_events:
+            known = _microseconds(_FIRST, "greatest(event_time, trained_through)")
+            columns += [*KEYS, f"CAST(floor({known} / {MICROSECONDS}) AS BIGINT) AS event_seconds"]
         broken = " OR ".join(f"({condition})" for condition in self.rules().values())
         eligible = " OR ".join(f"({self._eligible(teacher)})" for teacher in self.teachers)
         age = f"{_microseconds('trained_through', 'event_time')} / 1e6"
@@ -222,25 +229,25 @@ WHERE place = 1"""
             won = f"teacher_{number}"
             conditions = [
                 f"{won}.teacher = '{teacher}'",
-                f"{won}.example_id = example.{_quoted(example_id)}",
+                f"{won}.example_id = example.{quoted(example_id)}",
             ]
             first = f"{won}.`window` * {self.window_seconds}"
             if event_time is None:
-                window = f"floor(example.{_quoted(event_seconds)} / {self.window_seconds})"
+                window = f"floor(example.{quoted(event_seconds)} / {self.window_seconds})"
                 conditions.append(f"{won}.`window` = CAST({window} AS BIGINT)")
             else:
-                time = f"example.{_quoted(event_time)}"
+                time = f"example.{quoted(event_time)}"
                 conditions.append(f"{time} >= to_timestamp({first})")
                 conditions.append(f"{time} < to_timestamp({first} + {self.window_seconds})")
             if self.max_age_seconds is not None:
                 conditions.append(f"{won}.age_seconds <= CAST('{self.max_age_seconds}' AS FLOAT)")
             joins.append(f"LEFT JOIN {WINNERS} AS {won}\n  ON " + "\n  AND ".join(conditions))
             columns += [
-                f"{won}.{_quoted(stored)} AS {_quoted(name)}"
+                f"{won}.{quoted(stored)} AS {quoted(name)}"
                 for name, stored in self.columns(teacher).items()
             ]
         listed = ",\n  ".join(columns)
-        return f"SELECT {listed}\nFROM {_table(examples)} AS example\n" + "\n".join(joins)
+        return f"SELECT {listed}\nFROM {quoted_table(examples)} AS example\n" + "\n".join(joins)
 
 
 def _microseconds(start: str, end: str) -> str:
@@ -250,10 +257,10 @@ def _microseconds(start: str, end: str) -> str:
 
 def stored(outputs: str) -> str:
     """The table of outputs with the unit that :func:`_microseconds` counts in."""
-    return f"(SELECT *, 'microsecond' AS microsecond FROM {_table(outputs)}) AS stored"
+    return f"(SELECT *, 'microsecond' AS microsecond FROM {quoted_table(outputs)}) AS stored"
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(
             f"a table or column should have a name that can be read; received {name!r}"
@@ -261,6 +268,6 @@ def _quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
-def _table(name: str) -> str:
+def quoted_table(name: str) -> str:
     """The quoted name of a table, which may be within a catalog and a schema."""
-    return ".".join(map(_quoted, name.split(".")))
+    return ".".join(map(quoted, name.split(".")))
