@@ -23,11 +23,12 @@ from torch import nn
 from torchrec_exfm import TeacherMissingWarning
 from torchrec_exfm.das import StoreError, TeacherLogger, TeacherLookup, TeacherStore, forget
 from torchrec_exfm.das.__main__ import main
-from torchrec_exfm.das.embeddings import decode, encode
+from torchrec_exfm.das.embeddings import MISSING, decode, embedding_bytes, encode
 from torchrec_exfm.das.schema import StoreFormat
 
-Resolution = Literal["float16", "int8"]
-RESOLUTIONS: tuple[Resolution, ...] = ("float16", "int8")
+Resolution = Literal["float16", "int8", "int4"]
+RESOLUTIONS: tuple[Resolution, ...] = ("float16", "int8", "int4")
+SCALED: dict[Resolution, int] = {"int8": 127, "int4": 7}  # steps from zero to the largest
 E = 5  # odd, so that no row of bytes is a whole number of float32
 LARGEST = np.finfo(np.float32).max
 
@@ -41,17 +42,22 @@ def embeddings_of(rows: int, seed: int = 0, width: int = E) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
 
 
-def reference(row: Any, resolution: Resolution) -> tuple[bytes, list[float]]:
+def reference(row: Any, resolution: str) -> tuple[bytes, list[float]]:
     """A row's bytes, and what they say, by Python's own float64 and struct."""
     numbers = [float(number) for number in row]
-    if resolution == "float16":
-        data = struct.pack(f"<{len(numbers)}e", *numbers)
-        return data, list(struct.unpack(f"<{len(numbers)}e", data))
-    (scale,) = struct.unpack("<f", struct.pack("<f", max(map(abs, numbers)) / 127))
+    if code := {"float16": "e", "float32": "f"}.get(resolution):
+        data = struct.pack(f"<{len(numbers)}{code}", *numbers)
+        return data, list(struct.unpack(f"<{len(numbers)}{code}", data))
+    largest = max(map(abs, numbers)) / (127 if resolution == "int8" else 7)
+    (scale,) = struct.unpack("<f", struct.pack("<f", largest))
     scale = max(scale, 2.0**-126)
     steps = [round(number / scale) for number in numbers]
     read = np.array([scale * step for step in steps]).astype(np.float32)  # exact, then rounded
-    return struct.pack(f"<f{len(steps)}b", scale, *steps), read.tolist()
+    if resolution == "int8":
+        return struct.pack(f"<f{len(steps)}b", scale, *steps), read.tolist()
+    digits = "".join(f"{step % 16:x}" for step in steps) + "0" * (len(steps) % 2)
+    data = bytes(int(high + low, 16) for low, high in zip(digits[::2], digits[1::2], strict=True))
+    return struct.pack("<f", scale) + data, read.tolist()
 
 
 def lookup_of(store: TeacherStore, teachers: Any = "fm", **options: Any) -> TeacherLookup:
@@ -86,44 +92,76 @@ HUGE = {
 }
 
 
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("resolution", [*RESOLUTIONS, "float32"])
 @pytest.mark.parametrize("kind", [*EXTREMES, "random"])
-def test_bytes_are_those_of_an_independent_reference(kind: str, resolution: Resolution) -> None:
+def test_bytes_are_those_of_an_independent_reference(kind: str, resolution: str) -> None:
     rows = np.array([EXTREMES.get(kind, [0.0] * E)], np.float32)
     if kind == "random":
         exponents = np.random.default_rng(2).uniform(-30, 15, (500, 1))
         rows = (embeddings_of(500) * 2.0**exponents).astype(np.float32).clip(-65504, 65504)
     check_bytes(rows, resolution)
+    check_bytes(np.asfortranarray(np.tile(rows, (2, 1)))[::2, ::-1], resolution)
+    check_bytes(rows[:, :4], resolution)
 
 
-def check_bytes(rows: np.ndarray, resolution: Resolution) -> None:
+def check_bytes(rows: np.ndarray, resolution: str) -> None:
     data = encode(rows, resolution)
-    read = decode(data, resolution)
+    read = decode(data, resolution, rows.shape[1])
     assert data.dtype == np.uint8 and read.dtype == np.float32 and np.isfinite(read).all()
+    assert data.shape == (len(rows), embedding_bytes(rows.shape[1], resolution))
+    assert not np.shares_memory(data, rows) and not np.shares_memory(data, read)
     for row, told, back in zip(rows, data, read, strict=True):
         expected, numbers = reference(row, resolution)
         assert told.tobytes() == expected
         assert back.tolist() == numbers
 
 
+@pytest.mark.parametrize("resolution", SCALED)
 @pytest.mark.parametrize("kind", ["one huge value", "halves of a step"])
-def test_int8_has_a_scale_for_each_row(kind: str) -> None:
+def test_each_row_has_a_scale(kind: str, resolution: Resolution) -> None:
     rows = np.array([HUGE[kind], EXTREMES["denormal"], EXTREMES["all alike"]], np.float32)
     if kind == "one huge value":
         rows[0, 0] = LARGEST / 2  # the largest of all has a test of its own
-    check_bytes(rows, "int8")
+    check_bytes(rows, resolution)
     spread = rows[2:] * np.array([[1, -0.5, 0.25, 0.01, 0]], np.float32)
-    error = np.abs(decode(encode(spread, "int8"), "int8") - spread)
+    error = np.abs(decode(encode(spread, resolution), resolution, E) - spread)
     # half a step, and the float32 roundings of the scale, the quotient and the product: 3 x 2^-24
-    assert (error <= np.abs(spread).max() * (1 / 254 + 3 * 2.0**-24)).all()
+    bound = 1 / (2 * SCALED[resolution]) + 3 * 2.0**-24
+    assert (error <= np.abs(spread).max() * bound).all()
 
 
-def test_the_largest_numbers_do_not_become_infinite_in_int8() -> None:
+@pytest.mark.parametrize("resolution", SCALED)
+def test_the_largest_numbers_do_not_become_infinite(resolution: Resolution) -> None:
     rows = np.array(list(HUGE.values())[:2], np.float32)
-    read = decode(encode(rows, "int8"), "int8").astype(np.float64)
+    read = decode(encode(rows, resolution), resolution, E).astype(np.float64)
     assert np.isfinite(read).all()
-    # the scale is one float32 below that of the formula: 127 x 2^-23 of a step more, for 127 steps
-    assert (np.abs(read - rows) <= float(LARGEST) * (1 / 254 + 2.0**-22)).all()
+    # the scale is one float32 below that of the formula: 2^-23 of it, for each step to the largest
+    bound = 1 / (2 * SCALED[resolution]) + 2.0**-22
+    assert (np.abs(read - rows) <= float(LARGEST) * bound).all()
+
+
+def test_int4_without_a_width_has_the_padding_of_an_odd_one() -> None:
+    rows = embeddings_of(3)
+    data = encode(rows, "int4")
+    read = decode(data, "int4")
+    assert read.shape == (3, E + 1) and not read[:, E].any()
+    assert np.array_equal(read[:, :E], decode(data, "int4", E))
+    assert decode(data[:, None].repeat(2, 1), "int4", E).shape == (3, 2, E)
+
+
+@pytest.mark.parametrize("resolution", [*RESOLUTIONS, "float32"])
+@pytest.mark.parametrize("width", [1, E, 8])
+def test_bytes_that_are_missing_are_nan(resolution: str, width: int) -> None:
+    missing = np.full((1, embedding_bytes(width, resolution)), ord(MISSING), np.uint8)
+    rows = np.concatenate([encode(embeddings_of(2, width=width), resolution), missing])
+    read = decode(rows, resolution, width)
+    assert read.shape == (3, width)
+    assert np.isnan(read).tolist() == [[False] * width] * 2 + [[True] * width]
+
+
+def test_a_store_has_no_float32() -> None:
+    with pytest.raises(ValueError, match=r"one of \('float16', 'int8', 'int4'\); .*'float32'"):
+        StoreFormat(embedding_width=8, embedding_resolution="float32")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39, 65520.0, -70000.0])
@@ -132,7 +170,7 @@ def test_numbers_that_bytes_can_not_hold_are_refused(tmp_path: Path, bad: float)
     rows[1, 2] = bad
     for resolution in RESOLUTIONS:
         store = store_of(tmp_path / resolution, resolution)
-        fits = resolution == "int8" and abs(bad) < float(LARGEST)
+        fits = resolution in SCALED and abs(bad) < float(LARGEST)
         if fits:
             store.write(snapshot(), [1, 2, 3], [0.5] * 3, [AT] * 3, embeddings=rows)
             continue

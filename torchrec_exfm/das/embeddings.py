@@ -1,9 +1,11 @@
 """Teachers' embeddings as the bytes that the store keeps: E numbers in W bytes, little-endian.
 
-``float16``: each number e as one, to the nearest, ties to even; W = 2 E. ``int8``: a float32 scale,
-max abs(e) / 127 (2^-126 at least), then each e / scale as int8, to the nearest; W = 4 + E. A row
-without an embedding is null on disk and 255 in each byte in memory: NaN as a float16 and as a
-scale, which no row that is written has.
+``float32``, ``float16``: each number e as one, to the nearest, ties to even; W = 4 E, 2 E.
+``int8``: a float32 scale, max abs(e) / 127 (2^-126 at least), then each e / scale as int8, to the
+nearest; W = 4 + E. ``int4``: the same with 7 in place of 127, and two numbers a byte, the first in
+its low half (the last byte of an odd E has zeros in its high half); W = 4 + ceil(E / 2). A row
+without an embedding is null on disk and 255 in each byte in memory: NaN as a float and as a scale,
+which no row that is written has.
 """
 
 from __future__ import annotations
@@ -14,32 +16,53 @@ from torchrec_exfm.das.arrays import Bytes, Floats
 from torchrec_exfm.das.rules import first_few
 
 MISSING = b"\xff"
+_FLOATS = {"float32": "<f4", "float16": "<f2"}
+_LARGEST = {"int8": np.float32(127), "int4": np.float32(7)}
 _RANGE = np.finfo(np.float32)
-_SCALES = _RANGE.tiny, np.nextafter(_RANGE.max / np.float32(127), np.float32(0))  # 127 are finite
+
+
+def embedding_bytes(width: int, resolution: str) -> int:
+    """Return W, the bytes of an embedding of E numbers."""
+    if resolution in _FLOATS:
+        return width * int(_FLOATS[resolution][-1])
+    return 4 + (width if resolution == "int8" else (width + 1) // 2)
 
 
 def encode(embeddings: Floats, resolution: str) -> Bytes:
     """The bytes (n, W) of embeddings (n, E); a ValueError for numbers that they can't hold."""
+    kept = resolution in _FLOATS  # as they are: in memory of their own
     with np.errstate(over="ignore"):
-        numbers = embeddings.astype("<f2" if resolution == "float16" else "<f4", copy=False)
+        numbers = embeddings.astype(_FLOATS.get(resolution, "<f4"), order="C", copy=kept)
     bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
     if len(bad):
         raise ValueError(
             "embeddings should be finite, and at most 65504 as float16; received others in "
             f"{len(bad)} rows: {first_few(bad)}: correct or scale them; int8 holds any size"
         )
-    if resolution == "float16":
+    if kept:
         return numbers.view(np.uint8)
-    scale = np.abs(numbers).max(axis=1, keepdims=True) / np.float32(127)
-    scale = scale.clip(*_SCALES).astype("<f4", copy=False)
-    rounded = np.rint(numbers / scale).astype(np.int8)
-    return np.concatenate([scale.view(np.uint8), rounded.view(np.uint8)], axis=1)
+    largest = _LARGEST[resolution]
+    scales = _RANGE.tiny, np.nextafter(_RANGE.max / largest, np.float32(0))  # times largest: finite
+    scale = (np.abs(numbers).max(axis=1, keepdims=True) / largest).clip(*scales)
+    scale = scale.astype("<f4", copy=False)
+    packed = np.rint(numbers / scale).astype(np.int8).view(np.uint8)
+    if resolution == "int4":
+        halves = np.pad(packed & 15, ((0, 0), (0, packed.shape[1] % 2)))
+        packed = halves[:, ::2] | halves[:, 1::2] << 4
+    return np.concatenate([scale.view(np.uint8), packed], axis=1)
 
 
-def decode(rows: Bytes, resolution: str) -> Floats:
-    """The embeddings (..., E) in bytes (..., W); NaN where there is none."""
-    if resolution == "float16":
-        return rows.view("<f2").astype(np.float32)
+def decode(rows: Bytes, resolution: str, width: int | None = None) -> Floats:
+    """The embeddings (..., E) in bytes (..., W); NaN where there is none.
+
+    Without its width, an embedding of int4 and odd E has a zero more.
+    """
+    if resolution in _FLOATS:
+        return rows.view(_FLOATS[resolution]).astype(np.float32)
     scale = np.ascontiguousarray(rows[..., :4]).view("<f4").astype(np.float32, copy=False)
+    numbers = rows[..., 4:].view(np.int8)
+    if resolution == "int4":  # shifts of int8 keep the sign
+        pairs = np.stack([numbers << 4 >> 4, numbers >> 4], axis=-1)
+        numbers = pairs.reshape(*rows.shape[:-1], -1)
     with np.errstate(invalid="ignore", over="ignore"):  # scales that others have written
-        return scale * rows[..., 4:].view(np.int8)
+        return scale * numbers[..., :width]

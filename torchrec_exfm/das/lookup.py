@@ -348,7 +348,8 @@ class TeacherLookup:
         presence = self._counted(teacher, ids, seconds, presence, age_seconds)
         if self._embedding_width:
             data = columns.view(np.uint8)[:, 4 * len(tasks) :][:, : form.embedding_bytes]
-            values = np.concatenate([values, decode(data, form.embedding_resolution)], axis=1)
+            embeddings = decode(data, form.embedding_resolution, form.embedding_width)
+            values = np.concatenate([values, embeddings], axis=1)
         return values, presence, age_seconds
 
     def _counted(

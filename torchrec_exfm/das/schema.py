@@ -33,6 +33,7 @@ import pyarrow as pa
 from deltalake import ColumnProperties, WriterProperties
 
 from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
+from torchrec_exfm.das.embeddings import embedding_bytes
 from torchrec_exfm.das.rules import absent
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ MAX_TASKS = 1_000
 KEYS = ("user_id", "item_id", "category_id")
 OPTIONAL = (*KEYS, "embedding")
 Resolution: TypeAlias = Literal["bfloat16", "float32"]
-EmbeddingResolution: TypeAlias = Literal["float16", "int8"]
+EmbeddingResolution: TypeAlias = Literal["float16", "int8", "int4"]
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 SNAPSHOTS = pa.schema(
@@ -118,7 +119,7 @@ class StoreFormat:
             raise ValueError(
                 "embeddings should be of a store with an embedding_width; it is 0: make another"
             )
-        return 2 * width if self.embedding_resolution == "float16" else 4 + width
+        return embedding_bytes(width, self.embedding_resolution)
 
     def joined(
         self,

@@ -169,8 +169,9 @@ class TeacherStore:
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error
                 of at most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
             embedding_width: E, of the embeddings that teachers may give; 0: there are none.
-            embedding_resolution: ``"float16"``, or ``"int8"`` with a scale for each embedding (an
-                error of at most max abs(e) / 254), for half of the bytes.
+            embedding_resolution: ``"float16"``; or with a scale for each embedding ``"int8"`` (an
+                error of at most max abs(e) / 254), for half of the bytes, or ``"int4"`` (max abs(e)
+                / 14), for a quarter.
             storage_options: as for the class.
             checkpoints: as for the class.
 

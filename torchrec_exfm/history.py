@@ -1,0 +1,167 @@
+"""What a teacher said of a key before, as a student's feature: pooled histories of short codes.
+
+Shapes: B examples, N vectors of all their histories, V width of one; Q width of a query; E width of
+a teacher's embedding, D of its code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import JaggedTensor
+
+__all__ = ["EmbeddingCompressor", "HistoryPooling", "embedding_drift"]
+
+Pooling = Literal["mean", "sum", "attention"]
+
+
+class HistoryPooling(nn.Module):
+    """Pool each example's history v_1 ... v_n: by mean, sum, or attention to a query q.
+
+    Attention is DIN's (arXiv 1706.06978) with a softmax in place of the perceptron:
+
+    .. math:: \\sum_i \\mathrm{softmax}_i(s) \\, v_i, \\quad s_i = v_i \\cdot W q / \\sqrt V
+
+    An empty history gives zeros and no gradient: let its length be another feature. Weights of the
+    history (ages in days, say) are not used. Half precision is added up in float32.
+
+    Args:
+        width: V.
+        pooling: ``"mean"``, ``"sum"`` or ``"attention"``.
+        query_width: Q >= 1, for attention; the others ignore a query.
+
+    Raises:
+        ValueError: for a wrong argument; in the forward for other shapes, or a missing query.
+
+    Example:
+        >>> values, lengths = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2, 1])
+        >>> history = JaggedTensor(values, lengths=lengths)
+        >>> HistoryPooling(1)(history).tolist()
+        [[1.5], [5.0]]
+        >>> HistoryPooling(1, "attention", query_width=4)(history, query=torch.ones(2, 4)).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(self, width: int, pooling: Pooling = "mean", *, query_width: int = 0) -> None:
+        super().__init__()
+        attends = pooling == "attention"
+        if pooling not in get_args(Pooling) or width < 1 or query_width < attends:
+            raise ValueError(
+                f"pooling should be one of {get_args(Pooling)}, and width at least 1, as should "
+                f"query_width for attention; received {pooling!r}, {width} and {query_width}"
+            )
+        self.width, self.mean = width, pooling == "mean"
+        self.project = nn.Linear(query_width, width, bias=False) if attends else None
+
+    def forward(self, history: JaggedTensor, query: Tensor | None = None) -> Tensor:
+        """(N, V) values of B lengths, for attention a query (B, Q) -> (B, V)."""
+        projected = None
+        if self.project is not None:
+            if query is None:
+                raise ValueError("attention should have a query; received None: pass query=")
+            projected = self.project(query)
+        return _pooled(history.values(), history.lengths(), projected, self.width, self.mean)
+
+
+@torch.fx.wrap  # torch.fx knows no shapes and dtypes while it traces
+def _pooled(
+    values: Tensor, lengths: Tensor, query: Tensor | None, width: int, mean: bool
+) -> Tensor:
+    rows = lengths.shape[0] if query is None else query.shape[0]
+    if values.shape[1:] != (width,) or rows != lengths.shape[0]:
+        raise ValueError(
+            f"history should be of width {width}, and have {lengths.shape[0]} queries if any, one "
+            f"an example; received values of shape {tuple(values.shape)} and {rows} queries"
+        )
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    divisor = lengths.unsqueeze(1) if mean else lengths.new_ones(())
+    if query is not None:
+        example = torch.repeat_interleave(lengths, output_size=values.shape[0])
+        keys = query.to(wide.dtype).index_select(0, example)
+        scores = (wide * keys).sum(1, keepdim=True) / math.sqrt(width)
+        largest = _reduced(scores.detach(), lengths, "max").index_select(0, example)
+        weights = (scores - largest).exp()
+        wide, divisor = weights * wide, _reduced(weights, lengths, "sum")  # 1 at least, or empty
+    return (_reduced(wide, lengths, "sum") / divisor.clamp(min=1)).to(values.dtype)
+
+
+def _reduced(values: Tensor, lengths: Tensor, how: str) -> Tensor:
+    # In one order, unlike a GPU's index_add. The check of the lengths would wait for the device.
+    checked = values.device.type == "cpu" and bool(lengths.shape[0])  # it fails for no lengths
+    return torch.segment_reduce(values, how, lengths=lengths, axis=0, unsafe=not checked)
+
+
+class EmbeddingCompressor(nn.Module):
+    """Compress embeddings e to codes z = tanh(W e + b) of which every prefix is usable.
+
+    An autoencoder beside the teacher, which receives no gradient of it (LoopFM, arXiv 2605.29280).
+    A memory must not mix codes of several values of ``version`` (int64, in ``state_dict``). A
+    *fixed* encoder keeps its own: train it, then ``requires_grad_(False)``. A *refreshed* one is
+    trained on: call :meth:`refresh` each time before it writes, and write the memory anew.
+
+    Args:
+        embedding_width: E.
+        width: D.
+        prefixes: widths d of z that can be read alone; by default D and its halves down to 4.
+
+    Raises:
+        ValueError: for prefixes other than from 1 to D.
+
+    Example:
+        >>> compressor, embeddings = EmbeddingCompressor(64, 16), torch.randn(8, 64)
+        >>> compressor.loss(embeddings).backward()  # added to the teacher's own loss
+        >>> compressor(embeddings).detach()[:, :4].shape, compressor.prefixes
+        (torch.Size([8, 4]), (16, 8, 4))
+    """
+
+    version: Tensor
+
+    def __init__(self, embedding_width: int, width: int, prefixes: Sequence[int] = ()) -> None:
+        super().__init__()
+        halves = (width >> n for n in range(1, width.bit_length()))
+        self.prefixes = tuple(prefixes) or (width, *(d for d in halves if d >= 4))
+        if not 1 <= min(self.prefixes) <= max(self.prefixes) <= width:
+            raise ValueError(f"prefixes should be from 1 to {width}; received {self.prefixes}")
+        self.encoder = nn.Linear(embedding_width, width)
+        self.decoder = nn.Linear(width, embedding_width)
+        self.register_buffer("version", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, E) embeddings, without gradient to them -> (B, D) codes within [-1, 1]."""
+        return torch.tanh(self.encoder(embeddings.detach().to(self.encoder.weight.dtype)))
+
+    def loss(self, embeddings: Tensor) -> Tensor:
+        """Return the mean of (e - f(z_1 ... z_d))^2, f linear, by examples, numbers, prefixes."""
+        codes, target = self(embeddings), embeddings.detach().to(self.decoder.weight.dtype)
+        place = torch.arange(codes.shape[1], device=codes.device)
+        decoded = self.decoder(torch.stack([codes * (place < d) for d in self.prefixes]))
+        return F.mse_loss(decoded, target.expand_as(decoded))
+
+    def refresh(self) -> int:
+        """Begin another version, and return its number."""
+        self.version += 1
+        return int(self.version)
+
+
+def embedding_drift(old: Tensor, new: Tensor) -> float:
+    """Return how far two encoders' codes z and z' of the same n examples are apart, both (n, D).
+
+    .. math:: \\sum_i |z_i - z'_i|^2 \\, / \\, \\sum_i |z_i - \\bar z|^2
+
+    0 for the same codes; 2 on average for unrelated ones of equal mean and spread. A ValueError for
+    two shapes, and for codes that are all the same or not finite.
+    """
+    if old.dim() == 2 and old.shape == new.shape:
+        before, after = old.detach().double(), new.detach().double()
+        spread = (before - before.mean(0)).square().sum()
+        if math.isfinite(drift := float((before - after).square().sum() / spread)):
+            return drift
+    raise ValueError(
+        "codes should be of one shape (n, D), finite, and not all the same; received "
+        f"{tuple(old.shape)} and {tuple(new.shape)}: encode the same examples, two or more"
+    )
