@@ -270,11 +270,13 @@ def test_ties_are_won_by_what_was_logged_and_then_by_the_last_score() -> None:
         logged=logged > 0,
         scored_at=times,
         embedding=np.arange(8, dtype=np.uint8)[:, None],
+        keys=np.arange(8)[:, None],
     )
     for seed in range(10):
         won = newest(rows[np.random.default_rng(seed).permutation(8)])
         assert won.example_id.tolist() == [0, 1, 2, 3]
         assert won.outputs.ravel().tolist() == won.embedding.ravel().tolist() == [1, 2, 5, 6]
+        assert won.keys.ravel().tolist() == [1, 2, 5, 6]
 
 
 def test_the_newest_snapshot_before_a_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import das_data as dd
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +19,7 @@ from das_data import AT, WINDOW, new_store, snapshot
 
 from torchrec_exfm.das import StoreError, TeacherStore, WriteReport
 from torchrec_exfm.das.arrays import MAX_SECONDS
+from torchrec_exfm.das.rules import NO_KEY
 from torchrec_exfm.das.schema import StoreFormat
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -112,6 +115,65 @@ def test_keys_come_back(store: TeacherStore) -> None:
 def test_unknown_keys_are_refused(store: TeacherStore) -> None:
     with pytest.raises(ValueError, match=r"among .*user_id.*; received \['user'\]"):
         store.write(snapshot(), [1], [0.5], [AT], keys={"user": [1]})
+
+
+def test_keys_are_read_as_asked_for(store: TeacherStore) -> None:
+    """Of several files, with and without the keys; a null and what was none are NO_KEY."""
+    keys = {"user_id": [2**53 + 1, -4], "item_id": np.array([NO_KEY, TOP])}
+    store.write(snapshot(), [8, 7], [0.5, 1.5], [AT, AT], keys=keys)
+    store.write(snapshot(2), [8, 9], [2.5, 3.5], [AT, AT], keys={"item_id": [5, -(2**63) + 1]})
+    store.write(snapshot(3), [9], [4.5], [AT])
+    store.refresh()
+    asked = ("item_id", "user_id")
+    rows, _ = store.read("fm", 2, keys=asked)
+    expected = {
+        (7, 1): [TOP, -4],
+        (8, 1): [NO_KEY, 2**53 + 1],
+        (8, 2): [5, NO_KEY],
+        (9, 2): [-(2**63) + 1, NO_KEY],
+        (9, 3): [NO_KEY, NO_KEY],
+    }
+    names = zip(rows.example_id.tolist(), rows.snapshot.tolist(), strict=True)
+    assert dict(zip(names, rows.keys.tolist(), strict=True)) == expected
+    one = rows[rows.snapshot == 1]
+    assert one.keys.tolist() == [[TOP, -4], [NO_KEY, 2**53 + 1]] and one.keys.dtype == np.int64
+    files = [store.read_file(file, keys=["item_id"]) for file in store.files("fm", 2)]
+    assert sorted(key for part in files for (key,) in part.keys.tolist()) == sorted(
+        item for item, _ in expected.values()
+    )
+    assert store.read("fm", 2)[0].keys.shape == (5, 0)
+    store.table.compact(("fm", 2))
+    store.refresh()
+    assert {*map(tuple, store.read("fm", 2, keys=asked)[0].keys)} == {
+        *map(tuple, expected.values())
+    }
+
+
+def test_keys_of_no_rows_have_their_width(store: TeacherStore) -> None:
+    assert store.read("fm", 2, keys=["category_id", "user_id"])[0].keys.shape == (0, 2)
+    assert store.read("nobody", 9)[0].keys.shape == (0, 0)
+    store.write(snapshot(), [1], [0.5], [AT], keys={"user_id": [3]})
+    dd.plant(store, trained_through=[AT * dd.US])  # a leak, left out
+    rows, _ = store.read("fm", 2, keys=["user_id"], bad_rows="quarantine")
+    assert rows.keys.tolist() == [[3]]
+
+
+@pytest.mark.parametrize("names", [["user"], ["user_id", "user_id"], ["example_id"], "user_id"])
+def test_keys_to_read_are_among_those_of_the_store(store: TeacherStore, names: Any) -> None:
+    words = r"keys should be among \('user_id', .*\), each at most once; received "
+    with pytest.raises(ValueError, match=words + re.escape(str(names))):
+        store.read("fm", 2, keys=names)
+    dd.plant(store)
+    with pytest.raises(ValueError, match=words):
+        store.read_file(store.files("fm", 2)[0], keys=names)
+
+
+def test_keys_to_write_are_named_once(store: TeacherStore) -> None:
+    doubled = pa.table([pa.array([1]), pa.array([2])], names=["user_id", "user_id"])
+    for keys, received in ((doubled, r"\['user_id', 'user_id'\]"), (torch.ones(1), "Tensor")):
+        with pytest.raises(ValueError, match=f"each at most once; received {received}"):
+            store.write(snapshot(), [1], [0.5], [AT], keys=keys)  # type: ignore[arg-type]
+    assert store.refresh() == 0
 
 
 def test_several_tasks_keep_their_order(tmp_path: Path) -> None:

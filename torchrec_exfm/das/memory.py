@@ -2,7 +2,7 @@
 
 An event is a vector of numbers at a time: a teacher's output or embedding of an earlier example, or
 that example's label. A memory keeps the events of each key (a user, an item, a pair of them) as
-running aggregates and, if asked, as the sequence of the last ones. **Serving needs the memory too**:
+running aggregates and, if asked, as the sequence of the last ones. **Serving needs it too**:
 it is a key-value read for each example (:mod:`torchrec_exfm.das.memory_server`).
 
 B examples, n events, V numbers of an event, L events of a sequence.
@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,7 +30,7 @@ from torchrec_exfm.das.arrays import (
     check_duration,
 )
 from torchrec_exfm.das.choice import chosen_versions
-from torchrec_exfm.das.embeddings import decode, encode
+from torchrec_exfm.das.embeddings import decode, embedding_bytes, encode
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
@@ -121,19 +122,15 @@ class MemoryFormat:
         return hashed
 
     @cached_property
-    def state_dtype(self) -> np.dtype[Any]:
-        """A key's aggregates as of its last event."""
-        numbers = (self.width,)
-        return np.dtype(
-            [("seconds", "<i8"), ("count", "<i8"), ("weight", "<f8"), ("sums", "<f8", numbers)]
-            + [("decayed", "<f8", numbers), ("last", "<f4", numbers)]
-        )
-
-    @cached_property
     def event_dtype(self) -> np.dtype[Any]:
         """An event of a sequence."""
-        size = encode(np.zeros((1, self.width), np.float32), self.resolution).shape[1]
+        size = embedding_bytes(self.width, self.resolution)
         return np.dtype([("seconds", "<i8"), ("vector", "u1", (size,))])
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of a state, float64: seconds, count, last (V), weight, decayed (V), sums (V)."""
+        return 3 + 3 * self.width
 
     def unpack(self, records: Sequence[bytes | None], seconds: Any) -> MemoryFeatures:
         """Return the features of B keys' records, of :meth:`Memory.records`; None: no event.
@@ -142,45 +139,48 @@ class MemoryFormat:
             StoreError: for a record whose length is not that of its events.
         """
         t = as_epoch("seconds", seconds, len(records))
-        head, size = self.state_dtype.itemsize, self.event_dtype.itemsize
-        none = bytes(head)
-        parts = [none if record is None else record for record in records]
+        head, size = 8 * self.state_width, self.event_dtype.itemsize
+        empty = bytes(head)
+        parts = [empty if record is None else record for record in records]
         heads = bytearray().join([part[:head].ljust(head, b"\0") for part in parts])  # writable
-        states = np.frombuffer(heads, self.state_dtype)
-        lengths = np.minimum(states["count"], self.length)
-        received = np.array([len(part) for part in parts], np.int64)
-        damaged = np.flatnonzero((received != head + size * lengths) | (states["count"] < 0))
-        if len(damaged):
+        states = np.frombuffer(heads, "<f8").reshape(-1, self.state_width)
+        lengths = np.clip(states[:, 1], 0, self.length)  # 1: the count
+        received = np.array([len(part) for part in parts])
+        if len(damaged := np.flatnonzero(received != head + size * lengths)):
             row = damaged[0]
             raise StoreError(
-                f"a record of the memory {self.name} should have {head} bytes, and {size} more for "
-                f"each of up to {self.length} events; received {received[row]} (count "
-                f"{states['count'][row]}) for row {row}, one of {len(damaged)}: drop this version "
-                "of the memory and publish it again"
+                f"a record of the memory {self.name} should have {head} bytes, and {size} for each "
+                f"of its last {self.length} events; received {received[row]} bytes, of "
+                f"{states[row, 1]:g} events, for row {row} (the first of {len(damaged)}): drop this "
+                "version of the memory, and publish it again"
             )
         events = np.frombuffer(bytearray().join([part[head:] for part in parts]), self.event_dtype)
-        return self.features(states, events, lengths, t)
+        return self.features(states, events, lengths.astype(np.int64), t)
 
     def features(
         self, states: AnyArray, events: AnyArray, lengths: Ints, seconds: Ints
     ) -> MemoryFeatures:
-        """Return the features of B states and of their events, the last first, example by example."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = states["sums"] / states["count"][:, None]
-            decayed = states["decayed"] / states["weight"][:, None]
-        none = states["count"] == 0
-        days = np.where(none, np.nan, (seconds - states["seconds"]) / DAY_SECONDS)
+        """Return the features of B states and of their events, the last first, row by row."""
+        last_seconds, count, last, weight, decayed, sums = self.split(states)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where there is none
+            mean, decayed_mean = sums / count, decayed / weight
+        none = count == 0
+        days = np.where(none, np.nan, (seconds[:, None] - last_seconds) / DAY_SECONDS)
         ages = (np.repeat(seconds, lengths) - events["seconds"]) / DAY_SECONDS
         return MemoryFeatures(
-            count=states["count"],
+            count=count[:, 0].astype(np.int64),
             mean=mean.astype(np.float32),
-            last=np.where(none[:, None], np.float32(np.nan), states["last"]),
-            decayed_mean=decayed.astype(np.float32),
-            days_since=days.astype(np.float32),
+            last=np.where(none, np.nan, last).astype(np.float32),
+            decayed_mean=decayed_mean.astype(np.float32),
+            days_since=days[:, 0].astype(np.float32),
             lengths=lengths.astype(np.int32),
             vectors=decode(events["vector"], self.resolution, self.width),
             ages_days=ages.astype(np.float32),
         )
+
+    def split(self, states: AnyArray) -> list[AnyArray]:
+        """Return views of states (n, 3 + 3 V), one of each part of them."""
+        return np.split(states, np.cumsum([1, 1, self.width, 1, self.width]), axis=1)
 
     def dense(self, features: Mapping[str, MemoryFeatures]) -> Floats:
         """Return all keys' :meth:`MemoryFeatures.dense` side by side, (B, keys * (3 + 3 V))."""
@@ -386,7 +386,7 @@ class _KeyMemory:
     def __init__(self, format: MemoryFormat, max_keys: int | None) -> None:
         self.format, self.max_keys, self.forgotten = format, max_keys, 0
         self.slots: dict[int, int] = {}
-        self.states = np.zeros(0, format.state_dtype)
+        self.states = np.zeros((0, format.state_width))
         self.heads = np.zeros(0, np.int64)  # of each slot its last event's place, or -1
         self.is_changed = np.zeros(0, np.bool_)
         self.events = np.zeros(0, format.event_dtype)
@@ -412,7 +412,8 @@ class _KeyMemory:
         distinct = all_keys[order[starts]]
         event_order, event_group = order[is_event], group[is_event]
         slots = self._slots_of(distinct, np.bincount(event_group, minlength=len(distinct)) > 0)
-        initial, heads = np.zeros(len(slots), self.states.dtype), np.full(len(slots), -1)
+        initial = np.zeros((len(slots), self.format.state_width))
+        heads = np.full(len(slots), -1)
         initial[slots >= 0] = self.states[slots[slots >= 0]]
         heads[slots >= 0] = self.heads[slots[slots >= 0]]
         seconds_in_order, values_in_order = event_seconds[event_order], values[event_order]
@@ -426,7 +427,7 @@ class _KeyMemory:
         source = np.where(is_new, len(slots) + before, example_group)
         inverse = np.empty(len(keys), np.int64)
         inverse[order[~is_event] - n] = source
-        example_states = np.concatenate([initial, states])[inverse]
+        example_states = np.concatenate([initial, states]).take(inverse, axis=0)
         events, lengths = self._sequences(np.concatenate([heads, places])[inverse])
         features = self.format.features(example_states, events, lengths, seconds)
 
@@ -455,8 +456,8 @@ class _KeyMemory:
 
     def _slots_of(self, distinct: Ints, has_events: AnyArray) -> Ints:
         """Return the slots of values, making those of new ones with events; -1 for others."""
-        known = self.slots.get
-        slots = np.array([known(key, -1) for key in distinct.tolist()], np.int64)
+        looked_up = map(self.slots.get, distinct.tolist(), repeat(-1))
+        slots = np.fromiter(looked_up, np.int64, len(distinct))
         new = np.flatnonzero((slots < 0) & has_events)
         slots[new] = np.arange(len(self.slots), len(self.slots) + len(new))
         self.slots.update(zip(distinct[new].tolist(), slots[new].tolist(), strict=True))
@@ -469,32 +470,38 @@ class _KeyMemory:
     def _accumulate(
         self, initial: AnyArray, group: Ints, seconds: Ints, values: Floats
     ) -> AnyArray:
-        """Return the state after each event: sums over a group's events so far, decayed and not.
+        """Return the state after each event: of its key's events so far.
 
         Added up by doubling distances, which never subtracts, as differences of running sums would.
         """
-        states = np.zeros(len(group), self.states.dtype)
-        place = np.arange(len(group)) - np.searchsorted(group, group)  # within its group
         start = initial[group]
-        states["seconds"], states["last"] = seconds, values
-        states["count"] = start["count"] + place + 1
-        width = self.format.width
-        sums = np.ones((len(group), 1 + 2 * width))  # weight, decayed, sums
-        sums[:, 1 : 1 + width] = sums[:, 1 + width :] = values
-        distance, rows = 1, np.flatnonzero(place >= 1)
+        place = np.arange(len(group)) - np.searchsorted(group, group)  # among its key's
+        states = np.empty((len(group), self.format.state_width))
+        last_seconds, count, last, weight, decayed, sums = self.format.split(states)
+        last_seconds[:, 0], last[:], weight[:], decayed[:], sums[:] = (
+            seconds,
+            values,
+            1,
+            values,
+            values,
+        )
+        count[:] = start[:, 1:2] + place[:, None] + 1
+        totals, num_decayed = states[:, 2 + self.format.width :], 1 + self.format.width
+        before = start[:, 2 + self.format.width :]
+
+        def decay(rows: Any, earlier_seconds: AnyArray, earlier: AnyArray) -> AnyArray:
+            exponents = (earlier_seconds - seconds[rows]) / self.format.half_life_seconds
+            earlier[:, :num_decayed] *= np.exp2(exponents)[:, None]
+            return earlier
+
+        distance, rows = 1, np.flatnonzero(place)
         while len(rows):
-            earlier = sums[rows - distance]
-            decay = np.exp2(
-                (seconds[rows - distance] - seconds[rows]) / self.format.half_life_seconds
+            totals[rows] += decay(
+                rows, seconds[rows - distance], totals.take(rows - distance, axis=0)
             )
-            earlier[:, : 1 + width] *= decay[:, None]
-            sums[rows] += earlier
             distance *= 2
             rows = rows[place[rows] >= distance]
-        decay = np.exp2((start["seconds"] - seconds) / self.format.half_life_seconds)
-        states["weight"] = sums[:, 0] + start["weight"] * decay
-        states["decayed"] = sums[:, 1 : 1 + width] + start["decayed"] * decay[:, None]
-        states["sums"] = sums[:, 1 + width :] + start["sums"]
+        totals += decay(slice(None), start[:, 0], before)
         return states
 
     def _append(self, heads: Ints, group: Ints, seconds: Ints, values: Floats) -> Ints:
@@ -524,9 +531,7 @@ class _KeyMemory:
         size = len(self.slots)
         if self.max_keys is not None and size > self.max_keys:
             kept = np.sort(
-                np.argsort(-self.states["seconds"][:size], kind="stable")[
-                    : max(1, 3 * self.max_keys // 4)
-                ]
+                np.argsort(-self.states[:size, 0], kind="stable")[: max(1, 3 * self.max_keys // 4)]
             )
             keys = np.fromiter(self.slots, np.int64, size)[kept]
             self.slots = dict(zip(keys.tolist(), range(len(kept)), strict=True))
@@ -552,7 +557,8 @@ def _room(array: AnyArray, size: int) -> AnyArray:
     """Return the array with room for so many rows, at least doubled where it grows."""
     if size <= len(array):
         return array
-    return np.concatenate([array, np.zeros(max(size, 2 * len(array)) - len(array), array.dtype)])
+    more = max(size, 2 * len(array)) - len(array)
+    return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
 
 
 def store_events(
@@ -598,7 +604,7 @@ def store_events(
         if embeddings:
             resolution, width = store.format.embedding_resolution, store.format.embedding_width
             values = decode(rows.embedding, resolution, width)
-            is_there = ~np.isnan(values).any(axis=1)
+            is_there = np.isfinite(values).all(axis=1)
         else:
             values, is_there = rows.outputs, ~absent(rows.outputs)[:, 0]
         seconds = np.maximum(rows.event_time, rows.trained_through) // MICROSECONDS

@@ -21,13 +21,15 @@ from torchrec_exfm.das.arrays import (
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
 ABSENT = np.uint32(0xFFFFFFFF)  # the bits of an output that is null in the store: of a NaN
+NO_KEY = np.int64(-(2**63))  # a key that is null in the store
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds.
 
-    An output that is null has the bits ``ABSENT``.
+    Keys are (n, K); K and W are 0 unless asked for. An output that is null has the bits ``ABSENT``,
+    and a key that is null is ``NO_KEY``.
     """
 
     example_id: Ints
@@ -38,6 +40,7 @@ class Rows:
     logged: Mask
     scored_at: Ints
     embedding: Bytes
+    keys: Ints
 
     def __len__(self) -> int:
         return len(self.example_id)
@@ -46,7 +49,9 @@ class Rows:
         return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Rows], num_tasks: int, embedding_bytes: int = 0) -> Rows:
+    def concatenate(
+        cls, parts: Sequence[Rows], num_tasks: int, embedding_bytes: int = 0, num_keys: int = 0
+    ) -> Rows:
         """The rows of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
@@ -54,7 +59,8 @@ class Rows:
             ints, bools = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
             outputs = np.empty((0, num_tasks), dtype=np.float32)
             embedding = np.empty((0, embedding_bytes), dtype=np.uint8)
-            return cls(ints, outputs, ints, ints, ints, bools, ints, embedding)
+            keys = np.empty((0, num_keys), dtype=np.int64)
+            return cls(ints, outputs, ints, ints, ints, bools, ints, embedding, keys)
         names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 

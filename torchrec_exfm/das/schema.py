@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -32,7 +32,16 @@ import numpy as np
 import pyarrow as pa
 from deltalake import ColumnProperties, WriterProperties
 
-from torchrec_exfm.das.arrays import Floats, Mask, as_int, as_second, utc
+from torchrec_exfm.das.arrays import (
+    Floats,
+    Ints,
+    Mask,
+    as_int,
+    as_int64,
+    as_second,
+    column_names,
+    utc,
+)
 from torchrec_exfm.das.embeddings import embedding_bytes
 from torchrec_exfm.das.rules import absent
 
@@ -242,6 +251,25 @@ def _digest(fields: dict[str, Any]) -> str:
 def columns_of(tasks: Sequence[str]) -> tuple[str, ...]:
     """The names of the columns of tasks' outputs."""
     return tuple(f"output_{task}" for task in tasks)
+
+
+def check_key_names(names: Any) -> None:
+    """Raise a ValueError unless the names are among ``KEYS``, each at most once."""
+    if not {*names} <= {*KEYS} or len({*names}) < len(names):
+        raise ValueError(f"keys should be among {KEYS}, each at most once; received {names}")
+
+
+def as_keys(keys: Mapping[str, Any] | None, rows: int) -> dict[str, Ints]:
+    """Convert keys by name (whole numbers, (rows,)) to int64; None: there are none.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for other names, another shape, or nulls.
+    """
+    keys = {} if keys is None else keys
+    names = column_names(keys)
+    check_key_names(type(keys).__name__ if names is None else names)
+    return {name: as_int64(name, keys[name], rows) for name in names or ()}
 
 
 def check_name(what: str, name: object) -> str:

@@ -26,7 +26,6 @@ from torchrec_exfm.das.arrays import (
     as_int,
     as_int64,
     as_second,
-    column_names,
 )
 from torchrec_exfm.das.conditional_puts import check_conditional_puts
 from torchrec_exfm.das.delta import Commit, DataFile, Table
@@ -34,6 +33,7 @@ from torchrec_exfm.das.embeddings import MISSING, encode
 from torchrec_exfm.das.errors import MissingFileError, StoreError
 from torchrec_exfm.das.rules import (
     ABSENT,
+    NO_KEY,
     BadRows,
     Rows,
     absent,
@@ -42,7 +42,6 @@ from torchrec_exfm.das.rules import (
     sift,
 )
 from torchrec_exfm.das.schema import (
-    KEYS,
     OPTIONAL,
     PARTITION,
     SNAPSHOTS,
@@ -50,6 +49,8 @@ from torchrec_exfm.das.schema import (
     Resolution,
     Snapshot,
     StoreFormat,
+    as_keys,
+    check_key_names,
     columns_of,
 )
 from torchrec_exfm.das.shards import NamedRows
@@ -236,7 +237,7 @@ class TeacherStore:
                 have gone from the store since; keys and embeddings are not compared. None: a name
                 of its own.
             logged: said in the teacher's own training forward, before its update.
-            keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers.
+            keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers; -2^63: none.
             embeddings: (n, E) floating point, in a store that was made for them.
             bad_rows: what to do with rows that break a rule: ``"refuse"`` all the rows with an
                 error, or ``"quarantine"``: leave out the bad ones and count them.
@@ -253,7 +254,8 @@ class TeacherStore:
         check_bad_rows(bad_rows)
         known = self.format.chosen(tasks)
         offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged, known)
-        optional = _keys(len(offered), keys)
+        numbers = as_keys(keys, len(offered))
+        optional = {name: pa.array(key, mask=key == NO_KEY) for name, key in numbers.items()}
         if embeddings is not None:
             optional["embedding"] = self._encoded(len(offered), embeddings)
         columns = self._columns(snapshot.teacher, offered, optional)
@@ -367,6 +369,7 @@ class TeacherStore:
         tasks: Sequence[str] | None = None,
         bad_rows: BadRows = "refuse",
         embeddings: bool = False,
+        keys: Sequence[str] = (),
     ) -> tuple[Rows, dict[str, int]]:
         """All rows of a window, as they were written: several of an example if there are.
 
@@ -379,19 +382,23 @@ class TeacherStore:
             bad_rows: what to do with rows that break a rule: ``"refuse"`` (an error that names the
                 file and the rows), or ``"quarantine"``: leave them out.
             embeddings: read them too: their bytes, all 255 where a row has none.
+            keys: those of ``user_id``, ``item_id`` and ``category_id`` to read, in this order;
+                -2^63 where a row has none.
 
         Returns:
             The rows (the bits of an output that is null are all 1), and how many were left out, by
             the rule that they break.
 
         Raises:
+            ValueError: for a wrong value.
             StoreError: if a file is missing, cut short, foreign, or holds bad rows.
         """
         check_bad_rows(bad_rows)
+        check_key_names(keys)
         names = self.format.chosen(tasks)
         size = self.format.embedding_bytes if embeddings else 0
         files, parts = self.read_files(
-            [teacher], window, lambda file: self.read_file(file, names, embeddings)
+            [teacher], window, lambda file: self.read_file(file, names, embeddings, keys)
         )
         left_out = Counter[str]()
         for number, (file, rows) in enumerate(zip(files, parts, strict=True)):
@@ -400,7 +407,7 @@ class TeacherStore:
             good, quarantined = sift(rows, broken, bad_rows, where, StoreError)
             left_out.update(quarantined)
             parts[number] = rows[good] if quarantined else rows
-        return Rows.concatenate(parts, len(names), size), dict(left_out)
+        return Rows.concatenate(parts, len(names), size, len(keys)), dict(left_out)
 
     def read_files(
         self, teachers: Sequence[str], window: int, read: Callable[[DataFile], T]
@@ -416,18 +423,27 @@ class TeacherStore:
                     raise
 
     def read_file(
-        self, file: DataFile, tasks: Sequence[str] | None = None, embeddings: bool = False
+        self,
+        file: DataFile,
+        tasks: Sequence[str] | None = None,
+        embeddings: bool = False,
+        keys: Sequence[str] = (),
     ) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
+        check_key_names(keys)
         outputs_of = columns_of(self.format.chosen(tasks))
-        left_out = {"outputs"} if embeddings else {"outputs", "embedding"}
+        left_out = {"outputs", "keys"} if embeddings else {"outputs", "keys", "embedding"}
         names = [field.name for field in fields(Rows) if field.name not in left_out]
         schema = self.format.schema()
-        wanted = pa.schema([schema.field(name) for name in (*names, *outputs_of)])
+        wanted = pa.schema([schema.field(name) for name in (*names, *outputs_of, *keys)])
         table = self.table.read(file, wanted)
         outputs = np.stack([_array(table, name) for name in outputs_of], axis=1)
         columns = {name: _array(table, name) for name in names}
-        rows = Rows(**{"outputs": outputs, "embedding": outputs[:, :0].view(np.uint8), **columns})
+        columns = {"embedding": outputs[:, :0].view(np.uint8), **columns}
+        numbers = np.empty((len(table), len(keys)), np.int64)
+        for number, name in enumerate(keys):
+            numbers[:, number] = table[name].fill_null(NO_KEY).to_numpy()
+        rows = Rows(outputs=outputs, keys=numbers, **columns)
         if file.snapshots is not None and len(rows):
             bounds = int(rows.snapshot.min()), int(rows.snapshot.max())
             if bounds != file.snapshots:
@@ -475,6 +491,7 @@ class TeacherStore:
             logged=np.full(n, bool(logged)),
             scored_at=np.full(n, int(time.time() * MICROSECONDS)),
             embedding=np.empty((n, 0), np.uint8),
+            keys=np.empty((n, 0), np.int64),
         )
 
     def _columns(self, teacher: str, rows: Rows, optional: dict[str, Any]) -> pa.Table:
@@ -500,15 +517,6 @@ def _check_shard(shard: object) -> None:
     except UnicodeEncodeError:
         pass
     raise ValueError(f"shard should be a name, in text, or None; received {shard!r:.200}")
-
-
-def _keys(rows: int, keys: Mapping[str, Any] | None) -> dict[str, Any]:
-    keys = {} if keys is None else keys
-    names = column_names(keys)
-    if names is None or not set(names) <= set(KEYS):
-        received = type(keys).__name__ if names is None else sorted(map(str, {*names} - {*KEYS}))
-        raise ValueError(f"keys should be among {KEYS}; received {received}")
-    return {name: as_int64(name, keys[name], rows) for name in names}
 
 
 def _order(columns: pa.Table) -> Ints:
