@@ -281,6 +281,7 @@ class _SQLite:
         self._connection = sqlite3.connect(
             file, uri=True, timeout=30, isolation_level=None, check_same_thread=False
         )
+        self._connection.execute("PRAGMA cache_size = -65536")  # KiB
         if writes:
             self._connection.executescript(
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
