@@ -63,6 +63,6 @@ def decode(rows: Bytes, resolution: str, width: int | None = None) -> Floats:
     numbers = rows[..., 4:].view(np.int8)
     if resolution == "int4":  # shifts of int8 keep the sign
         pairs = np.stack([numbers << 4 >> 4, numbers >> 4], axis=-1)
-        numbers = pairs.reshape(*rows.shape[:-1], -1)
+        numbers = pairs.reshape(*rows.shape[:-1], 2 * numbers.shape[-1])  # of no rows too
     with np.errstate(invalid="ignore", over="ignore"):  # scales that others have written
         return scale * numbers[..., :width]

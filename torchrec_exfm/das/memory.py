@@ -31,6 +31,7 @@ from torchrec_exfm.das.arrays import (
 )
 from torchrec_exfm.das.choice import chosen_versions
 from torchrec_exfm.das.embeddings import decode, embedding_bytes, encode
+from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.ids import hash_ids
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
 from torchrec_exfm.das.schema import KEYS, check_name
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "MemoryEvents", "MemoryFeatures", "MemoryFormat", "store_events"]
 
 DAY_SECONDS = 86_400
+_PART = 2_000  # records that are made, and published, at a time
 Columns: TypeAlias = Mapping[str, Any]
 
 
@@ -131,16 +133,29 @@ class MemoryFormat:
         return 3 + 3 * self.width
 
     def unpack(self, records: Sequence[bytes | None], seconds: Any) -> MemoryFeatures:
-        """Return the features of B keys' records, of :meth:`Memory.records`; None: no event."""
+        """Return the features of B keys' records, of :meth:`Memory.records`; None: no event.
+
+        Raises:
+            StoreError: for a record whose length is not that of its events.
+        """
         t = as_epoch("seconds", seconds, len(records))
-        empty = np.zeros(self.state_width).tobytes()
+        head, size = 8 * self.state_width, self.event_dtype.itemsize
+        empty = bytes(head)
         parts = [empty if record is None else record for record in records]
-        heads, tails = zip(
-            *((part[: len(empty)], part[len(empty) :]) for part in parts), strict=True
-        )
-        lengths = np.array([len(tail) for tail in tails], np.int64) // self.event_dtype.itemsize
-        states = np.frombuffer(b"".join(heads)).reshape(-1, self.state_width)
-        return self.features(states, np.frombuffer(b"".join(tails), self.event_dtype), lengths, t)
+        heads = bytearray().join([part[:head].ljust(head, b"\0") for part in parts])  # writable
+        states = np.frombuffer(heads, "<f8").reshape(-1, self.state_width)
+        lengths = np.clip(states[:, 1], 0, self.length)  # 1: the count
+        received = np.array([len(part) for part in parts])
+        if len(damaged := np.flatnonzero(received != head + size * lengths)):
+            row = damaged[0]
+            raise StoreError(
+                f"a record of the memory {self.name} should have {head} bytes, and {size} for each "
+                f"of its last {self.length} events; received {received[row]} bytes, of "
+                f"{states[row, 1]:g} events, for row {row} (the first of {len(damaged)}): drop this "
+                "version of the memory, and publish it again"
+            )
+        events = np.frombuffer(bytearray().join([part[head:] for part in parts]), self.event_dtype)
+        return self.features(states, events, lengths.astype(np.int64), t)
 
     def features(
         self, states: AnyArray, events: AnyArray, lengths: Ints, seconds: Ints
@@ -246,6 +261,7 @@ class Memory:
 
     Attributes:
         forgotten: how many values of keys were, by the key's name.
+        publication: the name of the last one (:func:`~memory_server.publish_memory`), or "".
 
     Example:
         >>> memory = Memory(MemoryFormat(name="fm", keys=[["user_id"]]))
@@ -259,7 +275,7 @@ class Memory:
     def __init__(self, format: MemoryFormat, *, max_keys: int | None = None) -> None:
         if max_keys is not None and max_keys < 1:
             raise ValueError(f"max_keys should be at least 1, or None; received {max_keys}")
-        self.format = format
+        self.format, self.publication = format, ""
         self._by_key = {name: _KeyMemory(format, max_keys) for name in format.key_names}
         self._waiting: list[tuple[dict[str, Ints], Ints, Floats]] = []
         self._through = 0  # the latest time that was read
@@ -322,16 +338,26 @@ class Memory:
             for name, memory in self._by_key.items()
         }
 
-    def records(self, before_seconds: int) -> Iterator[tuple[str, Ints, list[bytes]]]:
+    @property
+    def through_seconds(self) -> int:
+        """The latest time that was read; nothing is written of before it any more."""
+        return self._through
+
+    def records(
+        self, before_seconds: int, *, unchanged: bool = False
+    ) -> Iterator[tuple[str, Ints, list[bytes]]]:
         """Yield what each value of a key is known by at a time: the key's name, values, records.
 
-        Those alone that have changed since the last call.
+        Those alone that have changed since they were last yielded, or all; some thousands at a
+        time. Those after which nothing more was asked for count as changed still.
         """
         nothing = np.empty(0, np.int64)
         known = self._take(max(before_seconds, self._through))
         for name, memory in self._by_key.items():
             memory.read(known[0][name], *known[1:], nothing, nothing)
-            yield name, *memory.changed()
+        for name, memory in self._by_key.items():
+            for values, records in memory.changed(unchanged):
+                yield name, values, records
 
     def _take(self, through: int) -> tuple[dict[str, Ints], Ints, Floats]:
         """Take the events out that examples of a time see, and note the time."""
@@ -412,15 +438,21 @@ class _KeyMemory:
         self._shrink()
         return features
 
-    def changed(self) -> tuple[Ints, list[bytes]]:
-        """Return the values that have new events since the last call, and their records."""
-        changed = np.flatnonzero(self.is_changed[: len(self.slots)])
-        keys = np.fromiter(self.slots, np.int64, len(self.slots))[changed]
-        self.is_changed[:] = False
-        events, lengths = self._sequences(self.heads[changed])
-        parts = np.split(events, np.cumsum(lengths)[:-1]) if len(lengths) else []
-        states = self.states[changed]
-        return keys, [states[row].tobytes() + part.tobytes() for row, part in enumerate(parts)]
+    def changed(self, unchanged: bool) -> Iterator[tuple[Ints, list[bytes]]]:
+        """Yield the values with new events, or all, and their records."""
+        keys = np.fromiter(self.slots, np.int64, len(self.slots))
+        changed = np.flatnonzero(self.is_changed[: len(keys)] | unchanged)
+        self.is_changed[changed] = True
+        for first in range(0, len(changed), _PART):
+            slots = changed[first : first + _PART]
+            events, lengths = self._sequences(self.heads[slots])
+            parts = np.split(events, np.cumsum(lengths)[:-1])
+            states = self.states[slots]
+            yield (
+                keys[slots],
+                [states[row].tobytes() + part.tobytes() for row, part in enumerate(parts)],
+            )
+            self.is_changed[slots] = False
 
     def _slots_of(self, distinct: Ints, has_events: AnyArray) -> Ints:
         """Return the slots of values, making those of new ones with events; -1 for others."""
