@@ -691,6 +691,7 @@ def show(kept: dict[str, Any], folder: Path) -> str:
         kept,
         folder,
         ranking=lambda results: ranking_report.table(results, list(RANKING)),
+        memory=remembered.table,
         names={"variants": VARIANTS, "mechanisms": MECHANISMS, "two teachers": TWO_TEACHERS},
     )
 
