@@ -187,6 +187,8 @@ class WithHistory(nn.Module):
 
 CONTROLS = {  # what each arm of the table is held against, besides the student alone
     "label memory": "none",
+    "label memory + AH": "label memory",
+    "label and teacher memory + AH": "label memory + AH",
     "label memory + recipe": "label memory",
     "teacher memory + recipe": RECIPE,
     "label and teacher memory + recipe": "label memory + recipe",
