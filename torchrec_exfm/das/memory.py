@@ -19,20 +19,12 @@ import numpy as np
 from torchrec_exfm.das.arrays import MICROSECONDS, AnyArray, Floats, Ints, Mask, as_epoch, as_floats
 from torchrec_exfm.das.choice import chosen_versions
 from torchrec_exfm.das.embeddings import decode, encode
-from torchrec_exfm.das.memory_format import DAY_SECONDS, Columns, MemoryFeatures, MemoryFormat
+from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
 
-__all__ = [
-    "DAY_SECONDS",
-    "Columns",
-    "Memory",
-    "MemoryEvents",
-    "MemoryFeatures",
-    "MemoryFormat",
-    "store_events",
-]
+__all__ = ["Memory", "MemoryEvents", "MemoryFeatures", "MemoryFormat", "store_events"]
 
 _PART = 2_000  # records that are made, and published, at a time
 

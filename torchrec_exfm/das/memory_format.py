@@ -56,20 +56,21 @@ class MemoryFormat:
     resolution: Resolution = "float32"
 
     def __post_init__(self) -> None:
-        keys = tuple((key,) if isinstance(key, str) else tuple(key) for key in self.keys)
+        given = self.keys
+        keys = tuple((key,) if isinstance(key, str) else tuple(key) for key in given)
         object.__setattr__(self, "keys", keys)
-        for name in (self.name, *(column for key in keys for column in key)):
-            check_name("a memory, and a column of its keys,", name)
-        if not all(keys) or len({*self.key_names}) < max(len(keys), 1):
+        if isinstance(given, str) or not all(keys) or len({*self.key_names}) < len(keys or "1"):
             raise ValueError(
-                "keys should be one or more, each of one column or more, with different names when "
-                f"these are joined by '_'; received {keys}"
+                "keys should be a list of keys, each of one column or more, that differ in their "
+                f"names joined by '_'; received {given!r}"
             )
         for name, least in (("width", 1), ("length", 0), ("delay_seconds", 0)):
             if as_int(value := getattr(self, name)) < least:
                 raise ValueError(
                     f"{name} should be a whole number from {least}; received {value!r}"
                 )
+        for name in (self.name, *(column for key in keys for column in key)):
+            check_name("a memory, and a column of its keys,", name)
         if not 0 < self.half_life_seconds < float("inf"):
             raise ValueError(
                 f"half_life_seconds should be more than 0, finite; received "
