@@ -261,7 +261,7 @@ class Memory:
 
     Attributes:
         forgotten: how many values of keys were, by the key's name.
-        publication: the name of the last one (:func:`~memory_server.publish_memory`), or "".
+        published_through: the time of the last :func:`~memory_server.publish_memory`, or None.
 
     Example:
         >>> memory = Memory(MemoryFormat(name="fm", keys=[["user_id"]]))
@@ -275,7 +275,8 @@ class Memory:
     def __init__(self, format: MemoryFormat, *, max_keys: int | None = None) -> None:
         if max_keys is not None and max_keys < 1:
             raise ValueError(f"max_keys should be at least 1, or None; received {max_keys}")
-        self.format, self.publication = format, ""
+        self.format = format
+        self.published_through: int | None = None
         self._by_key = {name: _KeyMemory(format, max_keys) for name in format.key_names}
         self._waiting: list[tuple[dict[str, Ints], Ints, Floats]] = []
         self._through = 0  # the latest time that was read
