@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrec_exfm.das.arrays import MICROSECONDS, AnyArray, Floats, Ints, Mask, as_epoch, as_floats
+from torchrec_exfm.das.arrays import MICROSECONDS, AnyArray, Floats, Ints, as_epoch, as_floats
 from torchrec_exfm.das.choice import chosen_versions
 from torchrec_exfm.das.embeddings import decode, encode
 from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
@@ -51,7 +51,8 @@ class Memory:
 
     Attributes:
         forgotten: how many values of keys were, by the key's name.
-        published_through: the time that :func:`~memory_server.publish_memory` published it at last.
+        through_seconds: the latest time that was read; events that it would have seen are refused.
+        published_through: the time of the last :func:`~memory_server.publish_memory`, or None.
 
     Example:
         >>> memory = Memory(MemoryFormat(name="fm", keys=[["user_id"]]))
@@ -65,7 +66,8 @@ class Memory:
     def __init__(self, format: MemoryFormat, *, max_keys: int | None = None) -> None:
         if max_keys is not None and max_keys < 1:
             raise ValueError(f"max_keys should be at least 1, or None; received {max_keys}")
-        self.format, self._through = format, 0
+        self.format = format
+        self.through_seconds = 0
         self.published_through: int | None = None
         self._by_key = {name: _KeyMemory(format, max_keys) for name in format.key_names}
         # keys (n, keys), seconds (n,), values (n, V): the first part is in order of time
@@ -100,11 +102,11 @@ class Memory:
                 "are not: leave out the events of examples without an output or a label"
             )
         keys = self.format.key_values(columns, len(t))
-        if len(t) and t.min() + self.format.delay_seconds < self._through:
+        if len(t) and t.min() + self.format.delay_seconds < self.through_seconds:
             raise ValueError(
                 f"events should be written before later examples are read; received one of "
                 f"{t.min()} (delay {self.format.delay_seconds}) after an example of "
-                f"{self._through}: write the events of a batch before it is read, or set a delay"
+                f"{self.through_seconds}: write a batch's events before it is read, or set a delay"
             )
         self._waiting.append((np.stack([*keys.values()], 1), t, numbers))
 
@@ -121,21 +123,16 @@ class Memory:
         """
         t = as_epoch("seconds", seconds)
         keys = self.format.key_values(columns, len(t))
-        if len(t) and t.min() < self._through:
+        if len(t) and t.min() < self.through_seconds:
             raise ValueError(
                 f"examples should be read in order of time; received one of {t.min()} after one "
-                f"of {self._through}: sort the stream, or take a table of memory_sql"
+                f"of {self.through_seconds}: sort the stream, or take a table of memory_sql"
             )
-        event_keys, times, values = self._take(int(t.max(initial=self._through)))
+        event_keys, times, values = self._take(int(t.max(initial=self.through_seconds)))
         return {
             name: memory.read(column, times, values, keys[name], t)
             for (name, memory), column in zip(self._by_key.items(), event_keys.T, strict=True)
         }
-
-    @property
-    def through_seconds(self) -> int:
-        """The latest time that was read; nothing is written of before it any more."""
-        return self._through
 
     def records(
         self, before_seconds: int, *, unchanged: bool = False
@@ -147,14 +144,14 @@ class Memory:
         """
         none = np.full(1, NO_KEY)
         columns = dict.fromkeys((column for key in self.format.keys for column in key), none)
-        self.read(columns, [max(before_seconds, self._through)])
+        self.read(columns, [max(before_seconds, self.through_seconds)])
         for name, memory in self._by_key.items():
             for values, records in memory.changed(unchanged):
                 yield name, values, records
 
     def _take(self, through: int) -> tuple[AnyArray, ...]:
         """Take the events out that examples of a time see, and note the time."""
-        self._through = through
+        self.through_seconds = through
         if len(self._waiting) > 1:
             merged = [np.concatenate(parts) for parts in zip(*self._waiting, strict=True)]
             order = np.argsort(merged[1], kind="stable")
@@ -351,7 +348,7 @@ def store_events(
         if embeddings:
             resolution, width = store.format.embedding_resolution, store.format.embedding_width
             values = decode(rows.embedding, resolution, width)
-            is_there: Mask = np.isfinite(values).all(axis=1)
+            is_there: Any = np.isfinite(values).all(axis=1)
         else:
             values, is_there = rows.outputs, ~absent(rows.outputs)[:, 0]
         seconds = np.maximum(rows.event_time, rows.trained_through) // MICROSECONDS
