@@ -238,3 +238,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
                 f"{len(teacher.seeds)} seeds; the teacher itself {teacher.ne.mean():+.1f} %:\n\n"
             )
             yield markdown(["arm", "NE", "AUC", "η", "NE less its control's"], rows)
+            etas = {arm: c.eta(teacher) for arm, c in changes.items() if c is not None}
+            best = max(etas, key=lambda arm: etas[arm])
+            alone = max(etas.get("AH", np.nan), etas.get(RECIPE, np.nan))
+            yield f"\nThe best arm is {best}: η {etas[best]:.2f}; by logits alone {alone:.2f}.\n"

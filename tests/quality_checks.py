@@ -25,6 +25,7 @@ import passes
 import quality
 import quality_report
 import ranking
+import remembered
 import sources
 import torch
 from sources import data
@@ -287,6 +288,7 @@ def tiny_source() -> Iterator[Path]:
         teacher_rates=(BATCH, 1e-2, 0.3),
         tuning_week=2,
         first_week=3,
+        memory_keys=(("household",), ("product",), ("household", "product")),
     )
     with mock.patch.dict(sources.SOURCES, tiny=source), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
@@ -355,6 +357,47 @@ def check_every_kind_of_cell_runs() -> None:
         # Here all examples are the domain's, so that a model which nobody taught is a teacher.
         assert found.pop(("domain alone", "AH")) == found["strong", "AH"]
         assert len(set(found.values())) == len(found)  # each does something of its own
+
+
+def check_arms_with_memories_run() -> None:
+    with tiny_source() as folder:
+        cells = [quality.Cell("tiny", "odd", "lean", arm, 0) for arm in quality.MEMORY]
+        (teacher,) = {t for cell in cells for t in quality.feeds_for(cell)}
+        quality.teach(teacher, {"fresh", passes.TAUGHT}, folder)
+        by_arm = {}
+        for cell in cells:
+            quality.run(cell, folder)
+            told = quality.json.loads(quality.cell_file(folder, cell).read_text())
+            by_arm[cell.arm] = told["ne"]
+        assert all(0 < ne < 5 for ne in by_arm.values())
+        assert len({*by_arm.values()}) == len(by_arm)  # each does something of its own
+
+
+def check_memories_are_of_the_past() -> None:
+    """Aggregates by a dict of lists; what comes with or after an example changes nothing of it."""
+    with tiny_source():
+        source, stream = sources.source_of("tiny"), sources.stream_of("tiny")
+        stream = replace(stream, time=stream.time // 7200 * 7200)  # ties in time
+        whole = np.ones(len(stream), bool)
+        columns = remembered.aggregates(source, stream, whole, None)
+        half = len(stream) // 2
+        is_late = stream.time >= stream.time[half]
+        changed = replace(stream, label=np.where(is_late, 1 - stream.label, stream.label))
+        again = remembered.aggregates(source, changed, whole, None)
+        until = np.count_nonzero(stream.time <= stream.time[half])
+        assert (columns[:until] == again[:until]).all() and (columns != again).any()
+        places = remembered.histories(source, stream, whole, whole)
+        for row in range(0, len(stream), 7):
+            user = stream.sparse["household"]
+            earlier = np.flatnonzero((user == user[row]) & (stream.time < stream.time[row]))
+            assert places[row][places[row] >= 0].tolist() == earlier[::-1][:50].tolist()
+            labels = stream.label[earlier]
+            assert columns[row, 0] == (len(earlier) > 0)
+            assert np.isclose(columns[row, 1], np.log1p(len(earlier)), rtol=1e-6)
+            if len(earlier):
+                odds = np.log(labels.sum() + 0.9) - np.log(len(labels) - labels.sum() + 9.1)
+                assert np.isclose(columns[row, 3], odds, rtol=1e-5, atol=1e-6)
+                assert columns[row, 4] == labels[-1]
 
 
 def check_a_correction_meets_the_unsampled_rate() -> None:
@@ -482,6 +525,20 @@ def check_the_table_of_ranking() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| recipe + cal"))
     assert 0.8 < float(row.split("|")[3].split()[0]) < 1.2
     assert "Of these 2 differences of AUC within groups 1 are above 0 and 0 below" in text
+
+
+def check_the_table_of_memory() -> None:
+    """Each arm against none, and against its own control."""
+    recipe = quality_report.RECIPE
+    effects = {"none": 0.0, "teacher": -0.1, "AH": -0.005, recipe: -0.01, "label memory": -0.03}
+    effects |= {"label memory + recipe": -0.04, "label and teacher memory + recipe": -0.05}
+    text = "".join(remembered.table(made_up(effects)))
+    row = next(line for line in text.splitlines() if line.startswith("| label and teacher"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3] == "0.50" and cells[4].endswith("(label memory + recipe)")
+    assert -1.2 < float(cells[4].split()[0]) < -0.8
+    assert "The best arm is label and teacher memory + recipe: η 0.50; by logits alone 0.1" in text
+    assert not "".join(remembered.table(made_up({"none": 0.0, "AH": -0.01})))
 
 
 def check_what_is_kept_is_read_again() -> None:

@@ -16,8 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrec_exfm.das.arrays import MICROSECONDS, AnyArray, Floats, Ints, as_epoch, as_floats
-from torchrec_exfm.das.choice import chosen_versions
+from torchrec_exfm.das.arrays import (
+    MICROSECONDS,
+    AnyArray,
+    Floats,
+    Ints,
+    as_floats,
+    as_int,
+    as_seconds,
+)
+from torchrec_exfm.das.choice import check_names, chosen_versions
 from torchrec_exfm.das.embeddings import decode, encode
 from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
@@ -64,8 +72,8 @@ class Memory:
     """
 
     def __init__(self, format: MemoryFormat, *, max_keys: int | None = None) -> None:
-        if max_keys is not None and max_keys < 1:
-            raise ValueError(f"max_keys should be at least 1, or None; received {max_keys}")
+        if max_keys is not None and as_int(max_keys) < 1:
+            raise ValueError(f"max_keys should be at least 1, or None; received {max_keys!r}")
         self.format = format
         self.through_seconds = 0
         self.published_through: int | None = None
@@ -91,16 +99,12 @@ class Memory:
 
         Raises:
             TypeError: for a wrong dtype.
-            ValueError: for a wrong shape, for what is not finite, and for events that should have
-                been features of examples that were read before.
+            ValueError: for a wrong shape, for values that are not finite or that the resolution
+                can't hold, and for events that examples which were read before should have seen.
         """
-        t = as_epoch("seconds", seconds)
+        t = as_seconds("seconds", seconds)
         numbers = as_floats("values", values, (len(t), self.format.width))
-        if not np.isfinite(numbers).all():
-            raise ValueError(
-                f"values should be finite; received {np.count_nonzero(~np.isfinite(numbers))} that "
-                "are not: leave out the events of examples without an output or a label"
-            )
+        encode(numbers, self.format.resolution)  # raises for what it can't hold
         keys = self.format.key_values(columns, len(t))
         if len(t) and t.min() + self.format.delay_seconds < self.through_seconds:
             raise ValueError(
@@ -108,7 +112,7 @@ class Memory:
                 f"{t.min()} (delay {self.format.delay_seconds}) after an example of "
                 f"{self.through_seconds}: write a batch's events before it is read, or set a delay"
             )
-        self._waiting.append((np.stack([*keys.values()], 1), t, numbers))
+        self._waiting.append((np.stack([*keys.values()], 1), t.copy(), numbers.copy()))
 
     def read(self, columns: Columns, seconds: Any) -> dict[str, MemoryFeatures]:
         """Return the features of B examples by key, in the order of the examples.
@@ -121,7 +125,7 @@ class Memory:
             TypeError: for a wrong dtype.
             ValueError: for a wrong shape; for examples out of order.
         """
-        t = as_epoch("seconds", seconds)
+        t = as_seconds("seconds", seconds)
         keys = self.format.key_values(columns, len(t))
         if len(t) and t.min() < self.through_seconds:
             raise ValueError(
@@ -332,11 +336,12 @@ def store_events(
         bad_rows: as for :meth:`TeacherStore.read`.
 
     Raises:
-        ValueError: for a wrong value; for a window without any key.
+        ValueError: for a wrong value; at the end, if no row has a key.
         StoreError: as :meth:`TeacherStore.read`.
     """
     pinned, excluded = chosen_versions("the memory", [teacher], snapshot, exclude)
-    tasks = [store.tasks[0] if task is None else task]
+    check_names("teachers", [teacher], store.teachers() or [teacher])
+    tasks, num_rows, have_keys = [store.tasks[0] if task is None else task], 0, False
     for window in store.windows(teacher):
         rows, _ = store.read(
             teacher, window, tasks=tasks, bad_rows=bad_rows, embeddings=embeddings, keys=keys
@@ -354,10 +359,11 @@ def store_events(
         seconds = np.maximum(rows.event_time, rows.trained_through) // MICROSECONDS
         order = np.lexsort((rows.example_id, seconds))
         order = order[is_there[order]]
-        if len(order) and bool(np.all(rows.keys == NO_KEY)):
-            raise ValueError(
-                f"{store.url}: rows of {teacher} should have some of the keys {tuple(keys)}; those "
-                f"of window {window} have none: write them with keys=..."
-            )
+        num_rows, have_keys = num_rows + len(rows), have_keys or bool(np.any(rows.keys != NO_KEY))
         columns = {name: rows.keys[order, number] for number, name in enumerate(keys)}
         yield MemoryEvents(columns, seconds[order], values[order])
+    if num_rows and not have_keys:
+        raise ValueError(
+            f"{store.url}: rows of {teacher} should have some of the keys {tuple(keys)}; received "
+            f"{num_rows} that have none: write them with keys=..."
+        )

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from torchrec_exfm.das.arrays import AnyArray, Floats, Ints, as_epoch, as_int, as_int64
+from torchrec_exfm.das.arrays import (
+    MAX_SECONDS,
+    AnyArray,
+    Floats,
+    Ints,
+    as_int,
+    as_int64,
+    as_seconds,
+    column_names,
+)
 from torchrec_exfm.das.embeddings import decode, embedding_bytes
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.ids import hash_ids
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryFeatures", "MemoryFormat"]
 
 DAY_SECONDS = 86_400
-Columns: TypeAlias = Mapping[str, Any]
+Columns: TypeAlias = Any  # a mapping, a DataFrame, an Arrow table: by name, each (n,)
 Resolution: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 
 
@@ -65,7 +74,8 @@ class MemoryFormat:
                 f"names joined by '_'; received {given!r}"
             )
         for name, least in (("width", 1), ("length", 0), ("delay_seconds", 0)):
-            if as_int(value := getattr(self, name)) < least:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not least <= as_int(value) <= MAX_SECONDS:
                 raise ValueError(
                     f"{name} should be a whole number from {least}; received {value!r}"
                 )
@@ -87,10 +97,10 @@ class MemoryFormat:
     def key_values(self, columns: Columns, rows: int | None = None) -> dict[str, Ints]:
         """Return each key's values (B,): a column's own, or the hash of several (`hash_ids`)."""
         needed = {column for key in self.keys for column in key}
-        if missing := sorted(needed - {*columns}):
+        names = column_names(columns) or []
+        if not needed <= {*names}:
             raise ValueError(
-                f"the columns of the keys should be {sorted(needed)}; received {sorted(columns)}, "
-                f"without {missing}"
+                f"the columns of the keys should be {sorted(needed)}; received {names}"
             )
         values = {name: as_int64(name, columns[name], rows) for name in needed}
         hashed = {}
@@ -118,7 +128,7 @@ class MemoryFormat:
         Raises:
             StoreError: for a record whose length is not that of its events.
         """
-        t = as_epoch("seconds", seconds, len(records))
+        t = as_seconds("seconds", seconds, len(records))
         head, size = 8 * self.state_width, self.event_dtype.itemsize
         empty = bytes(head)
         parts = [empty if record is None else record for record in records]

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torchrec_exfm.das.arrays import as_epoch
+from torchrec_exfm.das.arrays import as_seconds
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.memory import Memory
 from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
@@ -108,7 +108,7 @@ class ServedMemory:
             ValueError: for examples of before ``through_seconds``, and as :meth:`Memory.read`.
             StoreError: if the server fails, has lost the memory, or holds damaged records.
         """
-        t = as_epoch("seconds", seconds)
+        t = as_seconds("seconds", seconds)
         keys = self.format.key_values(columns, len(t))
         fields = {key: [f"{key}/{value}" for value in keys[key].tolist()] for key in keys}
         names = ["format", *{field for part in fields.values() for field in part}]
