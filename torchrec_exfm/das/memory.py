@@ -223,7 +223,8 @@ class _KeyMemory:
         keys = np.fromiter(self.slots, np.int64, len(self.slots))
         changed = np.flatnonzero(self.is_changed[: len(keys)] | unchanged)
         self.is_changed[changed] = True
-        for slots in np.split(changed, range(_PART, len(changed), _PART)):
+        for begin in range(0, len(changed), _PART):
+            slots = changed[begin : begin + _PART]
             none = np.zeros(len(slots), np.int64)
             events, lengths = self._sequences(slots, np.empty(0, self.rings.dtype), none, none)
             parts = np.split(events, np.cumsum(lengths)[:-1])

@@ -20,6 +20,7 @@ from torchrec_exfm.das.arrays import (
     as_int,
     as_int64,
     as_seconds,
+    check_duration,
     column_names,
 )
 from torchrec_exfm.das.embeddings import decode, embedding_bytes
@@ -81,10 +82,10 @@ class MemoryFormat:
                 )
         for name in (self.name, *(column for key in keys for column in key)):
             check_name("a memory, and a column of its keys,", name)
-        if not 0 < self.half_life_seconds < float("inf"):
+        check_duration("half_life_seconds", self.half_life_seconds)
+        if not self.half_life_seconds:
             raise ValueError(
-                f"half_life_seconds should be more than 0, finite; received "
-                f"{self.half_life_seconds!r}"
+                f"half_life_seconds should be more than 0; received {self.half_life_seconds!r}"
             )
         if self.resolution not in (known := get_args(Resolution)):
             raise ValueError(f"resolution should be one of {known}; received {self.resolution!r}")
