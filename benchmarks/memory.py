@@ -1,8 +1,20 @@
-"""Teacher memory in serving: how long a request of 1,000 rows waits for its features.
+"""Teacher memory: how fast its features are built, and how long a request of 1,000 rows waits.
 
     python benchmarks/memory.py [--json] [--quick]
 
-A memory of 200,000 users (--quick: 20,000), 12 numbers an event, published and read on each
+Built: aggregates of the promotion stream's labels (3.6 million examples; --quick: 0.3 million),
+each example written and read, in parts of 65,536, for each key alone, in a process of its own.
+
+aggregate_rows_per_s: examples a second that the process had a core, of the slowest key.
+aggregate_peak_bytes: the most that the process had, above the stream's arrays, of the largest.
+exponent_time: the slope of log(seconds of a core) over log(examples), through three sizes.
+exponent_memory: of log(peak bytes) over log(distinct keys), through three made streams whose
+    number of examples is the same: 1 is linear in keys.
+sql_rows_per_s: the same table by memory_sql on DuckDB, one thread.
+equal_to_brute_force: counts, means, last values, decayed means and days of 20,000 examples are
+    those of a dict of lists, within float32.
+
+Served: a memory of 200,000 users (--quick: 20,000), 12 numbers an event, published and read on each
 backend: SQLite, and Redis if a server is installed here, which runs on the same machine. With
 sequences of L = 0 and of L = 50 events in int8, all of them full. A request has 1,000 rows of
 distinct random users, one of twenty of them without a record; the time is that of
@@ -31,10 +43,17 @@ import torch
 
 from torchrec_exfm.das.memory import Memory, MemoryFormat
 from torchrec_exfm.das.memory_server import ServedMemory, publish_memory
+from torchrec_exfm.das.memory_sql import memory_sql
 
-ROWS, WIDTH = 1_000, 12
+ROWS, WIDTH, PART = 1_000, 12, 1 << 16
+PROMOTIONS = (("household",), ("product",), ("household", "category"))
 LENGTHS = (0, 50)
 AIMS = {
+    "aggregate_rows_per_s": ">= 1,000,000",
+    "exponent_time": "1",
+    "exponent_memory": "1",
+    "equal_to_brute_force": "True",
+} | {
     f"serve_p99_ms.{backend}_length_{length}": "below student_alone_p99_ms"
     for backend, length in itertools.product(("sqlite", "redis"), LENGTHS)
 }
@@ -46,7 +65,124 @@ def main() -> None:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    return serve_latency(quick)
+    built, served = build(quick), serve_latency(quick)
+    return {**built, **served, "details": {"built": built["details"], "served": served["details"]}}
+
+
+def build(quick: bool) -> dict[str, Any]:
+    """How fast aggregates are built, in how much memory, and whether they are right."""
+    rows = 300_000 if quick else 3_600_000
+    runs = {"_".join(key): common.in_process(aggregate, key, rows) for key in PROMOTIONS}
+    sizes = [rows // 4, rows // 2, rows]
+    grown = [common.in_process(aggregate, PROMOTIONS[-1], size) for size in sizes]
+    keys = [rows // 32, rows // 8, rows // 2]
+    made = [common.in_process(aggregate_made, count, rows // 2) for count in keys]
+    return {
+        "aggregate_rows_per_s": min(run["rows_per_s"] for run in runs.values()),
+        "aggregate_peak_bytes": max(run["peak_bytes"] for run in runs.values()),
+        "exponent_time": common.rounded(slope(sizes, [run["core_seconds"] for run in grown])),
+        "exponent_memory": common.rounded(slope(keys, [run["peak_bytes"] for run in made])),
+        "sql_rows_per_s": common.in_process(by_sql, min(rows, 1_000_000)),
+        "equal_to_brute_force": common.in_process(equal_to_brute_force, 20_000),
+        "details": {
+            "examples": rows,
+            "by_key": runs,
+            "keys_made": dict(zip(map(str, keys), made, strict=True)),
+        },
+    }
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def promotions(rows: int) -> tuple[dict[str, Any], Any, Any]:
+    """The first examples of the stream: columns of keys, times and labels."""
+    sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
+    import data
+
+    stream = data.load_stream(progress=False).select(slice(0, rows))
+    names = {name for key in PROMOTIONS for name in key}
+    return {name: np.array(stream.sparse[name]) for name in names}, stream.time, stream.label
+
+
+def aggregate(key: tuple[str, ...], rows: int) -> dict[str, Any]:
+    return pass_over(key, *promotions(rows))
+
+
+def aggregate_made(keys: int, rows: int) -> dict[str, Any]:
+    """Of a stream in which each of so many keys comes as often."""
+    random = np.random.default_rng(0)
+    columns = {"key": random.permutation(np.arange(rows) % keys)}
+    return pass_over(("key",), columns, np.arange(rows), np.zeros(rows, np.float32))
+
+
+def pass_over(key: tuple[str, ...], columns: dict[str, Any], seconds: Any, values: Any) -> Any:
+    before = common.memory("VmRSS", new_peak=True)
+    memory = Memory(MemoryFormat(name="label", keys=[key]))
+
+    def run() -> None:
+        for first in range(0, len(seconds), PART):
+            rows = slice(first, first + PART)
+            part = {name: column[rows] for name, column in columns.items()}
+            memory.write(part, seconds[rows], np.asarray(values[rows]))
+            memory.read(part, seconds[rows])
+
+    _, core = common.timed(run)
+    peak = common.memory("VmHWM")
+    return {
+        "core_seconds": common.rounded(core),
+        "rows_per_s": common.rounded(len(seconds) / core),
+        "peak_bytes": peak - before,
+    }
+
+
+def by_sql(rows: int) -> float:
+    """Examples a second of a core, of one key."""
+    import duckdb
+    import pyarrow as pa
+
+    columns, seconds, labels = promotions(rows)
+    columns = {**columns, "example_id": np.arange(rows), "event_seconds": seconds, "value": labels}
+    engine = duckdb.connect(config={"threads": 1})
+    engine.register("events", pa.table(columns))
+    text = memory_sql(
+        MemoryFormat(name="label", keys=PROMOTIONS[-1:]), dialect="duckdb", examples="events"
+    )
+    _, core = common.timed(lambda: engine.sql(f"CREATE TABLE made AS {text}"))
+    return common.rounded(rows / core)
+
+
+def equal_to_brute_force(rows: int) -> bool:
+    columns, seconds, labels = promotions(rows)
+    format = MemoryFormat(name="label", keys=PROMOTIONS)
+    memory, equal = Memory(format), True
+    memory.write(columns, seconds, np.asarray(labels))
+    features = memory.read(columns, seconds)
+    for name, key in zip(format.key_names, PROMOTIONS, strict=True):
+        earlier: dict[Any, list[tuple[int, float]]] = {}
+        values, known = (
+            list(zip(*(columns[column].tolist() for column in key), strict=True)),
+            features[name],
+        )
+        first = 0
+        for row in range(rows):
+            while seconds[first] < seconds[row]:
+                earlier.setdefault(values[first], []).append((int(seconds[first]), labels[first]))
+                first += 1
+            events = earlier.get(values[row], [])
+            equal &= known.count[row] == len(events)
+            if not events:
+                continue
+            ages = [(int(seconds[row]) - t) / format.half_life_seconds for t, _ in events]
+            weights = [2.0**-age for age in ages]
+            decayed = sum(w * y for w, (_, y) in zip(weights, events, strict=True)) / sum(weights)
+            wanted = np.mean([y for _, y in events]), events[-1][1], decayed
+            received = known.mean[row, 0], known.last[row, 0], known.decayed_mean[row, 0]
+            equal &= bool(np.allclose(received, wanted, rtol=1e-6, atol=1e-7))
+            days = (int(seconds[row]) - events[-1][0]) / 86_400
+            equal &= bool(np.isclose(known.days_since[row], days, rtol=1e-6))
+    return bool(equal)
 
 
 def serve_latency(quick: bool) -> dict[str, Any]:
@@ -68,7 +204,7 @@ def serve_latency(quick: bool) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    details = result["details"]
+    details, built = result["details"]["served"], result["details"]["built"]
     header = ["backend, sequences", "ms at p50", "ms at p99", "ms of a core"]
     header += ["records published a second", "bytes a record"]
     names = ("serve_p50_ms", "serve_p99_ms", "core_p50_ms", "publish_rows_per_s", "bytes_a_record")
@@ -77,7 +213,15 @@ def markdown(result: dict[str, Any]) -> str:
         for arm, figures in details.items()
         if isinstance(figures, dict)
     ]
+    by_key = [
+        [name, *(f"{run[what]:,.0f}" for what in ("rows_per_s", "peak_bytes"))]
+        for name, run in built["by_key"].items()
+    ]
+    of_keys = common.table(["key", "examples a second of a core", "peak bytes"], by_key)
     return (
+        f"Aggregates of {built['examples']:,} promotions by one key; by memory_sql on DuckDB "
+        f"{result['sql_rows_per_s']:,.0f} examples a second of a core; memory grows with keys as "
+        f"keys^{result['exponent_memory']:.2f}.\n\n{of_keys}\n\n"
         f"A request of {details['rows']:,} users out of {details['keys']:,}, {WIDTH} numbers an "
         f"event. A student alone takes {result['student_alone_p50_ms']} ms for as many rows "
         f"({result['student_alone_p99_ms']} at p99).\n\n{common.table(header, rows)}"

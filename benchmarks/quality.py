@@ -110,12 +110,15 @@ RANKING = {  # heads and weights were chosen before the evaluation
 }
 MEMORY = {  # each above what it is held against
     "label memory": Setting(memory=("labels",)),
+    "label memory + AH": Setting((AH,), memory=("labels",)),
+    "label and teacher memory + AH": Setting((AH,), memory=("labels", "teacher")),
     "label memory + recipe": Setting((AH, ADAPTED), memory=("labels",)),
     "teacher memory + recipe": Setting((AH, ADAPTED), memory=("teacher",)),
     "label and teacher memory + recipe": Setting((AH, ADAPTED), memory=("labels", "teacher")),
     "raw history + recipe": Setting((AH, ADAPTED), history="raw"),
     "teacher history + recipe": Setting((AH, ADAPTED), history="teacher"),
 }
+LEAN_MEMORY = [arm for arm in MEMORY if "history" in arm or "+ AH" in arm]  # of this student alone
 VARIANTS = {  # of the recipe, for the sweep over the adapter
     "margin 0.1": Setting((AH, replace(ADAPTED, margin=0.1))),
     "margin 0.5": Setting((AH, replace(ADAPTED, margin=0.5))),
@@ -303,7 +306,7 @@ def memory(source: str, quick: bool) -> Iterator[Cell]:
     arms = ("teacher", "none", "AH", RECIPE, *MEMORY)
     verticals = source_of(source).verticals if source == "ebnerd" else ()
     for cell in sweep(source, quick, arms, verticals, STUDENTS, seed=SEEDS):
-        if cell.student == "lean" or not SETTINGS.get(cell.arm, Setting()).history:
+        if cell.student == "lean" or cell.arm not in LEAN_MEMORY:
             yield cell
 
 
@@ -691,6 +694,7 @@ def show(kept: dict[str, Any], folder: Path) -> str:
         kept,
         folder,
         ranking=lambda results: ranking_report.table(results, list(RANKING)),
+        memory=remembered.table,
         names={"variants": VARIANTS, "mechanisms": MECHANISMS, "two teachers": TWO_TEACHERS},
     )
 

@@ -594,6 +594,7 @@ def write_page(
     kept: Mapping[str, Any],
     folder: Path,
     ranking: Callable[[Sequence[Result]], Iterator[str]],
+    memory: Callable[[Sequence[Result]], Iterator[str]],
     names: Mapping[str, Iterable[str]],
 ) -> str:
     """QUALITY.md and quality.png; the first is returned as well."""
@@ -610,6 +611,7 @@ def write_page(
         mechanisms(results, names["mechanisms"]),
         two_teachers(results, names["two teachers"]),
         what_decides(results),
+        memory(results),
         batches(results),
     )
     missing = kept["missing"]

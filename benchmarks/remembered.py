@@ -7,12 +7,14 @@ Letters in shapes: B examples, L events of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import quality_report
 import torch
+from quality_report import RECIPE, Result
 from sources import Array, Features, Source, data, models
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
@@ -20,6 +22,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_exfm.das.memory import Memory, MemoryFeatures, MemoryFormat
 from torchrec_exfm.history import HistoryPooling
+from torchrec_exfm.study.report import markdown, mean_cell
 
 LENGTH, WIDTH = 50, 12
 CHUNK = 1 << 16
@@ -180,3 +183,58 @@ class WithHistory(nn.Module):
         logits = self.model(dense, batch.sparse_features).squeeze(-1)
         loss = self.loss(logits, batch.labels)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+CONTROLS = {  # what each arm of the table is held against, besides the student alone
+    "label memory": "none",
+    "label memory + AH": "label memory",
+    "label and teacher memory + AH": "label memory + AH",
+    "label memory + recipe": "label memory",
+    "teacher memory + recipe": RECIPE,
+    "label and teacher memory + recipe": "label memory + recipe",
+    "raw history + recipe": RECIPE,
+    "teacher history + recipe": "raw history + recipe",
+}
+
+
+def table(results: Sequence[Result]) -> Iterator[str]:
+    """Each arm with a memory against the student alone, and against its control."""
+    remembered = [r for r in results if r["arm"] in CONTROLS]
+    if not remembered:
+        return
+    yield (
+        "\n## 10. Memory: what was said of earlier examples, as features\n\nOf the user, the item "
+        "and the user with item or category: how many earlier examples, the mean, the decayed mean "
+        "and the last of their labels (what anyone could keep) or of the teacher's logits, and the "
+        "days since; of examples whose label was known before. *History*: the user's last "
+        f"{LENGTH} of these pooled by their mean, as {WIDTH} principal directions of the "
+        "teacher's last layer, or (*raw*, its control) as learned vectors as wide of the item with "
+        "its label. "
+        "**A student that is served with it needs the memory too: one key-value read.** Less its "
+        "control: the difference of NE, paired by seed, to the arm that is named. Half-lives and "
+        "the lean student's rates with a memory were chosen before the evaluation, in one vertical "
+        "of each stream.\n"
+    )
+    for source, student in quality_report.kinds_of(remembered):
+        kind = {"source": source, "student": student}
+        arms = [r for r in remembered if r["source"] == source and r["student"] == student]
+        cells = {(r["vertical"], r["seed"]) for r in arms}
+        part = [r for r in results if (r["vertical"], r["seed"]) in cells]
+        teacher = quality_report.changes(part, arm="teacher", **kind)
+        names = ["AH", RECIPE, *CONTROLS]
+        changes = {arm: quality_report.changes(part, arm=arm, **kind) for arm in names}
+        rows = []
+        for arm, change in changes.items():
+            if change is None or teacher is None:
+                continue
+            control = CONTROLS.get(arm, "none")
+            against = changes.get(control)
+            less = "" if against is None else f"{mean_cell(change.less(against))} ({control})"
+            eta = f"{change.eta(teacher):.2f}"
+            rows.append([arm, mean_cell(change.ne), mean_cell(change.auc), eta, less])
+        if rows and teacher is not None:
+            yield (
+                f"\n{source}, {student} student; means over {len(teacher.parts)} verticals and "
+                f"{len(teacher.seeds)} seeds; the teacher itself {teacher.ne.mean():+.1f} %:\n\n"
+            )
+            yield markdown(["arm", "NE", "AUC", "η", "NE less its control's"], rows)

@@ -20,6 +20,10 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import torchrec_exfm.das
+import torchrec_exfm.das.memory
+import torchrec_exfm.das.memory_server
+import torchrec_exfm.das.memory_sql
+import torchrec_exfm.history
 
 project = "torchrec_exfm"
 author = "The torchrec_exfm authors"
@@ -46,14 +50,22 @@ napoleon_attr_annotations = False
 
 nitpick_ignore_regex = [
     # Types of others, whose pages are elsewhere: links to them need a network to be checked.
-    ("py:.*", r"((torch|torchrec|torchx|numpy|concurrent|collections|pathlib)\.|nn\.).*"),
-    ("py:.*", "Path|Tensor|Ints"),
+    ("py:.*", r"((torch|torchrec|torchx|numpy|concurrent|collections|pathlib|os)\.|nn\.).*"),
+    ("py:.*", "Path|Tensor|JaggedTensor|Ints|Floats"),
     # In signatures of public names, and without a page: a type variable; a protocol that is told in
     # words there; rows and files of a window as they are read.
     ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|T|Steps|StepInputs|Started|DataFile|Rows)"),
 ]
 
-PUBLIC = (torchrec_exfm, torchrec_exfm.functional, torchrec_exfm.das)
+PUBLIC = (
+    torchrec_exfm,
+    torchrec_exfm.functional,
+    torchrec_exfm.history,
+    torchrec_exfm.das,
+    torchrec_exfm.das.memory,
+    torchrec_exfm.das.memory_server,
+    torchrec_exfm.das.memory_sql,
+)
 
 
 def setup(app: Sphinx) -> None:
@@ -109,13 +121,15 @@ def _dashes(app: Sphinx, document: nodes.document) -> None:
 def _public_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement
 ) -> nodes.Element | None:
-    """A link from where a class is written (torchrec_exfm.heads.Task) to where it is public."""
-    name = node.get("reftarget", "").rpartition(".")[2]
+    """Link from where a class is written (torchrec_exfm.heads.Task) to where it is public."""
+    parts = node.get("reftarget", "").split(".")
+    domain = env.domains.python_domain
     for module in PUBLIC:
-        if name in module.__all__:
-            target = f"{module.__name__}.{name}"
-            domain = env.domains.python_domain
-            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, text)
+        for name, *member in (parts[-1:], parts[-2:]):  # a name, or a method of a class
+            if name in module.__all__:
+                target = ".".join((module.__name__, name, *member))
+                arguments = node["refdoc"], app.builder, "obj", target, node, text
+                return domain.resolve_xref(env, *arguments)
     return None
 
 

@@ -300,7 +300,7 @@ def test_damaged_records_are_told(url: str, damage: Any) -> None:
         assert served.format.event_dtype.itemsize == 15
         tamper(url, "user/5", damage)
         served.read({"user": [6], "item": [0]}, [300])
-        with pytest.raises(StoreError, match=r"a record of the memory fm should have 96 bytes"):
+        with pytest.raises(StoreError, match=r"records of the memory fm should have 96 bytes"):
             served.read({"user": [6, 5], "item": [0, 0]}, [300, 300])
         for text in (b"{", b"[]", b"{}", b'{"format": {}}'):
             tamper(url, "format", lambda _, text=text: text)

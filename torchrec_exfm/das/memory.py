@@ -10,233 +10,23 @@ B examples, n events, V numbers of an event, L events of a sequence.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrec_exfm.das.arrays import (
-    MICROSECONDS,
-    AnyArray,
-    Floats,
-    Ints,
-    as_epoch,
-    as_floats,
-    as_int64,
-    check_duration,
-)
+from torchrec_exfm.das.arrays import MICROSECONDS, AnyArray, Floats, Ints, as_epoch, as_floats
 from torchrec_exfm.das.choice import chosen_versions
-from torchrec_exfm.das.embeddings import decode, embedding_bytes, encode
-from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.ids import hash_ids
+from torchrec_exfm.das.embeddings import decode, encode
+from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
-from torchrec_exfm.das.schema import KEYS, check_name
+from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
-
-if TYPE_CHECKING:
-    from torchrec import JaggedTensor
 
 __all__ = ["Memory", "MemoryEvents", "MemoryFeatures", "MemoryFormat", "store_events"]
 
-DAY_SECONDS = 86_400
 _PART = 2_000  # records that are made, and published, at a time
-Columns: TypeAlias = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryFormat:
-    """What a memory keeps: the same for a table, beside training and for serving.
-
-    Args:
-        name: begins the names of the features, such as ``"fm"`` or ``"label"``.
-        keys: each the names of one column or several, such as ``[["user_id"], ["user_id",
-            "item_id"]]``.
-        width: V, numbers of an event.
-        length: L, events of a sequence; 0: aggregates alone.
-        half_life_seconds: an event of this age weighs half as much in the decayed mean.
-        delay_seconds: D: an event of time s is a feature of examples of times t > s + D.
-        resolution: of the vectors in sequences; ``"int8"`` and ``"int4"`` with a scale for each.
-
-    Raises:
-        ValueError: for a wrong value.
-    """
-
-    name: str
-    keys: Sequence[Sequence[str]]
-    width: int = 1
-    length: int = 0
-    half_life_seconds: float = 7 * DAY_SECONDS
-    delay_seconds: int = 0
-    resolution: Literal["float32", "float16", "int8", "int4"] = "float32"
-
-    def __post_init__(self) -> None:
-        check_name("a memory", self.name)
-        if isinstance(self.keys, str) or any(isinstance(key, str) for key in self.keys):
-            raise ValueError(
-                f'keys should be as [["user_id"], ["user_id", "item_id"]]; received {self.keys!r}'
-            )
-        keys = tuple(tuple(key) for key in self.keys)
-        object.__setattr__(self, "keys", keys)
-        if not keys or len({*keys}) < len(keys) or not all(keys):
-            raise ValueError(f"keys should be some, none twice or empty; received {keys}")
-        for column in {column for key in keys for column in key}:
-            check_name("a column of a key", column)
-        for name, least in (("width", 1), ("length", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name} should be a whole number from {least}; received {value!r}"
-                )
-        for name in ("half_life_seconds", "delay_seconds"):
-            check_duration(name, getattr(self, name))
-        if not self.half_life_seconds:
-            raise ValueError("half_life_seconds should be more than 0; received 0")
-        object.__setattr__(self, "delay_seconds", int(self.delay_seconds))
-        if self.resolution not in (known := ("float32", "float16", "int8", "int4")):
-            raise ValueError(f"resolution should be one of {known}; received {self.resolution!r}")
-
-    @property
-    def key_names(self) -> tuple[str, ...]:
-        """A name for each key: its columns' joined by ``_``."""
-        return tuple("_".join(key) for key in self.keys)
-
-    def key_values(self, columns: Columns, rows: int | None = None) -> dict[str, Ints]:
-        """Return each key's values (B,): a column's own, or the hash of several (`hash_ids`)."""
-        needed = {column for key in self.keys for column in key}
-        if missing := sorted(needed - {*columns}):
-            raise ValueError(
-                f"the columns of the keys should be {sorted(needed)}; received {sorted(columns)}, "
-                f"without {missing}"
-            )
-        values = {name: as_int64(name, columns[name], rows) for name in needed}
-        hashed = {}
-        for name, key in zip(self.key_names, self.keys, strict=True):
-            parts = [values[column] for column in key]
-            ids = parts[0] if len(parts) == 1 else hash_ids(*parts)
-            without = np.any([part == NO_KEY for part in parts], axis=0)
-            hashed[name] = np.where(without, NO_KEY, ids)
-        return hashed
-
-    @cached_property
-    def event_dtype(self) -> np.dtype[Any]:
-        """An event of a sequence."""
-        size = embedding_bytes(self.width, self.resolution)
-        return np.dtype([("seconds", "<i8"), ("vector", "u1", (size,))])
-
-    @property
-    def state_width(self) -> int:
-        """Numbers of a state, float64: seconds, count, last (V), weight, decayed (V), sums (V)."""
-        return 3 + 3 * self.width
-
-    def unpack(self, records: Sequence[bytes | None], seconds: Any) -> MemoryFeatures:
-        """Return the features of B keys' records, of :meth:`Memory.records`; None: no event.
-
-        Raises:
-            StoreError: for a record whose length is not that of its events.
-        """
-        t = as_epoch("seconds", seconds, len(records))
-        head, size = 8 * self.state_width, self.event_dtype.itemsize
-        empty = bytes(head)
-        parts = [empty if record is None else record for record in records]
-        heads = bytearray().join([part[:head].ljust(head, b"\0") for part in parts])  # writable
-        states = np.frombuffer(heads, "<f8").reshape(-1, self.state_width)
-        lengths = np.clip(states[:, 1], 0, self.length)  # 1: the count
-        received = np.array([len(part) for part in parts])
-        if len(damaged := np.flatnonzero(received != head + size * lengths)):
-            row = damaged[0]
-            raise StoreError(
-                f"a record of the memory {self.name} should have {head} bytes, and {size} for each "
-                f"of its last {self.length} events; received {received[row]} bytes, of "
-                f"{states[row, 1]:g} events, for row {row} (the first of {len(damaged)}): drop this "
-                "version of the memory, and publish it again"
-            )
-        events = np.frombuffer(bytearray().join([part[head:] for part in parts]), self.event_dtype)
-        return self.features(states, events, lengths.astype(np.int64), t)
-
-    def features(
-        self, states: AnyArray, events: AnyArray, lengths: Ints, seconds: Ints
-    ) -> MemoryFeatures:
-        """Return the features of B states and of their events, the last first, row by row."""
-        last_seconds, count, last, weight, decayed, sums = self.split(states)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where there is none
-            mean, decayed_mean = sums / count, decayed / weight
-        none = count == 0
-        days = np.where(none, np.nan, (seconds[:, None] - last_seconds) / DAY_SECONDS)
-        ages = (np.repeat(seconds, lengths) - events["seconds"]) / DAY_SECONDS
-        return MemoryFeatures(
-            count=count[:, 0].astype(np.int64),
-            mean=mean.astype(np.float32),
-            last=np.where(none, np.nan, last).astype(np.float32),
-            decayed_mean=decayed_mean.astype(np.float32),
-            days_since=days[:, 0].astype(np.float32),
-            lengths=lengths.astype(np.int32),
-            vectors=decode(events["vector"], self.resolution, self.width),
-            ages_days=ages.astype(np.float32),
-        )
-
-    def split(self, states: AnyArray) -> list[AnyArray]:
-        """Return views of states (n, 3 + 3 V), one of each part of them."""
-        return np.split(states, np.cumsum([1, 1, self.width, 1, self.width]), axis=1)
-
-    def dense(self, features: Mapping[str, MemoryFeatures]) -> Floats:
-        """Return all keys' :meth:`MemoryFeatures.dense` side by side, (B, keys * (3 + 3 V))."""
-        return np.concatenate([features[name].dense() for name in self.key_names], axis=1)
-
-    def to_json(self) -> str:
-        """Return it as text, which says what a student that is served needs."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> MemoryFormat:
-        """Return what :meth:`to_json` told."""
-        return cls(**json.loads(text))
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryFeatures:
-    """What a memory knows of one key of B examples; what it has no event for is NaN, count 0.
-
-    Attributes:
-        count: int64 (B,), how many events there were.
-        mean, last: float32 (B, V), over all of them, and of the last.
-        decayed_mean: sum_i w_i v_i / sum_i w_i with w_i = 2^(-age_i / half-life).
-        days_since: float32 (B,), the age of the last, in days.
-        lengths: int32 (B,), at most L.
-        vectors: float32 (N, V), the last first, one example's after the other; N = sum of lengths.
-        ages_days: float32 (N,).
-    """
-
-    count: Ints
-    mean: Floats
-    last: Floats
-    decayed_mean: Floats
-    days_since: Floats
-    lengths: Ints
-    vectors: Floats
-    ages_days: Floats
-
-    def dense(self) -> Floats:
-        """Return dense features (B, 3 + 3 V), float32.
-
-        Whether there was an event, log(1 + count), log(1 + days since), mean, last, decayed mean;
-        0 where there was none.
-        """
-        columns = [self.count > 0, np.log1p(self.count), np.log1p(self.days_since)]
-        parts = [*(column[:, None] for column in columns), self.mean, self.last, self.decayed_mean]
-        dense = np.concatenate(parts, axis=1, dtype=np.float32)
-        return np.where((self.count > 0)[:, None], dense, np.float32(0))
-
-    def jagged(self) -> JaggedTensor:
-        """Return the sequences as a JaggedTensor: vectors (N, V), and ages in days as weights."""
-        import torch
-        from torchrec import JaggedTensor
-
-        vectors, lengths, ages = map(torch.from_numpy, (self.vectors, self.lengths, self.ages_days))
-        return JaggedTensor(vectors, lengths=lengths, weights=ages)
 
 
 class MemoryEvents(NamedTuple):
@@ -261,6 +51,7 @@ class Memory:
 
     Attributes:
         forgotten: how many values of keys were, by the key's name.
+        through_seconds: the latest time that was read; events that it would have seen are refused.
         published_through: the time of the last :func:`~memory_server.publish_memory`, or None.
 
     Example:
@@ -276,10 +67,14 @@ class Memory:
         if max_keys is not None and max_keys < 1:
             raise ValueError(f"max_keys should be at least 1, or None; received {max_keys}")
         self.format = format
+        self.through_seconds = 0
         self.published_through: int | None = None
         self._by_key = {name: _KeyMemory(format, max_keys) for name in format.key_names}
-        self._waiting: list[tuple[dict[str, Ints], Ints, Floats]] = []
-        self._through = 0  # the latest time that was read
+        # keys (n, keys), seconds (n,), values (n, V): the first part is in order of time
+        nothing = np.empty((0, len(format.keys)), np.int64), np.empty(0, np.int64)
+        self._waiting: list[tuple[AnyArray, ...]] = [
+            (*nothing, np.empty((0, format.width), np.float32))
+        ]
 
     @property
     def forgotten(self) -> dict[str, int]:
@@ -307,13 +102,13 @@ class Memory:
                 "are not: leave out the events of examples without an output or a label"
             )
         keys = self.format.key_values(columns, len(t))
-        if len(t) and t.min() + self.format.delay_seconds < self._through:
+        if len(t) and t.min() + self.format.delay_seconds < self.through_seconds:
             raise ValueError(
                 f"events should be written before later examples are read; received one of "
                 f"{t.min()} (delay {self.format.delay_seconds}) after an example of "
-                f"{self._through}: write the events of a batch before it is read, or set a delay"
+                f"{self.through_seconds}: write a batch's events before it is read, or set a delay"
             )
-        self._waiting.append((keys, t, numbers))
+        self._waiting.append((np.stack([*keys.values()], 1), t, numbers))
 
     def read(self, columns: Columns, seconds: Any) -> dict[str, MemoryFeatures]:
         """Return the features of B examples by key, in the order of the examples.
@@ -328,21 +123,16 @@ class Memory:
         """
         t = as_epoch("seconds", seconds)
         keys = self.format.key_values(columns, len(t))
-        if len(t) and t.min() < self._through:
+        if len(t) and t.min() < self.through_seconds:
             raise ValueError(
                 f"examples should be read in order of time; received one of {t.min()} after one "
-                f"of {self._through}: sort the stream, or take a table of memory_sql"
+                f"of {self.through_seconds}: sort the stream, or take a table of memory_sql"
             )
-        known = self._take(int(t.max(initial=self._through)))
+        event_keys, times, values = self._take(int(t.max(initial=self.through_seconds)))
         return {
-            name: memory.read(known[0][name], *known[1:], keys[name], t)
-            for name, memory in self._by_key.items()
+            name: memory.read(column, times, values, keys[name], t)
+            for (name, memory), column in zip(self._by_key.items(), event_keys.T, strict=True)
         }
-
-    @property
-    def through_seconds(self) -> int:
-        """The latest time that was read; nothing is written of before it any more."""
-        return self._through
 
     def records(
         self, before_seconds: int, *, unchanged: bool = False
@@ -352,91 +142,76 @@ class Memory:
         Those alone that have changed since they were last yielded, or all; some thousands at a
         time. Those after which nothing more was asked for count as changed still.
         """
-        nothing = np.empty(0, np.int64)
-        known = self._take(max(before_seconds, self._through))
-        for name, memory in self._by_key.items():
-            memory.read(known[0][name], *known[1:], nothing, nothing)
+        none = np.full(1, NO_KEY)
+        columns = dict.fromkeys((column for key in self.format.keys for column in key), none)
+        self.read(columns, [max(before_seconds, self.through_seconds)])
         for name, memory in self._by_key.items():
             for values, records in memory.changed(unchanged):
                 yield name, values, records
 
-    def _take(self, through: int) -> tuple[dict[str, Ints], Ints, Floats]:
+    def _take(self, through: int) -> tuple[AnyArray, ...]:
         """Take the events out that examples of a time see, and note the time."""
-        self._through = through
-        parts = self._waiting or [
-            (
-                dict.fromkeys(self.format.key_names, np.empty(0, np.int64)),
-                np.empty(0, np.int64),
-                np.empty((0, self.format.width), np.float32),
-            )
-        ]
-        keys = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
-        seconds, values = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-        ready = seconds + self.format.delay_seconds < through
-        split = []
-        for chosen in (ready, ~ready):
-            columns = {name: column[chosen] for name, column in keys.items()}
-            split.append((columns, seconds[chosen], values[chosen]))
-        self._waiting = [split[1]] if len(split[1][1]) else []
-        return split[0]
+        self.through_seconds = through
+        if len(self._waiting) > 1:
+            merged = [np.concatenate(parts) for parts in zip(*self._waiting, strict=True)]
+            order = np.argsort(merged[1], kind="stable")
+            self._waiting = [tuple(part[order] for part in merged)]
+        (waiting,) = self._waiting
+        ready = np.searchsorted(waiting[1], through - self.format.delay_seconds)
+        self._waiting = [tuple(part[ready:] for part in waiting)]
+        return tuple(part[:ready] for part in waiting)
 
 
 class _KeyMemory:
-    """One key's: a state for each of its values, and a list of events linked from the last back."""
+    """One key's memory: for each of its values a state, and a ring of its last L events."""
 
     def __init__(self, format: MemoryFormat, max_keys: int | None) -> None:
         self.format, self.max_keys, self.forgotten = format, max_keys, 0
         self.slots: dict[int, int] = {}
-        self.states = np.zeros((0, format.state_width))
-        self.heads = np.zeros(0, np.int64)  # of each slot its last event's place, or -1
-        self.is_changed = np.zeros(0, np.bool_)
-        self.events = np.zeros(0, format.event_dtype)
-        self.previous = np.zeros(0, np.int64)  # of each event the place of the one before, or -1
-        self.used = 0  # places
+        # the row after the last slot's is of zeros, and stands for values without events
+        self.states = np.zeros((1, format.state_width))
+        self.rings = np.zeros((1, format.length), format.event_dtype)  # the i-th is at i % L
+        self.is_changed = np.zeros(1, np.bool_)
 
     def read(
         self, event_keys: Ints, event_seconds: Ints, values: Floats, keys: Ints, seconds: Ints
     ) -> MemoryFeatures:
         """Add events, and return the features of examples, each as of its own time."""
         has_key = event_keys != NO_KEY
-        if not has_key.all():
-            event_keys, event_seconds = event_keys[has_key], event_seconds[has_key]
-            values = values[has_key]
-        n = len(event_keys)
-        # of one instant the examples come first: an event is one of later examples alone
-        instants = [2 * (event_seconds + self.format.delay_seconds) + 1, 2 * seconds]
-        all_keys = np.concatenate([event_keys, keys])
+        n, all_keys = np.count_nonzero(has_key), np.concatenate([event_keys[has_key], keys])
+        # in one instant examples come first: an event counts for later ones alone
+        instants = [2 * (event_seconds[has_key] + self.format.delay_seconds) + 1, 2 * seconds]
         order = np.lexsort((np.concatenate(instants), all_keys))
         is_event = order < n
         starts = np.diff(all_keys[order], prepend=~all_keys[order[:1]]) != 0
         group = np.cumsum(starts) - 1
-        distinct = all_keys[order[starts]]
-        event_order, event_group = order[is_event], group[is_event]
-        slots = self._slots_of(distinct, np.bincount(event_group, minlength=len(distinct)) > 0)
-        initial = np.zeros((len(slots), self.format.state_width))
-        heads = np.full(len(slots), -1)
-        initial[slots >= 0] = self.states[slots[slots >= 0]]
-        heads[slots >= 0] = self.heads[slots[slots >= 0]]
-        seconds_in_order, values_in_order = event_seconds[event_order], values[event_order]
-        states = self._accumulate(initial, event_group, seconds_in_order, values_in_order)
-        places = self._append(heads, event_group, seconds_in_order, values_in_order)
+        event_group, example_group = group[is_event], group[~is_event]
+        sizes = np.bincount(event_group, minlength=np.count_nonzero(starts))
+        slots = self._slots_of(all_keys[order[starts]], sizes > 0)
+        first = np.cumsum(sizes) - sizes  # event of each group
+        place = np.arange(n) - first[event_group]
+        before, sources = self.states[slots], order[is_event]
+        events = np.empty(n, self.format.event_dtype)
+        events["seconds"], vectors = event_seconds[has_key][sources], values[has_key][sources]
+        events["vector"] = encode(vectors, self.format.resolution)
+        states = self._accumulate(before[event_group], place, events["seconds"], vectors)
 
-        before = np.cumsum(is_event)[~is_event] - 1  # the last event in this order
-        example_group = group[~is_event]
-        is_new = before >= 0
-        is_new[is_new] = event_group[before[is_new]] == example_group[is_new]
-        source = np.where(is_new, len(slots) + before, example_group)
-        inverse = np.empty(len(keys), np.int64)
-        inverse[order[~is_event] - n] = source
-        example_states = np.concatenate([initial, states]).take(inverse, axis=0)
-        events, lengths = self._sequences(np.concatenate([heads, places])[inverse])
-        features = self.format.features(example_states, events, lengths, seconds)
+        targets = order[~is_event] - n
+        last, of_examples = np.empty((2, len(keys)), np.int64)
+        last[targets], of_examples[targets] = np.cumsum(is_event)[~is_event] - 1, example_group
+        num_new = last + 1 - first[of_examples]  # events of the key up to the last one before
+        rows = np.where(num_new > 0, len(before) + last, of_examples)
+        example_states = np.concatenate([before, states]).take(rows, axis=0)
+        sequences = self._sequences(slots[of_examples], events, last, num_new)
+        features = self.format.features(example_states, *sequences, seconds)
 
-        last = np.flatnonzero(np.diff(event_group, append=-1))
-        changed = slots[event_group[last]]
-        self.states[changed], self.heads[changed] = states[last], places[last]
-        self.is_changed[changed] = True
-        self._shrink()
+        kept = place >= sizes[event_group] - self.format.length
+        number = (before[event_group[kept], 1].astype(np.int64) + place[kept]) % self.format.length
+        self.rings[slots[event_group[kept]], number] = events[kept]
+        ends = (first + sizes - 1)[sizes > 0]
+        self.states[slots[sizes > 0]] = states[ends]
+        self.is_changed[slots[sizes > 0]] = True
+        self._forget()
         return features
 
     def changed(self, unchanged: bool) -> Iterator[tuple[Ints, list[bytes]]]:
@@ -444,114 +219,82 @@ class _KeyMemory:
         keys = np.fromiter(self.slots, np.int64, len(self.slots))
         changed = np.flatnonzero(self.is_changed[: len(keys)] | unchanged)
         self.is_changed[changed] = True
-        for first in range(0, len(changed), _PART):
-            slots = changed[first : first + _PART]
-            events, lengths = self._sequences(self.heads[slots])
+        for slots in np.split(changed, range(_PART, len(changed), _PART)):
+            none = np.zeros(len(slots), np.int64)
+            events, lengths = self._sequences(slots, np.empty(0, self.rings.dtype), none, none)
             parts = np.split(events, np.cumsum(lengths)[:-1])
-            states = self.states[slots]
-            yield (
-                keys[slots],
-                [states[row].tobytes() + part.tobytes() for row, part in enumerate(parts)],
-            )
+            pairs = zip(self.states[slots], parts, strict=True)
+            yield keys[slots], [state.tobytes() + part.tobytes() for state, part in pairs]
             self.is_changed[slots] = False
 
     def _slots_of(self, distinct: Ints, has_events: AnyArray) -> Ints:
-        """Return the slots of values, making those of new ones with events; -1 for others."""
+        """Return the rows of values, with new ones for those that have events."""
         looked_up = map(self.slots.get, distinct.tolist(), repeat(-1))
         slots = np.fromiter(looked_up, np.int64, len(distinct))
         new = np.flatnonzero((slots < 0) & has_events)
         slots[new] = np.arange(len(self.slots), len(self.slots) + len(new))
         self.slots.update(zip(distinct[new].tolist(), slots[new].tolist(), strict=True))
-        size = len(self.slots)
-        self.states, self.is_changed = _room(self.states, size), _room(self.is_changed, size)
-        self.heads = _room(self.heads, size)
-        self.heads[slots[new]] = -1
+        slots[slots < 0] = len(self.slots)
+        self._keep(slice(None))
         return slots
 
     def _accumulate(
-        self, initial: AnyArray, group: Ints, seconds: Ints, values: Floats
+        self, before: AnyArray, place: Ints, seconds: Ints, vectors: Floats
     ) -> AnyArray:
-        """Return the state after each event: of its key's events so far.
+        """Return the state after each event, from that before the first of its group.
 
         Added up by doubling distances, which never subtracts, as differences of running sums would.
         """
-        start = initial[group]
-        place = np.arange(len(group)) - np.searchsorted(group, group)  # among its key's
-        states = np.empty((len(group), self.format.state_width))
-        last_seconds, count, last, weight, decayed, sums = self.format.split(states)
-        last_seconds[:, 0], last[:], weight[:], decayed[:], sums[:] = (
-            seconds,
-            values,
-            1,
-            values,
-            values,
-        )
-        count[:] = start[:, 1:2] + place[:, None] + 1
-        totals, num_decayed = states[:, 2 + self.format.width :], 1 + self.format.width
-        before = start[:, 2 + self.format.width :]
+        width, half_life = self.format.width, self.format.half_life_seconds
+        states = np.empty((len(place), self.format.state_width))
+        parts = seconds[:, None], before[:, 1:2] + place[:, None] + 1, vectors, 1, vectors, vectors
+        for column, part in zip(self.format.split(states), parts, strict=True):
+            column[:] = part
 
-        def decay(rows: Any, earlier_seconds: AnyArray, earlier: AnyArray) -> AnyArray:
-            exponents = (earlier_seconds - seconds[rows]) / self.format.half_life_seconds
-            earlier[:, :num_decayed] *= np.exp2(exponents)[:, None]
-            return earlier
+        def add(rows: Any, earlier: AnyArray) -> None:
+            decay = np.exp2((earlier[:, 0] - seconds[rows]) / half_life)
+            earlier[:, 2 + width : 3 + 2 * width] *= decay[:, None]
+            states[rows, 2 + width :] += earlier[:, 2 + width :]
 
         distance, rows = 1, np.flatnonzero(place)
         while len(rows):
-            totals[rows] += decay(
-                rows, seconds[rows - distance], totals.take(rows - distance, axis=0)
-            )
+            add(rows, states.take(rows - distance, axis=0))
             distance *= 2
             rows = rows[place[rows] >= distance]
-        totals += decay(slice(None), start[:, 0], before)
+        add(slice(None), before)
         return states
 
-    def _append(self, heads: Ints, group: Ints, seconds: Ints, values: Floats) -> Ints:
-        """Put events into the list, and return their places; -1 without sequences."""
-        if not self.format.length:
-            return np.full(len(group), -1)
-        places = np.arange(self.used, self.used + len(group))
-        self.used += len(group)
-        self.events = _room(self.events, self.used)
-        self.previous = _room(self.previous, self.used)
-        self.events["seconds"][places] = seconds
-        self.events["vector"][places] = encode(values, self.format.resolution)
-        is_first = np.diff(group, prepend=-1) != 0
-        self.previous[places] = np.where(is_first, heads[group], places - 1)
-        return places
+    def _sequences(
+        self, slots: Ints, events: AnyArray, last: Ints, num_new: Ints
+    ) -> tuple[AnyArray, Ints]:
+        """Return the last L events of rows, the last first, and how many, (B,).
 
-    def _sequences(self, last: Ints) -> tuple[AnyArray, Ints]:
-        """Return the events from the last (B,) places back, at most L each, and how many."""
-        places = np.full((len(last), self.format.length), -1)
-        for column in places.T:
-            column[:] = last
-            last = np.where(last >= 0, self.previous[last], -1) if len(self.previous) else last
-        return self.events[places[places >= 0]], (places >= 0).sum(1)
+        The first ``num_new`` of each are those of ``events`` from ``last`` back.
+        """
+        back = np.arange(self.format.length)
+        is_new = back < num_new[:, None]
+        number = self.states[slots, 1].astype(np.int64)[:, None] - 1 - back + num_new[:, None]
+        sequences = self.rings[slots[:, None], number % max(self.format.length, 1)]
+        sequences[is_new] = events[(last[:, None] - back)[is_new]]
+        exists = is_new | (number >= 0)
+        return sequences[exists], exists.sum(1)
 
-    def _shrink(self) -> None:
-        """Forget values beyond ``max_keys``, and events that no sequence reaches."""
+    def _forget(self) -> None:
+        """Forget the values whose last events are the oldest, beyond ``max_keys``."""
         size = len(self.slots)
-        if self.max_keys is not None and size > self.max_keys:
-            kept = np.sort(
-                np.argsort(-self.states[:size, 0], kind="stable")[: max(1, 3 * self.max_keys // 4)]
-            )
-            keys = np.fromiter(self.slots, np.int64, size)[kept]
-            self.slots = dict(zip(keys.tolist(), range(len(kept)), strict=True))
-            self.forgotten += size - len(kept)
-            self.states, self.heads = self.states[kept], self.heads[kept]
-            self.is_changed = self.is_changed[kept]
-            size = len(kept)
-        if self.used > 2 * self.format.length * size + 2**16:
-            reached = np.zeros(self.used, np.bool_)
-            last = self.heads[:size]
-            for _ in range(self.format.length):
-                last = last[last >= 0]
-                reached[last] = True
-                last = self.previous[last]
-            moved = np.append(np.where(reached, np.cumsum(reached) - 1, -1), -1)  # of -1: -1
-            self.heads[:size] = moved[self.heads[:size]]
-            self.previous = moved[self.previous[: self.used][reached]]
-            self.events = self.events[: self.used][reached]
-            self.used = len(self.events)
+        if self.max_keys is None or size <= self.max_keys:
+            return
+        newest_first = np.argsort(-self.states[:size, 0], kind="stable")
+        kept = np.sort(newest_first[: max(1, 3 * self.max_keys // 4)])
+        keys = np.fromiter(self.slots, np.int64, size)[kept]
+        self.slots = dict(zip(keys.tolist(), range(len(kept)), strict=True))
+        self.forgotten += size - len(kept)
+        self._keep(kept)
+
+    def _keep(self, rows: Any) -> None:
+        """Keep some rows, and have room for one more than there are slots."""
+        for name in ("states", "rings", "is_changed"):
+            setattr(self, name, _room(getattr(self, name)[rows], len(self.slots) + 1))
 
 
 def _room(array: AnyArray, size: int) -> AnyArray:
@@ -605,13 +348,13 @@ def store_events(
         if embeddings:
             resolution, width = store.format.embedding_resolution, store.format.embedding_width
             values = decode(rows.embedding, resolution, width)
-            is_there = np.isfinite(values).all(axis=1)
+            is_there: Any = np.isfinite(values).all(axis=1)
         else:
             values, is_there = rows.outputs, ~absent(rows.outputs)[:, 0]
         seconds = np.maximum(rows.event_time, rows.trained_through) // MICROSECONDS
         order = np.lexsort((rows.example_id, seconds))
         order = order[is_there[order]]
-        if len(order) and (rows.keys == NO_KEY).all():
+        if len(order) and bool(np.all(rows.keys == NO_KEY)):
             raise ValueError(
                 f"{store.url}: rows of {teacher} should have some of the keys {tuple(keys)}; those "
                 f"of window {window} have none: write them with keys=..."

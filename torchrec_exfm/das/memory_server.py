@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 from torchrec_exfm.das.arrays import as_epoch
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.memory import Columns, Memory, MemoryFeatures, MemoryFormat
+from torchrec_exfm.das.memory import Memory
+from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
 from torchrec_exfm.das.redaction import redacted, told
 
 __all__ = ["ServedMemory", "drop_memory", "open_memories", "publish_memory", "write_needs"]

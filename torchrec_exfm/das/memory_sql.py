@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torchrec_exfm.das.ids import Dialect
 from torchrec_exfm.das.join import LARGEST, Wanted, quoted, quoted_table
-from torchrec_exfm.das.memory import DAY_SECONDS, MemoryFormat
+from torchrec_exfm.das.memory_format import DAY_SECONDS, MemoryFormat
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
 
