@@ -1,7 +1,6 @@
 """What a teacher said of a key before, as a student's feature: pooled histories of short codes.
 
-Shapes: B examples, N vectors of all their histories, V width of one; Q width of a query; E width of
-a teacher's embedding, D of its code.
+B examples, N vectors of V numbers; queries of Q; embeddings of E, and their codes of D.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ Pooling = Literal["mean", "sum", "attention"]
 class HistoryPooling(nn.Module):
     """Pool each example's history v_1 ... v_n: by mean, sum, or attention to a query q.
 
-    Attention is DIN's (arXiv 1706.06978) with a softmax in place of the perceptron:
-
-    .. math:: \\sum_i \\mathrm{softmax}_i(s) \\, v_i, \\quad s_i = v_i \\cdot W q / \\sqrt V
-
-    An empty history gives zeros and no gradient: let its length be another feature. Weights of the
-    history (ages in days, say) are not used. Half precision is added up in float32.
+    Attention is DIN's (arXiv 1706.06978) with weights softmax_i(v_i . W q / sqrt(V)). An empty
+    history gives zeros and no gradient: let its length be another feature. Weights of the history
+    (ages in days, say) are not used. Half precision is added up in float32.
 
     Args:
         width: V.
@@ -40,11 +36,8 @@ class HistoryPooling(nn.Module):
 
     Example:
         >>> values, lengths = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2, 1])
-        >>> history = JaggedTensor(values, lengths=lengths)
-        >>> HistoryPooling(1)(history).tolist()
+        >>> HistoryPooling(1)(JaggedTensor(values, lengths=lengths)).tolist()
         [[1.5], [5.0]]
-        >>> HistoryPooling(1, "attention", query_width=4)(history, query=torch.ones(2, 4)).shape
-        torch.Size([2, 1])
     """
 
     def __init__(self, width: int, pooling: Pooling = "mean", *, query_width: int = 0) -> None:
@@ -55,31 +48,26 @@ class HistoryPooling(nn.Module):
                 f"pooling should be one of {get_args(Pooling)}, and width at least 1, as should "
                 f"query_width for attention; received {pooling!r}, {width} and {query_width}"
             )
-        self.width, self.mean = width, pooling == "mean"
+        self.width, self.pooling = width, pooling
         self.project = nn.Linear(query_width, width, bias=False) if attends else None
 
     def forward(self, history: JaggedTensor, query: Tensor | None = None) -> Tensor:
         """(N, V) values of B lengths, for attention a query (B, Q) -> (B, V)."""
-        projected = None
-        if self.project is not None:
-            if query is None:
-                raise ValueError("attention should have a query; received None: pass query=")
-            projected = self.project(query)
-        return _pooled(history.values(), history.lengths(), projected, self.width, self.mean)
+        keys = None if self.project is None or query is None else self.project(query)
+        return _pooled(history.values(), history.lengths(), keys, self.width, self.pooling)
 
 
 @torch.fx.wrap  # torch.fx knows no shapes and dtypes while it traces
-def _pooled(
-    values: Tensor, lengths: Tensor, query: Tensor | None, width: int, mean: bool
-) -> Tensor:
-    rows = lengths.shape[0] if query is None else query.shape[0]
-    if values.shape[1:] != (width,) or rows != lengths.shape[0]:
+def _pooled(values: Tensor, lengths: Tensor, query: Tensor | None, width: int, kind: str) -> Tensor:
+    received = 0 if query is None else query.shape[0]
+    expected = lengths.shape[0] if kind == "attention" else 0
+    if values.shape[1:] != (width,) or received != expected:
         raise ValueError(
-            f"history should be of width {width}, and have {lengths.shape[0]} queries if any, one "
-            f"an example; received values of shape {tuple(values.shape)} and {rows} queries"
+            f"history should be of width {width}, and have {expected} queries (for attention one "
+            f"an example); received values of shape {tuple(values.shape)} and {received} queries"
         )
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    divisor = lengths.unsqueeze(1) if mean else lengths.new_ones(())
+    divisor = lengths.unsqueeze(1) if kind == "mean" else lengths.new_ones(())
     if query is not None:
         example = torch.repeat_interleave(lengths, output_size=values.shape[0])
         keys = query.to(wide.dtype).index_select(0, example)  # whose gradient is added up in it
@@ -100,17 +88,14 @@ class EmbeddingCompressor(nn.Module):
     """Compress embeddings e to codes z = tanh(W e + b) of which every prefix is usable.
 
     An autoencoder beside the teacher, which receives no gradient of it (LoopFM, arXiv 2605.29280).
-    A memory must not mix codes of several values of ``version`` (int64, in ``state_dict``). A
-    *fixed* encoder keeps its own: train it, then ``requires_grad_(False)``. A *refreshed* one is
-    trained on: call :meth:`refresh` each time before it writes, and write the memory anew.
+    A memory must not mix codes of several values of ``version`` (int64, in ``state_dict``): freeze
+    what is trained, or train on, and :meth:`refresh` each time before all is written anew. A
+    ValueError for prefixes other than from 1 to D.
 
     Args:
         embedding_width: E.
         width: D.
         prefixes: widths d of z that can be read alone; by default D and its halves down to 4.
-
-    Raises:
-        ValueError: for prefixes other than from 1 to D.
 
     Example:
         >>> compressor, embeddings = EmbeddingCompressor(64, 16), torch.randn(8, 64)
@@ -151,10 +136,8 @@ class EmbeddingCompressor(nn.Module):
 def embedding_drift(old: Tensor, new: Tensor) -> float:
     """Return how far two encoders' codes z and z' of the same n examples are apart, both (n, D).
 
-    .. math:: \\sum_i |z_i - z'_i|^2 \\, / \\, \\sum_i |z_i - \\bar z|^2
-
-    0 for the same codes; 2 on average for unrelated ones of equal mean and spread. A ValueError for
-    two shapes, and for codes that are all the same or not finite.
+    It is sum |z_i - z'_i|^2 / sum |z_i - mean z|^2: 0 for the same codes, on average 2 for those of
+    equal spread without relation. A ValueError for two shapes, codes all the same or not finite.
     """
     if old.dim() == 2 and old.shape == new.shape:
         before, after = old.detach().double(), new.detach().double()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import get_args
 
 from torchrec_exfm.das.ids import Dialect
 from torchrec_exfm.das.join import LARGEST, Wanted, quoted, quoted_table
@@ -42,8 +41,7 @@ def events_sql(
     return f"""SELECT {", ".join(KEYS)}, example_id, event_seconds, {value} AS value
 FROM (
 {wanted.winners(outputs, as_events=True)}
-) AS won
-WHERE {value} IS NOT NULL"""
+) AS won WHERE {value} IS NOT NULL"""
 
 
 def memory_sql(
@@ -58,22 +56,16 @@ def memory_sql(
 ) -> str:
     """Return one SELECT: examples with what a memory knows of their keys before their time.
 
-    Columns: those of the examples, then for each key ``NAME_KEY_count`` (0 where there is no
-    event), ``_mean``, ``_last``, ``_decayed_mean``, ``_days_since`` (null) and, for sequences,
-    ``_values`` and ``_ages_days`` (lists, the last first; empty), as in :class:`MemoryFeatures` up
-    to rounding. For a width of more than 1 values are bytes, as of embeddings: without the means
-    and ``_last``. An event of time s counts for examples of times t > s + delay; those of one
-    second are in order of ``example_id``. What has no key (null), no time or no finite value is no
-    event. Examples keep their number, not their order. The cost is that of sorting.
+    Columns: those of the examples, then for each key ``NAME_KEY_count`` (0 without an event),
+    ``_mean``, ``_last``, ``_decayed_mean``, ``_days_since`` (null) and, for sequences, ``_values``
+    and ``_ages_days`` (lists, the last first), as in :class:`MemoryFeatures` up to rounding. For a
+    width of more than 1 values are bytes, as of embeddings: without the means and ``_last``. Events
+    of one second are in order of ``example_id``; without a key, a time or a finite value they are
+    none. Examples keep their number, not their order.
 
-    Args:
-        format: what is kept.
-        dialect: ``"duckdb"`` or ``"spark"``, which differ in their words for lists.
-        events: the name of a table of keys, ids, times and values (:func:`events_sql`, or labels).
-        examples: the name of a table of keys and times, maybe the same.
-        example_id: the events' column of ids.
-        event_seconds: both tables' column of times, epoch seconds.
-        value: the events' column of values.
+    ``events`` is the name of a table of keys, ids, times and values, as of :func:`events_sql` or of
+    labels, ``examples`` that of one of keys and times, maybe the same; the others are names of
+    their columns. Dialects differ in their words for lists.
 
     Raises:
         ValueError: for another dialect, and for names that can't be read.
@@ -81,14 +73,14 @@ def memory_sql(
     Example:
         >>> import duckdb
         >>> rows = "(1, 7, 100, 0.5), (2, 8, 100, -2.0), (3, 7, 160, 1.5), (4, 7, 170, 0.0)"
-        >>> rows = duckdb.sql(f"FROM (VALUES {rows}) AS t(example_id, user_id, t, label)")
-        >>> one = {"events": "rows", "examples": "rows", "event_seconds": "t", "value": "label"}
-        >>> text = memory_sql(MemoryFormat(name="l", keys=[["user_id"]]), dialect="duckdb", **one)
+        >>> rows = duckdb.sql(f"FROM (VALUES {rows}) t(example_id, user_id, event_seconds, value)")
+        >>> format = MemoryFormat(name="l", keys=[["user_id"]])
+        >>> text = memory_sql(format, dialect="duckdb", events="rows", examples="rows")
         >>> duckdb.sql(f"SELECT l_user_id_mean FROM ({text}) ORDER BY example_id").fetchall()
         [(None,), (None,), (0.5,), (1.0,)]
     """
-    if dialect not in get_args(Dialect):
-        raise ValueError(f"dialect should be one of {get_args(Dialect)}; received {dialect!r}")
+    if dialect not in _WORDS:
+        raise ValueError(f"dialect should be one of {(*_WORDS,)}; received {dialect!r}")
     last_value, transform, empty = _WORDS[dialect]
     vector, is_vector = f"source.{quoted(value)}", f"source.{quoted(value)} IS NOT NULL"
     if format.width == 1:  # a float32, as in MemoryEvents
@@ -100,54 +92,48 @@ def memory_sql(
         for shift in (0, half)
     )
     at = f"CAST(floor(source.{quoted(event_seconds)}) AS BIGINT)"
-    tables, columns, joins = [], ["source.*"], []
+    tables, columns, joins = [], ["source.*"], [f"FROM {quoted_table(examples)} AS source"]
     for place, (name, key) in enumerate(zip(format.key_names, format.keys, strict=True)):
-        memory, parts = f"_memory_{place}", [f"source.{quoted(column)}" for column in key]
-        keys = ", ".join(f"key_{i}" for i in range(len(key)))
-        keyed = ", ".join(f"{part} AS key_{i}" for i, part in enumerate(parts))
-        is_keyed = " AND ".join(f"{part} IS NOT NULL" for part in [*parts, at])
+        memory, names = f"_memory_{place}", [f"key_{i}" for i in range(len(key))]
+        keys, parts = ", ".join(names), [*(f"source.{quoted(column)}" for column in key), at]
+        columns_at = [*zip(parts, [*names, "seconds"], strict=True)]
+        keyed = ", ".join(f"{part} AS {column}" for part, column in columns_at)
+        is_keyed = " AND ".join(f"{part} IS NOT NULL" for part in parts)
         states = _states(format, keys)
+        known = ", ".join(f"{last_value.format(state)} OVER known AS {state}" for state in states)
         tables.append(f"""{memory} AS (
-  SELECT * FROM (
-    SELECT {keys}, example_seconds,
-      {", ".join(f"{last_value.format(state)} OVER known AS {state}" for state in states)}
+  SELECT {keys}, asked AS seconds, {known}
+  FROM (
+    SELECT {keys}, NULL AS asked, 2 * (seconds + {format.delay_seconds}) + 1 AS instant,
+      {", ".join(f"{text} AS {state}" for state, text in states.items())}
     FROM (
-      SELECT {keys}, NULL AS example_seconds, 2 * (seconds + {format.delay_seconds}) + 1 AS instant,
-        {", ".join(f"{text} AS {state}" for state, text in states.items())}
+      SELECT *, {middle} AS middle, {later_middle} AS later_middle,
+        row_number() OVER (PARTITION BY {keys} ORDER BY seconds, example_id, vector) AS place
       FROM (
-        SELECT *, row_number() OVER (
-          PARTITION BY {keys} ORDER BY seconds, example_id, vector
-        ) AS place, {middle} AS middle, {later_middle} AS later_middle
-        FROM (
-          SELECT {keyed}, {at} AS seconds, source.{quoted(example_id)} AS example_id,
-            {vector} AS vector
-          FROM {quoted_table(events)} AS source WHERE {is_keyed} AND {is_vector}
-        ) AS dated
-      ) AS event
-      UNION ALL
-      SELECT DISTINCT {keyed}, {at}, 2 * {at}, {", ".join(["NULL"] * len(states))}
-      FROM {quoted_table(examples)} AS source WHERE {is_keyed}
-    ) AS moment
-    WINDOW known AS (PARTITION BY {keys} ORDER BY instant, number ROWS UNBOUNDED PRECEDING)
-  ) AS asked WHERE example_seconds IS NOT NULL
+        SELECT {keyed}, source.{quoted(example_id)} AS example_id, {vector} AS vector
+        FROM {quoted_table(events)} AS source WHERE {is_keyed} AND {is_vector}
+      ) AS dated
+    ) AS event
+    UNION ALL
+    SELECT DISTINCT {keyed}, 2 * {at}, {", ".join(["NULL"] * len(states))}
+    FROM {quoted_table(examples)} AS source WHERE {is_keyed}
+  ) AS moment
+  WINDOW known AS (PARTITION BY {keys} ORDER BY instant, number ROWS UNBOUNDED PRECEDING)
 )""")
-        matches = [f"{memory}.key_{i} = {part}" for i, part in enumerate(parts)]
-        matches.append(f"{memory}.example_seconds = {at}")
-        joins.append(f"LEFT JOIN {memory} ON {' AND '.join(matches)}")
+        matches = " AND ".join(f"{memory}.{column} = {part}" for part, column in columns_at)
+        joins.append(f"LEFT JOIN {memory} ON {matches}")  # an event's own seconds are null
+        age = f"({memory}.seconds - {{}}) / {DAY_SECONDS}"
         features = {"count": f"coalesce({memory}.number, 0)"}
         if format.width == 1:
             features |= {n: f"{memory}.{n}_value" for n in ("mean", "last", "decayed_mean")}
-        age = f"({memory}.example_seconds - {{}}) / {DAY_SECONDS}"
         features["days_since"] = age.format(f"{memory}.last_seconds")
         if format.length:
             ages = transform.format(f"{memory}.times", age.format("_t"))
             features["values"] = f"coalesce({memory}.vectors, {empty})"
             features["ages_days"] = f"coalesce({ages}, {empty})"
-        columns += [
-            f"{text} AS {quoted(f'{format.name}_{name}_{n}')}" for n, text in features.items()
-        ]
-    selected, asked = ",\n  ".join(columns), f"FROM {quoted_table(examples)} AS source"
-    return "WITH " + ",\n".join(tables) + "\n" + "\n".join([f"SELECT {selected}", asked, *joins])
+        start = f"{format.name}_{name}_"
+        columns += [f"{text} AS {quoted(start + n)}" for n, text in features.items()]
+    return f"WITH {', '.join(tables)}\nSELECT {', '.join(columns)}\n{' '.join(joins)}"
 
 
 def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
@@ -166,13 +152,11 @@ def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
             weight, over = f"power(CAST(2 AS DOUBLE), {exponent})", so_far.format(f", {middle}")
             decayed.append(f"sum({weight} * vector) {over} / sum({weight}) {over}")
         states |= {"mean_value": f"avg(vector) {so_far.format('')}", "last_value": "vector"}
-        cases = "CASE WHEN seconds >= middle THEN {} ELSE {} END"
-        states["decayed_mean_value"] = cases.format(*decayed)
+        case = "CASE WHEN seconds >= middle THEN {} ELSE {} END".format(*decayed)
+        states["decayed_mean_value"] = case
     if format.length:
         rows = f"ROWS BETWEEN CURRENT ROW AND {format.length - 1} FOLLOWING"
         latest = f"OVER (PARTITION BY {keys} ORDER BY place DESC {rows})"
-        states |= {
-            "vectors": f"array_agg(vector) {latest}",
-            "times": f"array_agg(seconds) {latest}",
-        }
+        states["vectors"] = f"array_agg(vector) {latest}"
+        states["times"] = f"array_agg(seconds) {latest}"
     return states
