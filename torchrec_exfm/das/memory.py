@@ -104,6 +104,11 @@ class Memory:
         """
         t = as_seconds("seconds", seconds)
         numbers = as_floats("values", values, (len(t), self.format.width))
+        if bad := np.count_nonzero(~np.isfinite(numbers)):
+            raise ValueError(
+                f"values should be finite; received {bad} that are not: leave out the events of "
+                "examples without an output or a label"
+            )
         encode(numbers, self.format.resolution)  # raises for what it can't hold
         keys = self.format.key_values(columns, len(t))
         if len(t) and t.min() + self.format.delay_seconds < self.through_seconds:

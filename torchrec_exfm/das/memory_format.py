@@ -69,6 +69,8 @@ class MemoryFormat:
         given = self.keys
         keys = tuple((key,) if isinstance(key, str) else tuple(key) for key in given)
         object.__setattr__(self, "keys", keys)
+        for name in (self.name, *(column for key in keys for column in key)):
+            check_name("a memory, and a column of its keys,", name)
         if isinstance(given, str) or not all(keys) or len({*self.key_names}) < len(keys or "1"):
             raise ValueError(
                 "keys should be a list of keys, each of one column or more, that differ in their "
@@ -80,8 +82,6 @@ class MemoryFormat:
                 raise ValueError(
                     f"{name} should be a whole number from {least}; received {value!r}"
                 )
-        for name in (self.name, *(column for key in keys for column in key)):
-            check_name("a memory, and a column of its keys,", name)
         check_duration("half_life_seconds", self.half_life_seconds)
         if not self.half_life_seconds:
             raise ValueError(
