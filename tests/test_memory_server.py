@@ -285,7 +285,7 @@ def test_examples_of_the_past_are_refused(url: str) -> None:
         served.read({"user": [1]}, [940])  # clocks differ
         with pytest.raises(ValueError, match="examples should be of 1000 or later"):
             served.read({"user": [1, 1]}, [2000, 939])
-        with pytest.raises(ValueError, match="without \\['user'\\]"):
+        with pytest.raises(ValueError, match="should be .*'user'.*; received .*'item'"):
             served.read({"item": [1]}, [2000])
 
 
@@ -456,3 +456,9 @@ def test_needs_are_json(tmp_path: Path) -> None:
     write_needs(tmp_path / "needs.json", [(FORMAT, 3)])
     (need,) = json.loads((tmp_path / "needs.json").read_text())["memories"]
     assert need["version"] == 3 and MemoryFormat(**need["format"]) == FORMAT
+
+
+def test_the_extra_that_redis_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchrec-exfm\[memory\]'"):
+        ServedMemory("redis://127.0.0.1:1/0", "fm")

@@ -42,7 +42,8 @@ def export_student(model: nn.Module) -> nn.Module | None:
     call it: the tables are gathered in the host memory of rank 0, which needs room for one whole
     student; a GPU needs room for 64 MiB. Where a model of your own reads pooled embeddings, let it
     read them by key: the order within ``KeyedTensor.values()`` depends on the sharding plan.
-    ``examples/serve.py`` writes it to files in five ways, and serves from them.
+    ``examples/serve.py`` writes it to files in five ways, and serves from them. A student that has
+    a memory's features is served with the memory: ``das.memory_server.write_needs`` says of which.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.

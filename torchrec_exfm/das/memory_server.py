@@ -156,8 +156,14 @@ def _open(url: AnyPath, *, writes: bool) -> Any:
     """Return a client of redis-py, or a file with those of its methods that are used here."""
     if not str(url).startswith(("redis://", "rediss://")):
         return _File(url, writes)
-    from redis import Redis  # of the extra "memory"
-
+    try:
+        from redis import Redis
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a memory in Redis needs redis-py, which is not installed: "
+            "pip install 'torchrec-exfm[memory]'",
+            name="redis",
+        ) from error
     return Redis.from_url(str(url), socket_timeout=5)
 
 
