@@ -285,7 +285,7 @@ def test_examples_of_the_past_are_refused(url: str) -> None:
         served.read({"user": [1]}, [940])  # clocks differ
         with pytest.raises(ValueError, match="examples should be of 1000 or later"):
             served.read({"user": [1, 1]}, [2000, 939])
-        with pytest.raises(ValueError, match="should be .*'user'.*; received .*'item'"):
+        with pytest.raises(ValueError, match=r"should be .*'user'.*; received .*'item'"):
             served.read({"item": [1]}, [2000])
 
 
