@@ -45,7 +45,7 @@ the same size and sees what the strong student sees.
 **Head on the label** is the control: a second head like AH's that learns the label, without any
 teacher. What it brings is not the teacher's.
 
-Seeds are five, and three in the sweeps, which are all tables but 1 and 6, and for the arms of
+Seeds are five, and three in the sweeps, which are all tables but 1, 6 and 10, and for the arms of
 EB-NeRD in table 1 that have GS, LS, LW or SA but the recipe. Sweeps are of fewer verticals but for
 freshness: PRODUCE, DELI and MEAT-PCKGD; Drama, Horror and Adventure; the front page on mobile
 devices and the article page on desktops.

@@ -209,11 +209,13 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         "days since; of examples whose label was known before. *History*: the user's last "
         f"{LENGTH} of these pooled by their mean, as {WIDTH} principal directions of the "
         "teacher's last layer, or (*raw*, its control) as learned vectors as wide of the item with "
-        "its label. "
-        "**A student that is served with it needs the memory too: one key-value read.** Less its "
-        "control: the difference of NE, paired by seed, to the arm that is named. Half-lives and "
-        "the lean student's rates with a memory were chosen before the evaluation, in one vertical "
-        "of each stream.\n"
+        "its label. **A student that is served with it needs the memory too: one key-value read.** "
+        "Less its control: the difference of NE, paired by seed, to the arm that is named. "
+        "Half-lives, and the lean student's rates with a memory, were chosen before the "
+        "evaluation, in one vertical of each stream: so its differences to none are of memory and "
+        "rates together, and those between arms with a memory are not. On MovieLens the strong "
+        "student and the teacher have the counts and means of a label memory too, but the means "
+        "as probabilities: most of what it brings there is that they are log-odds.\n"
     )
     for source, student in quality_report.kinds_of(remembered):
         kind = {"source": source, "student": student}
