@@ -136,8 +136,8 @@ class EmbeddingCompressor(nn.Module):
 def embedding_drift(old: Tensor, new: Tensor) -> float:
     """Return how far two encoders' codes z and z' of the same n examples are apart, both (n, D).
 
-    It is sum |z_i - z'_i|^2 / sum |z_i - mean z|^2: 0 for the same codes, on average 2 for those of
-    equal spread without relation. A ValueError for two shapes, codes all the same or not finite.
+    It is ``sum |z_i - z'_i|^2 / sum |z_i - mean z|^2``: 0 for the same codes, on average 2 for
+    those of equal spread without relation. A ValueError for two shapes, or codes all alike.
     """
     if old.dim() == 2 and old.shape == new.shape:
         before, after = old.detach().double(), new.detach().double()
