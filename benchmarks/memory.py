@@ -14,14 +14,14 @@ sql_rows_per_s: the same table by memory_sql on DuckDB, one thread.
 equal_to_brute_force: counts, means, last values, decayed means and days of 20,000 examples are
     those of a dict of lists, within float32.
 
-Served: a memory of 100,000 users (--quick: 20,000), 12 numbers an event, published and read on each
+Served: a memory of 50,000 users (--quick: 20,000), 12 numbers an event, published and read on each
 backend: SQLite, and Redis if a server is installed here, which runs on the same machine. With
 sequences of L = 0 and of L = 50 events in int8, all of them full. A request has 1,000 rows of
 distinct random users, one of twenty of them without a record; the time is that of
 ServedMemory.read, from columns to features. Beside it is what a student alone takes for 1,000
 rows: the exported DLRM of serving.py with 26 tables (--quick: 4), eager, on one thread.
 
-serve_p50_ms, serve_p99_ms: by backend and L, on the wall, of 1,000 reads (--quick: 200).
+serve_p50_ms, serve_p99_ms: by backend and L, on the wall, of 500 reads (--quick: 200).
 core_p50_ms: the time that the reading process had the core, so that other work counts less.
 publish_rows_per_s, bytes_a_record: of the publication of all records; SQLite's are of its file.
 """
@@ -187,7 +187,7 @@ def equal_to_brute_force(rows: int) -> bool:
 
 def serve_latency(quick: bool) -> dict[str, Any]:
     """Milliseconds of a request, by backend and length of the sequences."""
-    keys, reads = (20_000, 200) if quick else (100_000, 1_000)
+    keys, reads = (20_000, 200) if quick else (50_000, 500)
     details: dict[str, Any] = {"keys": keys, "rows": ROWS, "reads": reads}
     for backend, length in itertools.product(backends(), LENGTHS):
         figures = common.in_process(serve, backend, keys, length, reads)

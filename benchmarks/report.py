@@ -28,6 +28,7 @@ TITLES = {
     "stalls": "A store that hangs, or is slow",
     "scoring": "Filling it",
     "join": "Outputs as columns",
+    "memory": "Teacher memory",
     "readers": "Published data sets as streams",
 }
 HEAD = """# Benchmarks
