@@ -78,8 +78,8 @@ class Memory:
         self.through_seconds = 0
         self.published_through: int | None = None
         self._by_key = {name: _KeyMemory(format, max_keys) for name in format.key_names}
-        # keys (n, keys), seconds (n,), values (n, V): the first part is in order of time
-        nothing = np.empty((0, len(format.keys)), np.int64), np.empty(0, np.int64)
+        # keys (n, keys), events (n,), values (n, V): the first part is in order of time
+        nothing = np.empty((0, len(format.keys)), np.int64), np.empty(0, format.event_dtype)
         self._waiting: list[tuple[AnyArray, ...]] = [
             (*nothing, np.empty((0, format.width), np.float32))
         ]
@@ -109,7 +109,8 @@ class Memory:
                 f"values should be finite; received {bad} that are not: leave out the events of "
                 "examples without an output or a label"
             )
-        encode(numbers, self.format.resolution)  # raises for what it can't hold
+        events = np.empty(len(t), self.format.event_dtype)
+        events["seconds"], events["vector"] = t, encode(numbers, self.format.resolution)
         keys = self.format.key_values(columns, len(t))
         if len(t) and t.min() + self.format.delay_seconds < self.through_seconds:
             raise ValueError(
@@ -117,7 +118,7 @@ class Memory:
                 f"{t.min()} (delay {self.format.delay_seconds}) after an example of "
                 f"{self.through_seconds}: write a batch's events before it is read, or set a delay"
             )
-        self._waiting.append((np.stack([*keys.values()], 1), t.copy(), numbers.copy()))
+        self._waiting.append((np.stack([*keys.values()], 1), events, numbers.copy()))
 
     def read(self, columns: Columns, seconds: Any) -> dict[str, MemoryFeatures]:
         """Return the features of B examples by key, in the order of the examples.
@@ -137,9 +138,9 @@ class Memory:
                 f"examples should be read in order of time; received one of {t.min()} after one "
                 f"of {self.through_seconds}: sort the stream, or take a table of memory_sql"
             )
-        event_keys, times, values = self._take(int(t.max(initial=self.through_seconds)))
+        event_keys, events, values = self._take(int(t.max(initial=self.through_seconds)))
         return {
-            name: memory.read(column, times, values, keys[name], t)
+            name: memory.read(column, events, values, keys[name], t)
             for (name, memory), column in zip(self._by_key.items(), event_keys.T, strict=True)
         }
 
@@ -163,10 +164,10 @@ class Memory:
         self.through_seconds = through
         if len(self._waiting) > 1:
             merged = [np.concatenate(parts) for parts in zip(*self._waiting, strict=True)]
-            order = np.argsort(merged[1], kind="stable")
+            order = np.argsort(merged[1]["seconds"], kind="stable")
             self._waiting = [tuple(part[order] for part in merged)]
         (waiting,) = self._waiting
-        ready = np.searchsorted(waiting[1], through - self.format.delay_seconds)
+        ready = np.searchsorted(waiting[1]["seconds"], through - self.format.delay_seconds)
         self._waiting = [tuple(part[ready:] for part in waiting)]
         return tuple(part[:ready] for part in waiting)
 
@@ -183,13 +184,14 @@ class _KeyMemory:
         self.is_changed = np.zeros(1, np.bool_)
 
     def read(
-        self, event_keys: Ints, event_seconds: Ints, values: Floats, keys: Ints, seconds: Ints
+        self, event_keys: Ints, events: AnyArray, values: Floats, keys: Ints, seconds: Ints
     ) -> MemoryFeatures:
         """Add events, and return the features of examples, each as of its own time."""
         has_key = event_keys != NO_KEY
         n, all_keys = np.count_nonzero(has_key), np.concatenate([event_keys[has_key], keys])
         # in one instant examples come first: an event counts for later ones alone
-        instants = [2 * (event_seconds[has_key] + self.format.delay_seconds) + 1, 2 * seconds]
+        known = events["seconds"][has_key] + self.format.delay_seconds
+        instants = [2 * known + 1, 2 * seconds]
         order = np.lexsort((np.concatenate(instants), all_keys))
         is_event = order < n
         starts = np.diff(all_keys[order], prepend=~all_keys[order[:1]]) != 0
@@ -199,11 +201,9 @@ class _KeyMemory:
         slots = self._slots_of(all_keys[order[starts]], sizes > 0)
         first = np.cumsum(sizes) - sizes  # event of each group
         place = np.arange(n) - first[event_group]
-        before, sources = self.states[slots], order[is_event]
-        events = np.empty(n, self.format.event_dtype)
-        events["seconds"], vectors = event_seconds[has_key][sources], values[has_key][sources]
-        events["vector"] = encode(vectors, self.format.resolution)
-        states = self._accumulate(before[event_group], place, events["seconds"], vectors)
+        before, sources = self.states[slots], np.flatnonzero(has_key)[order[is_event]]
+        events, values = events[sources], values[sources]
+        states = self._accumulate(before[event_group], place, events["seconds"], values)
 
         targets = order[~is_event] - n
         last, of_examples = np.empty((2, len(keys)), np.int64)
