@@ -298,17 +298,17 @@ def _earlier_clicks(shown: pl.DataFrame, sparse: dict[str, data.Array]) -> dict[
         shape = [1 + int(sparse[name].max()) for name in key]
         seen, clicks = counts(np.ravel_multi_index([sparse[name] for name in key], shape))
         dense[f"{'_'.join(key)}_log_seen"] = np.log1p(seen).astype(np.float32)
-        dense[f"{'_'.join(key)}_log_odds"] = _log_odds(seen, clicks)
+        dense[f"{'_'.join(key)}_log_odds"] = log_odds(seen, clicks)
     for hours in WINDOW_HOURS:
         seen, clicks = counts(sparse["article"].astype(np.int64), time - 3600 * hours)
-        odds = _log_odds(seen, clicks)
+        odds = log_odds(seen, clicks)
         dense[f"log_clicks_{hours}h"] = np.log1p(clicks).astype(np.float32)
         dense[f"log_odds_{hours}h"] = odds
         dense[f"lead_{hours}h"] = _lead(odds, impression)
     return dense
 
 
-def _log_odds(seen: data.Array, clicks: data.Array) -> data.Array:
+def log_odds(seen: data.Array, clicks: data.Array) -> data.Array:
     """Smoothed, float32."""
     others = seen - clicks + (1 - PRIOR_RATE) * PRIOR_COUNT
     return np.log((clicks + PRIOR_RATE * PRIOR_COUNT) / others).astype(np.float32)

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -500,18 +501,12 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
 
 def aggregates_of(cell: Cell, kind: str, rows: Array, folder: Path) -> Array:
     """Dense features of a memory of "labels" or of the "teacher"'s logits, for some rows."""
-    source, stream = source_of(cell.source), stream_of(cell.source)
-    teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed if kind == "teacher" else 0)
-    file = teacher.file(folder, f"memory-of-{kind}")
-    examples = rows_of(cell.source, *source.verticals)
-    if not file.exists():
-        of_teacher = kind == "teacher"
-        logits = np.load(teacher.file(folder, cell.feed)) if of_teacher else None
-        is_asked = np.zeros(len(stream), bool)
-        is_asked[examples] = True
-        columns = remembered.aggregates(source, stream, is_asked, logits)
-        write_whole(file, lambda to: np.save(to, columns))
-    return np.asarray(np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)])
+    teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed)
+    if kind == "labels":
+        return remembered_rows(teacher._replace(seed=0), kind, rows, folder, remembered.aggregates)
+    logits = np.load(teacher.file(folder, cell.feed), mmap_mode="r")
+    make = partial(remembered.aggregates, logits=logits)
+    return remembered_rows(teacher, f"{kind}-{cell.feed}", rows, folder, make)
 
 
 def history_of(cell: Cell, kind: str, rows: Array, folder: Path) -> tuple[Array, Array]:
@@ -519,19 +514,30 @@ def history_of(cell: Cell, kind: str, rows: Array, folder: Path) -> tuple[Array,
     source, stream = source_of(cell.source), stream_of(cell.source)
     teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed)
     taught = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
-    file = teacher._replace(seed=0).file(folder, "history")
-    examples = rows_of(cell.source, *source.verticals)
-    if not file.exists():  # the same events for both: those of which the teacher said something
-        is_asked = np.zeros(len(stream), bool)
-        is_asked[examples] = True
-        events = ~np.isnan(taught[:, 0])
-        places = remembered.histories(source, stream, events, is_asked)
-        write_whole(file, lambda to: np.save(to, places))
-    places = np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)]
+    # the same events for both: those of which the teacher said something
+    make = partial(remembered.histories, events=~np.isnan(taught[:, 0]))
+    places = remembered_rows(teacher._replace(seed=0), "history", rows, folder, make)
     if kind == "raw":
         item = source.memory_keys[1][0]
         taught = 2 * stream.sparse[item].astype(np.int64) + (np.asarray(stream.label) == 1)
     return places, taught
+
+
+def remembered_rows(
+    teacher: Teacher, kind: str, rows: Array, folder: Path, make: Callable[..., Array]
+) -> Array:
+    """Some rows of what is made for all verticals once, and kept in a file."""
+    source, stream = source_of(teacher.source), stream_of(teacher.source)
+    told = json.dumps(remembered.settings(source))
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    file = teacher.file(folder, f"memory-{kind}-{digest}")
+    examples = rows_of(teacher.source, *source.verticals)
+    if not file.exists():
+        is_asked = np.zeros(len(stream), bool)
+        is_asked[examples] = True
+        made = make(source, stream, is_asked)
+        write_whole(file, lambda to: np.save(to, made))
+    return np.asarray(np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)])
 
 
 def mixed(logits: Array, labels: Array) -> Array:

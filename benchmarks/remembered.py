@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ebnerd
 import numpy as np
 import quality_report
 import torch
@@ -26,12 +27,11 @@ from torchrec_exfm.study.report import markdown, mean_cell
 
 LENGTH, WIDTH = 50, 12
 CHUNK = 1 << 16
-PRIOR = 10.0  # examples of the mean rate that an empty history of labels counts for
 
 
 def settings(source: Source) -> list[Any]:
     """What a memory rests on beside its stream and teacher."""
-    return [source.memory_keys, source.memory_half_life, LENGTH, WIDTH, PRIOR]
+    return [source.memory_keys, source.memory_half_life, LENGTH, WIDTH, ebnerd.PRIOR_COUNT]
 
 
 def _memory(source: Source, name: str, **options: Any) -> Memory:
@@ -47,8 +47,8 @@ def _pass(
     events: Array,
     values: Array,
     examples: Array,
-) -> Iterator[tuple[Array, dict[str, MemoryFeatures]]]:
-    """Positions among the examples, and what is remembered of them, in order of time.
+) -> Iterator[dict[str, MemoryFeatures]]:
+    """What is remembered of the examples, in their order, some at a time.
 
     Args:
         memory: that starts empty.
@@ -59,7 +59,6 @@ def _pass(
         examples: rows (a mask) that are asked about.
     """
     known = np.asarray(stream.time if source.known is None else source.known())
-    done = 0
     for first in range(0, len(stream), CHUNK):
         for rows, is_event in ((events, True), (examples, False)):
             chosen = first + np.flatnonzero(rows[first : first + CHUNK])
@@ -69,12 +68,12 @@ def _pass(
             if is_event:
                 memory.write(columns, known[chosen], values[chosen].astype(np.float32))
             else:
-                features = memory.read(columns, stream.time[chosen])
-                yield np.arange(done, done + len(chosen)), features
-                done += len(chosen)
+                yield memory.read(columns, stream.time[chosen])
 
 
-def aggregates(source: Source, stream: data.Stream, examples: Array, logits: Array | None) -> Array:
+def aggregates(
+    source: Source, stream: data.Stream, examples: Array, logits: Array | None = None
+) -> Array:
     """Dense features of the memory of a teacher's logits, or (None) of labels, float32 (B', D).
 
     Rates of labels are smoothed log-odds, as the strong student has them.
@@ -82,39 +81,34 @@ def aggregates(source: Source, stream: data.Stream, examples: Array, logits: Arr
     values = np.asarray(stream.label if logits is None else logits)
     memory = _memory(source, "label" if logits is None else "teacher")
     parts = []
-    for _, features in _pass(memory, source, stream, ~np.isnan(values), values, examples):
+    for features in _pass(memory, source, stream, ~np.isnan(values), values, examples):
         known = features.values()
-        parts.append(
-            np.concatenate([_odds(f, values) if logits is None else f.dense() for f in known], 1)
-        )
+        parts.append(np.concatenate([_odds(f) if logits is None else f.dense() for f in known], 1))
     return np.concatenate(parts)
 
 
-def _odds(features: MemoryFeatures, labels: Array) -> Array:
+def _odds(features: MemoryFeatures) -> Array:
     """Dense features of labels, with log-odds in the place of rates."""
-    count, prior = features.count[:, None], 0.09
-    dense = features.dense()
+    count, dense = features.count, features.dense()
     for column, rate in ((3, features.mean), (5, features.decayed_mean)):
-        positive = np.where(count > 0, rate * count, 0)
-        odds = np.log(positive + prior * PRIOR) - np.log(count - positive + (1 - prior) * PRIOR)
-        dense[:, column] = odds[:, 0]
+        dense[:, column] = ebnerd.log_odds(count, np.where(count > 0, rate[:, 0] * count, 0))
     return dense
 
 
-def histories(source: Source, stream: data.Stream, events: Array, examples: Array) -> Array:
+def histories(source: Source, stream: data.Stream, examples: Array, events: Array) -> Array:
     """The rows in the stream of the user's last events, the last first; -1: none, int32 (B', L)."""
     user = source.memory_keys[0]
     memory = _memory(source, "history", keys=[user], length=LENGTH)
     rows = np.arange(len(stream))
     assert len(stream) < 1 << 24  # float32 tells them apart
-    padded = np.full((np.count_nonzero(examples), LENGTH), -1, np.int32)
-    for at, features in _pass(memory, source, stream, events, rows, examples):
+    parts = []
+    for features in _pass(memory, source, stream, events, rows, examples):
         (known,) = features.values()
         filled = np.arange(LENGTH) < known.lengths[:, None]
         part = np.full(filled.shape, -1, np.int32)
         part[filled] = known.vectors[:, 0]
-        padded[at] = part
-    return padded
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 @dataclass
