@@ -1,9 +1,10 @@
-"""The S3 server of the tests that write to an object store."""
+"""What tests of several files share: the S3 server, and a rank."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from s3_server import S3Server, s3_server
@@ -22,6 +23,16 @@ def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
     server.requests()
     yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
     server.set_faults()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist  # seconds, which most of the tests do without
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 # Two processes share the tests, a file at a time: those that take minutes begin first.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("faiss")
 
@@ -217,13 +215,6 @@ def test_pairs_at_the_cut_have_the_features_of_a_rating_then(stream: data.Stream
         np.testing.assert_allclose(asked.dense[name], stream.dense[name][[cut]], err_msg=name)
     for name in movielens.RICH_SPARSE:
         assert asked.sparse[name] == stream.sparse[name][cut], name
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -7,12 +7,10 @@ import io
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from models import CPU, tables
 from torch import Tensor, nn
@@ -339,13 +337,6 @@ def batches_of(steps: int, rows: int = 6) -> Iterator[Batch]:
         )
         history = history_of(lengths, step, dtype=torch.float32)
         yield Batch(ids, history, torch.rand(rows).round())
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")
