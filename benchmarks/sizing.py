@@ -6,7 +6,7 @@ Costs of a row and of a look-up are those of measured/store.cpu.json (random ids
 task), of the join those of measured/join.cpu.json, of scoring those of measured/scoring.cpu.json,
 where they are kept, all on the machines that they name. What the log of the table costs is measured
 here: a store of 500 commits (--quick: 200), each of a few rows, is opened and brought up to date.
---write puts the tables into docs/scale.md.
+--write puts the tables into docs/sizing.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from torchrec_exfm.das import Snapshot, TeacherStore
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "scale.md"
+PAGE = HERE.parent / "docs" / "sizing.md"
 DAY, GIB = 86_400, 2**30
 ROWS_A_DAY = (10**6, 10**8, 10**9, 10**10)
 BUDGET = 16 * GIB  # of a host, for windows: two held, and one that is read
@@ -35,7 +35,7 @@ HOSTS, DAYS, CORES = 50, 30, 16
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/sizing.md")
     options = parser.parse_args()
     costs = measured() | log_costs(200 if options.quick else 500)
     result = {"costs": costs, "sizes": [size(rows, costs) for rows in ROWS_A_DAY]}
