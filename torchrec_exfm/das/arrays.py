@@ -189,8 +189,8 @@ def among(values: Ints, ordered: Ints) -> Mask:
     if len(ordered) == 0:
         return np.zeros(len(values), dtype=np.bool_)
     at = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
-    found: Mask = ordered[at] == values
-    return found
+    matches: Mask = ordered[at] == values
+    return matches
 
 
 def utc(seconds: float) -> str:
@@ -229,7 +229,7 @@ def on_host(what: str, values: Any) -> AnyArray:
     return array
 
 
-def kind_of(array: AnyArray) -> str:
+def describe_dtype(array: AnyArray) -> str:
     """What an array holds, in words."""
     if array.dtype != object:
         return str(array.dtype)
@@ -243,7 +243,7 @@ def _are_ints(values: Any) -> bool:
 
 def _whole(what: str, array: AnyArray, rows: int | None, *, also: str = "", hint: str = "") -> Ints:
     if array.dtype.kind not in "iu" and array.shape != (0,):
-        kind = kind_of(array)
+        kind = describe_dtype(array)
         if array.dtype.kind == "f":
             kind += ", which may not hold every number above 2^53"
         raise TypeError(

@@ -13,7 +13,7 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.errors import StoreError, store_errors
 
 _WRITERS = 4
 _ROUNDS = 20  # where a reply takes no time, two rounds of three teach nothing
@@ -29,7 +29,7 @@ def check_conditional_puts(url: str, storage_options: Mapping[str, str] | None =
     options = dict(storage_options or {})
     if "://" not in url:
         return
-    with telling(url, "can't be written to", options):
+    with store_errors(url, "can't be written to", options):
         if DeltaTable.is_deltatable(url, options):
             return
         for _ in range(_ROUNDS):

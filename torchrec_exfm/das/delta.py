@@ -23,7 +23,7 @@ from torchrec_exfm.das.errors import (
     MissingFileError,
     StoreError,
     check_process,
-    telling,
+    store_errors,
 )
 from torchrec_exfm.das.folder import Folder
 from torchrec_exfm.das.log import Log
@@ -94,7 +94,7 @@ class Table:
     ) -> None:
         """Make an empty table; one that is there is left as it is."""
         another_was_first = contextlib.suppress(ConflictError)
-        with another_was_first, telling(url, "can't be made", storage_options):
+        with another_was_first, store_errors(url, "can't be made", storage_options):
             DeltaTable.create(
                 url,
                 schema,
@@ -142,7 +142,7 @@ class Table:
                     return None
                 mark = uuid.uuid4().hex
                 try:
-                    with self._telling(failure):
+                    with self._store_errors(failure):
                         return commit.act(_properties(commit, mark)) or {}
                 except StoreError as error:
                     # it may be there all the same: its reply was lost, or what failed came after it
@@ -229,7 +229,7 @@ class Table:
     def vacuum(self, hours: int, *, enforce: bool) -> list[str]:
         """Remove the files that left the table more than so many hours ago."""
         self._folder.check_links()
-        with self._telling("can't remove files"):
+        with self._store_errors("can't remove files"):
             return self.delta.vacuum(hours, False, enforce)
 
     def files(self) -> list[DataFile]:
@@ -266,7 +266,7 @@ class Table:
         """The rows of a data file; a MissingFileError if it is not there."""
         where = f"{self.url}/{file.path}"
         self._folder.check_inside(file.path)
-        with telling(where, "can't be read", self._options):
+        with store_errors(where, "can't be read", self._options):
             if not self._folder.is_file(file.path):
                 raise MissingFileError(
                     f"{where}: is missing, and the table's log has it; restore it, or give its "
@@ -311,7 +311,7 @@ class Table:
 
     def _commit_since(self, version: int, mark: str) -> Mapping[str, Any] | None:
         """What the log says of the commit with a mark, if it was made after a version."""
-        with self._telling(
+        with self._store_errors(
             "it can't be seen whether the commit was made; look again when the store answers"
         ):
             self.delta.update_incremental()
@@ -322,16 +322,16 @@ class Table:
         return None
 
     @contextlib.contextmanager
-    def _telling(self, failure: str) -> Iterator[None]:
+    def _store_errors(self, failure: str) -> Iterator[None]:
         check_process(self._process)
-        with telling(self.url, failure, self._options):
+        with store_errors(self.url, failure, self._options):
             yield
 
     @contextlib.contextmanager
     def _reading_log(self, failure: str = "its log can't be read") -> Iterator[None]:
         """Name the file of the log that is damaged, if one is: the library names the table."""
         try:
-            with self._telling(failure):
+            with self._store_errors(failure):
                 yield
         except StoreError as error:
             damaged: list[str] = []

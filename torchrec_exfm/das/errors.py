@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 from deltalake.exceptions import CommitFailedError, DeltaError
 
-from torchrec_exfm.das.redaction import told
+from torchrec_exfm.das.redaction import describe_error
 
-__all__ = ["ConflictError", "MissingFileError", "StoreError", "check_process", "telling"]
+__all__ = ["ConflictError", "MissingFileError", "StoreError", "check_process", "store_errors"]
 
 _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
 
@@ -39,7 +39,7 @@ def check_process(process: int) -> None:
 
 
 @contextlib.contextmanager
-def telling(
+def store_errors(
     where: str, failure: str, storage_options: Mapping[str, str] | None = None
 ) -> Iterator[None]:
     """Raise the libraries' errors as a StoreError: what could not be done, where, and why."""
@@ -52,7 +52,7 @@ def telling(
         if "Forked process" in str(error):
             raise _forked() from None
         kind = ConflictError if isinstance(error, CommitFailedError) else StoreError
-        text, cause = told(error, storage_options)
+        text, cause = describe_error(error, storage_options)
         raise kind(f"{where}: {failure} ({text})".removeprefix(": ")) from cause
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_exfm.das.arrays import Ints, kind_of, on_host
+from torchrec_exfm.das.arrays import Ints, describe_dtype, on_host
 
 __all__ = ["hash_ids", "hash_ids_sql"]
 
@@ -171,8 +171,9 @@ def _whole(what: str, column: Any) -> Ints:
     kinds = set(map(type, array.flat)) if array.dtype == object else {array.dtype.type}
     if not all(issubclass(kind, (str, UUID)) for kind in kinds):
         raise TypeError(
-            f"{what} should be of integers, booleans, text or UUIDs; received {kind_of(array)}; "
-            "pass an array of one of these (of integers np.int64 or np.uint64), or another feature"
+            f"{what} should be of integers, booleans, text or UUIDs; received "
+            f"{describe_dtype(array)}; pass an array of one of these (of integers np.int64 or "
+            "np.uint64), or another feature"
         )
     try:
         texts = [str(value).encode() for value in array.flat]

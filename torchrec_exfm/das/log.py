@@ -18,7 +18,7 @@ import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.errors import StoreError, store_errors
 from torchrec_exfm.das.folder import Folder
 
 _LOG = "_delta_log"
@@ -67,7 +67,7 @@ class Log:
     def _files(self) -> list[tuple[int, str]]:
         """The commits and checkpoints: their versions and paths."""
         self._folder.check_inside(_LOG)
-        with telling(self._folder.url, "its log can't be listed", self._folder.options):
+        with store_errors(self._folder.url, "its log can't be listed", self._folder.options):
             infos = self._folder.filesystem.get_file_info(pa_fs.FileSelector(_LOG))
         named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
         return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
@@ -80,7 +80,7 @@ class Log:
         """
         self._folder.check_inside(path)
         # what can't be read just now is no damage: that is an error of its own
-        with telling(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
+        with store_errors(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
             try:
                 with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
@@ -117,7 +117,7 @@ class Log:
             return set()
         try:
             url, options = self._folder.url, self._folder.options
-            with telling(url, "can't be read", options):
+            with store_errors(url, "can't be read", options):
                 table = DeltaTable(url, self._begin, storage_options=options)
                 paths = pa.table(table.get_add_actions())["path"].to_pylist()
         except StoreError:
@@ -130,8 +130,8 @@ def _lost_columns(checkpoint: pq.ParquetFile, *, read: bool) -> str | None:
     schema = checkpoint.schema_arrow
     for name, parts in _CHECKPOINT.items():
         kind = schema.field(name).type if name in schema.names else None
-        there = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
-        if missing := [part for part in parts if part not in there]:
+        present = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
+        if missing := [part for part in parts if part not in present]:
             return f"lacks the column {name}.{missing[0]}: it is no checkpoint"
     if read:
         checkpoint.read()

@@ -45,7 +45,7 @@ def redacted(text: str, storage_options: Mapping[str, str] | None = None) -> str
     return _FIELD.sub(rf'\1"{HIDDEN}"', _URL.sub(_redacted_url, text))
 
 
-def told(
+def describe_error(
     error: BaseException, storage_options: Mapping[str, str] | None = None
 ) -> tuple[str, BaseException | None]:
     """Return a library's error as one line to be told, and what to raise from.

@@ -110,7 +110,7 @@ class StoreFormat:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the columns of the outputs."""
-        return columns_of(self.tasks)
+        return output_columns(self.tasks)
 
     def chosen(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         """Some of the tasks, or (None) all; a ValueError for others."""
@@ -248,7 +248,7 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def columns_of(tasks: Sequence[str]) -> tuple[str, ...]:
+def output_columns(tasks: Sequence[str]) -> tuple[str, ...]:
     """The names of the columns of tasks' outputs."""
     return tuple(f"output_{task}" for task in tasks)
 

@@ -40,7 +40,7 @@ class NamedRows:
         number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
         return transaction_name(self.snapshot, self.name), number
 
-    def may_be_there(
+    def may_be_stored(
         self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
     ) -> bool:
         """Whether what the name wrote may be in the files; it raises if ``last`` differs then."""
@@ -70,24 +70,24 @@ class NamedRows:
         order = np.argsort(rows.example_id)
         at = np.searchsorted(rows.example_id[order], stored.example_id).clip(max=len(order) - 1)
         at = order[at]
-        asked = rows.example_id[at] == stored.example_id
-        stored, at = stored[asked], at[asked]
+        offered = rows.example_id[at] == stored.example_id
+        stored, at = stored[offered], at[offered]
         same = alike(stored.outputs, rows.outputs[at]).all(axis=1)
-        there, found = np.zeros((2, len(rows)), dtype=np.bool_)
-        found[at] = True
-        there[at[same]] = True  # another shard may have said something else of the example
-        differ = found & ~there
+        matched, known = np.zeros((2, len(rows)), dtype=np.bool_)
+        known[at] = True
+        matched[at[same]] = True  # another shard may have said something else of the example
+        differ = known & ~matched
         if differ.any():
             first = np.flatnonzero(differ)[0]
-            known, given = stored.outputs[at == first][0], rows.outputs[first]
+            before, received = stored.outputs[at == first][0], rows.outputs[first]
             raise ValueError(
                 f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, "
                 f"should have the outputs it was written with; received others for {differ.sum()} "
                 f"of {len(rows)} examples: of example {rows.example_id[first]} there are "
-                f"{known.tolist()}, and these are {given.tolist()}: "
+                f"{before.tolist()}, and these are {received.tolist()}: "
                 "publish what said them as another version, or forget this one before"
             )
-        return there
+        return matched
 
 
 def transaction_name(snapshot: Snapshot, shard: str) -> str:

@@ -51,7 +51,7 @@ from torchrec_exfm.das.schema import (
     StoreFormat,
     as_keys,
     check_key_names,
-    columns_of,
+    output_columns,
 )
 from torchrec_exfm.das.shards import NamedRows
 from torchrec_exfm.das.urls import check_options, normal_url
@@ -276,21 +276,21 @@ class TeacherStore:
         _check_shard(shard)
         named = NamedRows(self.url, snapshot, shard, offered)
         transaction = named.transaction()
-        there = np.zeros(len(rows), dtype=np.bool_)
+        stored = np.zeros(len(rows), dtype=np.bool_)
 
         def prepare() -> Commit | None:
-            nonlocal there
-            there = np.zeros(len(rows), dtype=np.bool_)
+            nonlocal stored
+            stored = np.zeros(len(rows), dtype=np.bool_)
             # only a name can have been written before: to look for one reads the log
             last = None if shard is None else self.table.transaction(transaction[0])
             if last is not None:
-                if named.may_be_there(last, transaction[1], self.table.files(), self.read_file):
+                if named.may_be_stored(last, transaction[1], self.table.files(), self.read_file):
                     parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
-                    stored = Rows.concatenate([part for part, _ in parts], len(self.tasks))
-                    there = named.find(rows, stored, self.format.alike)
-                if there.all():
+                    known = Rows.concatenate([part for part, _ in parts], len(self.tasks))
+                    stored = named.find(rows, known, self.format.alike)
+                if stored.all():
                     return None
-            data = columns.filter(pa.array(~there)) if there.any() else columns
+            data = columns.filter(pa.array(~stored)) if stored.any() else columns
             data = data.take(pa.array(_order(data)))
             return Commit(
                 lambda properties: self.table.append(data, properties),
@@ -299,9 +299,9 @@ class TeacherStore:
             )
 
         if self.table.commit("can't be written to, and nothing of this shard was", prepare) is None:
-            return WriteReport(0, committed=False, stored_before=int(there.sum()))
-        before = int(there.sum())
-        return WriteReport(len(there) - before, quarantined, stored_before=before)
+            return WriteReport(0, committed=False, stored_before=int(stored.sum()))
+        before = int(stored.sum())
+        return WriteReport(len(stored) - before, quarantined, stored_before=before)
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
         """Say that a writer has written all that it will of events before a time.
@@ -431,13 +431,13 @@ class TeacherStore:
     ) -> Rows:
         """The rows of one of :meth:`files`, whatever rules they break."""
         check_key_names(keys)
-        outputs_of = columns_of(self.format.chosen(tasks))
+        output_names = output_columns(self.format.chosen(tasks))
         left_out = {"outputs", "keys"} if embeddings else {"outputs", "keys", "embedding"}
         names = [field.name for field in fields(Rows) if field.name not in left_out]
         schema = self.format.schema()
-        wanted = pa.schema([schema.field(name) for name in (*names, *outputs_of, *keys)])
+        wanted = pa.schema([schema.field(name) for name in (*names, *output_names, *keys)])
         table = self.table.read(file, wanted)
-        outputs = np.stack([_array(table, name) for name in outputs_of], axis=1)
+        outputs = np.stack([_array(table, name) for name in output_names], axis=1)
         columns = {name: _array(table, name) for name in names}
         columns = {"embedding": outputs[:, :0].view(np.uint8), **columns}
         numbers = np.empty((len(table), len(keys)), np.int64)
