@@ -47,17 +47,17 @@ def as_int(value: Any) -> int:
         return -1
 
 
-def as_int64(what: str, values: Any, rows: int | None = None) -> Ints:
+def as_int64(name: str, values: Any, rows: int | None = None) -> Ints:
     """Convert whole numbers (a tensor, array, series or sequence) to int64 (n,).
 
     Raises:
         TypeError: for another dtype.
         ValueError: for another shape, nulls, or a number above 2^63 - 1.
     """
-    return _as_ints(what, on_host(what, values), rows, hint=", or make ids with hash_ids")
+    return _as_ints(name, on_host(name, values), rows, hint=", or make ids with hash_ids")
 
 
-def as_epoch(what: str, values: Any, rows: int | None = None) -> Ints:
+def as_epoch(name: str, values: Any, rows: int | None = None) -> Ints:
     """Convert event times to epoch seconds (n,), of any range.
 
     Accepts whole seconds, as :func:`as_int64` does, and timestamps or dates of numpy, pandas,
@@ -67,48 +67,48 @@ def as_epoch(what: str, values: Any, rows: int | None = None) -> Ints:
         TypeError: for another dtype.
         ValueError: for another shape, or nulls.
     """
-    return _as_ints(what, _floor_to_seconds(on_host(what, values)), rows, also=" or timestamps")
+    return _as_ints(name, _floor_to_seconds(on_host(name, values)), rows, also=" or timestamps")
 
 
-def as_seconds(what: str, values: Any, rows: int | None = None) -> Ints:
+def as_seconds(name: str, values: Any, rows: int | None = None) -> Ints:
     """Convert event times, as :func:`as_epoch` does; all must lie in [0, ``MAX_SECONDS``).
 
     Raises:
         TypeError: for another dtype.
         ValueError: for another shape, nulls, or a time out of range, with its likely unit.
     """
-    seconds = as_epoch(what, values, rows)
+    seconds = as_epoch(name, values, rows)
     if not len(seconds):
         return seconds
     earliest, latest = int(seconds.min()), int(seconds.max())
     if earliest < 0 or latest >= MAX_SECONDS:
         received = f"{earliest:,}" if earliest == latest else f"{earliest:,} to {latest:,}"
         raise ValueError(
-            f"{what} should be seconds since 1970, in [0, {MAX_SECONDS:,}); received {received}: "
+            f"{name} should be seconds since 1970, in [0, {MAX_SECONDS:,}); received {received}: "
             + likely_unit(latest)
         )
     return seconds
 
 
-def as_second(what: str, value: Any) -> int:
+def as_second(name: str, value: Any) -> int:
     """Convert one time, as :func:`as_seconds` does.
 
     Raises:
         TypeError: for another kind.
         ValueError: for several, a null, or a time out of range, with its likely unit.
     """
-    array = on_host(what, value)
+    array = on_host(name, value)
     if array.ndim:
-        raise ValueError(f"{what} should be one time; received an array of shape {array.shape}")
-    return int(as_seconds(what, array[None])[0])
+        raise ValueError(f"{name} should be one time; received an array of shape {array.shape}")
+    return int(as_seconds(name, array[None])[0])
 
 
-def as_seconds_of_rows(what: str, values: Any, rows: int) -> Ints:
+def as_seconds_of_rows(name: str, values: Any, rows: int) -> Ints:
     """Convert event times (rows,), or one for all rows, as :func:`as_seconds` does."""
-    array = on_host(what, values)
+    array = on_host(name, values)
     if array.ndim == 0:
-        return np.full(rows, as_second(what, array))
-    return as_seconds(what, array, rows)
+        return np.full(rows, as_second(name, array))
+    return as_seconds(name, array, rows)
 
 
 def likely_unit(time: int) -> str:
@@ -121,14 +121,14 @@ def likely_unit(time: int) -> str:
     return "of another unit?"
 
 
-def check_duration(what: str, seconds: Any) -> None:
+def check_duration(name: str, seconds: Any) -> None:
     """Raise a ValueError unless ``seconds`` is a number from 0; NaN is none."""
     if not isinstance(seconds, numbers.Real) or not float(seconds) >= 0:
-        raise ValueError(f"{what} should be a number of seconds from 0; received {seconds!r}")
+        raise ValueError(f"{name} should be a number of seconds from 0; received {seconds!r}")
 
 
 def as_floats(
-    what: str, values: Any, shape: tuple[int, int], columns: Sequence[str] = ()
+    name: str, values: Any, shape: tuple[int, int], columns: Sequence[str] = ()
 ) -> Floats:
     """Convert floating-point numbers (a tensor, array or sequence) to float32 of a shape (n, k).
 
@@ -142,16 +142,18 @@ def as_floats(
     """
     names = column_names(values)
     if names is not None:
-        _check_columns(what, names, columns)
+        _check_columns(name, names, columns)
         column_shape = (shape[0], 1)
-        parts = [as_floats(f"{name}, of {what}", values[name], column_shape) for name in columns]
+        parts = [
+            as_floats(f"{column}, of {name}", values[column], column_shape) for column in columns
+        ]
         return np.concatenate(parts, axis=1)
-    array = on_host(what, values)
+    array = on_host(name, values)
     if array.dtype.kind != "f" and array.size:
-        raise TypeError(f"{what} should be floating-point numbers; received {array.dtype}")
+        raise TypeError(f"{name} should be floating-point numbers; received {array.dtype}")
     if array.ndim == 1 and shape[1] == 1:
         array = array[:, None]
-    _check_shape(what, array, shape, 2)
+    _check_shape(name, array, shape, 2)
     # a number that float32 can't hold becomes infinite, which the rules refuse later
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
@@ -199,14 +201,14 @@ def utc(seconds: float) -> str:
         return f"second {seconds}"
 
 
-def on_host(what: str, values: Any) -> AnyArray:
+def on_host(name: str, values: Any) -> AnyArray:
     """Return the values as a numpy array; text and other Python objects as objects.
 
     Raises:
         ValueError: for nulls and masked entries.
     """
     if (nulls := _null_mask(values)) is not None:
-        _check_nulls(what, nulls)
+        _check_nulls(name, nulls)
     if _is_masked_tensor(values):
         values = values.get_data()
     if _is_tensor(values):
@@ -222,9 +224,9 @@ def on_host(what: str, values: Any) -> AnyArray:
         array = np.asarray(values, object)
     if array.dtype == object and any(map(_is_null_type, set(map(type, array.flat)))):
         nulls = np.array([_is_null_type(type(value)) for value in array.flat])
-        _check_nulls(what, nulls.reshape(array.shape))
+        _check_nulls(name, nulls.reshape(array.shape))
     if array.dtype.kind in "mM":
-        _check_nulls(what, np.isnat(array))
+        _check_nulls(name, np.isnat(array))
     return array
 
 
@@ -241,20 +243,20 @@ def _are_ints(values: Any) -> bool:
 
 
 def _as_ints(
-    what: str, array: AnyArray, rows: int | None, *, also: str = "", hint: str = ""
+    name: str, array: AnyArray, rows: int | None, *, also: str = "", hint: str = ""
 ) -> Ints:
     if array.dtype.kind not in "iu" and array.shape != (0,):
         kind = describe_dtype(array)
         if array.dtype.kind == "f":
             kind += ", which may not hold every number above 2^53"
         raise TypeError(
-            f"{what} should be whole numbers (int64){also}; received {kind}: convert where they "
+            f"{name} should be whole numbers (int64){also}; received {kind}: convert where they "
             f"come from{hint}"
         )
-    _check_shape(what, array, None if rows is None else (rows,), 1)
+    _check_shape(name, array, None if rows is None else (rows,), 1)
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(
-            f"{what} should be below 2^63; received {array.max()}: convert where they come from"
+            f"{name} should be below 2^63; received {array.max()}: convert where they come from"
             f"{hint}"
         )
     return array.astype(np.int64, copy=False)
@@ -309,30 +311,30 @@ def _is_null_type(kind: type) -> bool:
     return kind.__name__ in ("NoneType", "NAType", "NaTType")
 
 
-def _check_nulls(what: str, nulls: AnyArray) -> None:
+def _check_nulls(name: str, nulls: AnyArray) -> None:
     if nulls.any():
         rows = np.flatnonzero(nulls.reshape(len(nulls), -1).any(1)) if nulls.ndim else [0]
         raise ValueError(
-            f"{what} should have no nulls and nothing masked; received {len(rows)} such rows: "
+            f"{name} should have no nulls and nothing masked; received {len(rows)} such rows: "
             f"{', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''}: fill them in or "
             "leave them out"
         )
 
 
-def _check_columns(what: str, names: list[Any], columns: Sequence[str]) -> None:
+def _check_columns(name: str, names: list[Any], columns: Sequence[str]) -> None:
     if not columns:
         raise TypeError(
-            f"{what} should have no names for its columns; received {names}: pass an array, such "
+            f"{name} should have no names for its columns; received {names}: pass an array, such "
             "as frame.to_numpy()"
         )
     if Counter(names) != Counter(columns):
         raise ValueError(
-            f"{what}: the columns should be named {tuple(columns)}, in any order; received "
+            f"{name}: the columns should be named {tuple(columns)}, in any order; received "
             f"{tuple(names)}: rename or select them, or pass an array in the order of the tasks"
         )
 
 
-def _check_shape(what: str, array: AnyArray, shape: tuple[int, ...] | None, dims: int) -> None:
+def _check_shape(name: str, array: AnyArray, shape: tuple[int, ...] | None, dims: int) -> None:
     if array.ndim != dims or (shape is not None and array.shape != shape):
         expected = shape or "(n,)"
-        raise ValueError(f"{what} should be of shape {expected}; received {array.shape}")
+        raise ValueError(f"{name} should be of shape {expected}; received {array.shape}")

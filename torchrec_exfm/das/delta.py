@@ -149,8 +149,8 @@ class Table:
                 except StoreError as error:
                     # The commit may exist all the same: its reply was lost, or what failed came
                     # after it. A mark in the log tells, as a second try would write rows twice.
-                    if (made := self._commit_since(before, mark)) is not None:
-                        return made
+                    if (entry := self._commit_since(before, mark)) is not None:
+                        return entry
                     if not isinstance(error, ConflictError) or attempt == _ATTEMPTS - 1:
                         raise
         raise StoreError(f"{self.url}: {failure}: other writers were faster {_ATTEMPTS} times")
@@ -191,10 +191,9 @@ class Table:
             )
 
         self._folder.check_links()
-        removal = self.commit("can't delete", lambda: Commit(act, (_REMOVED, self.version)))
-        made = removal or {}
+        removal = self.commit("can't delete", lambda: Commit(act, (_REMOVED, self.version))) or {}
         # an entry of the log has the metrics one level below those of a reply
-        return int(made.get("operationMetrics", made)["num_deleted_rows"])
+        return int(removal.get("operationMetrics", removal)["num_deleted_rows"])
 
     def compact(self, partition: tuple[Any, ...] = ()) -> None:
         """Merge the files of a partition, sorted by example id, or those of an unpartitioned table.

@@ -106,12 +106,12 @@ def hash_ids(*columns: Any) -> Tensor | Ints:
     return ids if any(isinstance(c, (Tensor, JaggedTensor)) for c in columns) else ids.numpy()
 
 
-def _digest(what: str, column: Any) -> Tensor:
+def _digest(name: str, column: Any) -> Tensor:
     if isinstance(column, JaggedTensor):
-        return _digest_jagged(_check(what, column.values(), dims=(1,)), column.offsets().long())
+        return _digest_jagged(_check(name, column.values(), dims=(1,)), column.offsets().long())
     if not isinstance(column, Tensor) or isinstance(column, MaskedTensor):
-        column = torch.from_numpy(_whole(what, column))
-    values = _check(what, column, dims=(1, 2))
+        column = torch.from_numpy(_as_integers(name, column))
+    values = _check(name, column, dims=(1, 2))
     table = values.unsqueeze(1) if values.dim() == 1 else values
     places = torch.arange(table.shape[1], device=table.device)
     return _mix(table.shape[1] + _terms(table, places).sum(1))
@@ -146,34 +146,34 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return shifted
 
 
-def _check(what: str, values: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _check(name: str, values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return whole numbers as int64; raise for another dtype or number of dimensions."""
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise TypeError(
-            f"{what} should be of integers or booleans; received {values.dtype}, which students "
+            f"{name} should be of integers or booleans; received {values.dtype}, which students "
             "may round differently; choose another feature, or pass the integers it came from"
         )
     if values.dim() not in dims:
         expected = "(B,) or (B, K)" if 2 in dims else "(N,) in a JaggedTensor"
-        raise ValueError(f"{what} should be of shape {expected}; received {tuple(values.shape)}")
+        raise ValueError(f"{name} should be of shape {expected}; received {tuple(values.shape)}")
     return values.long()
 
 
-def _whole(what: str, column: Any) -> Ints:
+def _as_integers(name: str, column: Any) -> Ints:
     """Return the whole numbers, modulo 2^64, by which a column on the host enters the formula."""
     if isinstance(column, KeyedJaggedTensor):
         raise TypeError(
-            f"{what} should be of one feature; received a KeyedJaggedTensor; pass kjt[key]"
+            f"{name} should be of one feature; received a KeyedJaggedTensor; pass kjt[key]"
         )
     if isinstance(getattr(column, "type", None), pa.UuidType):
         column = column.to_pylist()  # numpy would receive bytes
-    array = on_host(what, column)
+    array = on_host(name, column)
     if array.dtype.kind in "biu" or not array.size:
         return array.astype(np.int64)
     kinds = set(map(type, array.flat)) if array.dtype == object else {array.dtype.type}
     if not all(issubclass(kind, (str, UUID)) for kind in kinds):
         raise TypeError(
-            f"{what} should be of integers, booleans, text or UUIDs; received "
+            f"{name} should be of integers, booleans, text or UUIDs; received "
             f"{describe_dtype(array)}; pass an array of one of these (of integers np.int64 or "
             "np.uint64), or another feature"
         )
@@ -181,7 +181,7 @@ def _whole(what: str, column: Any) -> Ints:
         texts = [str(value).encode() for value in array.flat]
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} should be of Unicode text; received {error.object!r:.100}, which UTF-8 can't "
+            f"{name} should be of Unicode text; received {error.object!r:.100}, which UTF-8 can't "
             "hold; correct it where it comes from"
         ) from None
     digests = b"".join([md5(text, usedforsecurity=False).digest() for text in texts])

@@ -204,13 +204,13 @@ def mix(example_ids: Ints) -> npt.NDArray[np.uint64]:
     return keys
 
 
-def _check(what: str, array: object, dtype: type, dims: int, rows: int | None = None) -> None:
+def _check(name: str, array: object, dtype: type, dims: int, rows: int | None = None) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         raise TypeError(
-            f"{what} should be a numpy array of {np.dtype(dtype)}; received "
+            f"{name} should be a numpy array of {np.dtype(dtype)}; received "
             f"{getattr(array, 'dtype', type(array).__name__)}; convert it without loss"
         )
     if array.ndim != dims or rows not in (None, array.shape[0]):
         length = "B" if rows is None else rows
         expected = f"({length}, T)" if dims == 2 else f"({length},)"
-        raise ValueError(f"{what} should be of shape {expected}; received {array.shape}")
+        raise ValueError(f"{name} should be of shape {expected}; received {array.shape}")

@@ -71,7 +71,7 @@ def _secrets(storage_options: Mapping[str, str]) -> set[str]:
     environment = dict(os.environ)
     values = [*storage_options.values()]
     values += [value for name, value in environment.items() if _CREDENTIAL_VARIABLE.match(name)]
-    # only the secret parts of these URLs: an endpoint's host helps who reads the message
+    # only the secret parts of these URLs: an endpoint's host helps to read a message
     urls = [v for name, v in environment.items() if _ENDPOINT.fullmatch(name) and _URL.match(v)]
     parts = {part for value in (*values, *urls) for part in _parts(str(value))}
     spellings = {

@@ -20,8 +20,8 @@ from torchrec_exfm.das.arrays import (
 )
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
-# The bits of an output that is null in the store: those of a NaN, which `write` changes in outputs,
-# so that null (the teacher does not know the task) differs from NaN (a broken output).
+# The bits of an output that is null in the store. They are a NaN's, and `write` stores no NaN with
+# these bits: so null (the teacher does not know the task) differs from NaN (a broken output).
 ABSENT = np.uint32(0xFFFFFFFF)
 NO_KEY = np.int64(-(2**63))  # a key that is null in the store
 

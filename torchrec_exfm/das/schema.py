@@ -283,12 +283,12 @@ def check_same_keys(keys: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         )
 
 
-def check_name(what: str, name: object) -> str:
+def check_name(role: str, name: object) -> str:
     """Return the name of a task or teacher; a ValueError unless it fits a column and a folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
         raise ValueError(
-            f"{what} should be named with letters, digits, '_', '-' and '.', at most 100, and not "
-            f"start with '-' or '.'; received {name!r}"
+            f"{role} should be named with letters, digits, '_', '-' and '.', at most 100 in all, "
+            f"the first not '-' or '.'; received {name!r}"
         )
     return name
 

@@ -19,10 +19,10 @@ from torchrec_exfm.das.schema import Snapshot
 class NamedRows:
     """Rows of a snapshot that are written under a shard's name; None stands for a unique name.
 
-    The log keeps a number for each name: how many rows were offered, and a digest of their ids,
-    their event times, whether they were logged, and the time that the snapshot was trained through;
-    the order of the rows does not matter. Outputs may differ by rounding, so they are compared with
-    the stored ones instead. Keys and embeddings are not compared.
+    The log keeps a number for each name: how many rows were offered, and a digest of them. The
+    digest covers ids, event times, whether the rows were logged, and what the snapshot was trained
+    through, in any order of rows. Outputs may differ by rounding, so they are compared with the
+    stored ones instead. Keys and embeddings are not compared.
     """
 
     url: str
@@ -58,8 +58,8 @@ class NamedRows:
         if last == number:
             return True
         version = self.snapshot.version
-        known = (file for file in files if self._may_be_in(file))
-        if not any((read(file).snapshot == version).any() for file in known):
+        candidates = (file for file in files if self._may_be_in(file))
+        if not any((read(file).snapshot == version).any() for file in candidates):
             return False  # the snapshot was forgotten: its names are free again
         raise ValueError(
             f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, should "
@@ -88,11 +88,11 @@ class NamedRows:
         offered = rows.example_id[at] == stored.example_id
         stored, at = stored[offered], at[offered]
         same = alike(stored.outputs, rows.outputs[at]).all(axis=1)
-        matched, known = np.zeros((2, len(rows)), dtype=np.bool_)
-        known[at] = True
+        matched, has_stored = np.zeros((2, len(rows)), dtype=np.bool_)
+        has_stored[at] = True
         # of two stored rows one may match: another shard may hold other outputs of the example
         matched[at[same]] = True
-        differ = known & ~matched
+        differ = has_stored & ~matched
         if differ.any():
             first = np.flatnonzero(differ)[0]
             before, received = stored.outputs[at == first][0], rows.outputs[first]

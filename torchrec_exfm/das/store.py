@@ -167,15 +167,14 @@ class TeacherStore:
         Args:
             url: as for the class.
             tasks: names of the outputs, in order.
-            window_seconds: length of a time window. Choose it so that one window's rows fit in
-                memory, at some 20 bytes a row and 130 while it is read; batches should come in
-                order of time.
+            window_seconds: length of a time window. One window's rows should fit in memory, at
+                some 20 bytes a row, and 130 while it is read. Batches should come in order of time.
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error
                 of at most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
             embedding_width: E, the numbers of a teacher's embedding; 0: the store has none.
-            embedding_resolution: ``"float16"``; or, with a scale for each embedding, ``"int8"`` (an
-                error of at most max abs(e) / 254), for half of the bytes, or ``"int4"`` (max abs(e)
-                / 14), for a quarter.
+            embedding_resolution: ``"float16"``, or with a scale for each embedding ``"int8"`` or
+                ``"int4"``. These take half and a quarter of the bytes, with an error of at most
+                max abs(e) / 254 and max abs(e) / 14.
             storage_options: as for the class.
             checkpoints: as for the class.
 
@@ -291,8 +290,8 @@ class TeacherStore:
             if last is not None:
                 if named.may_be_stored(last, transaction[1], self.table.files(), self.read_file):
                     parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
-                    known = Rows.concatenate([part for part, _ in parts], len(self.tasks))
-                    stored = named.find(rows, known, self.format.alike)
+                    stored_rows = Rows.concatenate([part for part, _ in parts], len(self.tasks))
+                    stored = named.find(rows, stored_rows, self.format.alike)
                 if stored.all():
                     return None
             data = columns.filter(pa.array(~stored)) if stored.any() else columns
@@ -486,13 +485,14 @@ class TeacherStore:
         ids = as_int64("example_ids", example_ids)
         n = len(ids)
         seconds = as_epoch("event_seconds", event_seconds, n)
-        what = f"outputs of {n} examples for the tasks {tasks}"
-        values = self.format.round(as_floats(what, outputs, (n, len(tasks)), tasks))
+        name = f"outputs of {n} examples for the tasks {tasks}"
+        values = self.format.round(as_floats(name, outputs, (n, len(tasks)), tasks))
         if (nan := np.isnan(values)).any():  # a NaN with the bits ABSENT would pass for null
             values = np.where(nan, np.float32(np.nan), values)
         if tasks != self.tasks:
-            known, values = values, np.full((n, len(self.tasks)), ABSENT).view(np.float32)
-            values[:, [self.tasks.index(task) for task in tasks]] = known
+            all_values = np.full((n, len(self.tasks)), ABSENT).view(np.float32)
+            all_values[:, [self.tasks.index(task) for task in tasks]] = values
+            values = all_values
         return Rows(
             example_id=ids,
             outputs=values,
