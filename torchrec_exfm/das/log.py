@@ -89,25 +89,25 @@ class Log:
                     actions = [
                         json.loads(line) for line in source.read().splitlines() if line.strip()
                     ]
-                return _lost_lines(actions) or (self._revived(actions) if follow else None)
+                return _lost_lines(actions) or (self._bad_removal(actions) if follow else None)
             except FileNotFoundError:  # cleaned up since it was listed
                 self._added = None if follow else self._added
                 return None
             except _DAMAGE as error:
                 return f"is not what was written: {' '.join(str(error).split())[:200]}"
 
-    def _revived(self, actions: list[dict[str, Any]]) -> str | None:
-        """Return the error of a commit that removes an unknown file; record the files it adds.
+    def _bad_removal(self, actions: list[dict[str, Any]]) -> str | None:
+        """Return how a commit removes an unknown file, in words; record the files it adds.
 
-        A damaged path in such a commit would leave in the table the file that was meant: its rows,
-        deleted or compacted, would be read again.
+        Where a path in it is damaged, the file that was meant stays in the table, and its rows,
+        which were deleted or compacted, are read again.
         """
         if self._added is None:
             return None
         ours = any("mark" in action.get("commitInfo", {}) for action in actions)
         unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
         unknown -= self._added
-        # other tools may remove a file twice
+        # only of our own commits: other tools may remove a file twice
         if ours and unknown and self._added_before is not None:
             unknown -= self._added_before
             if unknown:

@@ -48,7 +48,7 @@ class NamedRows:
 
         Args:
             last: the number in the log, of the last write under this name.
-            number: that of these rows.
+            number: the number of these rows.
             files: the data files of the table.
             read: reads a data file.
 
@@ -101,7 +101,7 @@ class NamedRows:
                 f"should have the outputs it was written with; received others for {differ.sum()} "
                 f"of {len(rows)} examples: of example {rows.example_id[first]} {before.tolist()} "
                 f"are stored, and {received.tolist()} were offered: publish their teacher as "
-                "another version, or forget this one first"
+                "another version, or forget this version first"
             )
         return matched
 
