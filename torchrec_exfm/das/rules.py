@@ -92,8 +92,8 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
     unit = likely_unit(int(seconds.max(initial=0)))
     rules[f"have an event time outside of [0, {MAX_SECONDS:,}) seconds ({unit})"] = out_of_range
-    # A logged output was computed before the teacher learned the label. Times are compared in
-    # whole seconds, to which trained-through is rounded down: the example may lie in that second.
+    # A logged output was computed before the teacher learned the label. Times are compared in whole
+    # seconds, as trained-through is rounded down: the rest of its second may have been trained on.
     leaks = (rows.trained_through >= seconds * MICROSECONDS) & ~rows.logged
     rules["leak: their teacher was trained through their own event time"] = leaks
     if window is not None:
@@ -110,13 +110,13 @@ def absent(outputs: Floats) -> Mask:
 def _repeated(ids: Ints) -> Mask:
     """Return which ids (n,) repeat an earlier one."""
     repeated = np.zeros(len(ids), dtype=np.bool_)
-    if not _rise(np.sort(ids)):  # sorting the ids alone costs a fifth
+    if not _is_increasing(np.sort(ids)):  # sorting the ids alone costs a fifth
         order = np.argsort(ids, kind="stable")
         repeated[order[1:]] = np.diff(ids[order]) == 0
     return repeated
 
 
-def _rise(ids: Ints) -> bool:
+def _is_increasing(ids: Ints) -> bool:
     return bool((ids[1:] > ids[:-1]).all())
 
 
@@ -125,8 +125,8 @@ def newest(rows: Rows) -> Rows:
 
     Among the rows of one snapshot, a logged row wins, then the one scored last.
     """
-    # most windows have one row for each example: they skip the sort by four keys
-    if _rise(rows.example_id) or _rise(ids := np.sort(rows.example_id)):
+    # where no example has two rows, the sort by four keys is not needed
+    if _is_increasing(rows.example_id) or _is_increasing(ids := np.sort(rows.example_id)):
         return rows
     order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
     return rows[order[np.append(ids[1:] != ids[:-1], len(ids) > 0)]]
