@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "Inspect and maintain a teacher store. "
-    text += "Options of an object store, such as credentials, come from the environment."
+    text = "Inspect and maintain a teacher store. Credentials come from the environment."
     parser = argparse.ArgumentParser(prog="python -m torchrec_exfm.das", description=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,18 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--ids", metavar="PARQUET", help=text)
     text = "where the checkpoints are (default: in the store's own folder)"
     folder: Any = {"type": Path, "metavar": "FOLDER", "help": text}
-    text = "Read a whole store and check every rule; exit with 1 if one is broken."
-    add = command(_verify, "verify", text)
+    add = command(_verify, "verify", "Check a whole store; exit with 1 if it breaks a rule.")
     add("--checkpoints", **folder)
-    text = "Merge the files of each window into one, sorted by example id."
-    add = command(_compact, "compact", text)
+    add = command(_compact, "compact", "Merge the files of each window into one sorted file.")
     text = "then remove files that left the store more than H hours ago (default: remove none); "
     text += f"below {_RETENTION_HOURS}, jobs that read an older version may miss files and fail"
     add("--vacuum-hours", type=int, metavar="H", help=text)
     text = "first drop data files that are missing, and so their rows, from the table's log"
     add("--repair", action="store_true", help=text)
-    text = "Delete versions of a teacher, or its outputs of events before a time."
-    add = command(_forget, "forget", text)
+    add = command(_forget, "forget", "Delete a teacher's versions, or its outputs before a time.")
     add("teacher", metavar="TEACHER", help="name of the teacher")
     text = "delete outputs, snapshots and checkpoints of these versions, such as 3 or 3,5-9"
     add("--versions", metavar="VERSIONS", type=_versions, help=text)

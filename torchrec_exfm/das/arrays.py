@@ -265,14 +265,13 @@ def _as_ints(
 def _floor_to_seconds(array: AnyArray) -> AnyArray:
     """Round timestamps and dates down to epoch seconds; return other arrays as they are."""
     if array.dtype == object and all(isinstance(value, date) for value in array.flat):
-        seconds = np.array([_epoch_second(value) for value in array.flat], np.int64)
-        return seconds.reshape(array.shape)
+        return np.array([_to_second(value) for value in array.flat], np.int64).reshape(array.shape)
     if array.dtype.kind == "M":
         return array.astype("datetime64[s]").astype(np.int64)
     return array
 
 
-def _epoch_second(value: date) -> int:
+def _to_second(value: date) -> int:
     if not isinstance(value, datetime):
         value = datetime.combine(value, time())
     if value.utcoffset() is None:
