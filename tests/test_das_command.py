@@ -221,7 +221,7 @@ LATER = {"event_time": (START + DAY + 5) * 10**6, "window": START // DAY + 1}
         ),
         (
             planted(trained_through=(START - 2) * 10**6),
-            "1 of 1 rows deny that version 1 was trained through 2024-10-03T23:59:59Z",
+            "1 of 1 rows contradict that version 1 was trained through 2024-10-03T23:59:59Z",
         ),
         (lambda s: forget_checkpoint(s, "metadata.json"), "should hold metadata.json"),
         (lambda s: forget_checkpoint(s, "__0_0.distcp"), "should be a file; received none"),
@@ -250,7 +250,7 @@ def test_a_commit_that_contradicts_itself_is_told(
     miscount(store)
     assert main(["verify", store.url]) == 2
     err = capsys.readouterr().err
-    assert "_delta_log/00000000000000000001.json: says num_added_rows of itself is 100" in err
+    assert "_delta_log/00000000000000000001.json: states num_added_rows = 100" in err
 
 
 def test_an_id_in_two_windows_is_reported(
@@ -289,13 +289,13 @@ def test_verify_of_checkpoints_kept_elsewhere(
     capsys.readouterr()
 
 
-def test_verify_of_an_object_store_notes_that_checkpoints_were_not_looked_for(
+def test_verify_of_an_object_store_notes_that_checkpoints_were_not_checked(
     store: TeacherStore,
 ) -> None:
     shutil.rmtree(Path(store.url) / "checkpoints")
     store.checkpoints = None
     found = verify.Verification(store, print)
-    assert found.notes[0].startswith("checkpoints were not looked for")
+    assert found.notes[0].startswith("checkpoints were not checked")
     assert (found.counts["violations"], found.counts["checkpoints"]) == (0, 0)
 
 

@@ -72,7 +72,7 @@ def replace(store: TeacherStore, table: pa.Table | bytes) -> None:
 def test_a_truncated_file(store: TeacherStore, keep: int) -> None:
     path = dd.only_file(store)
     path.write_bytes(path.read_bytes()[:keep])
-    refused(store, rf"is of {path.stat().st_size} bytes and the table's log says \d+: it was cut")
+    refused(store, rf"has {path.stat().st_size} bytes and the table's log says \d+: it was cut")
 
 
 def test_a_longer_file(store: TeacherStore) -> None:

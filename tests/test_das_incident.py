@@ -141,14 +141,14 @@ def test_versions_that_are_none(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["forget", store.url, "fm", "--versions", text])
-    assert "versions should be as 3 or 3,5-9" in capsys.readouterr().err
+    assert "versions should look like 3 or 3,5-9" in capsys.readouterr().err
     assert len(dd.all_rows(store)) == 60
 
 
 def test_times_of_the_command(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["forget", store.url, "fm", "--before", "tomorrow"])
-    assert "a time should be as 2026-01-31" in capsys.readouterr().err
+    assert "a time should look like 2026-01-31" in capsys.readouterr().err
     assert main(["forget", store.url, "fm", "--before", "20260131"]) == 0
     assert dd.all_rows(store).example_id.tolist() == []
 

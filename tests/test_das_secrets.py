@@ -22,7 +22,7 @@ from s3_server import S3Server
 
 from torchrec_exfm.das import StoreError, TeacherLogger, TeacherLookup, TeacherStore, publish
 from torchrec_exfm.das.__main__ import main
-from torchrec_exfm.das.redaction import redacted, told
+from torchrec_exfm.das.redaction import describe_error, redacted
 
 MARK = "Xq7/MARK+er=="  # a key as S3 gives them; quoted it is another string
 NOWHERE = "127.0.0.1:1"  # where nobody listens
@@ -98,13 +98,14 @@ def test_the_chain_is_cut_only_where_it_tells_a_secret() -> None:
     inner = OSError(f"refused {MARK}")
     outer = ValueError("can't")
     outer.__cause__ = inner
-    assert told(outer, {"k": MARK}) == ("can't", None)
-    assert told(outer, {}) == ("can't", outer)
-    assert told(ValueError())[0] == "ValueError"
+    assert describe_error(outer, {"k": MARK}) == ("can't", None)
+    assert describe_error(outer, {}) == ("can't", outer)
+    assert describe_error(ValueError())[0] == "ValueError"
 
 
 def test_an_errors_lines_become_one_that_is_cut_after_it_is_redacted() -> None:
-    text, _ = told(ValueError("Generic error\n  \x1b[31m↳\x1b[0m " + "x" * 480 + MARK), {"k": MARK})
+    error = ValueError("Generic error\n  \x1b[31m↳\x1b[0m " + "x" * 480 + MARK)
+    text, _ = describe_error(error, {"k": MARK})
     assert text.startswith("Generic error: xxx") and len(text) == 498 and text.endswith("x***")
 
 

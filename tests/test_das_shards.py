@@ -59,7 +59,7 @@ def test_other_rows_under_a_name_are_refused(store: TeacherStore, other: dict[st
 
 def test_other_outputs_under_a_name_are_refused(store: TeacherStore) -> None:
     write(store)
-    with pytest.raises(ValueError, match=r"for 1 of 3 examples: of example 2 there are \[1.5\], "):
+    with pytest.raises(ValueError, match=r"for 1 of 3 examples: of example 2 \[1.5\] are stored, "):
         write(store, outputs=[0.5, 1.6, 2.5])
     assert dd.by_id(store)[2] == [1.5]
 

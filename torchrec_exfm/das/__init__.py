@@ -1,10 +1,11 @@
-"""The data augmentation system: teachers' outputs, scored or logged once, for many students.
+"""The data augmentation system (DAS): teacher outputs, stored once and shared by many students.
 
-A table that is open to other tools (Delta Lake), with provenance in every row: which snapshot of
-which teacher said it, what that snapshot was trained through, and when. Needs the packages of the
-extra ``das``: deltalake and pyarrow.
+The teacher store is a Delta table, which other tools can read too. Every row carries its
+provenance: the teacher, its snapshot, the time that snapshot was trained through, and when the
+output was scored. Needs the packages of the extra ``das``: deltalake and pyarrow.
 """
 
+# Imported first, so that a missing package is reported with the extra that installs it.
 try:
     import deltalake  # noqa: F401
     import pyarrow  # noqa: F401

@@ -1,4 +1,4 @@
-"""Look at a teacher store, verify, forget, compact, join: ``python -m torchrec_exfm.das``."""
+"""Inspect, verify, compact, prune and join a teacher store: ``python -m torchrec_exfm.das``."""
 
 from __future__ import annotations
 
@@ -27,125 +27,132 @@ from torchrec_exfm.das.snapshots import forget, rows_of_registry
 from torchrec_exfm.das.store import TeacherStore
 from torchrec_exfm.das.verify import ERRORS, Verification
 
-# In seconds: ages are told to the second up to 12 days, and beyond to 0.1 %.
+# Lower bounds of a histogram of ages, in seconds: exact up to 12 days, to 0.1 % beyond. Ages are
+# counted, not kept, so that memory does not grow with the store.
 _AGES = np.append(np.arange(1, 2**20), np.geomspace(2**20, 2**40, 2**14))
 _SNAPSHOTS_SHOWN = 5
-_KEPT_HOURS = 168  # the library refuses less, unless it is told not to
+_RETENTION_HOURS = 168  # the library refuses to vacuum below it unless enforcement is off
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 if the store breaks a rule, 2 if the command can't be run."""
+    """Run a command; return 0, 1 if the store breaks a rule, 2 if the command can't run."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (*ERRORS, TypeError, ModuleNotFoundError) as error:
+        # one line, without the credentials that a URL among the arguments may hold
         print(f"error: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "A store of teachers' outputs. Options of an object store come from the environment."
+    text = "Inspect and maintain a teacher store. Credentials come from the environment."
     parser = argparse.ArgumentParser(prog="python -m torchrec_exfm.das", description=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, text: str) -> Any:
-        added = commands.add_parser(name, help=text, description=text)
-        added.add_argument("url", metavar="URL", help="of the store: a folder, s3://..., ...")
-        added.set_defaults(run=run)
-        return added.add_argument
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.add_argument("url", metavar="URL", help="the store: a folder, s3://..., ...")
+        subparser.set_defaults(run=run)
+        return subparser.add_argument
 
-    add = command(_show, "show", "Print what is in a store.")
-    add("--json", action="store_true", help="as JSON")
-    text = "also the coverage of these examples, which are held in memory: a file or folder with "
-    text += "the columns example_id, and event_time (a timestamp) or event_seconds"
+    add = command(_show, "show", "Print what a store holds.")
+    add("--json", action="store_true", help="print JSON")
+    text = "also print the coverage of these examples, which are held in memory: a file or folder "
+    text += "with the columns example_id, and event_time (timestamps) or event_seconds"
     add("--ids", metavar="PARQUET", help=text)
-    folder: Any = {"type": Path, "metavar": "FOLDER", "help": "if it is not the store's own"}
-    add = command(_verify, "verify", "Read all of a store; exit status 1 if it breaks a rule.")
+    text = "where the checkpoints are (default: in the store's own folder)"
+    folder: Any = {"type": Path, "metavar": "FOLDER", "help": text}
+    add = command(_verify, "verify", "Check a whole store; exit with 1 if it breaks a rule.")
     add("--checkpoints", **folder)
-    add = command(_compact, "compact", "Make one sorted file of each window that has several.")
-    text = "then remove the files that left the store more than H hours ago (without this, none); "
-    text += f"below {_KEPT_HOURS}, jobs that read an older version may miss files and fail"
+    add = command(_compact, "compact", "Merge the files of each window into one sorted file.")
+    text = "then remove files that left the store more than H hours ago (default: remove none); "
+    text += f"below {_RETENTION_HOURS}, jobs that read an older version may miss files and fail"
     add("--vacuum-hours", type=int, metavar="H", help=text)
-    add("--repair", action="store_true", help="before, give up data files that are missing")
-    add = command(_forget, "forget", "Delete a teacher's versions, or what it said before a time.")
-    add("teacher", metavar="TEACHER", help="its name")
-    text = "delete outputs, snapshots and checkpoints of these, as 3 or 3,5-9"
+    text = "first drop data files that are missing, and so their rows, from the table's log"
+    add("--repair", action="store_true", help=text)
+    add = command(_forget, "forget", "Delete a teacher's versions, or its outputs before a time.")
+    add("teacher", metavar="TEACHER", help="name of the teacher")
+    text = "delete outputs, snapshots and checkpoints of these versions, such as 3 or 3,5-9"
     add("--versions", metavar="VERSIONS", type=_versions, help=text)
-    text = "delete the outputs in windows that ended by then, of all versions: 2026-01-31 (UTC), "
+    text = "delete outputs of all versions in windows that ended by this time: 2026-01-31 (UTC), "
     text += "2026-01-31T06:00:00Z or epoch seconds"
     add("--before", metavar="TIME", type=_time, help=text)
     add("--checkpoints", **folder)
-    _add_join(command(_join, "join", "Add what teachers said to files of examples, on DuckDB."))
+    _add_join(command(_join, "join", "Add teacher outputs to files of examples (needs DuckDB)."))
     return parser
 
 
 def _add_join(add: Any) -> None:
-    text = "local Parquet files, a pattern or a folder; each becomes a file of its name"
+    text = "local Parquet files: a file, a pattern or a folder; each gives a file of the same name"
     add("--examples", metavar="FILES", required=True, help=text)
-    text = "for the files that are made; those that are there are not made again"
+    text = "folder of the joined files; those that exist already are not made again"
     add("--out", metavar="FOLDER", type=Path, required=True, help=text)
-    add("--teacher", nargs="+", default=[], help="names; all of the store without this")
-    add("--tasks", nargs="+", metavar="TASK", help="names; all of the store without this")
-    add("--snapshot", type=int, metavar="VERSION", help="use outputs of this version alone")
-    text = "use no outputs of these, as 3 or 3,5-9"
+    add("--teacher", nargs="+", default=[], help="names (default: all teachers of the store)")
+    add("--tasks", nargs="+", metavar="TASK", help="names (default: all tasks of the store)")
+    add("--snapshot", type=int, metavar="VERSION", help="use outputs of this version only")
+    text = "use no outputs of these versions, such as 3 or 3,5-9"
     add("--exclude", metavar="VERSIONS", type=_versions, default=[], help=text)
-    add("--max-age-seconds", type=float, metavar="S", help="use no older outputs")
+    add("--max-age-seconds", type=float, metavar="S", help="use no outputs older than S seconds")
     add("--embeddings", action="store_true", help="add the bytes of embeddings too")
-    add("--example-id", metavar="COLUMN", default="example_id", help="of the examples' ids")
-    text = "of timestamps or epoch seconds; event_seconds without this, else event_time"
+    text = "column of the example ids (default: example_id)"
+    add("--example-id", metavar="COLUMN", default="example_id", help=text)
+    text = "column of the event times, timestamps or epoch seconds (default: event_seconds if the "
+    text += "files have it, else event_time)"
     add("--event-time", metavar="COLUMN", help=text)
-    text = "rows of the store that break a rule: end with an error (as without this), or leave "
-    add("--bad-rows", choices=get_args(BadRows), default="refuse", help=text + "them out")
-    text = "of DuckDB, such as 4GB; beyond it the disk is used"
+    text = "what to do with rows of the store that break a rule: refuse (stop with an error; the "
+    text += "default) or quarantine (leave them out)"
+    add("--bad-rows", choices=get_args(BadRows), default="refuse", help=text)
+    text = "memory that DuckDB may use, such as 4GB; beyond it, the disk is used"
     add("--memory-limit", metavar="SIZE", help=text)
 
 
 def _show(options: argparse.Namespace) -> int:
     store = TeacherStore(options.url)
-    asked = None if options.ids is None else _examples(store, options.ids)
-    left_out = Counter[str]()
+    examples = None if options.ids is None else _examples(store, options.ids)
+    quarantined = Counter[str]()
     for commit in store.table.delta.history():
-        left_out.update(json.loads(commit.get("quarantined", "{}")))
-    shown: dict[str, Any] = {"url": store.url, "commit": store.table.version}
-    shown["format"] = {"version": FORMAT_VERSION, **asdict(store.format)}
-    shown["snapshots"] = _snapshots(store)
-    shown["outputs"] = [_outputs(store, teacher, asked) for teacher in store.teachers()]
-    shown["quarantined"] = dict(left_out)
-    print(json.dumps(shown, indent=2) if options.json else "\n".join(_lines(shown)))
+        quarantined.update(json.loads(commit.get("quarantined", "{}")))
+    summary: dict[str, Any] = {"url": store.url, "commit": store.table.version}
+    summary["format"] = {"version": FORMAT_VERSION, **asdict(store.format)}
+    summary["snapshots"] = _snapshots(store)
+    summary["outputs"] = [_outputs(store, teacher, examples) for teacher in store.teachers()]
+    summary["quarantined"] = dict(quarantined)
+    print(json.dumps(summary, indent=2) if options.json else "\n".join(_lines(summary)))
     return 0
 
 
-def _lines(shown: dict[str, Any]) -> Iterator[str]:
-    """One short screen."""
+def _lines(summary: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of one short screen."""
     line = "format {version}, tasks {tasks}, windows of {window_seconds} s, {resolution}"
-    if shown["format"]["embedding_width"]:
+    if summary["format"]["embedding_width"]:
         line += ", embeddings of {embedding_width} in {embedding_resolution}"
-    yield f"{shown['url']}: commit {shown['commit']}, " + line.format(**shown["format"])
-    yield f"snapshots: {len(shown['snapshots'])} (here, at most the last {_SNAPSHOTS_SHOWN})"
-    for row in shown["snapshots"][-_SNAPSHOTS_SHOWN:]:
+    yield f"{summary['url']}: commit {summary['commit']}, " + line.format(**summary["format"])
+    yield f"snapshots: {len(summary['snapshots'])} (here, at most the last {_SNAPSHOTS_SHOWN})"
+    for row in summary["snapshots"][-_SNAPSHOTS_SHOWN:]:
         line = "  {teacher} version {version}, trained through {trained_through}, published "
         line += "{published_at}, " + ("a checkpoint" if row["checkpoint"] else "no checkpoint")
         yield line.format(**row)
-    for row in shown["outputs"]:
+    for row in summary["outputs"]:
         yield "outputs of {teacher}: {windows} window(s), {first} to {last}".format(**row)
         yield "  {rows:,} rows of {examples:,} examples".format(**row)
         yield "  ages {min:,.0f} s to {max:,.0f} s, median {median:,.0f} s".format(**row["ages"])
         yield "  {bytes:,} bytes in {files:,} files, {bytes_per_row:,.1f} a row".format(**row)
-        whose = "the examples asked for" if "coverage" in row else "these examples"
+        population = "the examples asked for" if "coverage" in row else "these examples"
         if "coverage" in row:
-            yield f"  coverage {row['coverage']:.2%} of {whose}"
+            yield f"  coverage {row['coverage']:.2%} of {population}"
         for version in row["versions"]:
             means = ", ".join(f"{task} {mean:.4g}" for task, mean in version["mean_output"].items())
             line = "  version {version}: {rows:,} rows in {windows} window(s), {first} to {last}"
             yield line.format(**version)
-            yield f"    coverage {version['coverage']:.2%} of {whose}, mean output {means}"
-    for words, rows in shown["quarantined"].items():
+            yield f"    coverage {version['coverage']:.2%} of {population}, mean output {means}"
+    for words, rows in summary["quarantined"].items():
         yield f"left out when written, as they {words}: {rows:,} rows"
 
 
 def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
     times = "trained_through", "published_at"
-    known = sorted(rows_of_registry(store), key=lambda row: (row["published_at"], row["version"]))
+    rows = sorted(rows_of_registry(store), key=lambda row: (row["published_at"], row["version"]))
     return [
         {
             "teacher": row["teacher"],
@@ -153,13 +160,13 @@ def _snapshots(store: TeacherStore) -> list[dict[str, Any]]:
             **{name: utc(row[name] // MICROSECONDS) for name in times},
             "checkpoint": row["checkpoint"] is not None,
         }
-        for row in known
+        for row in rows
     ]
 
 
 @dataclass
 class _Version:
-    """What there is of one version of a teacher."""
+    """Counts of the outputs of one version of a teacher, added up window by window."""
 
     rows: int = 0
     covered: int = 0
@@ -167,51 +174,57 @@ class _Version:
     outputs: Any = 0
     output_sums: Any = 0.0
 
-    def add(self, window: int, rows: Rows, asked: Ints | None) -> None:
+    def add(self, window: int, rows: Rows, example_ids: Ints | None) -> None:
         self.rows += len(rows)
         ids = np.unique(rows.example_id)
-        self.covered += len(ids) if asked is None else int(among(asked, ids).sum())
+        self.covered += len(ids) if example_ids is None else int(among(example_ids, ids).sum())
         self.windows.append(window)
         self.outputs = self.outputs + np.isfinite(rows.outputs).sum(axis=0)
         self.output_sums = self.output_sums + np.nansum(rows.outputs, axis=0, dtype=np.float64)
 
-    def shown(self, store: TeacherStore, version: int, examples: int) -> dict[str, Any]:
-        known = self.outputs > 0  # a task that a teacher does not know has no mean
-        means = (self.output_sums[known] / self.outputs[known]).tolist()
+    def summary(self, store: TeacherStore, version: int, examples: int) -> dict[str, Any]:
+        has_outputs = self.outputs > 0  # a task that a teacher does not know has no mean
+        means = (self.output_sums[has_outputs] / self.outputs[has_outputs]).tolist()
+        tasks = itertools.compress(store.tasks, has_outputs)
         return {
             "version": version,
             "rows": self.rows,
             "windows": len(self.windows),
             "first": utc(self.windows[0] * store.format.window_seconds),
             "last": utc(self.windows[-1] * store.format.window_seconds),
-            "mean_output": dict(zip(itertools.compress(store.tasks, known), means, strict=True)),
+            "mean_output": dict(zip(tasks, means, strict=True)),
             "coverage": self.covered / max(examples, 1),
         }
 
 
-def _outputs(store: TeacherStore, teacher: str, asked: tuple[Ints, Ints] | None) -> dict[str, Any]:
-    """What there is of a teacher; ages are those of the newest output of each example."""
+def _outputs(
+    store: TeacherStore, teacher: str, examples: tuple[Ints, Ints] | None
+) -> dict[str, Any]:
+    """Summarize a teacher's outputs; ages are those of the newest output of each example.
+
+    ``examples`` are the ids and windows (n,) that coverage is asked for, sorted by window.
+    """
     covered, counts = 0, np.zeros(len(_AGES) + 1, dtype=np.int64)  # of ages between two of _AGES
     versions = defaultdict[int, _Version](_Version)
     windows, ids = store.windows(teacher), None
     for window in windows:
         rows, _ = store.read(teacher, window, bad_rows="quarantine")
-        if asked is not None:
-            ids = asked[0][slice(*np.searchsorted(asked[1], [window, window + 1]))]
+        if examples is not None:
+            ids = examples[0][slice(*np.searchsorted(examples[1], [window, window + 1]))]
         for version in np.unique(rows.snapshot).tolist():
             versions[version].add(window, rows[rows.snapshot == version], ids)
-        won = newest(rows)
-        steps = np.searchsorted(_AGES, won.age_seconds, side="right")
-        counts += np.bincount(steps, minlength=len(counts))
+        newest_rows = newest(rows)
+        bins = np.searchsorted(_AGES, newest_rows.age_seconds, side="right")
+        counts += np.bincount(bins, minlength=len(counts))
         if ids is not None:
-            covered += int(among(ids, np.sort(won.example_id)).sum())
+            covered += int(among(ids, np.sort(newest_rows.example_id)).sum())
     n = int(counts.sum())
     ranks = np.searchsorted(np.cumsum(counts), [min(n, 1), (n + 1) // 2, n])
     ages = np.append(0, _AGES)[ranks].tolist()
     files = [file for file in store.table.files() if file.partition[0] == teacher]
     size, row_count = sum(file.size_bytes for file in files), sum(file.rows or 0 for file in files)
-    whole = n if asked is None else len(asked[0])
-    shown = {
+    total = n if examples is None else len(examples[0])
+    summary = {
         "teacher": teacher,
         "windows": len(windows),
         "first": utc(windows[0] * store.format.window_seconds),
@@ -222,13 +235,13 @@ def _outputs(store: TeacherStore, teacher: str, asked: tuple[Ints, Ints] | None)
         "bytes": size,
         "files": len(files),
         "bytes_per_row": size / max(row_count, 1),
-        "versions": [versions[v].shown(store, v, whole) for v in sorted(versions)],
+        "versions": [versions[v].summary(store, v, total) for v in sorted(versions)],
     }
-    return shown if asked is None else {**shown, "coverage": covered / max(whole, 1)}
+    return summary if examples is None else {**summary, "coverage": covered / max(total, 1)}
 
 
 def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
-    """Ids and windows (n,), by window."""
+    """Read the ids and windows (n,) of examples, sorted by window."""
     data = dataset.dataset(path, format="parquet")
     time = "event_seconds" if "event_seconds" in data.schema.names else "event_time"
     if missing := {"example_id", time}.difference(data.schema.names):
@@ -241,12 +254,12 @@ def _examples(store: TeacherStore, path: str) -> tuple[Ints, Ints]:
 
 def _verify(options: argparse.Namespace) -> int:
     store = TeacherStore(options.url, checkpoints=options.checkpoints)
-    found = Verification(store, tqdm.write)
-    for note in found.notes:
+    verification = Verification(store, tqdm.write)
+    for note in verification.notes:
         print(f"note: {note}")
-    counts = ", ".join(f"{count:,} {what}" for what, count in found.counts.items())
+    counts = ", ".join(f"{count:,} {name}" for name, count in verification.counts.items())
     print(f"{store.url}, commit {store.table.version}: {counts}")
-    return 1 if found.counts["violations"] else 0
+    return 1 if verification.counts["violations"] else 0
 
 
 def _forget(options: argparse.Namespace) -> int:
@@ -275,28 +288,28 @@ def _join(options: argparse.Namespace) -> int:
 
 
 def _versions(text: str) -> list[int]:
-    """Versions from ``3`` or ``3,5-9``."""
+    """Parse versions such as ``3`` or ``3,5-9``."""
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not 0 <= last - first < 1_000_000:
             raise argparse.ArgumentTypeError(
-                f"versions should be as 3 or 3,5-9, a million at most; received {text!r}"
+                f"versions should look like 3 or 3,5-9, a million at most; received {text!r}"
             )
         numbers += range(first, last + 1)
     return numbers
 
 
 def _time(text: str) -> int:
-    """Epoch seconds from themselves, or from a date and time in UTC."""
+    """Parse a time, as epoch seconds: a number of them, or a date and time (in UTC)."""
     if text.isdecimal() and len(text) != 8:  # 20260131 is a date
         return int(text)
     try:
         time = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            "a time should be as 2026-01-31, 2026-01-31T06:00:00Z or epoch seconds; received "
+            "a time should look like 2026-01-31, 2026-01-31T06:00:00Z or epoch seconds; received "
             f"{text!r}"
         ) from error
     return int((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp())
@@ -309,15 +322,15 @@ def _compact(options: argparse.Namespace) -> int:
     print(f"before: {_size(store)}")
     if options.repair:
         missing = store.table.repair()
-        print(f"given up: {len(missing)} files that were missing {', '.join(missing)}".rstrip())
+        print(f"dropped {len(missing)} missing files {', '.join(missing)}".rstrip())
     store.refresh()
     files = Counter(file.partition for file in store.table.files())
     for partition in tqdm([p for p, n in files.items() if n > 1], desc="compact", disable=None):
         store.table.compact(partition)
     print(f"after: {_size(store)}")
     if hours is not None:
-        removed = store.table.vacuum(hours, enforce=hours >= _KEPT_HOURS)
-        print(f"removed {len(removed):,} files that were no part of it for {hours} hours")
+        removed = store.table.vacuum(hours, enforce=hours >= _RETENTION_HOURS)
+        print(f"removed {len(removed):,} files that left the store over {hours} hours ago")
     return 0
 
 

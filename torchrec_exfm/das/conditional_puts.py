@@ -1,4 +1,4 @@
-"""Whether an object store keeps one writer from overwriting another's commit."""
+"""A probe of whether an object store keeps one writer from overwriting another's commit."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.errors import StoreError, store_errors
 
 _WRITERS = 4
-_ROUNDS = 20  # where a reply takes no time, two rounds of three teach nothing
+_ROUNDS = 20  # where replies are instant, two rounds of three are inconclusive
 
 
 def check_conditional_puts(url: str, storage_options: Mapping[str, str] | None = None) -> None:
-    """Check that of several first commits to a table an object store takes one.
+    """Raise a StoreError unless an object store accepts one of several concurrent first commits.
 
-    A commit is a put with ``If-None-Match: *``. Where the store ignores that, a commit overwrites
-    another, and rows are lost without a word. A folder with a table, and a local one, aren't tried;
-    what is tried is removed again.
+    A commit is a put with ``If-None-Match: *``. An object store that ignores the condition lets one
+    commit overwrite another, and rows are lost silently. Local folders, and those that hold a
+    table, are not probed. The probe's files are removed.
     """
     options = dict(storage_options or {})
     if "://" not in url:
         return
-    with telling(url, "can't be written to", options):
+    with store_errors(url, "can't be written to", options):
         if DeltaTable.is_deltatable(url, options):
             return
         for _ in range(_ROUNDS):
-            taken, refused = _race(f"{url}/_probe-{uuid.uuid4().hex}", options)
-            if taken > 1:
+            accepted, refused = _race(f"{url}/_probe-{uuid.uuid4().hex}", options)
+            if accepted > 1:
                 break
             if refused:
                 return
-        else:  # each writer saw the table of another: nothing was learnt that speaks against it
+        else:  # no two puts ever met, so nothing speaks against the store
             return
     raise StoreError(
         f"{url}: an object store should refuse to overwrite a commit (a conditional put, "
-        f"If-None-Match: *); this one took {taken} in one place, so that writers would lose each "
-        "other's rows. Use a newer version of it, or another store"
+        f"If-None-Match: *); this one took {accepted} commits of one version, so that writers "
+        "would lose each other's rows: use a newer version of it, or another store"
     )
 
 
 def _race(url: str, options: dict[str, str]) -> tuple[int, int]:
-    """Commit to one new table at the same time; return how many were taken, and refused.
+    """Commit to one new table from several threads; return how many were accepted, and refused.
 
-    The library looks for a commit before it puts its own: only what is put between two such looks
-    is up to the object store.
+    The library looks for a commit before it puts its own. Only commits that are put between that
+    look and the first put are left to the object store: the others count as neither.
     """
     start = threading.Barrier(_WRITERS)
 
@@ -68,7 +68,7 @@ def _race(url: str, options: dict[str, str]) -> tuple[int, int]:
         except CommitFailedError:
             return False
         except DeltaError:
-            if DeltaTable.is_deltatable(url, options):  # it saw that of another
+            if DeltaTable.is_deltatable(url, options):  # it saw another's commit before its put
                 return None
             raise
 
@@ -76,6 +76,7 @@ def _race(url: str, options: dict[str, str]) -> tuple[int, int]:
         with ThreadPoolExecutor(_WRITERS) as writers:
             outcomes = list(writers.map(commit, range(_WRITERS)))
     finally:
-        with contextlib.suppress(DeltaError, OSError):  # some bytes are left, and harm nobody
+        # a probe that can't be removed leaves some bytes, which no reader looks at
+        with contextlib.suppress(DeltaError, OSError):
             DeltaStorageHandler(url, options).delete_dir("_delta_log")
     return outcomes.count(True), outcomes.count(False)

@@ -1,11 +1,13 @@
-"""Teachers' embeddings as the bytes that the store keeps: E numbers in W bytes, little-endian.
+"""The bytes of teachers' embeddings in the store: E numbers in W bytes, little-endian.
 
-``float32``, ``float16``: each number e as one, to the nearest, ties to even; W = 4 E, 2 E.
-``int8``: a float32 scale, max abs(e) / 127 (2^-126 at least), then each e / scale as int8, to the
-nearest; W = 4 + E. ``int4``: the same with 7 in place of 127, and two numbers a byte, the first in
-its low half (the last byte of an odd E has zeros in its high half); W = 4 + ceil(E / 2). A row
-without an embedding is null on disk and 255 in each byte in memory: NaN as a float and as a scale,
-which no row that is written has.
+* ``float32``, ``float16``: each number, rounded to nearest, ties to even; W = 4 E, 2 E.
+* ``int8``: a float32 scale, max abs(e) / 127 (at least 2^-126), then each e / scale as int8,
+  rounded to nearest; W = 4 + E.
+* ``int4``: the same with 7 in place of 127, and two numbers in a byte, the first in its low half
+  (the last byte of an odd E has zeros in its high half); W = 4 + ceil(E / 2).
+
+A row without an embedding is null on disk, and in memory 255 in each byte: a NaN, as a float and as
+a scale, which no written row has.
 """
 
 from __future__ import annotations
@@ -22,28 +24,30 @@ _RANGE = np.finfo(np.float32)
 
 
 def embedding_bytes(width: int, resolution: str) -> int:
-    """Return W, the bytes of an embedding of E numbers."""
+    """Return W, the number of bytes of an embedding of E numbers."""
     if resolution in _FLOATS:
         return width * int(_FLOATS[resolution][-1])
     return 4 + (width if resolution == "int8" else (width + 1) // 2)
 
 
 def encode(embeddings: Floats, resolution: str) -> Bytes:
-    """The bytes (n, W) of embeddings (n, E); a ValueError for numbers that they can't hold."""
-    kept = resolution in _FLOATS  # as they are: in memory of their own
-    with np.errstate(over="ignore"):
-        numbers = embeddings.astype(_FLOATS.get(resolution, "<f4"), order="C", copy=kept)
+    """Encode embeddings (n, E) as bytes (n, W); a ValueError for numbers that they can't hold."""
+    is_float = resolution in _FLOATS
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is refused below
+        # a copy where the numbers are returned as they are: the caller's array may change later
+        numbers = embeddings.astype(_FLOATS.get(resolution, "<f4"), order="C", copy=is_float)
     bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
     if len(bad):
         raise ValueError(
             "embeddings should be finite, and at most 65504 as float16; received others in "
             f"{len(bad)} rows: {first_few(bad)}: correct or scale them; int8 holds any size"
         )
-    if kept:
+    if is_float:
         return numbers.view(np.uint8)
     largest = _LARGEST[resolution]
-    scales = _RANGE.tiny, np.nextafter(_RANGE.max / largest, np.float32(0))  # times largest: finite
-    scale = (np.abs(numbers).max(axis=1, keepdims=True) / largest).clip(*scales)
+    # not 0 for a row of zeros, which would give 0 / 0; and scale * largest must stay finite
+    bounds = _RANGE.tiny, np.nextafter(_RANGE.max / largest, np.float32(0))
+    scale = (np.abs(numbers).max(axis=1, keepdims=True) / largest).clip(*bounds)
     scale = scale.astype("<f4", copy=False)
     packed = np.rint(numbers / scale).astype(np.int8).view(np.uint8)
     if resolution == "int4":
@@ -53,16 +57,17 @@ def encode(embeddings: Floats, resolution: str) -> Bytes:
 
 
 def decode(rows: Bytes, resolution: str, width: int | None = None) -> Floats:
-    """The embeddings (..., E) in bytes (..., W); NaN where there is none.
+    """Decode bytes (..., W) to embeddings (..., E); NaN where a row has none.
 
-    Without its width, an embedding of int4 and odd E has a zero more.
+    Without ``width`` (E), an int4 embedding of odd E has one more number, 0.
     """
     if resolution in _FLOATS:
         return rows.view(_FLOATS[resolution]).astype(np.float32)
     scale = np.ascontiguousarray(rows[..., :4]).view("<f4").astype(np.float32, copy=False)
     numbers = rows[..., 4:].view(np.int8)
-    if resolution == "int4":  # shifts of int8 keep the sign
+    if resolution == "int4":  # right shifts of int8 keep the sign
         pairs = np.stack([numbers << 4 >> 4, numbers >> 4], axis=-1)
-        numbers = pairs.reshape(*rows.shape[:-1], 2 * numbers.shape[-1])  # of no rows too
-    with np.errstate(invalid="ignore", over="ignore"):  # scales that others have written
+        # not -1, which is ambiguous for no rows
+        numbers = pairs.reshape(*rows.shape[:-1], 2 * numbers.shape[-1])
+    with np.errstate(invalid="ignore", over="ignore"):  # other writers may store any scale
         return scale * numbers[..., :width]

@@ -1,4 +1,4 @@
-"""The error of a store, and how what the libraries raise becomes one."""
+"""The errors of a store, and the conversion of the libraries' errors to them."""
 
 from __future__ import annotations
 
@@ -9,56 +9,56 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 from deltalake.exceptions import CommitFailedError, DeltaError
 
-from torchrec_exfm.das.redaction import told
+from torchrec_exfm.das.redaction import describe_error
 
-__all__ = ["ConflictError", "MissingFileError", "StoreError", "check_process", "telling"]
+__all__ = ["ConflictError", "MissingFileError", "StoreError", "check_process", "store_errors"]
 
-_ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # of reading what is damaged
+_ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # raised for damaged files
 
 
 class StoreError(RuntimeError):
-    """Something in a store is damaged, missing, foreign or can't be written; the text names it."""
+    """A store is damaged, missing or foreign, or can't be written; the text names the place."""
 
 
 class MissingFileError(StoreError):
-    """A file of the store is not there (any more)."""
+    """A file of the store does not exist, or no longer exists."""
 
 
 class ConflictError(StoreError):
-    """Another writer was first."""
+    """Another writer committed first."""
 
 
 def check_process(process: int) -> None:
-    """Refuse to go on in a process that was forked from the one given.
+    """Raise a StoreError unless this is the given process: a store can't be used after a fork.
 
-    The library's threads, and those of a look-up, are not there after a fork: it would panic, and
-    who waits for them would wait for ever.
+    A forked process lacks the threads of the library and of a look-up: the library would panic, and
+    a wait for a look-up would never end.
     """
     if os.getpid() != process:
         raise _forked()
 
 
 @contextlib.contextmanager
-def telling(
+def store_errors(
     where: str, failure: str, storage_options: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Raise the libraries' errors as a StoreError: what could not be done, where, and why."""
+    """Convert the libraries' errors to a StoreError that says where, what failed, and why."""
     try:
         yield
     except BaseException as error:
-        # what panics in the library is no Exception, and would end threads without a word
+        # a panic of the library is no Exception, and would end a thread silently
         if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
             raise
         if "Forked process" in str(error):
             raise _forked() from None
         kind = ConflictError if isinstance(error, CommitFailedError) else StoreError
-        text, cause = told(error, storage_options)
+        text, cause = describe_error(error, storage_options)
         raise kind(f"{where}: {failure} ({text})".removeprefix(": ")) from cause
 
 
 def _forked() -> StoreError:
     return StoreError(
-        "a store should be used in the process that has opened it; received a use in one that was "
-        "forked from it: start workers with multiprocessing_context='spawn' or 'forkserver' (of a "
-        "DataLoader): stores and look-ups travel there by their URLs"
+        "a store should be used in the process that opened it; received a call in a process forked "
+        "from it: start workers, of a DataLoader too, with multiprocessing_context='spawn' or "
+        "'forkserver': there stores and look-ups are opened anew from their URLs"
     )

@@ -1,4 +1,4 @@
-"""One stable id for each example, from its features, so that the examples of students meet.
+"""Stable ids of examples, hashed from their features, so that students share stored outputs.
 
 Shapes: B examples, K values of each.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_exfm.das.arrays import Ints, kind_of, on_host
+from torchrec_exfm.das.arrays import Ints, describe_dtype, on_host
 
 __all__ = ["hash_ids", "hash_ids_sql"]
 
@@ -25,10 +25,10 @@ Kind: TypeAlias = Literal["integer", "string"]
 Dialect: TypeAlias = Literal["duckdb", "spark"]
 _Turn: TypeAlias = tuple[int, int, "int | str"]  # a term may be an expression
 
-# SplitMix64's, less 2^64: torch's int64 wraps, and has the same bits
+# SplitMix64's constants less 2^64: torch has no arithmetic in uint64; int64 wraps to the same bits
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _TURNS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-_START = 0x9E3779B843248F65 - 2**64  # x ^ (x >> 31) is the step
+_START = 0x9E3779B843248F65 - 2**64  # x for which x ^ (x >> 31) is the step
 
 
 @overload
@@ -36,47 +36,47 @@ def hash_ids(*columns: Tensor | JaggedTensor) -> Tensor: ...
 @overload
 def hash_ids(*columns: Any) -> Tensor | Ints: ...
 def hash_ids(*columns: Any) -> Tensor | Ints:
-    """A 63-bit id of each example, from the integers or the text of chosen features.
+    """Hash integers or text of chosen features to one 63-bit id for each example.
 
-    Choose features that every student has and that together tell the examples apart, such as a
-    request's id and the item's. Equal values give equal ids, whatever their dtype, device, batch
-    or student, and whatever library they come from. Of n different examples, two get the same id
-    with a probability of about n²/2⁶⁴ (0.5% for 300 million). A column that holds v_1 ... v_L for
-    an example has the digest d, and the columns 1 ... C together the id, all modulo 2⁶⁴:
+    Choose features that every student has and that together identify an example, such as the ids of
+    a request and an item. Equal values give equal ids, whatever their dtype, device, batch, student
+    or library. Among n different examples, two get the same id with a probability of about n²/2⁶⁴
+    (0.5% for 300 million). A column that holds v_1 ... v_L for an example has the digest d_c, and
+    the columns 1 ... C together give the id, all modulo 2⁶⁴:
 
     .. math::
-        d = m(L + \\sum_{j=1}^{L} m(m(v_j) + g j)), \\quad
+        d_c = m(L + \\sum_{j=1}^{L} m(m(v_j) + g j)), \\quad
         h_c = m(h_{c-1} + d_c), \\quad h_0 = 0, \\quad \\mathrm{id} = h_C \\bmod 2^{63}
 
-    where g = 0x9e3779b97f4a7c15 and m(x) is what SplitMix64 puts out for the state x::
+    where g = 0x9e3779b97f4a7c15 and m(x) is the output of SplitMix64 for the state x::
 
         x = x + g
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9    # >> fills with zeros
         x = (x ^ (x >> 27)) * 0x94d049bb133111eb
         return x ^ (x >> 31)
 
-    An integer enters as it is, modulo 2⁶⁴: one from 2⁶³ on, of an unsigned dtype, by its 64 bits.
-    Text enters as the number that the first 16 hexadecimal digits of the MD5 of its UTF-8 are, and
-    a ``uuid.UUID`` as its text, 36 characters in lower case. Text is taken as it is: ``"7"`` is not
-    ``7``, and a UUID in capitals is another.
+    An integer v enters modulo 2⁶⁴, so an unsigned one of 2⁶³ or more enters by its 64 bits. A text
+    enters as the first 16 hexadecimal digits of the MD5 of its UTF-8, read as a number; a
+    ``uuid.UUID`` as its text, 36 characters in lower case. Text is not normalized: ``"7"`` differs
+    from ``7``, and a UUID in capitals from one in lower case.
 
-    Stored outputs are found by these ids, so the formula never changes. The order of the columns,
-    the order of an example's values in a column and their number all matter; whether they came as
-    (B,), as (B, 1) or jagged does not. The columns are left as they are.
+    Stored outputs are looked up by these ids, so the formula never changes. The order of the
+    columns, the order of an example's values in a column and their number all matter; whether a
+    column is (B,), (B, 1) or jagged does not. The columns are not changed.
 
     Args:
         columns: of shape (B,) or (B, K), or a ``JaggedTensor`` (such as ``kjt["user"]``) with any
-            number of values an example; all on one device. A tensor holds integers or booleans; an
-            array of numpy, a list, a column of pandas, Arrow or Polars those, text or UUIDs.
+            number of values an example; all on one device. Tensors hold integers or booleans; numpy
+            arrays, lists, and columns of pandas, Arrow or Polars may also hold text or UUIDs.
 
     Returns:
-        int64, at least 0, of shape (B,), as a tensor on the columns' device if any of them is one,
-        else as an array of numpy.
+        int64 ids (B,), at least 0: a tensor on the columns' device if any column is a tensor, else
+        a numpy array.
 
     Raises:
-        TypeError: for a column of several kinds, or of another: floats, which students may round
-            differently, bytes, decimals, integers as Python's objects.
-        ValueError: without columns, for another shape, for nulls and what is masked, for text that
+        TypeError: for a column of mixed or unsupported types: floats (students may round them
+            differently), bytes, decimals, integers as Python objects.
+        ValueError: without columns, for another shape, for nulls and masked entries, for text that
             is not Unicode, and for columns of different B or on different devices.
 
     Example:
@@ -106,29 +106,30 @@ def hash_ids(*columns: Any) -> Tensor | Ints:
     return ids if any(isinstance(c, (Tensor, JaggedTensor)) for c in columns) else ids.numpy()
 
 
-def _digest(what: str, column: Any) -> Tensor:
+def _digest(name: str, column: Any) -> Tensor:
     if isinstance(column, JaggedTensor):
-        return _digest_jagged(_check(what, column.values(), dims=(1,)), column.offsets().long())
+        return _digest_jagged(_check(name, column.values(), dims=(1,)), column.offsets().long())
     if not isinstance(column, Tensor) or isinstance(column, MaskedTensor):
-        column = torch.from_numpy(_whole(what, column))
-    values = _check(what, column, dims=(1, 2))
+        column = torch.from_numpy(_as_integers(name, column))
+    values = _check(name, column, dims=(1, 2))
     table = values.unsqueeze(1) if values.dim() == 1 else values
     places = torch.arange(table.shape[1], device=table.device)
     return _mix(table.shape[1] + _terms(table, places).sum(1))
 
 
 def _digest_jagged(values: Tensor, offsets: Tensor) -> Tensor:
-    # where each value's own example starts; values outside all examples end in none of the sums
+    # where each value's example starts; values outside of all examples enter no sum
     starts = offsets.new_zeros(values.shape[0] + 1)
     starts[offsets] = offsets
     starts = starts.cummax(0).values[:-1]
     terms = _terms(values, torch.arange(values.shape[0], device=values.device) - starts)
+    # int64 wraps, so that differences of running sums are exact modulo 2^64
     sums = torch.cat([terms.new_zeros(1), terms.cumsum(0)])[offsets]
     return _mix(offsets.diff() + sums.diff())
 
 
 def _terms(values: Tensor, places: Tensor) -> Tensor:
-    """What each value adds, from its place in its example, 0 for the first."""
+    """Return each value's summand of the digest, by its place in its example, from 0."""
     return _mix(_mix(values) + (places + 1) * _STEP)
 
 
@@ -140,45 +141,47 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # >> of int64 copies the sign; the formula shifts in zeros
     shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
     return shifted
 
 
-def _check(what: str, values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The values as int64, if they are whole numbers in a tensor of so many dimensions."""
+def _check(name: str, values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return whole numbers as int64; raise for another dtype or number of dimensions."""
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise TypeError(
-            f"{what} should be of integers or booleans; received {values.dtype}, which students "
+            f"{name} should be of integers or booleans; received {values.dtype}, which students "
             "may round differently; choose another feature, or pass the integers it came from"
         )
     if values.dim() not in dims:
         expected = "(B,) or (B, K)" if 2 in dims else "(N,) in a JaggedTensor"
-        raise ValueError(f"{what} should be of shape {expected}; received {tuple(values.shape)}")
+        raise ValueError(f"{name} should be of shape {expected}; received {tuple(values.shape)}")
     return values.long()
 
 
-def _whole(what: str, column: Any) -> Ints:
-    """The whole numbers, modulo 2^64, that enter the formula for a column on the host."""
+def _as_integers(name: str, column: Any) -> Ints:
+    """Return the whole numbers, modulo 2^64, by which a column on the host enters the formula."""
     if isinstance(column, KeyedJaggedTensor):
         raise TypeError(
-            f"{what} should be of one feature; received a KeyedJaggedTensor; pass kjt[key]"
+            f"{name} should be of one feature; received a KeyedJaggedTensor; pass kjt[key]"
         )
     if isinstance(getattr(column, "type", None), pa.UuidType):
-        column = column.to_pylist()  # numpy would get the bytes
-    array = on_host(what, column)
+        column = column.to_pylist()  # numpy would receive bytes
+    array = on_host(name, column)
     if array.dtype.kind in "biu" or not array.size:
         return array.astype(np.int64)
     kinds = set(map(type, array.flat)) if array.dtype == object else {array.dtype.type}
     if not all(issubclass(kind, (str, UUID)) for kind in kinds):
         raise TypeError(
-            f"{what} should be of integers, booleans, text or UUIDs; received {kind_of(array)}; "
-            "pass an array of one of these (of integers np.int64 or np.uint64), or another feature"
+            f"{name} should be of integers, booleans, text or UUIDs; received "
+            f"{describe_dtype(array)}; pass an array of one of these (of integers np.int64 or "
+            "np.uint64), or another feature"
         )
     try:
         texts = [str(value).encode() for value in array.flat]
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} should be of Unicode text; received {error.object!r:.100}, which UTF-8 can't "
+            f"{name} should be of Unicode text; received {error.object!r:.100}, which UTF-8 can't "
             "hold; correct it where it comes from"
         ) from None
     digests = b"".join([md5(text, usedforsecurity=False).digest() for text in texts])
@@ -186,16 +189,16 @@ def _whole(what: str, column: Any) -> Ints:
 
 
 def hash_ids_sql(columns: Mapping[str, Kind], dialect: Dialect) -> str:
-    """:func:`hash_ids` as an expression in SQL, of built-in functions alone.
+    """Return :func:`hash_ids` as a SQL expression of built-in functions only.
 
-    The ids are those that ``hash_ids`` gives for the same columns in the same order, of one value
-    an example; NULL where a column is. A column goes through one fold over turns, of which each
-    takes a state x to ((x ^ (x >> shift)) · factor + term) mod 2⁶⁴; the state after the columns
-    before it is the term of one of the turns.
+    It gives the same ids as ``hash_ids`` for the same columns in the same order, of one value an
+    example; NULL if any column is NULL. Each column is a fold over turns, and a turn maps a state x
+    to ((x ^ (x >> shift)) · factor + term) mod 2⁶⁴. The state after the previous columns is the
+    term of one of the turns.
 
     Args:
-        columns: names of columns, in order, and what they hold: ``"integer"``, of any type of
-            integers up to 64 bits, or ``"string"``. A UUID is first cast to a string.
+        columns: names of columns, in order, and what they hold: ``"integer"``, any integer type of
+            up to 64 bits, or ``"string"``. Cast a UUID to a string first.
         dialect: ``"duckdb"`` (1.3 or newer), or ``"spark"`` (3.5 or newer, ANSI mode or not).
 
     Raises:
@@ -227,7 +230,10 @@ def hash_ids_sql(columns: Mapping[str, Kind], dialect: Dialect) -> str:
 
 
 def _fold_in_duckdb(turns: list[_Turn]) -> str:
-    """In 128 bits without a sign, where no product overflows; both arguments are a turn's kind."""
+    """Return the fold in unsigned 128-bit integers, where no product overflows.
+
+    ``list_reduce`` needs both arguments of one type, so the state is the term of a turn.
+    """
     rows = [
         [f"CAST({x % 2**64 if isinstance(x, int) else x} AS UHUGEINT)" for x in turn]
         for turn in [(0, 0, _START), *turns]
@@ -240,11 +246,12 @@ def _fold_in_duckdb(turns: list[_Turn]) -> str:
 
 
 def _fold_in_spark(turns: list[_Turn]) -> str:
-    """In halves of 32 bits, as in ANSI mode what does not fit in 64 bits is an error.
+    """Return the fold in halves of 32 bits: in ANSI mode, overflow of 64 bits is an error.
 
     With y = x ^ (x >>> shift) = 2³² h + l, 0 <= l < 2³², and factor = 2³² G + F, -2³¹ <= F < 2³¹,
-    y · factor + term = l F + term + 2³² (h F + l G), modulo 2⁶⁴, of which only the upper halves of
-    term and l G could overflow, and are added as such.
+    y · factor + term = l F + term + 2³² (h F + l G), modulo 2⁶⁴. Only term and l G could overflow
+    the sums: of term the halves are added apart, of l G the lower half, as the upper one is a
+    multiple of 2⁶⁴.
     """
     elements = []
     for shift, factor, term in turns:
@@ -261,6 +268,7 @@ def _fold_in_spark(turns: list[_Turn]) -> str:
 
 
 def _signed(number: int, bits: int) -> int:
+    """Return a number modulo 2^bits as a signed integer."""
     half = 1 << (bits - 1)
     return (number + half) % (2 * half) - half
 

@@ -1,4 +1,4 @@
-"""One time window's teacher outputs, in memory or in files that processes share, found by id.
+"""An index of one window's teacher outputs by example id, in memory or in shared files.
 
 Shapes: n rows of the window, B examples of a batch, T tasks.
 """
@@ -16,32 +16,31 @@ from torchrec_exfm.das.arrays import AnyArray, Floats, Ints, Mask
 
 __all__ = ["WindowIndex", "index_bytes"]
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # rows that are put in place at a time, to bound the memory for copies
 _HALF = np.uint64(32)
 _STARTS, _RECORDS = "starts", "records"  # the files of a folder
 _FACTORS = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 
 
 class WindowIndex:
-    """The outputs of a window's examples, each found by its id with about two cache misses.
+    """A hash index of a window's outputs: a look-up costs about two cache misses.
 
-    An example's key is a bijective mix of its id; the key's top bits are its bucket. The rows lie
-    in order of their keys, each as one record of id, age and values, and an array says where each
-    bucket starts. There are between half as many buckets as rows and as many, so that T = 1 takes
-    18 to 20 bytes a row. Look-ups may run in several threads.
+    An example's key is a bijective mix of its id; the key's top bits are its bucket. The rows are
+    sorted by key, each as one record of id, age and values, and an array says where each bucket
+    starts. There are between n / 2 and n buckets, so that T = 1 takes 18 to 20 bytes a row. Several
+    threads may look up at once.
 
     Args:
-        example_ids: (n,), int64, at least 0, none of them twice. n may be 0.
+        example_ids: (n,), int64, at least 0, without repeats. n may be 0.
         values: (n, T), float32.
         age_seconds: (n,), float32.
-        folder: where to keep it as files, which other processes map with :meth:`open`; None: in
-            this process's memory.
+        folder: where to keep the index as files, which other processes map with :meth:`open`; None:
+            in this process's memory.
 
     Raises:
         OSError: if the folder has no room for it.
         TypeError: for another dtype.
-        ValueError: for another shape, a negative id or one that comes twice, and for 2³² rows or
-            more.
+        ValueError: for another shape, a negative or repeated id, and for 2³² rows or more.
 
     Example:
         >>> import numpy as np
@@ -75,24 +74,24 @@ class WindowIndex:
         bits = _bits(rows)
         self._shift = np.uint64(64 - bits)
         self._starts = _zeros(2**bits + 1, np.dtype(np.uint32), folder and folder / _STARTS)
-        # the last record is no example's: empty buckets at the end lead there
+        # one more record, of no example: empty buckets at the end point to it
         self._records = _zeros(rows + 1, _record(values.shape[1]), folder and folder / _RECORDS)
         self._records["id"][-1] = -1
         self._fill(example_ids, values, age_seconds)
-        same = self._records["id"][1:] == self._records["id"][:-1]
-        if same.any():
-            twice = self._records["id"][1:][same]
+        is_repeated = self._records["id"][1:] == self._records["id"][:-1]
+        if is_repeated.any():
+            repeated = self._records["id"][1:][is_repeated]
             raise ValueError(
-                f"example ids should come once; received {twice[0]} more than once ({len(twice)} "
-                "such rows); keep one row of each"
+                f"example ids should come once; received {repeated[0]} more than once "
+                f"({len(repeated)} such rows); keep one row of each"
             )
 
     @classmethod
     def open(cls, folder: Path, width: int) -> WindowIndex:
-        """That of a folder, of so many values a row, mapped: its memory is held once a host.
+        """Map the index in a folder, of ``width`` values a row: a host holds its memory once.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if the folder has none.
         """
         index = cls.__new__(cls)
         index._starts = _mapped(folder / _STARTS, np.dtype(np.uint32))
@@ -101,13 +100,13 @@ class WindowIndex:
         return index
 
     def find(self, example_ids: Ints) -> tuple[Floats, Floats, Mask]:
-        """The outputs of the examples of these ids; zeros where the window has none.
+        """Look up the outputs of examples; zeros where the window has none.
 
         Args:
-            example_ids: (B,), int64; the same may come several times.
+            example_ids: (B,), int64; ids may repeat.
 
         Returns:
-            The values (B, T) and the ages in seconds (B,), float32, and which are present (B,).
+            The values (B, T) and ages in seconds (B,), float32, and the mask (B,) of those present.
 
         Raises:
             TypeError: for another dtype.
@@ -115,46 +114,47 @@ class WindowIndex:
         """
         _check("example_ids", example_ids, np.int64, 1)
         buckets = self._bucket(example_ids)
-        # mode="clip": the places are right; "raise" would look once more
+        # mode="clip": indices are in bounds by construction; "raise" would check them again
         places = self._starts.take(buckets, mode="clip").astype(np.int64)
-        found = self._records.take(places, mode="clip")
-        # those that lie further on in their buckets, if anywhere: one step at a time
-        left = np.flatnonzero(found["id"] != example_ids)
+        records = self._records.take(places, mode="clip")
+        # those that are not first in their bucket: one step ahead at a time, all at once
+        left = np.flatnonzero(records["id"] != example_ids)
         places, wanted = places.take(left), example_ids.take(left)
         last = self._starts.take(buckets.take(left) + 1, mode="clip").astype(np.int64) - 1
         more = np.flatnonzero(places < last)
         while len(more):
             left, wanted, last = left.take(more), wanted.take(more), last.take(more)
             places = places.take(more) + 1
-            found[left] = nexts = self._records.take(places, mode="clip")
-            more = np.flatnonzero((nexts["id"] != wanted) & (places < last))
-        present = (found["id"] == example_ids) & (example_ids >= 0)
-        values = np.where(present[:, None], found["values"], np.float32(0))
-        return values, np.where(present, found["age"], np.float32(0)), present
+            records[left] = following = self._records.take(places, mode="clip")
+            more = np.flatnonzero((following["id"] != wanted) & (places < last))
+        # a negative id would match the record of no example
+        present = (records["id"] == example_ids) & (example_ids >= 0)
+        values = np.where(present[:, None], records["values"], np.float32(0))
+        return values, np.where(present, records["age"], np.float32(0)), present
 
     def __len__(self) -> int:
         return len(self._records) - 1
 
     @property
     def width(self) -> int:
-        """T, the values of a row."""
+        """T, the number of values of a row."""
         width: int = self._records["values"].shape[1]
         return width
 
     @property
     def nbytes(self) -> int:
-        """All the bytes it keeps."""
+        """Number of bytes of the index."""
         return self._records.nbytes + self._starts.nbytes
 
     def _fill(self, example_ids: Ints, values: Floats, age_seconds: Floats) -> None:
-        """Put the rows in order of their keys, block by block, and count them by bucket."""
+        """Store the rows in order of their keys, block by block, and count them by bucket."""
         order = np.argsort(mix(example_ids))
         for first in range(0, len(order), _BLOCK):
-            chosen = order[first : first + _BLOCK]
-            block = self._records[first : first + len(chosen)]
-            block["id"] = example_ids[chosen]
-            block["age"] = age_seconds[chosen]
-            block["values"] = values[chosen]
+            rows = order[first : first + _BLOCK]
+            block = self._records[first : first + len(rows)]
+            block["id"] = example_ids[rows]
+            block["age"] = age_seconds[rows]
+            block["values"] = values[rows]
             buckets = self._bucket(block["id"])
             counts = np.bincount(buckets - buckets[0])
             ends = self._starts[buckets[0] + 1 :][: len(counts)]
@@ -167,12 +167,12 @@ class WindowIndex:
 
 
 def index_bytes(rows: int, width: int) -> int:
-    """The bytes of an index of so many rows, of so many values each."""
+    """Return the bytes of an index of ``rows`` rows of ``width`` values."""
     return (rows + 1) * _record(width).itemsize + 4 * ((1 << _bits(rows)) + 1)
 
 
 def _bits(rows: int) -> int:
-    """Of the number of a bucket."""
+    """Return the number of bits of a bucket's number."""
     return max(rows.bit_length() - 1, 1)
 
 
@@ -184,7 +184,7 @@ def _zeros(length: int, dtype: np.dtype[Any], path: Path | None) -> AnyArray:
     if path is None:
         return np.zeros(length, dtype)
     with path.open("xb") as file:
-        # all at once: where there is no room, to write what is mapped would end the process
+        # allocate now: without room, a write to mapped memory would kill the process
         os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
     return _mapped(path, dtype, "r+")
 
@@ -194,20 +194,23 @@ def _mapped(path: Path, dtype: np.dtype[Any], mode: Any = "r") -> AnyArray:
 
 
 def mix(example_ids: Ints) -> npt.NDArray[np.uint64]:
-    """The ids' keys: MurmurHash3's finaliser but for its last step, which leaves the top bits."""
+    """Return the ids' keys: MurmurHash3's finaliser without its last step.
+
+    That step would not change the top bits, by which buckets are chosen.
+    """
     keys = example_ids.view(np.uint64)
     for factor in _FACTORS:
         keys = (keys ^ (keys >> _HALF)) * factor
     return keys
 
 
-def _check(what: str, array: object, dtype: type, dims: int, rows: int | None = None) -> None:
+def _check(name: str, array: object, dtype: type, dims: int, rows: int | None = None) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         raise TypeError(
-            f"{what} should be a numpy array of {np.dtype(dtype)}; received "
+            f"{name} should be a numpy array of {np.dtype(dtype)}; received "
             f"{getattr(array, 'dtype', type(array).__name__)}; convert it without loss"
         )
     if array.ndim != dims or rows not in (None, array.shape[0]):
         length = "B" if rows is None else rows
         expected = f"({length}, T)" if dims == 2 else f"({length},)"
-        raise ValueError(f"{what} should be of shape {expected}; received {array.shape}")
+        raise ValueError(f"{name} should be of shape {expected}; received {array.shape}")

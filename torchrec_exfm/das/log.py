@@ -1,7 +1,7 @@
-"""The log of a table: whether its commits have all their lines, and which of its files has not.
+"""Checks of a table's log: that its commits are complete, and which of its files is damaged.
 
-The library takes a commit that was cut after a line for a whole one, and where it can't read a log
-it names the table. Here each commit is held against what it says of itself.
+The library accepts a commit that was cut off after a line, and where it can't read a log it names
+the table only. Here each commit is compared with the counts in its own summary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.errors import StoreError, store_errors
 from torchrec_exfm.das.folder import Folder
 
 _LOG = "_delta_log"
@@ -35,18 +35,19 @@ _DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Log:
-    """The log in the folder of a table, as far as it has been checked."""
+    """The log of a table, which remembers how far it has been checked."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        summed_up = [file for file in self._files() if file[1].endswith(".parquet")]
-        self._begin = summed_up[-1][0] if summed_up else -1  # the version of the last checkpoint
+        # the library starts from the last checkpoint, and does not read the commits before it
+        checkpoints = [file for file in self._files() if file[1].endswith(".parquet")]
+        self._begin = checkpoints[-1][0] if checkpoints else -1
         self._checked = self._begin
-        self._checkpoint = [path for version, path in summed_up if version == self._begin]
-        self._added: set[str] | None = set()  # paths, since then; None: a commit was not there
+        self._checkpoint = [path for version, path in checkpoints if version == self._begin]
+        self._added: set[str] | None = set()  # paths since then; None: a commit was missing
 
     def check(self, version: int) -> None:
-        """Check the commits up to a version that were not checked before."""
+        """Raise a StoreError for a damaged commit up to a version; each is checked once."""
         while self._checkpoint:
             self._check_file(self._checkpoint[0])
             del self._checkpoint[0]
@@ -59,28 +60,28 @@ class Log:
             raise StoreError(f"{self._folder.url}/{path}: {words}; restore it from a copy")
 
     def damaged(self) -> Iterator[str]:
-        """What is wrong with files of the log, each in words that name it."""
+        """Yield a message for each damaged file of the log."""
         for _, path in self._files():
             if words := self._damage(path):
                 yield f"{self._folder.url}/{path}: {words}"
 
     def _files(self) -> list[tuple[int, str]]:
-        """The commits and checkpoints: their versions and paths."""
+        """Return versions and paths of the commits and checkpoints, in order."""
         self._folder.check_inside(_LOG)
-        with telling(self._folder.url, "its log can't be listed", self._folder.options):
+        with store_errors(self._folder.url, "its log can't be listed", self._folder.options):
             infos = self._folder.filesystem.get_file_info(pa_fs.FileSelector(_LOG))
         named = [(re.match(r"(\d{20})(\.json|\..*parquet)$", i.base_name), i) for i in infos]
         return sorted((int(match[1]), f"{_LOG}/{info.base_name}") for match, info in named if match)
 
     def _damage(self, path: str, *, follow: bool = False) -> str | None:
-        """What is wrong with a file, in words; None if nothing is, or it is gone.
+        """Return what is wrong with a file, in words; None if nothing is, or it was cleaned up.
 
-        To ``follow`` the commits, in order, is to see that they remove what was there; the rows of
-        a checkpoint are not read then.
+        With ``follow``, commits come in order, and a commit must not remove unknown files; the
+        rows of a checkpoint are not read then.
         """
         self._folder.check_inside(path)
-        # what can't be read just now is no damage: that is an error of its own
-        with telling(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
+        # a file that can't be read at the moment is not damaged: that raises
+        with store_errors(f"{self._folder.url}/{path}", "can't be read", self._folder.options):
             try:
                 with self._folder.filesystem.open_input_file(path) as source:
                     if path.endswith(".parquet"):
@@ -88,21 +89,25 @@ class Log:
                     actions = [
                         json.loads(line) for line in source.read().splitlines() if line.strip()
                     ]
-                return _lost_lines(actions) or (self._revived(actions) if follow else None)
+                return _lost_lines(actions) or (self._bad_removal(actions) if follow else None)
             except FileNotFoundError:  # cleaned up since it was listed
                 self._added = None if follow else self._added
                 return None
             except _DAMAGE as error:
                 return f"is not what was written: {' '.join(str(error).split())[:200]}"
 
-    def _revived(self, actions: list[dict[str, Any]]) -> str | None:
-        """Whether a commit removes a file that was never there, and so leaves another in."""
+    def _bad_removal(self, actions: list[dict[str, Any]]) -> str | None:
+        """Return how a commit removes an unknown file, in words; record the files it adds.
+
+        Where a path in it is damaged, the file that was meant stays in the table, and its rows,
+        which were deleted or compacted, are read again.
+        """
         if self._added is None:
             return None
         ours = any("mark" in action.get("commitInfo", {}) for action in actions)
         unknown = {unquote(action["remove"]["path"]) for action in actions if "remove" in action}
         unknown -= self._added
-        # others may remove what was removed before
+        # only of our own commits: other tools may remove a file twice
         if ours and unknown and self._added_before is not None:
             unknown -= self._added_before
             if unknown:
@@ -112,12 +117,12 @@ class Log:
 
     @functools.cached_property
     def _added_before(self) -> set[str] | None:
-        """The paths in the last checkpoint; None if it can't be read any more."""
+        """The paths in the last checkpoint; None if it can no longer be read."""
         if self._begin < 0:
             return set()
         try:
             url, options = self._folder.url, self._folder.options
-            with telling(url, "can't be read", options):
+            with store_errors(url, "can't be read", options):
                 table = DeltaTable(url, self._begin, storage_options=options)
                 paths = pa.table(table.get_add_actions())["path"].to_pylist()
         except StoreError:
@@ -126,20 +131,20 @@ class Log:
 
 
 def _lost_columns(checkpoint: pq.ParquetFile, *, read: bool) -> str | None:
-    """What a checkpoint lacks, by whose absence files or transactions would not be known."""
+    """Return which column a checkpoint lacks: without it, files or transactions would be lost."""
     schema = checkpoint.schema_arrow
     for name, parts in _CHECKPOINT.items():
         kind = schema.field(name).type if name in schema.names else None
-        there = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
-        if missing := [part for part in parts if part not in there]:
+        present = [field.name for field in kind] if isinstance(kind, pa.StructType) else []
+        if missing := [part for part in parts if part not in present]:
             return f"lacks the column {name}.{missing[0]}: it is no checkpoint"
     if read:
-        checkpoint.read()
+        checkpoint.read()  # raises where pages are damaged
     return None
 
 
 def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
-    """What a commit lacks of what it says of itself, in words; None for nothing that is known."""
+    """Return how a commit contradicts its own summary, in words; None if it does not."""
     if not actions:
         return "is an empty commit: its lines were lost"
     transactions = [f"{a['txn']['appId']}={a['txn']['version']}" for a in actions if "txn" in a]
@@ -157,12 +162,12 @@ def _lost_lines(actions: list[dict[str, Any]]) -> str | None:
         "numFilesRemoved": removes,
     }
     stats = [json.loads(add.get("stats") or "{}") for add in adds]
-    if all("numRecords" in each for each in stats):
-        counts["num_added_rows"] = sum(each["numRecords"] for each in stats)
+    if all("numRecords" in statistics for statistics in stats):
+        counts["num_added_rows"] = sum(statistics["numRecords"] for statistics in stats)
     for name, count in counts.items():
         if str(metrics.get(name) or count) != str(count):  # some write numbers as text
-            return f"says {name} of itself is {metrics[name]}, and has {count}: lines were lost"
-    noted = info.get("transaction") if "mark" in info else None  # of ours
+            return f"states {name} = {metrics[name]}, and has {count}: lines were lost"
+    noted = info.get("transaction") if "mark" in info else None  # only our commits have marks
     if noted is not None and noted not in transactions:
-        return f"says it is of the transaction {noted!r}, and has {transactions}: lines were lost"
+        return f"states the transaction {noted!r}, and has {transactions}: lines were lost"
     return None

@@ -18,7 +18,7 @@ from torchrec_exfm.das.arrays import as_seconds
 from torchrec_exfm.das.errors import StoreError
 from torchrec_exfm.das.memory import Memory
 from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
-from torchrec_exfm.das.redaction import redacted, told
+from torchrec_exfm.das.redaction import describe_error, redacted
 
 __all__ = ["ServedMemory", "drop_memory", "open_memories", "publish_memory", "write_needs"]
 AnyPath: TypeAlias = "str | Path"
@@ -175,7 +175,7 @@ def _telling(url: AnyPath) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("sqlite3", "redis"):
             raise
-        text, cause = told(error, {"url": str(url)} if "://" in str(url) else None)
+        text, cause = describe_error(error, {"url": str(url)} if "://" in str(url) else None)
         raise StoreError(
             f"{redacted(str(url))} should answer; received {text}: see to the server, or the file"
         ) from cause

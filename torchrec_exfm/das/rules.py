@@ -1,4 +1,4 @@
-"""What every row of the store has to keep to, checked where rows come in and where they go out."""
+"""The rules for every row of the store, checked when rows are written and when they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from torchrec_exfm.das.arrays import (
 )
 
 BadRows: TypeAlias = Literal["refuse", "quarantine"]
-ABSENT = np.uint32(0xFFFFFFFF)  # the bits of an output that is null in the store: of a NaN
+# The bits of an output that is null in the store. They are a NaN's, and `write` stores no NaN with
+# these bits: so null (the teacher does not know the task) differs from NaN (a broken output).
+ABSENT = np.uint32(0xFFFFFFFF)
 NO_KEY = np.int64(-(2**63))  # a key that is null in the store
 
 
@@ -28,8 +30,8 @@ NO_KEY = np.int64(-(2**63))  # a key that is null in the store
 class Rows:
     """Rows of one teacher: outputs (n, T), embeddings (n, W) bytes, times in epoch microseconds.
 
-    Keys are (n, K); K and W are 0 unless asked for. An output that is null has the bits ``ABSENT``,
-    and a key that is null is ``NO_KEY``.
+    Keys are (n, K); K and W are 0 unless they were read. A null output has the bits ``ABSENT``, a
+    null key is ``NO_KEY``.
     """
 
     example_id: Ints
@@ -52,7 +54,7 @@ class Rows:
     def concatenate(
         cls, parts: Sequence[Rows], num_tasks: int, embedding_bytes: int = 0, num_keys: int = 0
     ) -> Rows:
-        """The rows of all parts, in order."""
+        """Return the rows of all parts, in order; the numbers give the shapes if there are none."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
@@ -66,16 +68,16 @@ class Rows:
 
     @property
     def age_seconds(self) -> Floats:
-        """Event time - trained-through, (n,); 0 for logged rows, whose teacher was up to date."""
+        """Ages (n,): event time - trained-through; 0 for logged rows, of a teacher up to date."""
         age = (self.event_time - self.trained_through) / MICROSECONDS
         age[self.logged] = 0
         return age.astype(np.float32)
 
 
 def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[str, Mask]:
-    """Each rule that is broken, in words, with the rows (n,) that break it.
+    """Return the rules that are broken, in words, each with the mask (n,) of rows that break it.
 
-    The rows are of one teacher, and of one window, or (None) of one write.
+    The rows are of one teacher, and of one window, or of one write (``window=None``).
     """
     seconds = rows.event_time // MICROSECONDS
     rules: dict[str, Mask] = {}
@@ -90,8 +92,8 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
     out_of_range = (seconds < 0) | (seconds >= MAX_SECONDS)
     unit = likely_unit(int(seconds.max(initial=0)))
     rules[f"have an event time outside of [0, {MAX_SECONDS:,}) seconds ({unit})"] = out_of_range
-    # what was logged in the teacher's training forward was said before it learned the label
-    # (in whole seconds, as trained-through is: what was cut off it may have been the example's)
+    # A logged output was computed before the teacher learned the label. Times are compared in whole
+    # seconds, as trained-through is rounded down: the rest of its second may have been trained on.
     leaks = (rows.trained_through >= seconds * MICROSECONDS) & ~rows.logged
     rules["leak: their teacher was trained through their own event time"] = leaks
     if window is not None:
@@ -100,42 +102,43 @@ def broken_rules(rows: Rows, window: int | None, window_seconds: int) -> dict[st
 
 
 def absent(outputs: Floats) -> Mask:
-    """Which outputs are null in the store: their teacher does not know the task."""
+    """Return which outputs are null in the store: their teacher does not know the task."""
     null: Mask = outputs.view(np.uint32) == ABSENT
     return null
 
 
 def _repeated(ids: Ints) -> Mask:
-    """Which (n,) have been there before."""
+    """Return which ids (n,) repeat an earlier one."""
     repeated = np.zeros(len(ids), dtype=np.bool_)
-    if not _rise(np.sort(ids)):  # to sort the ids alone costs a fifth
+    if not _is_increasing(np.sort(ids)):  # sorting the ids alone costs a fifth
         order = np.argsort(ids, kind="stable")
         repeated[order[1:]] = np.diff(ids[order]) == 0
     return repeated
 
 
-def _rise(ids: Ints) -> bool:
+def _is_increasing(ids: Ints) -> bool:
     return bool((ids[1:] > ids[:-1]).all())
 
 
 def newest(rows: Rows) -> Rows:
-    """One row for each example: the newest snapshot wins.
+    """Return one row for each example: the newest snapshot wins.
 
-    Among those of one snapshot what was logged in training, then what was scored last.
+    Among the rows of one snapshot, a logged row wins, then the one scored last.
     """
-    if _rise(rows.example_id) or _rise(ids := np.sort(rows.example_id)):
+    # where no example has two rows, the sort by four keys is not needed
+    if _is_increasing(rows.example_id) or _is_increasing(ids := np.sort(rows.example_id)):
         return rows
     order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
     return rows[order[np.append(ids[1:] != ids[:-1], len(ids) > 0)]]
 
 
 def first_few(values: Any) -> str:
-    """Some of an array's or a list's values, to show."""
+    """Return the first values of an array or list, as text."""
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _refusal(where: str, words: str, bad: Mask, rows: Rows) -> str:
-    """The sentence that says which rows break a rule."""
+    """Return the message that names the rows which break a rule."""
     at = np.flatnonzero(bad)
     first = rows[at[:1]]
     return (
@@ -151,10 +154,10 @@ def _refusal(where: str, words: str, bad: Mask, rows: Rows) -> str:
 def sift(
     rows: Rows, broken: dict[str, Mask], bad_rows: BadRows, where: str, error: type[Exception]
 ) -> tuple[Mask, dict[str, int]]:
-    """The rows (n,) that break no rule, and how many of the others break which one first.
+    """Return the mask (n,) of rows that break no rule, and how many others break which rule first.
 
     Raises:
-        Exception: of the kind given, for ``bad_rows="refuse"``, if there are others.
+        Exception: of the type ``error``, for ``bad_rows="refuse"``, if a rule is broken.
     """
     good = np.ones(len(rows), dtype=np.bool_)
     quarantined: dict[str, int] = {}
@@ -168,6 +171,6 @@ def sift(
 
 
 def check_bad_rows(bad_rows: str) -> None:
-    """A ValueError unless it is one of the two ways."""
+    """Raise a ValueError unless ``bad_rows`` is "refuse" or "quarantine"."""
     if bad_rows not in ("refuse", "quarantine"):
         raise ValueError(f"bad_rows should be 'refuse' or 'quarantine'; received {bad_rows!r}")

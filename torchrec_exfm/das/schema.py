@@ -1,6 +1,6 @@
-"""The format of the teacher store: what a row says, and how the columns lie on disk.
+"""The format of the teacher store: its columns and their encodings.
 
-One row is what one snapshot of one teacher said of one example:
+One row holds the outputs of one snapshot of one teacher for one example:
 
 | column | type | |
 |---|---|---|
@@ -11,10 +11,10 @@ One row is what one snapshot of one teacher said of one example:
 | ``window`` | int64 | partition: event time in epoch seconds // ``window_seconds`` |
 | ``snapshot`` | int64 | version of the teacher, from 0 |
 | ``trained_through`` | timestamp | the last event time that the snapshot was trained on |
-| ``logged`` | boolean | said in the teacher's own training forward, before its update |
-| ``scored_at`` | timestamp | when it was computed, by the clock on the wall |
+| ``logged`` | boolean | computed in the teacher's own training forward, before its update |
+| ``scored_at`` | timestamp | when the output was computed (wall clock) |
 | ``user_id``, ``item_id``, ``category_id`` | int64, may be null | keys, to gather past outputs by |
-| ``embedding`` | binary, may be null | the teacher's, as in ``embeddings``, if the store has any |
+| ``embedding`` | binary, may be null | the teacher's, in the bytes of ``embeddings``; optional |
 
 Timestamps are in UTC, of microseconds. The table's description holds the rest as JSON.
 """
@@ -66,7 +66,7 @@ SNAPSHOTS = pa.schema(
         pa.field("checkpoint", pa.string()),
     ]
 )
-# times as epoch microseconds: to be cast to after SNAPSHOTS, as files may have them in other units
+# Times as epoch microseconds. Cast to SNAPSHOTS first: files may hold timestamps of other units.
 SNAPSHOT_NUMBERS = pa.schema(
     [f.with_type(pa.int64()) if f.type == TIMESTAMP else f for f in SNAPSHOTS]
 )
@@ -74,7 +74,7 @@ SNAPSHOT_NUMBERS = pa.schema(
 
 @dataclass(frozen=True)
 class StoreFormat:
-    """What is fixed when a store is made: the arguments of ``TeacherStore.create``.
+    """The properties that are fixed when a store is created: see ``TeacherStore.create``.
 
     Raises:
         ValueError: for a wrong value.
@@ -109,11 +109,11 @@ class StoreFormat:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the columns of the outputs."""
-        return columns_of(self.tasks)
+        """Names of the columns of outputs."""
+        return output_columns(self.tasks)
 
     def chosen(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
-        """Some of the tasks, or (None) all; a ValueError for others."""
+        """Return tasks as a tuple, all for None; a ValueError for unknown or repeated ones."""
         names = self.tasks if tasks is None else (tasks,) if isinstance(tasks, str) else (*tasks,)
         if not names or not {*names} <= {*self.tasks} or len({*names}) < len(names):
             raise ValueError(
@@ -123,7 +123,7 @@ class StoreFormat:
 
     @property
     def embedding_bytes(self) -> int:
-        """W, the bytes of an embedding; a ValueError where the store was made without."""
+        """W, the bytes of an embedding; a ValueError if the store has no embeddings."""
         if not (width := self.embedding_width):
             raise ValueError(
                 "embeddings should be of a store with an embedding_width; it is 0: make another"
@@ -137,31 +137,31 @@ class StoreFormat:
         rows: int,
         tasks: Sequence[str] | None = None,
     ) -> Tensor:
-        """Outputs (B, T), and embeddings (B, E) if any, as one new tensor (B, T + E), checked."""
-        import torch  # a host's reader does without
+        """Check outputs (B, T), and embeddings (B, E) if any; return them as one (B, T + E)."""
+        import torch  # here, as the host's reader runs without it
 
-        given = {"outputs": (outputs, len(self.chosen(tasks)))}
+        parts = {"outputs": (outputs, len(self.chosen(tasks)))}
         if embeddings is not None and self.embedding_bytes:
-            given["embeddings"] = embeddings, self.embedding_width
-        for name, (values, width) in given.items():
+            parts["embeddings"] = embeddings, self.embedding_width
+        for name, (values, width) in parts.items():
             if values.dim() < 1 or len(values) != rows or values.numel() != rows * width:
                 raise ValueError(
                     f"{name} should be of shape {(rows, width)} (examples, the store's width); "
                     f"received {tuple(values.shape)}: are they of all the examples asked for?"
                 )
-        return torch.cat([v.detach().reshape(rows, width) for v, width in given.values()], 1)
+        return torch.cat([v.detach().reshape(rows, width) for v, width in parts.values()], 1)
 
     def to_json(self) -> str:
-        """The table's description."""
+        """Return the format as JSON: the table's description."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps({"torchrec_exfm": {**fields, "digest": _digest(fields)}})
 
     @classmethod
     def from_json(cls, text: str | None) -> StoreFormat:
-        """From the table's description.
+        """Read the format from the table's description.
 
         Raises:
-            ValueError: if it is not one, or of another version of the format.
+            ValueError: if it is no such description, is damaged, or is of another version.
         """
         try:
             fields: dict[str, Any] = json.loads(text or "")["torchrec_exfm"]
@@ -182,7 +182,7 @@ class StoreFormat:
             raise ValueError(f"has a description that is damaged ({error})") from None
 
     def schema(self) -> pa.Schema:
-        """The columns, partition columns included."""
+        """Return the Arrow schema, partition columns included."""
         columns = {
             "example_id": pa.int64(),
             **dict.fromkeys(self.outputs, pa.float32()),
@@ -196,14 +196,14 @@ class StoreFormat:
             **dict.fromkeys(KEYS, pa.int64()),
         }
         if self.embedding_width:
-            columns["embedding"] = pa.binary(self.embedding_bytes)  # Delta keeps no length
+            columns["embedding"] = pa.binary(self.embedding_bytes)  # Delta drops the length
         optional = {*OPTIONAL, *self.outputs}
         return pa.schema([pa.field(name, kind, name in optional) for name, kind in columns.items()])
 
     def writer_properties(self) -> WriterProperties:
-        """Encodings that fit rows sorted by id, and that Spark from 3.5 on reads as it comes.
+        """Return encodings that fit rows sorted by id, and that Spark 3.5 reads with its defaults.
 
-        Differences of ids and times; bfloat16 has few distinct values, so a dictionary holds them.
+        Ids and times are stored as differences; bfloat16 has so few values that a dictionary fits.
         """
         differences = ColumnProperties(dictionary_enabled=False, encoding="DELTA_BINARY_PACKED")
         plain = ColumnProperties(dictionary_enabled=False, encoding="PLAIN")
@@ -222,24 +222,26 @@ class StoreFormat:
         )
 
     def round(self, values: Floats) -> Floats:
-        """The values at the store's resolution, to the nearest, ties to even."""
+        """Round values to the store's resolution: to nearest, ties to even."""
         if self.resolution == "float32":
             return values
+        # on the bits, as numpy has no bfloat16; those of a NaN must not be rounded
         bits = values.astype(np.float32, copy=False).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
         finite: Floats = np.where(np.isfinite(values), rounded.view(np.float32), values)
         return finite
 
     def alike(self, one: Floats, other: Floats) -> Mask:
-        """Whether outputs (n, T) are the same up to rounding: of the arithmetic, and the store's.
+        """Return where outputs (n, T) are equal up to rounding, of the arithmetic and of the store.
 
         |one - other| <= step |other| + 2^-16 median |other|, with a step of 2^-7 for bfloat16,
-        where two neighbours may be that far apart, and of 2^-14 for float32.
+        which is the largest distance of two neighbours, and of 2^-14 for float32.
         """
         step = 2.0 ** (-7 if self.resolution == "bfloat16" else -14)
         size = np.where(absent(other), 0, np.abs(other))
-        usual = np.median(size, axis=0) if len(size) else 0.0
-        alike: Mask = np.abs(one - other) <= step * size + 2.0**-16 * usual
+        # the second summand lets outputs near 0 differ by what the usual ones are rounded by
+        typical = np.median(size, axis=0) if len(size) else 0.0
+        alike: Mask = np.abs(one - other) <= step * size + 2.0**-16 * typical
         return alike | (absent(one) & absent(other))
 
 
@@ -248,8 +250,8 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def columns_of(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The names of the columns of tasks' outputs."""
+def output_columns(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the columns that hold the outputs of tasks."""
     return tuple(f"output_{task}" for task in tasks)
 
 
@@ -260,7 +262,7 @@ def check_key_names(names: Any) -> None:
 
 
 def as_keys(keys: Mapping[str, Any] | None, rows: int) -> dict[str, Ints]:
-    """Convert keys by name (whole numbers, (rows,)) to int64; None: there are none.
+    """Convert keys (whole numbers (rows,) by name) to int64; {} for None.
 
     Raises:
         TypeError: for another dtype.
@@ -273,7 +275,7 @@ def as_keys(keys: Mapping[str, Any] | None, rows: int) -> dict[str, Ints]:
 
 
 def check_same_keys(keys: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless the keys of a batch have the names of those of another."""
+    """Raise a ValueError unless the keys of a batch have the same names as those before."""
     if keys.keys() != before.keys():
         raise ValueError(
             "keys should have the same names in every batch, or come with none; received "
@@ -281,30 +283,30 @@ def check_same_keys(keys: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         )
 
 
-def check_name(what: str, name: object) -> str:
-    """The name of a task or teacher, fit for a column and a folder; a ValueError if it is not."""
+def check_name(role: str, name: object) -> str:
+    """Return the name of a task or teacher; a ValueError unless it fits a column and a folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
         raise ValueError(
-            f"{what} should be named with letters, digits, '_', '-' and '.', starting with none of "
-            f"the last two, at most 100; received {name!r}"
+            f"{role} should be named with letters, digits, '_', '-' and '.', at most 100 in all, "
+            f"the first not '-' or '.'; received {name!r}"
         )
     return name
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One version of a teacher, and how far it was trained.
+    """A published version of a teacher, with the last event time it was trained through.
 
     Args:
-        teacher: its name.
+        teacher: name of the teacher.
         version: a whole number from 0, higher for newer; :func:`publish` counts from 1.
-        trained_through_seconds: the last event time that it was trained on, epoch seconds, or a
-            datetime (in UTC where it has no time zone) that is rounded down, as event times are: an
-            example of that second or before may have taught it its label.
+        trained_through_seconds: the last event time that it was trained on, in epoch seconds, or a
+            datetime (in UTC where it has no time zone). It is rounded down, as event times are:
+            the teacher may know the labels of all examples up to the end of that second.
 
     Raises:
-        TypeError: for a time of another kind.
-        ValueError: for a wrong value.
+        TypeError: for a time of another type.
+        ValueError: for a wrong name, a version or time out of range.
     """
 
     teacher: str
@@ -317,7 +319,8 @@ class Snapshot:
         if isinstance(self.version, bool) or not 0 <= version < 2**40:
             raise ValueError(f"version should be an int in [0, 2^40); received {self.version!r}")
         through = as_second("trained_through_seconds", self.trained_through_seconds)
-        object.__setattr__(self, "version", version)  # an int, of numpy's and torch's too
+        # plain ints, whichever type came in; the class is frozen
+        object.__setattr__(self, "version", version)
         object.__setattr__(self, "trained_through_seconds", through)
 
     def __str__(self) -> str:

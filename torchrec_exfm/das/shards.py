@@ -1,4 +1,4 @@
-"""Names of shards: what was written by a name of a snapshot, and whether it is there still."""
+"""Named shards: what a snapshot's shard was written with, and what of it is still stored."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torchrec_exfm.das.schema import Snapshot
 
 @dataclass(frozen=True)
 class NamedRows:
-    """Rows of a snapshot that are written by one name; None: by one that nobody else has.
+    """Rows of a snapshot that are written under a shard's name; None stands for a unique name.
 
-    The log keeps for each name a number: how many rows were offered, and a digest of their ids and
-    times, in any order, of whether they were logged, and of what the snapshot was trained through.
-    Outputs are compared with those that are there, as they may differ by rounding; keys and
-    embeddings are not compared.
+    The log keeps a number for each name: how many rows were offered, and a digest of them. The
+    digest covers ids, event times, whether the rows were logged, and what the snapshot was trained
+    through, in any order of rows. Outputs may differ by rounding, so they are compared with the
+    stored ones instead. Keys and embeddings are not compared.
     """
 
     url: str
@@ -31,38 +31,53 @@ class NamedRows:
     offered: Rows
 
     def transaction(self) -> tuple[str, int]:
-        """The name in the log, and the number that stands for the rows."""
+        """Return the name in the log, and the number that stands for the rows."""
         if self.name is None:
             return f"write/{uuid.uuid4().hex}", 0
         rows = self.offered
+        # a sum, as a shard that is scored again may give its rows in another order
         times = mix(2 * rows.event_time + rows.logged) + mix(rows.trained_through)
         digest = mix(rows.example_id + times.view(np.int64)).sum()
         number = (len(rows) & (2**31 - 1)) << 32 | int(digest) >> 32
         return transaction_name(self.snapshot, self.name), number
 
-    def may_be_there(
+    def may_be_stored(
         self, last: int, number: int, files: Sequence[DataFile], read: Callable[[DataFile], Rows]
     ) -> bool:
-        """Whether what the name wrote may be in the files; it raises if ``last`` differs then."""
+        """Return whether rows of this name may be in the files.
+
+        Args:
+            last: the number in the log, of the last write under this name.
+            number: the number of these rows.
+            files: the data files of the table.
+            read: reads a data file.
+
+        Raises:
+            ValueError: if the numbers differ while rows of the snapshot are stored.
+        """
         if last == number:
             return True
         version = self.snapshot.version
-        known = (file for file in files if self._may_be_in(file))
-        if not any((read(file).snapshot == version).any() for file in known):
-            return False  # all of the snapshot's rows are gone: the name is free
+        candidates = (file for file in files if self._may_be_in(file))
+        if not any((read(file).snapshot == version).any() for file in candidates):
+            return False  # the snapshot was forgotten: its names are free again
         raise ValueError(
             f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, should "
             f"have the rows it was written with, {_summary(last)}; received {_summary(number)}: "
-            "give other rows another name, or publish what said them as another version"
+            "give other rows another name, or publish their teacher as another version"
         )
 
     def _may_be_in(self, file: DataFile) -> bool:
+        """Return whether the file may hold rows of the snapshot, without reading it."""
         version = self.snapshot.version
         lowest, highest = file.snapshots or (version, version)
         return file.partition[0] == self.snapshot.teacher and lowest <= version <= highest
 
     def find(self, rows: Rows, stored: Rows, alike: Callable[[Floats, Floats], Mask]) -> Mask:
-        """Which of the rows (n,) are among those stored; it raises where outputs differ."""
+        """Return the mask (n,) of rows that are stored; a ValueError where their outputs differ.
+
+        ``alike`` says which outputs are equal up to rounding.
+        """
         logged = bool(len(rows) and rows.logged[0])
         stored = stored[(stored.snapshot == self.snapshot.version) & (stored.logged == logged)]
         if not len(stored) or not len(rows):
@@ -70,31 +85,32 @@ class NamedRows:
         order = np.argsort(rows.example_id)
         at = np.searchsorted(rows.example_id[order], stored.example_id).clip(max=len(order) - 1)
         at = order[at]
-        asked = rows.example_id[at] == stored.example_id
-        stored, at = stored[asked], at[asked]
+        offered = rows.example_id[at] == stored.example_id
+        stored, at = stored[offered], at[offered]
         same = alike(stored.outputs, rows.outputs[at]).all(axis=1)
-        there, found = np.zeros((2, len(rows)), dtype=np.bool_)
-        found[at] = True
-        there[at[same]] = True  # another shard may have said something else of the example
-        differ = found & ~there
+        matched, has_stored = np.zeros((2, len(rows)), dtype=np.bool_)
+        has_stored[at] = True
+        # of two stored rows one may match: another shard may hold other outputs of the example
+        matched[at[same]] = True
+        differ = has_stored & ~matched
         if differ.any():
             first = np.flatnonzero(differ)[0]
-            known, given = stored.outputs[at == first][0], rows.outputs[first]
+            before, received = stored.outputs[at == first][0], rows.outputs[first]
             raise ValueError(
                 f"{self.url}: nothing was written: {self.name!r}, a shard of {self.snapshot}, "
                 f"should have the outputs it was written with; received others for {differ.sum()} "
-                f"of {len(rows)} examples: of example {rows.example_id[first]} there are "
-                f"{known.tolist()}, and these are {given.tolist()}: "
-                "publish what said them as another version, or forget this one before"
+                f"of {len(rows)} examples: of example {rows.example_id[first]} {before.tolist()} "
+                f"are stored, and {received.tolist()} were offered: publish their teacher as "
+                "another version, or forget this version first"
             )
-        return there
+        return matched
 
 
 def transaction_name(snapshot: Snapshot, shard: str) -> str:
-    """The name in the log of what is written by a name of a snapshot."""
+    """Return the name in the log for a shard of a snapshot."""
     return f"shard/{snapshot.teacher}/{snapshot.version}/{shard}"
 
 
 def _summary(number: int) -> str:
-    """What the number of a shard tells of its rows."""
+    """Return in words what a shard's number says of its rows."""
     return f"{number >> 32} of the digest {number & (2**32 - 1):08x}"

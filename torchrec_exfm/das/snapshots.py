@@ -20,7 +20,7 @@ from torchrec_exfm._ranks import on_rank_0
 from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 from torchrec_exfm.das.arrays import MICROSECONDS, as_int, as_second
 from torchrec_exfm.das.delta import Commit
-from torchrec_exfm.das.errors import StoreError, telling
+from torchrec_exfm.das.errors import StoreError, store_errors
 from torchrec_exfm.das.schema import SNAPSHOT_NUMBERS, SNAPSHOTS, Snapshot, check_name
 from torchrec_exfm.das.store import TeacherStore
 
@@ -194,7 +194,7 @@ def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
     snapshots = []
     for row in rows_of_registry(store):
         seconds = row["trained_through"] // MICROSECONDS
-        with telling(row["file"], "is damaged"):
+        with store_errors(row["file"], "is damaged"):
             snapshot = Snapshot(row["teacher"], row["version"], seconds)
         snapshots.append((snapshot, row["checkpoint"]))
     return snapshots

@@ -1,6 +1,7 @@
-"""The teacher store: what teachers said of examples, once, in an open table for many students.
+"""The teacher store: an open table of teacher outputs, written once and shared by many students.
 
-n rows, T tasks. ExFM, arXiv 2502.17494, calls its keeper the data augmentation system (DAS).
+Shapes: n rows, T tasks, E numbers of an embedding. ExFM (arXiv 2502.17494) calls the system around
+it the data augmentation system (DAS).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from torchrec_exfm.das.schema import (
     StoreFormat,
     as_keys,
     check_key_names,
-    columns_of,
+    output_columns,
 )
 from torchrec_exfm.das.shards import NamedRows
 from torchrec_exfm.das.urls import check_options, normal_url
@@ -59,18 +60,18 @@ from torchrec_exfm.das.urls import check_options, normal_url
 __all__ = ["MAX_WINDOWS", "TeacherStore", "WriteReport"]
 
 T = TypeVar("T")
-MAX_WINDOWS = 1_000  # of one write: each has a file of its own, and some 300 KiB until it is closed
+MAX_WINDOWS = 1_000  # of one write: each has its own open file, of some 300 KiB in memory
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What became of the rows of one write.
+    """Counts of the rows of one write.
 
     Attributes:
-        written: rows that this write has put into the store.
+        written: rows that this write added to the store.
         quarantined: rows left out, by the rule that they break.
-        committed: False if there was nothing to do: the shard had been written before.
-        stored_before: rows that were in the store already, by an earlier write of the shard.
+        committed: False if there was nothing to do, as the shard had been written before.
+        stored_before: rows that an earlier write of the shard had stored already.
     """
 
     written: int
@@ -80,21 +81,21 @@ class WriteReport:
 
 
 class TeacherStore:
-    """A table of teachers' outputs at a folder or URL (Delta Lake; the columns are in ``schema``).
+    """A Delta table of teacher outputs at a folder or URL (the columns are in ``schema``).
 
-    Several processes may write at once, and others read: each write is one atomic commit, and a
-    reader sees whole commits; :meth:`refresh` brings those made since. Of several outputs for an
-    example, **that of the newest snapshot wins** (then what was logged in training, then what was
-    scored last), unless the reader pins a snapshot.
+    Several processes may write and read at once. Each write is one atomic commit, and a reader sees
+    whole commits; :meth:`refresh` reads the newest. If an example has several outputs, **the newest
+    snapshot wins** (among its rows a logged one, then the one scored last), unless the reader pins
+    a snapshot.
 
     Args:
-        url: a local folder, or ``s3://``, ``gs://``, ``az://`` ..., as deltalake takes them.
-        storage_options: of deltalake, credentials among them; they are kept in memory only.
-        checkpoints: the folder of its snapshots' checkpoints, which all ranks share; None: in the
-            store's own folder, if that is a local (or mounted) one.
+        url: a local folder, or a URL that deltalake accepts: ``s3://``, ``gs://``, ``az://`` ...
+        storage_options: options of deltalake, such as credentials; they are kept in memory only.
+        checkpoints: the folder of the snapshots' checkpoints, which all ranks share. None: a folder
+            inside the store, if that is local or mounted.
 
-    A store that is pickled, or copied, travels by its URL and is opened anew: hand it to spawned
-    processes, not to forked ones, in which the library can't run.
+    A pickled or copied store is opened again from its URL. Pass it to spawned processes, not to
+    forked ones, in which deltalake can't run.
 
     Raises:
         StoreError: if there is no store, or it is damaged or of another format version.
@@ -135,6 +136,7 @@ class TeacherStore:
         self.table.properties = self.format.writer_properties()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # locks and the library's handles can't be pickled
         options: dict[str, Any] = {
             "storage_options": self.storage_options,
             "checkpoints": self.checkpoints,
@@ -143,7 +145,8 @@ class TeacherStore:
 
     @functools.cached_property
     def registry(self) -> Table:
-        """The table of the published snapshots."""
+        """The table of published snapshots."""
+        # opened when needed: look-ups and writers do without it
         return Table(f"{self.url}/snapshots", (), self.storage_options)
 
     @classmethod
@@ -159,25 +162,24 @@ class TeacherStore:
         storage_options: Mapping[str, str] | None = None,
         checkpoints: Path | str | None = None,
     ) -> TeacherStore:
-        """Make a store, or open the one that is there, which must be of the same format.
+        """Create a store, or open an existing one of the same format.
 
         Args:
             url: as for the class.
             tasks: names of the outputs, in order.
-            window_seconds: length of a time window: choose it so that one window's rows fit in
-                memory, at some 20 bytes a row and 130 while it is read; batches should come in
-                order of time.
+            window_seconds: length of a time window. One window's rows should fit in memory, at
+                some 20 bytes a row, and 130 while it is read. Batches should come in order of time.
             resolution: ``"bfloat16"`` rounds the outputs to 8 bits of mantissa (a relative error
                 of at most 0.4 %), for a third of the bytes on disk; ``"float32"`` keeps them.
-            embedding_width: E, of the embeddings that teachers may give; 0: there are none.
-            embedding_resolution: ``"float16"``; or with a scale for each embedding ``"int8"`` (an
-                error of at most max abs(e) / 254), for half of the bytes, or ``"int4"`` (max abs(e)
-                / 14), for a quarter.
+            embedding_width: E, the numbers of a teacher's embedding; 0: the store has none.
+            embedding_resolution: ``"float16"``, or with a scale for each embedding ``"int8"`` or
+                ``"int4"``. These take half and a quarter of the bytes, with an error of at most
+                max abs(e) / 254 and max abs(e) / 14.
             storage_options: as for the class.
             checkpoints: as for the class.
 
         Raises:
-            StoreError: if there is one of another format, or it can't be made.
+            StoreError: if a store of another format exists, or the store can't be created.
             ValueError: for a wrong value.
         """
         if isinstance(tasks, str):
@@ -219,43 +221,45 @@ class TeacherStore:
         embeddings: Any = None,
         bad_rows: BadRows = "refuse",
     ) -> WriteReport:
-        """Write what a snapshot said of n examples: one commit, all or nothing.
+        """Write a snapshot's outputs for n examples in one commit: all or nothing.
 
         Args:
-            snapshot: who said it.
-            example_ids: (n,) whole numbers in [0, 2^63), none twice, as of :func:`hash_ids`.
-            outputs: (n, T), or (n,) for one task: logits of binary tasks, not probabilities
-                (``torch.logit`` makes them), else predictions. Columns with names (a DataFrame, an
-                Arrow table) are taken by name: those of the tasks, in any order.
+            snapshot: the snapshot that computed the outputs.
+            example_ids: (n,) whole numbers in [0, 2^63) without repeats, such as those of
+                :func:`hash_ids`.
+            outputs: (n, T), or (n,) for one task: logits of binary tasks (``torch.logit`` converts
+                probabilities), predictions of regressions. Named columns (of a DataFrame, an Arrow
+                table) are taken by the names of the tasks, in any order.
             event_seconds: (n,) event times of the examples: epoch seconds, or timestamps or dates
                 of numpy, pandas, Arrow, Polars or ``datetime`` (in UTC where they have no time
                 zone), rounded down to the second.
-            tasks: those that the teacher knows: T is their number, and the outputs of the store's
-                others are null. None: all.
-            shard: a name for this piece of work, among those of the snapshot: written again with
-                the same rows (ids and times; outputs up to rounding) only those are written that
-                have gone from the store since; keys and embeddings are not compared. None: a name
-                of its own.
-            logged: said in the teacher's own training forward, before its update.
+            tasks: the T tasks that the teacher knows; the store's other tasks get no output. None:
+                all tasks of the store.
+            shard: a name for this piece of work, unique within the snapshot. Writing it again with
+                the same rows (ids and times; outputs up to rounding) adds only rows that were
+                removed from the store since; keys and embeddings are not compared. None: a unique
+                name.
+            logged: whether the outputs come from the teacher's own training forward, before its
+                update.
             keys: ``user_id``, ``item_id``, ``category_id``, each (n,) whole numbers; -2^63: none.
-            embeddings: (n, E) floating point, in a store that was made for them.
-            bad_rows: what to do with rows that break a rule: ``"refuse"`` all the rows with an
-                error, or ``"quarantine"``: leave out the bad ones and count them.
+            embeddings: (n, E) floating point, for a store with an ``embedding_width``.
+            bad_rows: what to do with rows that break a rule: ``"refuse"`` the whole write with an
+                error, or ``"quarantine"``: leave the bad rows out and count them.
 
         Raises:
-            TypeError: for a wrong kind or dtype.
+            TypeError: for a wrong type or dtype.
             ValueError: for a wrong shape; for embeddings that the store can't hold; for bad rows:
-                negative or doubled ids, NaN or infinite outputs, event times out of range, and
+                negative or repeated ids, NaN or infinite outputs, event times out of range, and
                 leaks (the snapshot was trained through the event time of the example or later, and
                 the output was not logged); if the shard was written with other rows; for rows of
                 more than 1,000 windows.
             StoreError: if the rows can't be written; then none is.
         """
         check_bad_rows(bad_rows)
-        known = self.format.chosen(tasks)
-        offered = self._to_write(snapshot, example_ids, outputs, event_seconds, logged, known)
-        numbers = as_keys(keys, len(offered))
-        optional = {name: pa.array(key, mask=key == NO_KEY) for name, key in numbers.items()}
+        known_tasks = self.format.chosen(tasks)
+        offered = self._as_rows(snapshot, example_ids, outputs, event_seconds, logged, known_tasks)
+        key_columns = as_keys(keys, len(offered))
+        optional = {name: pa.array(key, mask=key == NO_KEY) for name, key in key_columns.items()}
         if embeddings is not None:
             optional["embedding"] = self._encoded(len(offered), embeddings)
         columns = self._columns(snapshot.teacher, offered, optional)
@@ -276,45 +280,46 @@ class TeacherStore:
         _check_shard(shard)
         named = NamedRows(self.url, snapshot, shard, offered)
         transaction = named.transaction()
-        there = np.zeros(len(rows), dtype=np.bool_)
+        stored = np.zeros(len(rows), dtype=np.bool_)
 
         def prepare() -> Commit | None:
-            nonlocal there
-            there = np.zeros(len(rows), dtype=np.bool_)
-            # only a name can have been written before: to look for one reads the log
+            nonlocal stored
+            stored = np.zeros(len(rows), dtype=np.bool_)
+            # a unique name can't have been written before, and looking one up reads the log
             last = None if shard is None else self.table.transaction(transaction[0])
             if last is not None:
-                if named.may_be_there(last, transaction[1], self.table.files(), self.read_file):
+                if named.may_be_stored(last, transaction[1], self.table.files(), self.read_file):
                     parts = [self.read(snapshot.teacher, w, bad_rows="quarantine") for w in windows]
-                    stored = Rows.concatenate([part for part, _ in parts], len(self.tasks))
-                    there = named.find(rows, stored, self.format.alike)
-                if there.all():
+                    stored_rows = Rows.concatenate([part for part, _ in parts], len(self.tasks))
+                    stored = named.find(rows, stored_rows, self.format.alike)
+                if stored.all():
                     return None
-            data = columns.filter(pa.array(~there)) if there.any() else columns
+            data = columns.filter(pa.array(~stored)) if stored.any() else columns
             data = data.take(pa.array(_order(data)))
             return Commit(
                 lambda properties: self.table.append(data, properties),
                 transaction,
-                notes if quarantined and last is None else {},  # counted once
+                # `show` adds the notes up: rows that are left out again are not counted again
+                notes if quarantined and last is None else {},
             )
 
         if self.table.commit("can't be written to, and nothing of this shard was", prepare) is None:
-            return WriteReport(0, committed=False, stored_before=int(there.sum()))
-        before = int(there.sum())
-        return WriteReport(len(there) - before, quarantined, stored_before=before)
+            return WriteReport(0, committed=False, stored_before=int(stored.sum()))
+        before = int(stored.sum())
+        return WriteReport(len(stored) - before, quarantined, stored_before=before)
 
     def advance_watermark(self, writer: str, before_seconds: int) -> None:
-        """Say that a writer has written all that it will of events before a time.
+        """Record that a writer has written everything for events before a time.
 
-        For readers of a stream, who can't tell an output that is late from one that never comes.
-        A watermark never falls: an earlier time than before changes nothing.
+        Readers of a stream need it: they can't tell a late output from one that never comes. A
+        watermark never falls: a time before the last one changes nothing.
 
         Args:
-            writer: a name: that of a teacher, or another that its readers know.
+            writer: a name that the readers know, such as a teacher's.
             before_seconds: event time, epoch seconds.
 
         Raises:
-            TypeError: for a time of another kind.
+            TypeError: for a time of another type.
             ValueError: for a wrong value.
             StoreError: if it can't be written.
         """
@@ -327,38 +332,39 @@ class TeacherStore:
             last = self.table.transaction(name)
             if last is not None and last >= second:
                 return None
-            nothing = self.format.schema().empty_table()
-            return Commit(lambda made: self.table.append(nothing, made), (name, second))
+            # a commit needs an act: no rows are appended, the transaction holds the watermark
+            no_rows = self.format.schema().empty_table()
+            return Commit(lambda properties: self.table.append(no_rows, properties), (name, second))
 
         self.table.commit("the watermark can't be written", prepare)
 
     def watermark(self, writer: str) -> int | None:
-        """That of a writer, as of the commit that is read; None if it has none."""
+        """Return a writer's watermark as of the commit that is read; None if it has none."""
         return self.table.transaction(f"watermark/{writer}")
 
     def refresh(self, version: int | None = None) -> int:
-        """Go to the newest commit (or to that of number ``version``), and return its number."""
+        """Read the newest commit of the store, or number ``version``; return its number."""
         if version is not None and not 0 <= as_int(version) < 2**63:
             raise ValueError(f"version should be the number of a commit; received {version!r}")
         self.table.refresh(version)
         return self.table.version
 
     def teachers(self) -> list[str]:
-        """The teachers that have outputs."""
+        """Return the names of teachers that have outputs."""
         return sorted({file.partition[0] for file in self.table.files()})
 
     def windows(self, teacher: str) -> list[int]:
-        """The windows for which a teacher has outputs, in order of time."""
+        """Return the windows in which a teacher has outputs, in order of time."""
         return sorted(
             {file.partition[1] for file in self.table.files() if file.partition[0] == teacher}
         )
 
     def files(self, teacher: str, window: int) -> list[DataFile]:
-        """The data files of a window."""
+        """Return the data files of a window."""
         return [file for file in self.table.files() if file.partition == (teacher, window)]
 
     def window_of(self, event_seconds: Ints) -> Ints:
-        """The windows (n,) of event times (n,)."""
+        """Return the windows (n,) of event times (n,)."""
         return event_seconds // self.format.window_seconds
 
     def read(
@@ -371,23 +377,23 @@ class TeacherStore:
         embeddings: bool = False,
         keys: Sequence[str] = (),
     ) -> tuple[Rows, dict[str, int]]:
-        """All rows of a window, as they were written: several of an example if there are.
+        """Read all rows of a window as they were written; an example may have several.
 
-        None for a window or a teacher that is not there.
+        There are no rows if the store lacks the window or the teacher.
 
         Args:
-            teacher: its name.
+            teacher: name of the teacher.
             window: one of :meth:`windows`.
-            tasks: those to read the outputs of, in this order; None: all.
+            tasks: tasks whose outputs to read, in this order; None: all.
             bad_rows: what to do with rows that break a rule: ``"refuse"`` (an error that names the
                 file and the rows), or ``"quarantine"``: leave them out.
-            embeddings: read them too: their bytes, all 255 where a row has none.
-            keys: those of ``user_id``, ``item_id`` and ``category_id`` to read, in this order;
+            embeddings: whether to read the embeddings' bytes too, all 255 where a row has none.
+            keys: which of ``user_id``, ``item_id`` and ``category_id`` to read, in this order;
                 -2^63 where a row has none.
 
         Returns:
-            The rows (the bits of an output that is null are all 1), and how many were left out, by
-            the rule that they break.
+            The rows (the bits of a null output are all 1), and how many were left out, by the rule
+            that they break.
 
         Raises:
             ValueError: for a wrong value.
@@ -412,12 +418,16 @@ class TeacherStore:
     def read_files(
         self, teachers: Sequence[str], window: int, read: Callable[[DataFile], T]
     ) -> tuple[list[DataFile], list[T]]:
-        """The data files of a window, of teachers in turn, and what is read of each."""
+        """Read the data files of a window, one teacher after another; return files and results.
+
+        Raises:
+            MissingFileError: if a file is missing that the newest version has too.
+        """
         while True:
             files = [file for teacher in teachers for file in self.files(teacher, window)]
             try:
                 return files, [read(file) for file in files]
-            except MissingFileError:  # compaction may have put another in its place
+            except MissingFileError:  # another job may have compacted the window and vacuumed
                 self.refresh()
                 if files == [file for name in teachers for file in self.files(name, window)]:
                     raise
@@ -429,21 +439,22 @@ class TeacherStore:
         embeddings: bool = False,
         keys: Sequence[str] = (),
     ) -> Rows:
-        """The rows of one of :meth:`files`, whatever rules they break."""
+        """Read the rows of one of :meth:`files` without checking the rules."""
         check_key_names(keys)
-        outputs_of = columns_of(self.format.chosen(tasks))
+        output_names = output_columns(self.format.chosen(tasks))
         left_out = {"outputs", "keys"} if embeddings else {"outputs", "keys", "embedding"}
         names = [field.name for field in fields(Rows) if field.name not in left_out]
         schema = self.format.schema()
-        wanted = pa.schema([schema.field(name) for name in (*names, *outputs_of, *keys)])
+        wanted = pa.schema([schema.field(name) for name in (*names, *output_names, *keys)])
         table = self.table.read(file, wanted)
-        outputs = np.stack([_array(table, name) for name in outputs_of], axis=1)
+        outputs = np.stack([_array(table, name) for name in output_names], axis=1)
         columns = {name: _array(table, name) for name in names}
         columns = {"embedding": outputs[:, :0].view(np.uint8), **columns}
-        numbers = np.empty((len(table), len(keys)), np.int64)
+        key_columns = np.empty((len(table), len(keys)), np.int64)
         for number, name in enumerate(keys):
-            numbers[:, number] = table[name].fill_null(NO_KEY).to_numpy()
-        rows = Rows(outputs=outputs, keys=numbers, **columns)
+            key_columns[:, number] = table[name].fill_null(NO_KEY).to_numpy()
+        rows = Rows(outputs=outputs, keys=key_columns, **columns)
+        # files are skipped by the log's bounds of snapshots: they must be right
         if file.snapshots is not None and len(rows):
             bounds = int(rows.snapshot.min()), int(rows.snapshot.max())
             if bounds != file.snapshots:
@@ -460,7 +471,7 @@ class TeacherStore:
         data = encode(values, self.format.embedding_resolution)
         return pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(data)])
 
-    def _to_write(
+    def _as_rows(
         self,
         snapshot: Snapshot,
         example_ids: Any,
@@ -474,17 +485,18 @@ class TeacherStore:
         ids = as_int64("example_ids", example_ids)
         n = len(ids)
         seconds = as_epoch("event_seconds", event_seconds, n)
-        what = f"outputs of {n} examples for the tasks {tasks}"
-        values = self.format.round(as_floats(what, outputs, (n, len(tasks)), tasks))
-        if (nan := np.isnan(values)).any():  # ours stands for none at all
+        name = f"outputs of {n} examples for the tasks {tasks}"
+        values = self.format.round(as_floats(name, outputs, (n, len(tasks)), tasks))
+        if (nan := np.isnan(values)).any():  # a NaN with the bits ABSENT would pass for null
             values = np.where(nan, np.float32(np.nan), values)
         if tasks != self.tasks:
-            given, values = values, np.full((n, len(self.tasks)), ABSENT).view(np.float32)
-            values[:, [self.tasks.index(task) for task in tasks]] = given
+            all_values = np.full((n, len(self.tasks)), ABSENT).view(np.float32)
+            all_values[:, [self.tasks.index(task) for task in tasks]] = values
+            values = all_values
         return Rows(
             example_id=ids,
             outputs=values,
-            # within int64, and milliseconds can be told
+            # clipped so that microseconds fit in int64, but wide enough to recognize milliseconds
             event_time=seconds.clip(-1, 1_000 * MAX_SECONDS) * MICROSECONDS,
             snapshot=np.full(n, snapshot.version),
             trained_through=np.full(n, snapshot.trained_through_seconds * MICROSECONDS),
@@ -520,14 +532,15 @@ def _check_shard(shard: object) -> None:
 
 
 def _order(columns: pa.Table) -> Ints:
-    """That of windows, and in a window of ids, of which none comes twice."""
+    """Return the order of rows by window and id; ids are unique, so no stable sort is needed."""
     windows, ids = _array(columns, "window"), _array(columns, "example_id")
-    in_one = len(ids) and (windows == windows[0]).all()
-    order: Ints = np.argsort(ids) if in_one else np.lexsort((ids, windows))
+    one_window = len(ids) and (windows == windows[0]).all()
+    order: Ints = np.argsort(ids) if one_window else np.lexsort((ids, windows))
     return order
 
 
 def _array(table: pa.Table, name: str) -> Any:
+    """Return a column as numpy: timestamps as int64, bytes (n, W), null outputs as ``ABSENT``."""
     column = table[name].combine_chunks()
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.int64())

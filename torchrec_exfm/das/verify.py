@@ -1,4 +1,4 @@
-"""Whether a store keeps to every rule; memory depends on its largest window, not on its size."""
+"""A check of a whole store against every rule, in memory for its largest window."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from torchrec_exfm.das.store import TeacherStore
 __all__ = ["ERRORS", "Verification"]
 
 ERRORS = (StoreError, DeltaError, pa.ArrowException, ValueError, OSError)
-_BLOCK = 2**22  # ids that are compared at once
+_BLOCK = 2**22  # ids that are compared at a time, to bound memory
 
 
 class Verification:
-    """Reads a store, as of the version it is at, and tells of everything that breaks a rule.
+    """A check of a store, at the version it is read, that reports everything that breaks a rule.
 
     Args:
-        store: what to read.
+        store: the store to read.
         say: called with a sentence for each violation, which names the file and the rows.
 
     Attributes:
         counts: of violations, and of the files, rows, snapshots and checkpoints that were read.
-        notes: sentences on what is no violation, but should be known.
+        notes: sentences on what breaks no rule but should be known.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Verification:
         self._say(" ".join(text.split()))
 
     def _attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; report its error as a violation, so that the check continues."""
         try:
             return function(*arguments)
         except ERRORS as error:
@@ -70,7 +71,7 @@ class Verification:
 
     def _check_snapshots(self) -> None:
         if (checkpoints := self._store.checkpoints) is None:
-            self.notes.append("checkpoints were not looked for: their folder was not given")
+            self.notes.append("checkpoints were not checked: their folder was not given")
         self._check_log(self._store.registry)
         for snapshot, name in entries(self._store):
             self.counts["snapshots"] += 1
@@ -98,51 +99,61 @@ class Verification:
                 self._check_ids(f"{table.url}/teacher={teacher}", ids)
 
     def _check_window(self, files: Sequence[DataFile], all_ids: IO[bytes]) -> None:
-        """Check files, and their rows with each other; adds their ids, each once, to all."""
-        found = [(file, self._attempt(self._check_file, file)) for file in files]
-        read = [(file, part) for file, part in found if part is not None]
-        rows = Rows.concatenate([part for _, part in read], len(self._store.tasks))
+        """Check a window's files, and their rows against each other; append its ids to all ids."""
+        parts = [(file, self._attempt(self._check_file, file)) for file in files]
+        parts = [(file, part) for file, part in parts if part is not None]
+        rows = Rows.concatenate([part for _, part in parts], len(self._store.tasks))
         order = np.lexsort((rows.scored_at, rows.logged, rows.snapshot, rows.example_id))
-        id_, snapshot, logged, time = (  # the same as in the row before
+        same_id, same_snapshot, same_logged, same_time = (  # as in the row before, in this order
             np.append(False, np.diff(column[order]) == 0)[: len(rows)]
             for column in (rows.example_id, rows.snapshot, rows.logged, rows.event_time)
         )
-        ends = np.cumsum([len(part) for _, part in read])
+        ends = np.cumsum([len(part) for _, part in parts])
+        repeats = order[same_id & same_snapshot & same_logged]
         for words, bad in (
-            ("repeat an output of their snapshot", order[id_ & snapshot & logged]),
-            ("have another event time than another row of their example", order[id_ & ~time]),
+            ("repeat an output of their snapshot", repeats),
+            (
+                "have another event time than another row of their example",
+                order[same_id & ~same_time],
+            ),
         ):
             masks = np.split(np.bincount(bad, minlength=len(rows)) > 0, ends)
-            for (file, part), mask in zip(read, masks, strict=False):
-                self._bad_rows(file, words, mask, part)
-        rows.example_id[order][~id_].tofile(all_ids)
+            for (file, part), mask in zip(parts, masks, strict=False):
+                self._report_rows(file, words, mask, part)
+        rows.example_id[order][~same_id].tofile(all_ids)
 
     def _check_file(self, file: DataFile) -> Rows:
+        """Check a file's rows one by one, and return them."""
         store, (teacher, window) = self._store, file.partition
+        # read_file leaves out what look-ups do not need: the optional columns are read here
         store.table.read(file, pa.schema([f for f in store.format.schema() if f.nullable]))
         rows = store.read_file(file)
         self.counts.update(files=1, rows=len(rows))
         for words, bad in broken_rules(rows, window, store.format.window_seconds).items():
-            self._bad_rows(file, words, bad, rows)
+            self._report_rows(file, words, bad, rows)
         for version in np.unique(rows.snapshot).tolist():
-            of_version = rows.snapshot == version
+            in_version = rows.snapshot == version
             if (through := self._published.get((teacher, version))) is None:
-                self._unpublished[teacher][version] += int(of_version.sum())
+                self._unpublished[teacher][version] += int(in_version.sum())
             else:
-                words = f"deny that version {version} was trained through {utc(through)}"
-                of_version &= rows.trained_through != through * MICROSECONDS
-                self._bad_rows(file, words, of_version, rows)
+                words = f"contradict that version {version} was trained through {utc(through)}"
+                in_version &= rows.trained_through != through * MICROSECONDS
+                self._report_rows(file, words, in_version, rows)
         return rows
 
     def _check_ids(self, where: str, all_ids: IO[bytes]) -> None:
+        """Report ids that are in several windows: each window has appended its own once."""
+        # an empty file can't be mapped
         ids = np.memmap(all_ids, np.int64, "r+") if all_ids.tell() else np.empty(1, np.int64)
         ids.sort()  # on disk
+        # blocks overlap by one id, so that a pair across two of them is seen
         blocks = (ids[start : start + _BLOCK + 1] for start in range(0, len(ids), _BLOCK))
-        again = np.unique(np.concatenate([b[1:][np.diff(b) == 0] for b in blocks]))
-        if len(again):
-            self._violation(f"{where}: {len(again)} ids are in several windows: {first_few(again)}")
+        repeated = np.unique(np.concatenate([b[1:][np.diff(b) == 0] for b in blocks]))
+        if len(repeated):
+            text = f"{where}: {len(repeated)} ids are in several windows: {first_few(repeated)}"
+            self._violation(text)
 
-    def _bad_rows(self, file: DataFile, words: str, bad: Mask, rows: Rows) -> None:
+    def _report_rows(self, file: DataFile, words: str, bad: Mask, rows: Rows) -> None:
         if bad.any():
             at = np.flatnonzero(bad)
             text = f"{self._store.table.url}/{file.path}: {len(at)} of {len(rows)} rows {words}: "
