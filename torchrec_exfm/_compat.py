@@ -176,7 +176,7 @@ def single_optimizers(
         yield name, optimizer
 
 
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_class_name(optimizer: torch.optim.Optimizer) -> str:
     """The class of an optimizer, below TorchRec's KeyedOptimizerWrapper."""
     return type(getattr(optimizer, "_optimizer", optimizer)).__name__
 

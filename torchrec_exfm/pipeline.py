@@ -32,7 +32,7 @@ from torchrec_exfm._compat import (
 from torchrec_exfm._warnings import NotPipelinedWarning
 from torchrec_exfm.adapter import StudentAdapter
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.sources import MaskedErrors, TeacherSource, source_of
+from torchrec_exfm.sources import MaskedErrors, TeacherSource, as_source
 from torchrec_exfm.steps import Feed, Steps, read_labels
 from torchrec_exfm.wrapper import find_wrapper
 
@@ -148,7 +148,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         if self.adapter is not None and adapter_optimizer is None:
             parameters = self.adapter.parameters()
             self.adapter_optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
-        source = source_of(teacher)
+        source = as_source(teacher)
         self._masked: MaskedErrors | None = None
         if on_teacher_error == "mask":
             shape = len(head.teachers), len(head.tasks)

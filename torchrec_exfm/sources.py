@@ -51,7 +51,7 @@ class TeacherSource(Protocol):
         ...
 
 
-def source_of(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
+def as_source(teacher: Callable[[Any], TeacherOutputs] | TeacherSource | None) -> Any:
     """The source that a teacher is, or that a function makes; None: the loader brings outputs."""
     if teacher is None or isinstance(teacher, TeacherSource):
         return teacher

@@ -61,7 +61,7 @@ class Tap:
                 "a loss over in-batch candidates should be given tap=OutputsOf(query tower, item "
                 f"tower); received tap={where!r}"
             )
-        self.name = ", ".join(names_of(where))
+        self.name = ", ".join(tapped_names(where))
         self.width = width
         self.tasks = tuple(tasks)
         self._of_outputs = isinstance(where, OutputsOf)
@@ -184,7 +184,7 @@ def remove_taps(student: nn.Module) -> None:
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def names_of(where: str | OutputsOf) -> tuple[str, ...]:
+def tapped_names(where: str | OutputsOf) -> tuple[str, ...]:
     """The names of the modules that it names."""
     return where.modules if isinstance(where, OutputsOf) else (where,)
 
@@ -219,7 +219,7 @@ def tapped_width(where: str | OutputsOf, modules: Sequence[nn.Module]) -> int:
         ValueError: if one has none.
     """
     total = 0
-    for name, module in zip(names_of(where), modules, strict=True):
+    for name, module in zip(tapped_names(where), modules, strict=True):
         linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
         if not linear:
             raise ValueError(

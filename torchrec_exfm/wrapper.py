@@ -16,7 +16,7 @@ from torchrec_exfm._compat import sharded_names
 from torchrec_exfm._user import outline, read
 from torchrec_exfm.auxiliary import AuxiliaryHead, ByTasks, by_tasks
 from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
-from torchrec_exfm.tap import OutputsOf, Tap, names_of, remove_taps, tapped_module, tapped_width
+from torchrec_exfm.tap import OutputsOf, Tap, remove_taps, tapped_module, tapped_names, tapped_width
 from torchrec_exfm.tasks import Task, check_tasks, pick_columns
 from torchrec_exfm.terms import DistillationTerm
 
@@ -81,7 +81,7 @@ class ExFMWrapper(nn.Module):
         groups: list[tuple[tuple[str, ...], str | OutputsOf]]
         groups = by_tasks("tap", tap, check_tasks(tasks))
         modules = [
-            [tapped_module(student, name) for name in names_of(where)] for _, where in groups
+            [tapped_module(student, name) for name in tapped_names(where)] for _, where in groups
         ]
         widths: dict[str | tuple[str, ...], int] = {
             names: tapped_width(where, tapped) if in_features is None else in_features
