@@ -16,9 +16,9 @@ from torchrec_exfm.batch import TeacherOutputs
 from torchrec_exfm.functional import positive
 from torchrec_exfm.tasks import (
     Task,
-    check_kinds,
     check_names,
     check_tasks,
+    check_types,
     checked_candidates,
     checked_groups,
     checked_labels,
@@ -79,7 +79,7 @@ class AuxiliaryHead(nn.Module):
         tasks: Sequence[Task] = (Task(),),
     ) -> None:
         super().__init__()
-        check_kinds("terms", terms, DistillationTerm)
+        check_types("terms", terms, DistillationTerm)
         if not terms:
             raise ValueError("terms should hold at least one DistillationTerm; received none")
         self.task_names = check_tasks(tasks)
