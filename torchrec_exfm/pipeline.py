@@ -19,8 +19,8 @@ from torchrec_exfm._checks import (
     check_keys,
     check_on_error,
     check_teacher,
-    warn_of_optimizer,
-    warn_of_tables,
+    warn_if_heads_untrained,
+    warn_if_tables_unsharded,
 )
 from torchrec_exfm._compat import (
     TrainPipelineSparseDist,
@@ -142,8 +142,8 @@ class ExFMSteps(TrainPipeline[In, Out]):
         pipeline: Any = super()
         pipeline.__init__(model, optimizer, device, *args, **kwargs)
         check_features(teacher, self)
-        warn_of_tables(model)
-        warn_of_optimizer(optimizer, head)
+        warn_if_tables_unsharded(model)
+        warn_if_heads_untrained(optimizer, head)
         self.teacher = teacher
         group = data_parallel_group(model)
         self.adapter = None if adapter is None else _on_device(adapter, device, group)
