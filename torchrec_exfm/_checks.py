@@ -96,7 +96,7 @@ def check_adapter(
     adapted = [term.name for term in head.terms if term.adapted]
     if adapted and adapter is None:
         raise ValueError(
-            f"the terms {adapted} learn from a student adapter; received none: pass "
+            f"the terms {adapted} learn from a student adapter, and received none: pass "
             "adapter=StudentAdapter() to the pipeline"
         )
     if adapter is not None and not adapted:
@@ -117,6 +117,6 @@ def check_keys(head: AuxiliaryHead, groups: object, candidates: object) -> None:
         names = [term.name for term in head.terms if getattr(term.loss, f"needs_{what}")]
         if names and keys is None:
             raise ValueError(
-                f"the losses of the terms {names} need {what}; received none: pass {what}=..., "
+                f"the losses of the terms {names} need {what}, and received none: pass {what}=..., "
                 "a function of the user's batch to its ids, to the pipeline"
             )

@@ -39,7 +39,7 @@ from torchrec_exfm.wrapper import find_wrapper
 __all__ = ["ExFMSteps", "TrainPipelineExFM"]
 
 In = TypeVar("In", bound=Pipelineable)  # the user's batch
-Out = TypeVar("Out")  # what the student returns beside the loss
+Out = TypeVar("Out")  # what the student returns after the loss
 
 
 class ExFMSteps(TrainPipeline[In, Out]):

@@ -90,7 +90,7 @@ class Tap:
     def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep a copy of a module's output: a forward hook. The student may change it in place."""
         if self._open:
-            self._outputs[module] = _copied(output)
+            self._outputs[module] = _cloned(output)
 
     def open(self) -> None:
         """Start to keep inputs and outputs, until the tap is cleared."""
@@ -98,11 +98,11 @@ class Tap:
         self._open = True
 
     def clear(self) -> None:
-        """Drop what was kept and keep nothing more."""
+        """Close the tap and drop what it kept."""
         self._inputs, self._outputs, self._open = [], {}, False
 
     def take_input(self, *, learns: bool = True) -> Tensor:
-        """Return this forward's representation, (B, D); with ``learns``, warn without gradient.
+        """Return this forward's representation, (B, D); if ``learns``, warn if it has no gradient.
 
         Raises:
             RuntimeError: if a module did not run exactly once.
@@ -168,10 +168,10 @@ class Tap:
             )
 
 
-def _copied(output: Any) -> Any:
+def _cloned(output: Any) -> Any:
     """Clone each tensor of an output."""
     if isinstance(output, (tuple, list)):
-        return tuple(map(_copied, output))
+        return tuple(map(_cloned, output))
     return output.clone() if isinstance(output, Tensor) else output
 
 

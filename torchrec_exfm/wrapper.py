@@ -24,7 +24,7 @@ __all__ = ["ExFMWrapper"]
 
 
 class ExFMWrapper(nn.Module):
-    """A training module with TorchRec's contract, to which it adds external distillation.
+    """A wrapper that adds external distillation to a module with TorchRec's training contract.
 
     .. math:: L = L_{\\mathrm{student}} + \\sum_k w_k L_k
 
@@ -182,7 +182,7 @@ def wrapper_in(model: nn.Module) -> ExFMWrapper | None:
 class _Supervision(nn.Module):
     """The step that adds the heads' loss to the student's.
 
-    It is a module of its own so that the pipeline's tracing treats it as a leaf and runs it as is.
+    It is a separate module so that the pipeline's tracing treats it as a leaf and runs it as is.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class _Supervision(nn.Module):
         loss, rest = _checked_contract(outputs)
         has_heads = not all(term.serving for term in self.auxiliary_head.terms)
         shared = [tap.take_input(learns=has_heads) for tap in self.taps]
+        # inputs() waits for an all-reduce, and runs the adapter's: after the student's forward.
         serving, step_inputs = self._serving(outputs), inputs()
         added, self.last_losses = self.auxiliary_head(shared, serving=serving, **vars(step_inputs))
         batch.end_step(step_inputs)
