@@ -171,7 +171,7 @@ def adapter_step(
         labels, weights, count = _checked(adapter, teacher, labels, weights, count)
         gradients = _allocate_gradients(parameters)
         mlps: Any = adapter.mlps
-        # The derivative of the mean over examples and tasks, which the slopes are multiplied by.
+        # The derivative of the total loss by each example's: weight / (count T).
         scale = positive(count).reciprocal()
         if len(adapter.tasks) > 1:
             scale /= len(adapter.tasks)

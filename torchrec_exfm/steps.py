@@ -101,7 +101,7 @@ class Steps:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has collectives and futures
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
         """Resolve the outputs and start to count them; return a function that gives the inputs."""
-        self.wait()
+        self.wait()  # the heads read the running means, which may still be averaged
         self.started = True
         with record_function("## teacher_outputs ##"):
             teacher = self._resolve(batch.teacher, batch.batch)
