@@ -101,7 +101,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         ValueError: if the model holds no ExFMWrapper; if the terms do not fit the adapter, or the
             look-up's teachers and tasks do not fit the model; for terms that need ``groups`` or
             ``candidates`` without them; for ``free_features_storage_early`` with a live teacher;
-            for ``on_teacher_error="mask"`` with a live teacher, or without one. In ``progress``, if
+            for ``on_teacher_error="mask"`` with a live teacher or no teacher. In ``progress``, if
             a function does not fit the batch, or its result does not fit the outputs; for outputs
             without embeddings that a term needs; on the CPU for infinite labels and negative
             weights.
