@@ -44,7 +44,7 @@ from torchrec_exfm import (
     StudentAdapter,
     student_state_dict,
 )
-from torchrec_exfm.sources import source_of
+from torchrec_exfm.sources import as_source
 from torchrec_exfm.steps import Feed, Steps
 from torchrec_exfm.wrapper import find_wrapper
 
@@ -303,7 +303,7 @@ def check_a_loop_of_ones_own(rank: int, world_size: int) -> None:
     trainee, adapter = _trainee(world_size), rm.two_task_adapter().to(device())
     steps = Steps(
         find_wrapper(trainee.model).auxiliary_head,
-        source_of(rm.informed),
+        as_source(rm.informed),
         adapter,
         torch.optim.Adam(adapter.parameters(), lr=1e-2, fused=True),
         labels=lambda batch: batch.labels,

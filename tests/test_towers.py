@@ -253,7 +253,7 @@ def test_logits_of_other_shapes_or_without_gradient_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'towers.click' should be .*'buy'\], \(B, 2\).*\(8, 1\)"):
         wrapped("mmoe", SERVING, tap=wide)(adapted_batch())
     for function, message in (
-        (lambda output: output[1][1], r"with their gradient.*received some without"),
+        (lambda output: output[1][1], r"with their gradient.*received logits without it"),
         (lambda output: output[1]["logits"], r"serving_logits should take .*pass serving_logits="),
         (lambda output: output[0], r"of shape \(8, 3\) .*received \(\).*serving_logits"),
     ):

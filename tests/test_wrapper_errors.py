@@ -146,7 +146,7 @@ def test_a_serving_term_wants_the_serving_head_tapped(tap: str) -> None:
     wrapper = ExFMWrapper(hand_train(), tap=tap, terms=[DistillationTerm(serving=True)])
     message = (
         rf"output of the tapped module '{tap}' should be the logits of the tasks \['label'\], "
-        r"\(B, 1\); received \(8, 7\): tap the module that gives them, or pass serving_logits"
+        r"\(B, 1\); received \(8, 7\): tap the module that returns them, or pass serving_logits"
     )
     with pytest.raises(ValueError, match=message):
         wrapper(ExFMBatch(make_hand_batch(0, 8), make_teacher(0, 8)))

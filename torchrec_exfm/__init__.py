@@ -1,6 +1,6 @@
 """External distillation for TorchRec (ExFM, arXiv 2502.17494).
 
-Train small students from the logged outputs of a teacher that is too large to serve::
+Train small students on the logged outputs of a teacher that is too large to serve::
 
     model = ExFMWrapper(DLRMTrain(dlrm), tap="model.over_arch")
     pipeline = TrainPipelineExFM(model, optimizer, device, teacher=columns)
@@ -9,7 +9,7 @@ Train small students from the logged outputs of a teacher that is too large to s
 
 from torchrec_exfm import _versions
 
-_versions.check()
+_versions.check()  # first, as misfits would fail in the imports below with an undefined symbol
 
 from torchrec_exfm import functional, losses  # noqa: E402
 from torchrec_exfm._warnings import (  # noqa: E402

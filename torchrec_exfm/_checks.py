@@ -1,4 +1,4 @@
-"""What a train pipeline is set up with, looked at before the first step."""
+"""Checks of a train pipeline's arguments, before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrec_exfm._compat import frees_features, tables_left_whole
+from torchrec_exfm._compat import frees_features, unsharded_tables
 from torchrec_exfm._warnings import DistillationWarning, NotPipelinedWarning
 from torchrec_exfm.adapter import StudentAdapter
 from torchrec_exfm.auxiliary import AuxiliaryHead
@@ -16,22 +16,23 @@ from torchrec_exfm.sources import LiveTeacher, TeacherSource
 
 
 def check_teacher(teacher: object, head: AuxiliaryHead, model: nn.Module) -> None:
-    """Raise unless it is a kind of teacher, other than the student, of the head's names."""
-    known = teacher is None or callable(teacher) or isinstance(teacher, TeacherSource)
-    if isinstance(teacher, (nn.Module, type)) or not known:
+    """Raise unless it is a teacher, not the student itself, with the head's teachers and tasks."""
+    valid = teacher is None or callable(teacher) or isinstance(teacher, TeacherSource)
+    # A bare module is callable too, but would run on the host, with gradient and in training mode.
+    if isinstance(teacher, (nn.Module, type)) or not valid:
         raise TypeError(
             "teacher should be None, a function of the batch, a TeacherLookup, LiveTeacher(module) "
             f"or another source with start(batch); received {type(teacher).__name__}"
         )
-    if isinstance(teacher, LiveTeacher) and any(each is teacher.model for each in model.modules()):
+    if isinstance(teacher, LiveTeacher) and any(m is teacher.model for m in model.modules()):
         raise ValueError("the live teacher should be another model; received the student's own")
-    # A look-up's teachers and tasks should be the wrapper's; one alone may have another name.
+    # A look-up names its teachers and tasks. A single one can't be confused, so its name is free.
     for what, names in (("teachers", head.teachers), ("tasks", head.task_names)):
-        given = tuple(getattr(teacher, what, names))
-        if len(given) != len(names) or (len(names) > 1 and given != names):
+        received = tuple(getattr(teacher, what, names))
+        if len(received) != len(names) or (len(names) > 1 and received != names):
             raise ValueError(
-                f"the look-up should be of the wrapper's {what}, {names}, in this order; received "
-                f"{given}"
+                f"the look-up should have the wrapper's {what}, {names}, in this order; received "
+                f"{received}"
             )
 
 
@@ -45,7 +46,7 @@ def check_features(teacher: object, pipeline: Any) -> None:
 
 
 def check_on_error(on_teacher_error: str, teacher: object) -> None:
-    """Raise unless it is a known way to go on, with a teacher that may fail on one rank alone."""
+    """Raise for an unknown option, or for "mask" without a teacher whose failures can be masked."""
     if on_teacher_error not in ("raise", "mask"):
         raise ValueError(
             f"on_teacher_error should be 'raise' or 'mask'; received {on_teacher_error!r}"
@@ -57,23 +58,25 @@ def check_on_error(on_teacher_error: str, teacher: object) -> None:
         )
 
 
-def warn_of_tables(model: nn.Module) -> None:
-    whole = tables_left_whole(model)
-    if whole:
+def warn_if_tables_unsharded(model: nn.Module) -> None:
+    """Warn of tables under DistributedModelParallel that the sharding plan did not name."""
+    unsharded = unsharded_tables(model)
+    if unsharded:
         warnings.warn(
-            f"the embeddings {whole} are not sharded, although the model is under "
-            "DistributedModelParallel: make the sharding plan of the wrapped model, whose names "
+            f"the embeddings {unsharded} are not sharded, although the model is under "
+            "DistributedModelParallel: make the sharding plan from the wrapped model, whose names "
             "begin with 'student.'",
             NotPipelinedWarning,
             stacklevel=3,
         )
 
 
-def warn_of_optimizer(optimizer: torch.optim.Optimizer, head: AuxiliaryHead) -> None:
-    """Where it would never train the heads, from which the network below learns."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    own = [p for p in head.parameters() if not hasattr(p, "_in_backward_optimizers")]
-    if own and not any(id(parameter) in held for parameter in own):
+def warn_if_heads_untrained(optimizer: torch.optim.Optimizer, head: AuxiliaryHead) -> None:
+    """Warn if the optimizer misses the heads, which send gradients down even if untrained."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # Parameters with an optimizer in backward (apply_optimizer_in_backward) need no other.
+    parameters = [p for p in head.parameters() if not hasattr(p, "_in_backward_optimizers")]
+    if parameters and not any(id(parameter) in trained for parameter in parameters):
         warnings.warn(
             "the optimizer should hold the parameters of the distillation heads; received one "
             "without: make it of the wrapped model's parameters",
@@ -87,6 +90,7 @@ def check_adapter(
     adapter: StudentAdapter | None,
     adapter_optimizer: torch.optim.Optimizer | None,
 ) -> None:
+    """Raise unless the terms and the adapter need each other, and the adapter has their shape."""
     if adapter is None and adapter_optimizer is not None:
         raise ValueError("adapter_optimizer should come with its adapter: pass adapter")
     adapted = [term.name for term in head.terms if term.adapted]
@@ -108,7 +112,7 @@ def check_adapter(
 
 
 def check_keys(head: AuxiliaryHead, groups: object, candidates: object) -> None:
-    """Raise where a term's loss compares examples by a key, and nothing tells it."""
+    """Raise if a term's loss needs groups or candidates and there is no function for them."""
     for what, keys in (("groups", groups), ("candidates", candidates)):
         names = [term.name for term in head.terms if getattr(term.loss, f"needs_{what}")]
         if names and keys is None:

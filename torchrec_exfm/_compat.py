@@ -1,7 +1,7 @@
-"""Names of TorchRec and torch that are not public, or have moved between 1.6 and 1.9.
+"""Names of TorchRec and torch that are not public, or that moved between TorchRec 1.6 and 1.9.
 
-Other modules use of what is not public only members of the train pipeline and of ``nn.Module``, and
-what ``checkpoint.py`` and ``_manifest.py`` mark in themselves.
+Other modules use no private names, except for members of the train pipeline and of ``nn.Module``,
+and those that ``checkpoint.py`` and ``_manifest.py`` mark.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from torchrec_exfm._warnings import DistillationWarning
 
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that average the dense gradients, by DDP or FSDP2; None if that is one or none.
+    """Return the ranks over which DDP or FSDP2 averages the dense gradients; None if only one.
 
-    It warns where there are several ranks, and neither.
+    Warn if the model is sharded over several ranks with neither of them.
     """
     for module in model.modules():
         group = _averaging_group(module)
@@ -52,20 +52,20 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _averaging_group(module: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks over which a module averages the gradients of its parameters."""
+    """Return the ranks over which a module averages its parameters' gradients, if it does."""
     if isinstance(module, DistributedDataParallel):
         return module.process_group
     if isinstance(module, FSDPModule):
         for parameter in module.parameters():
             if isinstance(parameter, DTensor):
                 mesh = parameter.device_mesh
-                # Of two dimensions where it shards within a host and replicates between them.
+                # Two dimensions: it shards within a host and replicates between hosts.
                 return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
     return None
 
 
 class PipelineParts(NamedTuple):
-    """What a train pipeline of TorchRec was made of."""
+    """The public constructor arguments of a TorchRec train pipeline, which it keeps private."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -73,41 +73,41 @@ class PipelineParts(NamedTuple):
 
 
 def pipeline_parts(pipeline: TrainPipeline[Any, Any]) -> PipelineParts:
-    """Model, optimizer and device of any train pipeline."""
+    """Return the model, optimizer and device of any train pipeline."""
     parts: Any = pipeline
     return PipelineParts(parts._model, parts._optimizer, parts._device)
 
 
 def batches_in_flight(pipeline: TrainPipeline[Any, Any]) -> int:
-    """The batches that a train pipeline has loaded and not trained on."""
+    """Return how many batches a train pipeline has loaded and not yet trained on."""
     loaded = getattr(pipeline, "batches", None)
-    if loaded is None:  # as TrainPipelineBase, which holds one
+    if loaded is None:  # TrainPipelineBase holds one batch and has no queue
         return int(getattr(pipeline, "_cur_batch", None) is not None)
     return len(loaded)
 
 
 def take_next_iterator(pipeline: TrainPipeline[Any, Any]) -> None:
-    """Let a pipeline that has trained on every batch of an iterator take another one."""
-    if hasattr(pipeline, "_reset_data_iter"):  # of TrainPipelineBase; others see it by themselves
+    """Let a pipeline that has exhausted an iterator accept another one."""
+    if hasattr(pipeline, "_reset_data_iter"):  # TrainPipelineBase; others notice a new iterator
         pipeline._reset_data_iter()
 
 
 def frees_features(pipeline: Any) -> bool:
-    """Whether a train pipeline frees a batch's features once they are distributed."""
+    """Return whether a train pipeline frees a batch's features once they are distributed."""
     return getattr(pipeline, "_free_features_storage_early", False)
 
 
 def side_stream(device: torch.device) -> Any:
-    """A stream for small copies on the accelerators that TorchRec's pipelines know, else None."""
-    known = device.type in ("cuda", "mtia")
-    return torch.get_device_module(device).Stream() if known else None
+    """Create a stream for small copies on accelerators that TorchRec's pipelines know, or None."""
+    has_streams = device.type in ("cuda", "mtia")
+    return torch.get_device_module(device).Stream() if has_streams else None
 
 
 def group_of_shards(tensor: ShardedTensor | DTensor) -> dist.ProcessGroup | None:
-    """The ranks that a sharded tensor lies on; None if its shards can't be brought together here.
+    """Return the ranks that hold a sharded tensor; None if its shards can't be gathered here.
 
-    Those of a mesh of several dimensions have a group if they are all ranks. What is no block of
-    the whole (a sum over ranks, strided shards) only the DTensor itself can put together.
+    A mesh of several dimensions has a group only if it spans all ranks. Shards that are no blocks
+    of the full tensor (partial sums, strided shards) only the DTensor itself can combine.
     """
     if isinstance(tensor, ShardedTensor):
         return tensor._process_group
@@ -120,37 +120,37 @@ def group_of_shards(tensor: ShardedTensor | DTensor) -> dist.ProcessGroup | None
 
 
 def local_shards(tensor: ShardedTensor | DTensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """This rank's shards of a tensor, each with its offsets in the whole."""
+    """Return this rank's shards of a tensor, each with its offsets in the full tensor."""
     if isinstance(tensor, ShardedTensor):
         shards = tensor.local_shards()
         return [(tuple(shard.metadata.shard_offsets), shard.tensor.detach()) for shard in shards]
-    local: Any = tensor._local_tensor  # to_local() would detach in place what TorchRec has wrapped
+    local: Any = tensor._local_tensor  # to_local() would detach TorchRec's wrapper in place
     tensors = local.local_shards() if hasattr(local, "local_shards") else [local]
-    # TorchRec's wrapper of no shards has a chunk all the same
+    # Not strict: TorchRec's wrapper has a chunk even if this rank holds no shard.
     pairs = zip(tensor.__create_chunk_list__(), tensors, strict=False)
     return [(tuple(chunk.offsets), shard.detach()) for chunk, shard in pairs]
 
 
 def shape_and_dtype(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    """Those of the whole, without the warning that a ShardedTensor gives where it is asked."""
+    """Return shape and dtype of the full tensor, without ShardedTensor's deprecation warning."""
     if isinstance(tensor, ShardedTensor):
         return tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return tensor.shape, tensor.dtype
 
 
 def communication_device(group: dist.ProcessGroup) -> torch.device:
-    """Where a tensor must lie that the ranks of a group exchange; the CPU where they can."""
+    """Return the device for tensors that a group exchanges: the CPU if its backend allows it."""
     return torch.device(_get_object_coll_device(group))
 
 
 def sharded_names(model: nn.Module) -> list[str]:
-    """The names of the sharded modules, of the outermost where they nest."""
+    """Return the names of the outermost sharded modules."""
     names = [name for name, module in model.named_modules() if isinstance(module, ShardedModule)]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def tables_left_whole(model: nn.Module) -> list[str]:
-    """The names of embedding collections that DistributedModelParallel has not sharded."""
+def unsharded_tables(model: nn.Module) -> list[str]:
+    """Return the names of embedding collections that DistributedModelParallel did not shard."""
     collections = EmbeddingBagCollection, EmbeddingCollection
     if not any(isinstance(module, DistributedModelParallel) for module in model.modules()):
         return []
@@ -158,7 +158,7 @@ def tables_left_whole(model: nn.Module) -> list[str]:
 
 
 def pipelined_names(pipeline: TrainPipelineSparseDist[Any, Any], model: nn.Module) -> list[str]:
-    """The names of the sharded modules whose input distribution the pipeline overlaps."""
+    """Return the names of the sharded modules whose input distribution the pipeline overlaps."""
     pipelined = {id(module) for module in pipeline._pipelined_modules}
     return [name for name, module in model.named_modules() if id(module) in pipelined]
 
@@ -166,39 +166,39 @@ def pipelined_names(pipeline: TrainPipelineSparseDist[Any, Any], model: nn.Modul
 def single_optimizers(
     optimizer: torch.optim.Optimizer, name: str = ""
 ) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-    """The optimizers that TorchRec's combinations and wrappers are made of, by name."""
+    """Yield the optimizers inside TorchRec's combinations and wrappers, by name."""
     if isinstance(optimizer, CombinedOptimizer):
-        for key, each in optimizer.optimizers:
-            yield from single_optimizers(each, f"{name}{key}." if key else name)
+        for key, member in optimizer.optimizers:
+            yield from single_optimizers(member, f"{name}{key}." if key else name)
     elif isinstance(optimizer, OptimizerWrapper):
         yield from single_optimizers(optimizer._optimizer, name)
     else:
         yield name, optimizer
 
 
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """The class of an optimizer, below TorchRec's KeyedOptimizerWrapper."""
+def optimizer_class_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class name of an optimizer, looking inside TorchRec's KeyedOptimizerWrapper."""
     return type(getattr(optimizer, "_optimizer", optimizer)).__name__
 
 
 def fused_optimizers(model: nn.Module) -> list[KeyedOptimizer]:
-    """What updates the sharded tables of a model in backward."""
-    modules = model.modules()
-    return [each.fused_optimizer for each in modules if isinstance(each, DistributedModelParallel)]
+    """Return the optimizers that update a model's sharded tables in backward."""
+    parallel = (m for m in model.modules() if isinstance(m, DistributedModelParallel))
+    return [module.fused_optimizer for module in parallel]
 
 
 def fused_steps(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The counters of a fused optimizer's steps, which it keeps outside of its state."""
+    """Return a fused optimizer's step counters, which it keeps outside of its state."""
     tables = getattr(optimizer, "_emb_module", None)
-    found = (getattr(tables, name, None) for name in ("iter", "iter_cpu"))
-    return [counter for counter in found if counter is not None]
+    counters = (getattr(tables, name, None) for name in ("iter", "iter_cpu"))
+    return [counter for counter in counters if counter is not None]
 
 
 def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
-    """Take an optimizer's step where a condition, a boolean scalar on the device, is true.
+    """Take an optimizer's step if a condition, a boolean scalar on the device, is true.
 
-    A fused optimizer decides on the device, by the switch with which ``torch.amp.GradScaler`` lets
-    it skip a step; for another the host waits for the value.
+    A fused optimizer decides on the device, through the attributes by which ``GradScaler`` of
+    ``torch.amp`` lets it skip a step. For other optimizers the host waits for the value.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         switch: Any = optimizer
@@ -211,7 +211,7 @@ def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
 
 
 class TieAwareAUC(AUCMetric):
-    """TorchRec's AUC, which counts equal predictions by the order they came in; here half."""
+    """TorchRec's AUC, but a pair of equal predictions counts half, instead of by arrival order."""
 
     class _Computation(AUCMetricComputation):
         def _compute(self) -> list[MetricComputationReport]:
@@ -225,27 +225,27 @@ class TieAwareAUC(AUCMetric):
 
 
 def _area(predictions: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """By the weights of the pairs, half of those that are equal; NaN without a pair, or for NaN."""
-    distinct, at = predictions.unique(return_inverse=True)  # in ascending order
+    """Return the weighted share of pairs in order, ties half; NaN without a pair, or for NaN."""
+    distinct, index = predictions.unique(return_inverse=True)  # in ascending order
     labels, weights = labels.double(), weights.double()
-    of_labels = torch.stack([weights * labels, weights * (1 - labels)])
-    positive, negative = weights.new_zeros(2, len(distinct)).index_add_(1, at, of_labels)
+    class_weights = torch.stack([weights * labels, weights * (1 - labels)])
+    positive, negative = weights.new_zeros(2, len(distinct)).index_add_(1, index, class_weights)
     below = negative.cumsum(0) - negative / 2
     area = positive @ below / (positive.sum() * negative.sum())
     return torch.where(distinct.isnan().any(), torch.nan, area)
 
 
 def metric_computations(metrics: Iterable[Any]) -> Iterator[tuple[str, RecMetricComputation]]:
-    """What computes TorchRec's metrics, by metric and task."""
+    """Yield the computations of TorchRec's metrics, named by metric and task."""
     for metric in metrics:
         for task, computation in zip(metric._tasks, metric._metrics_computations, strict=True):
             yield f"{metric._namespace.value}/{task.name}", computation
 
 
 def metric_state(computation: RecMetricComputation) -> dict[str, torch.Tensor]:
-    """A copy of this rank's state, but of the windows that TorchRec keeps beside the totals."""
+    """Copy this rank's state, without the window buffers that TorchRec keeps next to the totals."""
     state = {"updates": torch.tensor(computation._update_count)}
-    if hasattr(computation, "_num_samples"):  # of the AUC
+    if hasattr(computation, "_num_samples"):  # the AUC's
         state["samples"] = torch.tensor(computation._num_samples)
     for key in computation._defaults:
         value = getattr(computation, key)
@@ -260,7 +260,7 @@ def metric_state(computation: RecMetricComputation) -> dict[str, torch.Tensor]:
 def set_metric_state(
     computation: RecMetricComputation, state: dict[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Put back what :func:`metric_state` gave."""
+    """Restore a state that :func:`metric_state` returned."""
     computation.reset()
     computation._update_count = int(state["updates"])
     if "samples" in state:

@@ -14,7 +14,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchrec_exfm._compat import (
     fused_optimizers,
     fused_steps,
-    kind_of,
+    optimizer_class_name,
     pipeline_parts,
     single_optimizers,
 )
@@ -52,7 +52,7 @@ class NamedOptimizer(NamedTuple):
 
     def numbers(self) -> dict[str, dict[str, Any]]:
         """Of each parameter the kind of its optimizer, its steps, the numbers of its group."""
-        kind = kind_of(self.optimizer)
+        kind = optimizer_class_name(self.optimizer)
         steps = [int(counter) for counter in fused_steps(self.optimizer)]
         records = {}
         for group in self.optimizer.param_groups:

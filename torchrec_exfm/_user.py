@@ -1,4 +1,4 @@
-"""What users' functions and modules give: read with an error that says what does not fit."""
+"""Calls of users' functions, with errors that say what does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def read(name: str, function: Callable[[Any], Any], value: Any, owner: str, what: str) -> Any:
-    """Call what a user gave to ``owner`` as ``name``; ``what`` says what it should take to what."""
+    """Call a function that the user passed to ``owner`` as ``name``.
+
+    ``what`` completes the message "``name`` should take ...": what it maps to what.
+
+    Raises:
+        ValueError: if the function does not fit the value.
+    """
     try:
         return function(value)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -20,7 +26,7 @@ def read(name: str, function: Callable[[Any], Any], value: Any, owner: str, what
 
 
 def outline(value: Any) -> str:
-    """A value's structure, for messages."""
+    """Describe a value's structure for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):

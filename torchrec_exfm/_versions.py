@@ -1,9 +1,9 @@
-"""Whether the installed torch, FBGEMM and TorchRec go together, told from metadata alone.
+"""A check, from metadata alone, that the installed torch, FBGEMM and TorchRec fit each other.
 
-FBGEMM 1.n is compiled against torch 2.(n+5), but its wheels tell pip nothing of it; fbgemm-gpu and
-fbgemm-gpu-cpu unpack into the same folder; and torchrec asks for any fbgemm-gpu at all. A set that
-does not fit shows only at import, as an undefined symbol from deep inside. Nothing here imports
-torch, so the answer comes first. A TorchRec that was not tried may well work: that is a warning.
+FBGEMM 1.n is compiled against torch 2.(n+5), but its wheels do not tell pip so. The packages
+fbgemm-gpu and fbgemm-gpu-cpu unpack into the same folder, and torchrec accepts any fbgemm-gpu. A
+set that does not fit fails only at import, with an undefined symbol. Nothing here imports torch, so
+this check comes first. A TorchRec that was not tried may well work, so it is only a warning.
 
 As a script, ``python -I torchrec_exfm/_versions.py`` prints what is wrong and exits with 1.
 """
@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Mapping
 from importlib import metadata, util
 
-UNKNOWN = "unknown"  # what can be imported but has no metadata, as a nightly by another name
-GONE = "gone"  # what has metadata but no files, as FBGEMM after its twin was uninstalled
+UNKNOWN = "unknown"  # importable without metadata, such as a nightly by another name
+GONE = "gone"  # metadata without files, such as FBGEMM after its twin was uninstalled
 _TWINS = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 _TORCHREC_NEEDS = ("tensordict", "torchmetrics", "tqdm", "pyre-extensions")
 _NAMES = ("torch", *_TWINS, "torchrec", *_TORCHREC_NEEDS, "iopath")
@@ -31,19 +31,20 @@ _NEWEST_FBGEMM_MINOR = 9
 
 
 def check() -> None:
-    """Refuse a set of torch, FBGEMM and TorchRec that can't load; warn of an untried TorchRec."""
+    """Raise an ImportError for versions that can't work together; warn of an untried TorchRec."""
     versions = installed()
     wrong, untried = explain(versions), doubt(versions)
     if wrong is not None:
         raise ImportError(wrong)
     if untried is not None:
-        from torchrec_exfm._warnings import ExFMWarning  # here, as the script can't find it
+        # Imported here, as the file run as a script (python -I) can't import the package.
+        from torchrec_exfm._warnings import ExFMWarning
 
-        warnings.warn(untried, ExFMWarning, stacklevel=3)  # told of the line with the import
+        warnings.warn(untried, ExFMWarning, stacklevel=3)  # the line with the import
 
 
 def installed() -> dict[str, str]:
-    """Return the versions by distribution name; what is not installed is absent."""
+    """Return the installed versions by distribution name, UNKNOWN and GONE among them."""
     modules = {name: name.removesuffix("-cpu").replace("-", "_") for name in _NAMES}
     versions: dict[str, str] = {}
     for name, module in modules.items():
@@ -59,17 +60,17 @@ def installed() -> dict[str, str]:
 
 
 def explain(versions: Mapping[str, str]) -> str | None:
-    """Return one sentence on what does not fit and what to install, None where nothing is wrong.
+    """Return one sentence on what does not fit and what to install, or None if all fits.
 
-    Only what is known to be wrong is refused: nightlies, source builds and pairs of releases newer
-    than this file pass, unless FBGEMM was built for another torch.
+    Only known misfits are refused: nightlies, source builds and pairs of releases newer than this
+    file pass, unless FBGEMM was built for another torch.
     """
     wrong = _about_torch(versions) or _about_fbgemm(versions) or _about_torchrec(versions)
     return None if wrong is None else f"torchrec_exfm {wrong}."
 
 
 def doubt(versions: Mapping[str, str]) -> str | None:
-    """Return one sentence on a TorchRec that was not tried, None for one that was."""
+    """Return one sentence on a TorchRec that was not tried, or None for one that was."""
     torchrec = versions.get("torchrec", GONE)
     if torchrec == GONE or _release(torchrec) in _TRIED:
         return None
@@ -91,18 +92,18 @@ def _about_torch(versions: Mapping[str, str]) -> str | None:
 
 def _about_fbgemm(versions: Mapping[str, str]) -> str | None:
     torch = versions["torch"]
-    found = [name for name in _TWINS if name in versions]
-    if not found:
+    twins = [name for name in _TWINS if name in versions]
+    if not twins:
         return f"needs FBGEMM beside torch {torch}, and found none: {_install_fbgemm(torch)}"
-    if GONE in (versions[name] for name in found):
+    if GONE in (versions[name] for name in twins):
         return (
-            f"found the metadata of {' and '.join(found)} without the files: "
-            f"{_replace_fbgemm(found, torch)}"
+            f"found the metadata of {' and '.join(twins)} without the files: "
+            f"{_replace_fbgemm(twins, torch)}"
         )
-    if len(found) == 2 and not _is_cpu_build("fbgemm-gpu", versions["fbgemm-gpu"]):
-        both = " and ".join(f"{name} {versions[name]}" for name in found)
-        return f"found both {both}, which overwrite each other: {_replace_fbgemm(found, torch)}"
-    name = found[-1]
+    if len(twins) == 2 and not _is_cpu_build("fbgemm-gpu", versions["fbgemm-gpu"]):
+        both = " and ".join(f"{name} {versions[name]}" for name in twins)
+        return f"found both {both}, which overwrite each other: {_replace_fbgemm(twins, torch)}"
+    name = twins[-1]
     fbgemm = versions[name]
     built_for = _torch_minor_of(fbgemm)
     major, minor = _release(torch)
@@ -139,7 +140,7 @@ def _about_torchrec(versions: Mapping[str, str]) -> str | None:
             f"needs {_TRIED_RANGE}, and found none: run {_pip_torchrec(fbgemm_minor)}, "
             "as without --no-deps pip may bring another FBGEMM"
         )
-    if _release(torchrec) not in _TRIED:  # so what it needs is not known
+    if _release(torchrec) not in _TRIED:  # its requirements are unknown
         return None
     needs_iopath = _release(torchrec)[1] <= _LAST_TORCHREC_THAT_NEEDS_IOPATH
     needs = (*_TORCHREC_NEEDS, "iopath") if needs_iopath else _TORCHREC_NEEDS
@@ -158,7 +159,7 @@ def _is_importable(module: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Return (major, minor), or (-1, -1) where the version does not begin with two numbers."""
+    """Return (major, minor), or (-1, -1) if the version does not begin with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
 
@@ -172,7 +173,7 @@ def _is_cpu_build(name: str, version: str) -> bool:
 
 
 def _torch_minor_of(fbgemm: str) -> int | None:
-    """Return n where this FBGEMM is a release built for torch 2.n, None where nobody can tell."""
+    """Return n if this FBGEMM is a release built for torch 2.n, None if that is unknown."""
     major, minor = _release(fbgemm)
     if re.search(r"\.dev|\+git", fbgemm):
         return None
@@ -180,7 +181,7 @@ def _torch_minor_of(fbgemm: str) -> int | None:
 
 
 def _install_fbgemm(torch: str) -> str:
-    """Return the command that brings the FBGEMM of this torch, or a torch that has one."""
+    """Return the command that installs the FBGEMM for this torch, or a torch that has one."""
     major, torch_minor = _release(torch)
     minor = torch_minor - 5
     name = "fbgemm-gpu-cpu" if _local(torch) == "cpu" else "fbgemm-gpu"

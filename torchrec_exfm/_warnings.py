@@ -1,33 +1,33 @@
-"""What the package warns of, by what it means for the run: to filter, to count, to make errors."""
+"""Warning categories by what they mean for a run: to filter, count or turn into errors."""
 
 from __future__ import annotations
 
 
 class ExFMWarning(RuntimeWarning):
-    """Any warning of this package: one of the kinds below, or that a TorchRec was not tried.
+    """The base of this package's warnings; on its own, that a TorchRec version was not tried.
 
     Example:
         >>> import warnings
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("error", ExFMWarning)  # each of them ends the run ...
-        ...     warnings.simplefilter("ignore", NotPipelinedWarning)  # ... but for this one
+        ...     warnings.simplefilter("error", ExFMWarning)  # each ends the run ...
+        ...     warnings.simplefilter("ignore", NotPipelinedWarning)  # ... except this one
     """
 
 
 class DistillationWarning(ExFMWarning):
-    """The student learns something else than was asked for.
+    """The student does not learn what was asked for.
 
-    The tap carries no gradient, or ranks do not average what they should.
+    For example, the tap carries no gradient, or the ranks do not average.
     """
 
 
 class MetricsRestartedWarning(ExFMWarning):
-    """Training goes on where it was, and the metrics start anew."""
+    """Training resumes, but the metrics start anew."""
 
 
 class NotPipelinedWarning(ExFMWarning):
-    """Training is right, but slower: embeddings or outputs come late, as batches are."""
+    """Training is correct but slower: embeddings or teacher outputs are not fetched ahead."""
 
 
 class TeacherMissingWarning(ExFMWarning):
-    """Training goes on without a teacher's outputs: it fails, or its store has none of these."""
+    """Training goes on without teacher outputs: the teacher fails, or its store lacks them."""

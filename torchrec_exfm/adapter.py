@@ -1,4 +1,4 @@
-"""The student adapter (SA): a stale teacher's outputs, re-calibrated on fresh labels.
+"""The student adapter (SA), which re-calibrates a stale teacher's outputs on fresh labels.
 
 Shapes: B examples, M teachers, T tasks.
 """
@@ -30,21 +30,20 @@ from torchrec_exfm.tasks import (
 
 __all__ = ["StudentAdapter", "adapter_step"]
 
-LOGIT_LIMIT = 15.0  # σ(15) is 1 - 3e-7: beyond it a logit says nothing more
+LOGIT_LIMIT = 15.0  # σ(15) is 1 - 3e-7; larger inputs carry no more information
 
 
 class StudentAdapter(nn.Module):
-    """A small perceptron from a teacher's outputs to the label (arXiv 2502.17494, eq. 6-7).
+    """A small perceptron per teacher, from its outputs to the label (arXiv 2502.17494, eq. 6-7).
 
     .. math:: y_{SA} = y_F + \\mathrm{MLP}(y_F), \\qquad L_{SA} = h(y_{SA}, y)
 
-    One perceptron a teacher, which also sees which of its outputs are there. Its last layer starts
-    at 0, so the adapter starts as the identity and learns the correction. It is trained on fresh
-    labels alone, through its own optimizer and before the student's step (Algorithm 1,
-    :func:`adapter_step`); a second distillation head then learns from its outputs, through which
-    no gradient comes back.
+    Each perceptron also sees the presence of its teacher's outputs. Its last layer starts at 0, so
+    the adapter starts as the identity and learns a correction. It is trained on fresh labels only,
+    by its own optimizer, before the student's step (Algorithm 1, :func:`adapter_step`). A second
+    distillation head then learns from its outputs, without gradient to the adapter.
 
-    Logits are kept within ±15 on their way in, predictions of a regression are taken as they are.
+    Input logits are clamped to ±15; predictions of a regression are not.
 
     Args:
         num_teachers: M, at least 1.
@@ -52,20 +51,14 @@ class StudentAdapter(nn.Module):
         hidden: widths of the hidden layers.
 
     Raises:
-        ValueError: for tasks that share a name, or none.
-        TypeError: for tasks of another kind.
+        ValueError: without tasks, or if two share a name.
+        TypeError: for tasks of another type, or when subclassed.
 
     Example:
         >>> adapter = StudentAdapter()
         >>> adapter(TeacherOutputs(torch.tensor([0.5, -1.0]))).flatten().tolist()
         [0.5, -1.0]
     """
-
-    def __init_subclass__(cls) -> None:
-        raise TypeError(
-            "StudentAdapter should have no subclass, as adapter_step knows its gradient in closed "
-            f"form; received {cls.__name__}: change tasks and hidden, or train a module of your own"
-        )
 
     def __init__(
         self,
@@ -86,7 +79,7 @@ class StudentAdapter(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, teacher: TeacherOutputs) -> Tensor:
-        """Teacher outputs -> (B, M, T) logits or predictions, with gradient to the parameters.
+        """Return logits or predictions, (B, M, T), with gradient to the parameters.
 
         Raises:
             ValueError: if the outputs' shape does not fit M and T.
@@ -94,12 +87,6 @@ class StudentAdapter(nn.Module):
         values, inputs = self._inputs(teacher)
         corrections = [perceptron(inputs[:, m]) for m, perceptron in enumerate(self.mlps)]
         return values + torch.stack(corrections, dim=1)
-
-    def _inputs(self, teacher: TeacherOutputs) -> tuple[Tensor, Tensor]:
-        """The values that are corrected, (B, M, T), and what the perceptrons see, (B, M, 2 T)."""
-        check_outputs_shape(teacher, self.shape)
-        values = map_tasks(self.tasks, _limited, teacher.values)
-        return values, torch.cat([values, teacher.presence.float()], dim=-1)
 
     def loss(
         self,
@@ -110,35 +97,38 @@ class StudentAdapter(nn.Module):
         *,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """L_SA: mean over present examples with a label and over tasks, summed over teachers.
+        """Return L_SA: the mean over labeled, present examples and tasks, summed over teachers.
 
         Args:
-            outputs: (B, M, T), what ``forward`` gave for ``teacher``.
-            teacher: says which examples count.
+            outputs: (B, M, T), the result of ``forward`` on ``teacher``.
+            teacher: its presence decides which examples count.
             labels: (B,) or (B, T), fresh labels, NaN where one is missing.
             count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
             weights: (B,) or (B, T), the examples' weights; None: all 1.
 
         Raises:
-            ValueError: if the labels are missing, or a shape does not fit; on the CPU for infinite
+            ValueError: if labels are missing or a shape does not fit; on the CPU for infinite
                 labels and negative weights.
         """
         labels, weights, count = _checked(self, teacher, labels, weights, count)
         absent = find_absent(teacher.presence, labels, weights)
-        targets = labels.unsqueeze(1).expand_as(outputs).masked_fill(absent, 0.0)  # for NaN
+        targets = labels.unsqueeze(1).expand_as(outputs).masked_fill(absent, 0.0)  # NaN labels
         weights = None if weights is None else weights.unsqueeze(1)
         means = mean_task_losses(self.tasks, outputs, targets, absent, positive(count), weights)
         total: Tensor = means.mean(-1).sum()
         return total
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError(
+            "StudentAdapter should have no subclass, as adapter_step knows its gradient in closed "
+            f"form; received {cls.__name__}: change tasks and hidden, or train a module of your own"
+        )
 
-def _limited(task: Task, values: Tensor) -> Tensor:
-    return values if task.regression else values.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-
-
-def _slope(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
-    """The derivative of the loss by the outputs, element by element."""
-    return 2 * (outputs - labels) if task.regression else outputs.sigmoid() - labels
+    def _inputs(self, teacher: TeacherOutputs) -> tuple[Tensor, Tensor]:
+        """Return the values to correct, (B, M, T), and the perceptrons' inputs, (B, M, 2 T)."""
+        check_outputs_shape(teacher, self.shape)
+        values = map_tasks(self.tasks, _limited, teacher.values)
+        return values, torch.cat([values, teacher.presence.float()], dim=-1)
 
 
 def adapter_step(
@@ -151,29 +141,28 @@ def adapter_step(
     weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Algorithm 1, first half: one step of the adapter, then its outputs for the student.
+    """Train the adapter for one step and return its outputs: the first half of Algorithm 1.
 
-    The gradients are those of :meth:`StudentAdapter.loss`, in closed form: in a network this small
-    the launches are what costs, and autograd makes more of them. Without any label on any rank the
-    optimizer takes no step. Autocast is off throughout. Under data parallelism every rank must call
-    it, with the same ``count``; the gradients are averaged over ``group`` in one all-reduce.
+    The gradients of :meth:`StudentAdapter.loss` are computed in closed form. In a network this
+    small, kernel launches dominate the cost, and autograd makes more of them. The optimizer takes
+    no step if no rank has a label. Autocast is off throughout. Under data parallelism every rank
+    must call it, with the same ``count``; one all-reduce averages the gradients over ``group``.
 
     Args:
         adapter: trained in place.
-        optimizer: over the adapter's parameters alone.
+        optimizer: over the adapter's parameters only.
         teacher: the step's outputs.
         labels: (B,) or (B, T), the step's fresh labels, NaN where one is missing.
         count: (M, T), see :func:`torchrec_exfm.functional.masked_mean`.
         weights: (B,) or (B, T), the examples' weights; None: all 1.
-        group: the ranks to average over; None: this one alone.
+        group: the ranks to average over; None: this rank only.
 
     Returns:
         (B, M, T) outputs of the updated adapter, detached.
 
     Raises:
         ValueError: as for :meth:`StudentAdapter.loss`.
-        TypeError: for an adapter whose layers were changed, frozen, tied or hooked since it was
-            made.
+        TypeError: if the adapter's layers were changed, frozen, tied or hooked after it was built.
     """
     _check_closed_form(adapter)
     parameters = list(adapter.parameters())
@@ -182,6 +171,7 @@ def adapter_step(
         labels, weights, count = _checked(adapter, teacher, labels, weights, count)
         gradients = _allocate_gradients(parameters)
         mlps: Any = adapter.mlps
+        # The derivative of the total loss by each example's: weight / (count T).
         scale = positive(count).reciprocal()
         if len(adapter.tasks) > 1:
             scale /= len(adapter.tasks)
@@ -194,7 +184,7 @@ def adapter_step(
             slope = slope.mul_(scale[..., m, :]).masked_fill_(absent[:, m], 0.0)
             fill_mlp_gradients(perceptron, activations, slope)
         start_average([gradients], group)()
-        step_if(optimizer, count.any())  # zero gradients would still move what has momentum
+        step_if(optimizer, count.any())  # momentum would move parameters on zero gradients too
         for parameter in parameters:
             parameter.grad = None
         adapted = torch.empty_like(values)
@@ -203,8 +193,17 @@ def adapter_step(
     return adapted
 
 
+def _limited(task: Task, values: Tensor) -> Tensor:
+    return values if task.regression else values.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+def _slope(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the derivative of the loss by the outputs, elementwise."""
+    return 2 * (outputs - labels) if task.regression else outputs.sigmoid() - labels
+
+
 def _check_closed_form(adapter: StudentAdapter) -> None:
-    """Raise unless all that moves the adapter's outputs is in its own, plain, trainable layers."""
+    """Raise unless the adapter has only plain, trainable layers, so that the closed form holds."""
     mlps: Any = adapter.mlps
     layers = [layer for perceptron in mlps for layer in getattr(perceptron, "children", tuple)()]
     linear = [layer for layer in layers if type(layer) is nn.Linear]
@@ -214,8 +213,8 @@ def _check_closed_form(adapter: StudentAdapter) -> None:
     if hooked or not known or len(parameters) != 2 * len(linear):
         raise TypeError(
             "the adapter should have the layers that StudentAdapter makes, all of them trained, as "
-            "its gradient is taken in closed form; received others, or some that are frozen, tied "
-            "or hooked: change tasks and hidden, or train a module of your own"
+            "its gradient is computed in closed form; received layers that are changed, frozen, "
+            "tied or hooked: change tasks and hidden, or train a module of your own"
         )
 
 
@@ -226,7 +225,7 @@ def _checked(
     weights: Tensor | None,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Labels and weights, (B, T), and the count, that of these examples if none is given."""
+    """Return labels and weights as (B, T), and the count, by default that of these examples."""
     labels = checked_labels(labels, adapter.tasks, len(teacher.values))
     if weights is not None:
         weights = checked_weights(weights, adapter.tasks, len(labels))
@@ -236,7 +235,7 @@ def _checked(
 
 
 def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Give parameters gradients that lie in one buffer, for an all-reduce in place; return it."""
+    """Give parameters gradients in one buffer, for one in-place all-reduce, and return it."""
     sizes = [parameter.numel() for parameter in parameters]
     buffer = parameters[0].new_empty(sum(sizes))
     for parameter, piece in zip(parameters, buffer.split(sizes), strict=True):

@@ -1,4 +1,4 @@
-"""The teacher's outputs, and the batch that carries them beside the user's own.
+"""Teacher outputs, and the batch that carries them together with the user's own.
 
 Shapes: B examples, M teachers, T tasks, E width of a teacher's embedding.
 """
@@ -22,29 +22,27 @@ BatchT = TypeVar("BatchT")
 
 
 class TeacherOutputs(Pipelineable):
-    """What the teachers said of each example, and whether they said anything.
+    """The teachers' outputs for a batch, with the mask of which outputs exist.
 
     Args:
-        values: (B, M, T) floating point: the teacher's logit of a binary task, its prediction in
-            the task's units for regression. (B, T) is taken for one teacher, (B,) for one
-            teacher and one task. Kept as float32, cut off from any graph.
-        presence: boolean, of the same shape as ``values`` (or (B,), for all teachers and tasks
-            at once): which outputs are there. None: all. The value of a missing output is
-            ignored, and may be NaN.
-        age_seconds: (B, M), or (B,) for one teacher: how far each teacher's training lay behind
-            the example's event (event time - time it was trained through), or None if it is not
-            known.
+        values: (B, M, T) floating point: the teacher's logit of a binary task, or its prediction
+            of a regression in the task's units. (B, T) is accepted for one teacher, (B,) for one
+            teacher and one task. Stored as float32, detached.
+        presence: boolean, of the same shape as ``values``, or (B,) for all teachers and tasks:
+            which outputs exist; None: all. The value of a missing output is ignored and may be NaN.
+        age_seconds: (B, M), or (B,) for one teacher: the event time minus the time the teacher's
+            snapshot was trained through; None if unknown.
         embeddings: (B, M, E) floating point, or (B, E) for one teacher: the teacher's embedding of
-            each example, such as its last hidden layer; None: there are none. Kept as float32, cut
-            off from any graph.
-        embedding_presence: boolean, (B, M), or (B,) for one teacher: which embeddings are there;
-            None: those of examples with any output. What is missing is ignored, and may be NaN.
+            each example, such as its last hidden layer; None: there are none. Stored as float32,
+            detached.
+        embedding_presence: boolean, (B, M), or (B,) for one teacher: which embeddings exist;
+            None: those of examples with any output. A missing embedding is ignored and may be NaN.
 
     Raises:
-        TypeError: for a wrong kind or dtype.
+        TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape; for NaN or infinity where presence is true. The contents of
-            a tensor on an accelerator are not looked at, as that would stop the step: build the
-            outputs on the host.
+            a tensor on an accelerator are not checked, as that would synchronize the device: build
+            the outputs on the host.
 
     Example:
         >>> outputs = TeacherOutputs(torch.tensor([0.5, -2.0, float("nan")]),
@@ -79,7 +77,7 @@ class TeacherOutputs(Pipelineable):
         if values.dim() < 3:
             values = values.reshape(shape[0], 1, *(shape[1:] or (1,)))
         self.presence = _presence_like(values, shape, presence)
-        # A copy even where all are there: a loader may use the memory of its column again.
+        # Copied even if all are present: a data loader may reuse the memory of its column.
         absent = None if presence is None else ~self.presence
         self.values = values.clone() if absent is None else values.masked_fill(absent, 0.0)
         _check_finite(self.values, self.presence)
@@ -106,7 +104,7 @@ class TeacherOutputs(Pipelineable):
         eps: float = 1e-6,
         **embeddings: Tensor | None,
     ) -> TeacherOutputs:
-        """From probabilities in [0, 1], as logits: log(p / (1 - p)), with p kept in [ε, 1 - ε].
+        """Convert probabilities to logits: log(p / (1 - p)), with p clamped to [ε, 1 - ε].
 
         Args:
             probabilities: of the shapes of ``values``.
@@ -138,15 +136,15 @@ class TeacherOutputs(Pipelineable):
 
     @classmethod
     def missing(cls, batch_size: int, num_teachers: int = 1, num_tasks: int = 1) -> TeacherOutputs:
-        """No output for any of ``batch_size`` examples, and no embedding (E is 0).
+        """Return outputs that are missing for all of ``batch_size`` examples; E is 0.
 
         Example:
             >>> TeacherOutputs.missing(2).presence.any().item()
             False
         """
         values = torch.zeros(batch_size, num_teachers, num_tasks)
-        none = torch.zeros_like(values, dtype=torch.bool)
-        return cls(values, none, embeddings=values[..., :0])
+        presence = torch.zeros_like(values, dtype=torch.bool)
+        return cls(values, presence, embeddings=values[..., :0])
 
     def to(
         self,
@@ -154,14 +152,15 @@ class TeacherOutputs(Pipelineable):
         non_blocking: bool = False,
         data_copy_stream: torch.Stream | None = None,
     ) -> TeacherOutputs:
-        """Copy to ``device``, on ``data_copy_stream`` if one is given."""
+        """Copy to ``device``, on ``data_copy_stream`` if given."""
         if data_copy_stream is None:
             return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
         accelerator = torch.get_device_module(device)
-        # Work that is queued on this stream may still read the memory that the copies are given.
+        # Kernels queued on the current stream may still read the memory that the copies reuse.
         data_copy_stream.wait_stream(accelerator.current_stream())
 
         def move(tensor: Tensor) -> Tensor:
+            # Allocated on the current stream, which uses it; the copy stream only fills it.
             target = torch.empty_like(tensor, device=device)
             with accelerator.stream(data_copy_stream):
                 return target.copy_(tensor, non_blocking=non_blocking)
@@ -169,7 +168,7 @@ class TeacherOutputs(Pipelineable):
         return self._map(move)
 
     def pin_memory(self) -> TeacherOutputs:
-        """A copy in page-locked memory."""
+        """Copy into page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -190,10 +189,9 @@ class TeacherOutputs(Pipelineable):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step's supervision reads: :class:`AuxiliaryHead` says what each is.
+    """The inputs of a step's supervision, prepared once, when the batch is on the device.
 
-    Made once a step, when the batch is on the device. The fields are the arguments of
-    :meth:`torchrec_exfm.AuxiliaryHead.forward`.
+    The fields are arguments of :meth:`torchrec_exfm.AuxiliaryHead.forward`.
     """
 
     teacher: TeacherOutputs
@@ -209,39 +207,40 @@ Started: TypeAlias = TeacherOutputs | Future[TeacherOutputs] | Callable[[Any], T
 
 
 class Steps(Protocol):
-    """What a train pipeline does around the student's forward; its batches carry it there."""
+    """The work of a train pipeline around the student's forward, where batches carry it."""
 
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
-        """Start a step before the student's forward; the returned function gives its inputs."""
+        """Start a step before the student's forward; return a function that gives its inputs."""
         ...
 
     def end(self) -> None:
-        """Start to average over the ranks what the heads have measured in their forward."""
+        """Start to average the heads' running means over the ranks."""
         ...
 
     def wait(self) -> None:
-        """Wait for what :meth:`end` has started."""
+        """Wait for the averages that :meth:`end` started."""
         ...
 
 
 class ExFMBatch(Pipelineable, Generic[BatchT]):
-    """The user's batch and what the teachers said of its examples.
+    """The user's batch together with the teacher outputs of its examples.
 
-    Attributes and keys that it does not have itself are the user's batch's own, so a model, a
-    pipeline or a loop that reads ``batch.sparse_features`` or ``batch["ids"]`` needs no change.
+    Other attributes and keys are those of the user's batch, so a model, a pipeline or a loop that
+    reads ``batch.sparse_features`` or ``batch["ids"]`` needs no change.
 
     Args:
-        batch: the user's own. ``to``, ``pin_memory`` and ``record_stream`` are its own methods,
-            needed where they are called; TorchRec's pipelines call the first and the last.
-        teacher: the teachers' outputs for the same examples, in the same order, or what gives them
+        batch: the user's own. ``to``, ``pin_memory`` and ``record_stream`` call its methods of the
+            same name; TorchRec's pipelines use the first and the last.
+        teacher: the teacher outputs for the same examples, in the same order; or what provides them
             when the step starts: a future, or a function of the user's batch on the device.
-        steps: what a pipeline adds to the step; None: nothing.
+        steps: the work that a pipeline adds to the step; None: nothing.
 
     Attributes:
-        step_inputs: what the step learns from; None until it starts, unless it is known already.
+        step_inputs: the inputs of the step's supervision; None until the step starts, unless they
+            are known from the beginning.
 
     Raises:
-        TypeError: if teacher is of another kind; in a method that the user's batch lacks.
+        TypeError: if ``teacher`` is of another type; in a method that the user's batch lacks.
     """
 
     def __init__(self, batch: BatchT, teacher: Started, steps: Steps | None = None) -> None:
@@ -258,32 +257,8 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
 
     @property
     def teacher(self) -> Any:
-        """The teachers' outputs, or what gives them when the step starts."""
+        """The teacher outputs or, until the step starts, the future or function of them."""
         return self._teacher if self.step_inputs is None else self.step_inputs.teacher
-
-    def start_step(self) -> Callable[[], StepInputs]:
-        """Start the step, before the student's forward; the returned function gives its inputs.
-
-        A second forward on the same batch has the inputs of the first.
-        """
-        known = self.step_inputs
-        if known is not None:
-            if self._steps is not None:
-                self._steps.wait()
-            return lambda: known
-        if self._steps is None:
-            raise TypeError(
-                "the teachers' outputs of an ExFMBatch should be there when the student runs "
-                f"without a pipeline; received {type(self._teacher).__name__}: wait for them, and "
-                "move them to the device"
-            )
-        return self._steps.start(self)
-
-    def end_step(self, inputs: StepInputs) -> None:
-        """End what :meth:`start_step` has started, after the heads have taken its inputs."""
-        self.step_inputs = inputs
-        if self._steps is not None:
-            self._steps.end()
 
     def to(
         self, device: torch.device, non_blocking: bool = False, **kwargs: Any
@@ -303,8 +278,32 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         self._call("record_stream", stream)
         self._map(lambda outputs: outputs.record_stream(stream))
 
+    def start_step(self) -> Callable[[], StepInputs]:
+        """Start the step before the student's forward; return a function that gives its inputs.
+
+        A second forward on the same batch uses the inputs of the first.
+        """
+        known = self.step_inputs
+        if known is not None:
+            if self._steps is not None:
+                self._steps.wait()
+            return lambda: known
+        if self._steps is None:
+            raise TypeError(
+                "the teacher outputs of an ExFMBatch should be available when the student runs "
+                f"without a pipeline; received {type(self._teacher).__name__}: wait for them, and "
+                "move them to the device"
+            )
+        return self._steps.start(self)
+
+    def end_step(self, inputs: StepInputs) -> None:
+        """End the step that :meth:`start_step` started, after the heads' forward."""
+        self.step_inputs = inputs
+        if self._steps is not None:
+            self._steps.end()
+
     def _map(self, function: Callable[[TeacherOutputs], Any]) -> Any:
-        """What a function makes of the outputs; those that are not there yet stay as they are."""
+        """Apply a function to the outputs; return a future or function of them unchanged."""
         teacher = self.teacher
         return function(teacher) if isinstance(teacher, TeacherOutputs) else teacher
 
@@ -318,6 +317,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
         return method(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        # Unpickling and copying ask for these before ``batch`` exists: looking there would recurse.
         if name == "batch" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.batch, name)
@@ -333,7 +333,7 @@ class ExFMBatch(Pipelineable, Generic[BatchT]):
 
 
 def check_outputs_shape(teacher: TeacherOutputs, shape: tuple[int, int]) -> None:
-    """A ValueError unless the outputs are of (M, T) teachers and tasks."""
+    """Raise a ValueError unless the outputs are of (M, T) teachers and tasks."""
     if teacher.values.shape[1:] != shape:
         raise ValueError(
             f"teacher outputs should be of shape (B, {shape[0]}, {shape[1]}) (examples, teachers, "
@@ -382,7 +382,7 @@ def _age_like(values: Tensor, age_seconds: Tensor | None) -> Tensor | None:
 
 
 def _embeddings_like(embeddings: Tensor, presence: Tensor) -> Tensor:
-    """(B, M, E) float32, 0 where missing."""
+    """Return embeddings as (B, M, E) float32, 0 where missing."""
     _check_tensor("embeddings", embeddings, floating=True)
     shape = tuple(presence.shape)
     if embeddings.dim() == 2 and shape[1] == 1:
@@ -404,7 +404,7 @@ def _embeddings_like(embeddings: Tensor, presence: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor, presence: Tensor) -> None:
     if values.device.type != "cpu" or math.isfinite(values.sum()):
-        return  # a sum is quick, and finite unless a value is not or it overflows
+        return  # one fast sum: it is finite unless a value is not, or it overflows
     bad = presence & ~values.isfinite()
     if bad.any():
         raise ValueError(
@@ -423,7 +423,7 @@ def _check_ages(age_seconds: Tensor, presence: Tensor) -> None:
 
 
 def _any_on_host(bad: Tensor) -> bool:
-    """Whether any is true; False on an accelerator, where to look would stop the step."""
+    """Return whether any is true; False on an accelerator, where looking would synchronize."""
     return bad.device.type == "cpu" and bool(bad.any())
 
 

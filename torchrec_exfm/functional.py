@@ -1,7 +1,7 @@
 """Every formula of ExFM (arXiv 2502.17494) as a pure function.
 
-Shapes: B examples, T tasks. "Logit" means the log-odds of a binary label; a task of
-regression has predictions in its own units instead.
+Shapes: B examples, T tasks. A logit is the log-odds of a binary label; a regression has predictions
+in its own units instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def soft_bce_with_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of a soft label, element by element (eq. 1, negated to be minimised).
+    """Return the elementwise cross entropy of a soft label (eq. 1, negated to be minimized).
 
     .. math:: h(z, y) = -y \\log σ(z) - (1 - y) \\log(1 - σ(z)), \\quad dh/dz = σ(z) - y
 
@@ -46,7 +46,7 @@ def soft_bce_with_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Squared error, element by element, for tasks of regression.
+    """Return the elementwise squared error, for regressions.
 
     .. math:: h(z, y) = (z - y)^2
 
@@ -68,13 +68,14 @@ def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def scale_label(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
-    """Label scaling (LS): lift a rare event's soft label, clipped to stay a probability.
+    """Scale soft labels (LS), to lift those of rare events, and clip them at 1.
 
     .. math:: \\min(α y, 1)
 
     Args:
         probabilities: the teacher's, in [0, 1], any shape.
-        alpha: α > 0, a number or one for each of the last dimension; 1 leaves the label as it is.
+        alpha: α > 0, a number, or a tensor with one for each entry of the last dimension; 1 leaves
+            the label unchanged.
 
     Returns:
         Probabilities of the same shape.
@@ -88,22 +89,22 @@ def scale_label(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def correct_sampling(logits: Tensor, rate: float | Tensor) -> Tensor:
-    """Undo negative sampling: logits learnt on sampled negatives, as if none had been left out.
+    """Undo negative sampling: correct logits learned on sampled negatives.
 
     .. math:: z + \\log r, \\quad \\text{that is} \\quad q = \\frac{p}{p + (1 - p) / r}
         \\quad \\text{for} \\quad p = σ(z), \\; q = σ(z + \\log r)
 
     From He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014. Only
-    ``logits`` receive gradient, as it is.
+    ``logits`` receive gradient, unscaled.
 
     Args:
-        logits: log-odds where each negative was kept with probability r, any shape.
-        rate: r, the negative sampling rate, in (0, 1]; 1 leaves the logits as they are. A tensor
-            gives each example or task its own and broadcasts to the logits' shape; its contents
-            are not looked at, as that would stop the step on an accelerator.
+        logits: log-odds learned while each negative was kept with probability r, any shape.
+        rate: r, the negative sampling rate, in (0, 1]; 1 leaves the logits unchanged. A tensor
+            gives each example or task its own rate and broadcasts to the logits' shape. Its
+            contents are not checked, as that would synchronize an accelerator.
 
     Returns:
-        Log-odds at the unsampled rate, of the logits' shape and dtype.
+        Log-odds for unsampled data, of the logits' shape and dtype.
 
     Raises:
         ValueError: for a number outside (0, 1], or a tensor that would widen the logits.
@@ -125,34 +126,17 @@ def correct_sampling(logits: Tensor, rate: float | Tensor) -> Tensor:
     return corrected
 
 
-def check_sampling_rate(name: str, rate: float) -> None:
-    """A ValueError unless it is in (0, 1]."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"{name} should be a number in (0, 1]; received {rate}")
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inputs: Tensor, beta: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.beta = beta
-        return inputs.view_as(inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return grad * ctx.beta, None
-
-
 def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
-    """Gradient scaling (GS): the identity forward, β times the gradient backward.
+    """Scale a gradient (GS): the identity in forward, β times the gradient in backward.
 
     .. math:: f(x) = x, \\quad ∂L/∂x = β \\, ∂L/∂f
 
-    Put between the shared representation and a distillation head, it scales what the backbone
-    receives from the teacher and leaves the head's own gradient alone.
+    Between the shared representation and a distillation head, it scales the teacher's gradient into
+    the backbone and leaves the head's own gradient unchanged.
 
     Args:
         inputs: any shape.
-        beta: β >= 0; 1 leaves the gradient as it is, 0 stops it.
+        beta: β >= 0; 1 leaves the gradient unchanged, 0 stops it.
 
     Returns:
         A view of the inputs.
@@ -171,20 +155,20 @@ def scale_gradient(inputs: Tensor, beta: float) -> Tensor:
 def masked_mean(
     values: Tensor, mask: Tensor, count: Tensor | None = None, *, weights: Tensor | None = None
 ) -> Tensor:
-    """The mean over the examples whose mask is true, per task; 0 where no mask is true.
+    """Return the per-task mean over the examples whose mask is true; 0 if there are none.
 
     .. math:: \\frac{\\sum_b w_b m_b v_b}{\\sum_b w_b m_b}
 
-    What is masked out has no influence, not even if it is NaN or infinite, and receives a
-    gradient of 0, so a head stays in the graph on a step without any teacher. A weight of 0 masks
-    as well; a weight of 2 equals having the example twice.
+    Masked values have no influence, even if NaN or infinite. They receive a gradient of 0, so a
+    head stays in the graph on a step without any teacher output. A weight of 0 also masks; a weight
+    of 2 equals having the example twice.
 
     Args:
         values: (B, ...).
         mask: (B, ...), boolean.
-        count: (...), the denominator if it is not that of these examples: under data parallelism
-            the global one divided by the number of ranks, so that the average of the ranks'
-            gradients is that of the global mean.
+        count: (...), the denominator; None: that of these examples. Under data parallelism, pass
+            the global one divided by the number of ranks: then the average of the ranks' gradients
+            is the gradient of the global mean.
         weights: (B, ...), w >= 0, finite; None: all 1.
 
     Returns:
@@ -201,23 +185,40 @@ def masked_mean(
     return present_mean(values, absent, positive(count), weights)
 
 
+def check_sampling_rate(name: str, rate: float) -> None:
+    """Raise a ValueError unless the rate is in (0, 1]."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"{name} should be a number in (0, 1]; received {rate}")
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs: Tensor, beta: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.beta = beta
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad * ctx.beta, None
+
+
 def present_mean(
     values: Tensor, absent: Tensor, count: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """As :func:`masked_mean`, of a mask and a count that several means share.
+    """Return a :func:`masked_mean` of a mask and a count that several means share.
 
-    ``absent`` is true where an example should have no influence; others have no weight of 0.
-    Without an example the mean is NaN if the count is 0.
+    ``absent`` is true where an example should have no influence, which includes weights of 0.
+    Without examples, a count of 0 makes the mean NaN.
     """
     values = values if weights is None else weights * values
     return values.masked_fill(absent, 0.0).sum(0) / count
 
 
 def positive(count: Tensor) -> Tensor:
-    """A denominator that is never 0: without an example the mean is 0."""
+    """Clamp a count to a denominator above 0, so that the mean of no examples is 0."""
     return count.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def masked_count(mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The sum of the weights of the examples whose mask is true: (B, ...) -> (...) floats."""
+    """Add up the weights of the examples whose mask is true: (B, ...) -> (...) floats."""
     return (mask if weights is None else mask * weights).sum(0, dtype=torch.float32)

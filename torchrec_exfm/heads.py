@@ -1,4 +1,4 @@
-"""The distillation head: a small perceptron beside the serving head, dropped when serving.
+"""The distillation head: a small perceptron next to the serving head, dropped for serving.
 
 Shapes: B examples, D width of the shared representation, T tasks.
 """
@@ -21,8 +21,8 @@ class DistillationHead(nn.Module):
     """A multi-layer perceptron on the shared representation, with gradient scaling before it.
 
     D_k of :class:`~torchrec_exfm.AuxiliaryHead` (arXiv 2502.17494, eq. 3-5). Its outputs are logits
-    of binary tasks, predictions of regressions; its parameters receive the whole gradient, the
-    shared representation β times.
+    of binary tasks and predictions of regressions. Its parameters receive the full gradient, the
+    shared representation receives it β times.
 
     Args:
         in_features: D, the width of the shared representation.
@@ -49,25 +49,26 @@ class DistillationHead(nn.Module):
         self.mlp = mlp(in_features, hidden, num_tasks)
 
     def forward(self, shared: Tensor) -> Tensor:
-        """(B, D) shared representation -> (B, T) logits or predictions."""
+        """Map the shared representation, (B, D), to logits or predictions, (B, T)."""
         if self.beta != 1:
             shared = scale_gradient(shared, self.beta)
         dtype = _linear_layers(self.mlp)[0].weight.dtype
         if shared.dtype != dtype and not _autocast_applies(shared, dtype):
-            shared = shared.to(dtype)  # the student may have run under an autocast of its own
+            shared = shared.to(dtype)  # the student may have run under its own autocast
         outputs: Tensor = self.mlp(shared)
         return outputs
 
 
 def _autocast_applies(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast is on, which leaves float64 alone."""
-    kind = tensor.device.type
-    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
+    """Return whether autocast will convert the inputs of a linear layer; never for float64."""
+    device_type = tensor.device.type
+    # torch.is_autocast_enabled raises for the meta device.
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return enabled and torch.float64 not in (tensor.dtype, dtype)
 
 
 def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
-    """Linear layers with a ReLU between each two."""
+    """Build linear layers with a ReLU between each two."""
     widths = [in_features, *hidden, out_features]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
@@ -76,7 +77,7 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
 
 
 def run_mlp(perceptron: nn.Sequential, inputs: Tensor) -> list[Tensor]:
-    """Run an :func:`mlp` of its layers alone: the input of each linear layer, then the output."""
+    """Run an :func:`mlp`; return the input of each linear layer, then the output."""
     values = [inputs]
     for layer in _linear_layers(perceptron):
         if len(values) > 1:
@@ -86,9 +87,9 @@ def run_mlp(perceptron: nn.Sequential, inputs: Tensor) -> list[Tensor]:
 
 
 def fill_mlp_gradients(perceptron: nn.Sequential, inputs: list[Tensor], slope: Tensor) -> None:
-    """Write an :func:`mlp`'s gradients into what its parameters' ``grad`` holds.
+    """Write the gradients of an :func:`mlp` into its parameters' ``grad``, in place.
 
-    ``inputs`` are as :func:`run_mlp` gave them, the slope is the loss's derivative by the outputs.
+    ``inputs`` come from :func:`run_mlp`; ``slope`` is the derivative of the loss by the outputs.
     """
     for layer, values in reversed(list(zip(_linear_layers(perceptron), inputs, strict=True))):
         torch.mm(slope.t(), values, out=layer.weight.grad)

@@ -1,4 +1,4 @@
-"""The train pipelines that bring the teachers' outputs to the step: they hold time, no formula."""
+"""Train pipelines that bring teacher outputs to the step: they order the work, without formulas."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torchrec_exfm._checks import (
     check_keys,
     check_on_error,
     check_teacher,
-    warn_of_optimizer,
-    warn_of_tables,
+    warn_if_heads_untrained,
+    warn_if_tables_unsharded,
 )
 from torchrec_exfm._compat import (
     TrainPipelineSparseDist,
@@ -32,86 +32,89 @@ from torchrec_exfm._compat import (
 from torchrec_exfm._warnings import NotPipelinedWarning
 from torchrec_exfm.adapter import StudentAdapter
 from torchrec_exfm.batch import TeacherOutputs
-from torchrec_exfm.sources import MaskedErrors, TeacherSource, source_of
+from torchrec_exfm.sources import MaskedErrors, TeacherSource, as_source
 from torchrec_exfm.steps import Feed, Steps, read_labels
 from torchrec_exfm.wrapper import find_wrapper
 
 __all__ = ["ExFMSteps", "TrainPipelineExFM"]
 
 In = TypeVar("In", bound=Pipelineable)  # the user's batch
-Out = TypeVar("Out")  # what the student returns beside the loss
+Out = TypeVar("Out")  # what the student returns after the loss
 
 
 class ExFMSteps(TrainPipeline[In, Out]):
-    """External distillation before any of TorchRec's train pipelines (arXiv 2502.17494).
+    """A mixin that adds external distillation to any TorchRec train pipeline (arXiv 2502.17494).
 
-    A mixin: ``class Mine(ExFMSteps, PrefetchTrainPipelineSparseDist): pass`` is that pipeline with
-    the teachers' outputs, whatever it overlaps. It wraps the iterator that ``progress`` is given,
-    so that each batch carries its outputs, there or on their way; the rest of Algorithm 1 happens
-    within the forward of :class:`ExFMWrapper`: the outputs are resolved; while the student's
-    forward runs they are counted over the ranks; the student adapter takes its step on the labels,
-    and gives its outputs without gradient; then the heads run, and one backward follows. Over
-    several ranks the means of the losses are over all examples: a small all-reduce for the counts,
-    one for the adapter's gradients, and one, overlapping backward, for the running means of terms
-    with a margin.
+    ``class Mine(ExFMSteps, PrefetchTrainPipelineSparseDist): pass`` is that pipeline with teacher
+    outputs, whatever it overlaps. It wraps the iterator passed to ``progress``, so that each batch
+    carries its outputs, or a future of them. The rest of Algorithm 1 happens in the forward of
+    :class:`ExFMWrapper`:
+
+    1. The outputs are resolved. Counting them over the ranks overlaps the student's forward.
+    2. The student adapter takes its step on the labels and returns its outputs without gradient.
+    3. The heads run, and one backward follows.
+
+    With several ranks, the means of the losses are over the examples of all ranks. This takes a
+    small all-reduce for the counts, one for the adapter's gradients, and one that overlaps backward
+    for the running means of terms with a margin.
 
     Everything else is TorchRec's: ``progress(dataloader_iter)`` returns the student's own
     ``(loss, logits, labels)``, computed before the step's update.
 
     Args:
         model: an ``ExFMWrapper`` under ``DistributedModelParallel`` (or DDP, or alone).
-        optimizer: over the model's dense parameters, the heads' among them.
+        optimizer: over the model's dense parameters, including those of the heads.
         device: where the step runs.
-        *args: further options of TorchRec's pipeline by position, as there.
-        teacher: where the outputs come from. None: the data loader gives ``ExFMBatch``. A
-            function of the user's batch, called on the host as it is loaded: for outputs that
-            were logged as columns of the data. Or a :class:`TeacherSource`, with the one method
-            ``start(batch)``: a ``torchrec_exfm.das.TeacherLookup``, begun as the batch is loaded
-            and waited for when its step starts; a :class:`LiveTeacher`; one of your own.
-        on_teacher_error: ``"raise"``, or ``"mask"``: where the outputs can't be had (the store is
+        *args: further positional options of TorchRec's pipeline.
+        teacher: the source of the outputs. None: the data loader yields ``ExFMBatch``. A function
+            of the user's batch, called on the host when it is loaded: for outputs logged as columns
+            of the data. Or a :class:`TeacherSource`, with its one method ``start(batch)``: a
+            ``torchrec_exfm.das.TeacherLookup``, started when the batch is loaded and awaited when
+            its step starts; a :class:`LiveTeacher`; or your own.
+        on_teacher_error: ``"raise"``, or ``"mask"``: if the outputs are unavailable (the store is
             gone, a window is damaged: OSError and RuntimeError), training goes on without them, as
-            the student alone would, warns once, counts such batches in ``teacher_failures``, and
-            asks again half a minute later. Not for a live teacher, whose ranks have to fail
+            the student alone. The pipeline warns once, counts such batches in ``teacher_failures``,
+            and tries again half a minute later. Not for a live teacher, whose ranks must fail
             together.
         adapter: re-calibrates the outputs; needed by terms with ``adapted=True``.
-        adapter_optimizer: over the adapter's parameters; None: fused Adam with a rate of 1e-2.
-        labels: takes the user's batch to its labels, (B,) or (B, T), NaN where one is missing, for
-            the adapter, for terms with a margin, and to know B where the teacher failed.
-        weights: takes the user's batch to its examples' weights, (B,) or by task (B, T), in the
-            means of terms, adapter and margins (not in the student's own loss). None: all 1.
-        groups: takes the user's batch to (B,) int64 ids, equal for the examples of a request, page
-            or session, in any order; needed by terms whose loss compares them. Groups are those of
-            a rank's batch: one that is spread over ranks is several.
-        candidates: takes the user's batch to its items' ids, (B,) int64, or to a pair of them and
-            (B,) log q, how often an item is sampled; needed by losses over in-batch candidates,
-            which are those of a rank's batch.
-        trace: False for a model that can't be traced: nothing is pipelined but the copies, as in
+        adapter_optimizer: over the adapter's parameters; None: fused Adam, learning rate 1e-2.
+        labels: a function from the user's batch to its labels, (B,) or (B, T), NaN where one is
+            missing: for the adapter, for terms with a margin, and for B if the teacher failed.
+        weights: a function from the user's batch to its examples' weights, (B,) or per task (B, T),
+            in the means of terms, adapter and margins (not in the student's own loss). None: all 1.
+        groups: a function from the user's batch to (B,) int64 ids, equal for the examples of a
+            request, page or session, in any order; needed by terms whose loss compares them. Each
+            rank forms its own groups: one spread over two ranks counts as two.
+        candidates: a function from the user's batch to its items' ids, (B,) int64, or to a pair of
+            them and (B,) log q, how often an item is sampled; needed by losses over in-batch
+            candidates, which are those of a rank's batch.
+        trace: False for a model that can't be traced: then only the copies are pipelined, as in
             ``TrainPipelineBase``.
-        **kwargs: those of TorchRec's pipeline.
+        **kwargs: keyword options of TorchRec's pipeline.
 
     Attributes:
         teacher: as given.
         adapter: as given, on the device.
-        adapter_optimizer: as given, or the one made for the adapter; None without an adapter.
+        adapter_optimizer: as given, or the default one; None without an adapter.
 
     Raises:
-        ValueError: if the model holds no ExFMWrapper; if terms and adapter do not fit, or a
-            look-up's teachers and tasks; for terms that need ``groups`` or ``candidates`` without
-            them; for ``free_features_storage_early`` with a live teacher; for
-            ``on_teacher_error="mask"`` with a live teacher, or with none. In ``progress`` if one of
-            the functions does not fit the batch, or what it gives does not fit the outputs; for
-            outputs without embeddings where a term learns from them; on the CPU for infinite
-            labels and negative weights.
-        TypeError: for a teacher of another kind. In ``progress`` for ``ExFMBatch`` from the loader
-            and a teacher as well, or neither.
+        ValueError: if the model holds no ExFMWrapper; if the terms do not fit the adapter, or the
+            look-up's teachers and tasks do not fit the model; for terms that need ``groups`` or
+            ``candidates`` without them; for ``free_features_storage_early`` with a live teacher;
+            for ``on_teacher_error="mask"`` with a live teacher or no teacher. In ``progress``, if
+            a function does not fit the batch, or its result does not fit the outputs; for outputs
+            without embeddings that a term needs; on the CPU for infinite labels and negative
+            weights.
+        TypeError: for a teacher of another type. In ``progress``, if there are both a teacher and
+            ``ExFMBatch`` from the loader, or neither.
         RuntimeError: in the first ``progress``, if the model can't be traced.
 
     Warns:
-        NotPipelinedWarning: if the embeddings end up not pipelined, or not sharded.
-        TeacherMissingWarning: at the first failure of a teacher that is masked.
-        DistillationWarning: if the model is sharded over ranks that do not average; if the
-            optimizer does not hold the heads' parameters; if the first outputs for a binary task
-            look like probabilities.
+        NotPipelinedWarning: if embeddings are not pipelined, or not sharded.
+        TeacherMissingWarning: at the first failure of a masked teacher.
+        DistillationWarning: if the model is sharded over ranks that do not average gradients; if
+            the optimizer misses the heads' parameters; if the first outputs of a binary task look
+            like probabilities.
     """
 
     def __init__(
@@ -139,8 +142,8 @@ class ExFMSteps(TrainPipeline[In, Out]):
         pipeline: Any = super()
         pipeline.__init__(model, optimizer, device, *args, **kwargs)
         check_features(teacher, self)
-        warn_of_tables(model)
-        warn_of_optimizer(optimizer, head)
+        warn_if_tables_unsharded(model)
+        warn_if_heads_untrained(optimizer, head)
         self.teacher = teacher
         group = data_parallel_group(model)
         self.adapter = None if adapter is None else _on_device(adapter, device, group)
@@ -148,7 +151,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
         if self.adapter is not None and adapter_optimizer is None:
             parameters = self.adapter.parameters()
             self.adapter_optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
-        source = source_of(teacher)
+        source = as_source(teacher)
         self._masked: MaskedErrors | None = None
         if on_teacher_error == "mask":
             shape = len(head.teachers), len(head.tasks)
@@ -171,9 +174,27 @@ class ExFMSteps(TrainPipeline[In, Out]):
         self._trace = trace
         self._warned = False
 
+    def progress(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Train on one batch, as TorchRec's pipeline does."""
+        pipeline: Any = super()
+        self._steps.started = False
+        outputs = pipeline.progress(self._as_feed(dataloader_iter), *args, **kwargs)
+        self._steps.finish()
+        return outputs
+
+    def fill_pipeline(self, dataloader_iter: Iterator[Any]) -> None:
+        """Load the first batches, which TorchRec's pipeline otherwise does in the first step."""
+        pipeline: Any = super()
+        pipeline.fill_pipeline(self._as_feed(dataloader_iter))
+
+    @property
+    def teacher_failures(self) -> int:
+        """The number of this rank's batches that lacked teacher outputs after a failure."""
+        return 0 if self._masked is None else self._masked.failures
+
     @property
     def model(self) -> nn.Module:
-        """The model that is trained, as TorchRec's pipeline has it."""
+        """The model that is trained, as TorchRec's pipeline holds it."""
         return pipeline_parts(self).model
 
     @property
@@ -186,29 +207,11 @@ class ExFMSteps(TrainPipeline[In, Out]):
         """Where the step runs."""
         return pipeline_parts(self).device
 
-    @property
-    def teacher_failures(self) -> int:
-        """Batches of this rank that had to go without a teacher's outputs."""
-        return 0 if self._masked is None else self._masked.failures
-
-    def progress(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Train on one batch, as TorchRec's pipeline does."""
-        pipeline: Any = super()
-        self._steps.started = False
-        outputs = pipeline.progress(self._fed(dataloader_iter), *args, **kwargs)
-        self._steps.finish()
-        return outputs
-
-    def fill_pipeline(self, dataloader_iter: Iterator[Any]) -> None:
-        """Load the first batches, as TorchRec's pipeline does by itself at the first step."""
-        pipeline: Any = super()
-        pipeline.fill_pipeline(self._fed(dataloader_iter))
-
-    def _fed(self, batches: Iterator[Any]) -> Feed:
-        """The iterator that makes each batch carry its outputs."""
+    def _as_feed(self, batches: Iterator[Any]) -> Feed:
+        """Return the iterator that makes each batch carry its outputs."""
         if isinstance(batches, Feed):
             return batches
-        # TorchRec's pipelines tell by its identity whether an iterator is a new one.
+        # The same Feed for the same iterator: TorchRec's pipelines recognize a new one by identity.
         if self._feed is None or self._feed.batches is not batches:
             self._feed = Feed(batches, self._steps)
         return self._feed
@@ -218,7 +221,8 @@ class ExFMSteps(TrainPipeline[In, Out]):
     ) -> None:
         pipeline: Any = super()
         if not self._trace or not sharded_names(self.model):
-            pipeline.start_sparse_data_dist(batch, context)  # it waits for the batch's copy
+            # Called for its wait for the batch's copy: with no module pipelined it does no more.
+            pipeline.start_sparse_data_dist(batch, context)
             return
         try:
             pipeline._pipeline_model(batch, context, pipelined_forward, **kwargs)
@@ -237,7 +241,7 @@ class ExFMSteps(TrainPipeline[In, Out]):
             self._warned = True
             warnings.warn(
                 f"the embeddings {missed} are NOT pipelined: their input is changed on its way "
-                "from the batch to them; training is right, but slower; move the change into the "
+                "from the batch to them; training is correct but slower; move the change into the "
                 "data loader, or see pipeline_postproc of TrainPipelineSparseDist",
                 NotPipelinedWarning,
                 stacklevel=2,
@@ -245,13 +249,13 @@ class ExFMSteps(TrainPipeline[In, Out]):
 
 
 class TrainPipelineExFM(ExFMSteps[In, Out], TrainPipelineSparseDist[In, Out]):
-    """``TrainPipelineSparseDist`` with the teachers' outputs: see :class:`ExFMSteps`."""
+    """``TrainPipelineSparseDist`` with external distillation: see :class:`ExFMSteps`."""
 
 
 def _on_device(
     adapter: StudentAdapter, device: torch.device, group: dist.ProcessGroup | None
 ) -> StudentAdapter:
-    """The adapter, the same on every rank."""
+    """Move an adapter to the device, with rank 0's parameters on every rank."""
     adapter = adapter.to(device)
     if group is not None:
         for parameter in adapter.parameters():

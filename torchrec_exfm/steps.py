@@ -1,7 +1,7 @@
-"""What external distillation adds to a train step, before and after the student's forward.
+"""The work that external distillation adds to a train step, around the student's forward.
 
-Nothing here knows a pipeline: :class:`Steps` turns what a data loader gives into batches that carry
-it, and :class:`ExFMWrapper` calls it from its forward, where every pipeline passes.
+Nothing here depends on a pipeline: :class:`Steps` makes batches that carry this work, and
+:class:`ExFMWrapper` calls it from its forward, which every pipeline runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from torchrec_exfm.tasks import checked_labels, checked_weights, count_outputs
 
 
 class Steps:
-    """Algorithm 1 of arXiv 2502.17494 around the student's forward, step by step.
+    """Algorithm 1 of arXiv 2502.17494, around the student's forward.
 
-    A batch's outputs are started as it is loaded. When its forward begins they are resolved, and
-    outputs and labels are counted over the ranks, which overlaps the forward of the student; then
-    the adapter takes its step, and the heads run; the means of terms with a margin are averaged
-    while backward runs. All of it in the order of the forwards, however many batches a pipeline
-    holds at once.
+    1. When a batch is loaded, its source starts to fetch the outputs.
+    2. When its forward begins, they are resolved. The all-reduce that counts outputs and labels
+       overlaps the student's forward.
+    3. The adapter takes its step, and the heads run.
+    4. The all-reduce of the running means of terms with a margin overlaps backward.
 
-    The arguments are those of :class:`ExFMSteps`; without a ``source`` the batches carry their
-    outputs, and ``group`` has the ranks that average.
+    All collectives follow the order of the forwards, however many batches a pipeline holds at once.
+
+    The arguments are those of :class:`ExFMSteps`. Without a ``source`` the batches carry their
+    outputs. ``group`` holds the ranks to average over.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Steps:
         self.started = False
 
     def load(self, batch: Any) -> Any:
-        """Start to bring the outputs of a batch that the data loader gives."""
+        """Start to fetch the outputs of a batch from the data loader; return an ExFMBatch."""
         if batch is None:
             return None
         if isinstance(batch, ExFMBatch):
@@ -79,7 +81,7 @@ class Steps:
                     "the pipeline was given a teacher as well: drop one of them"
                 )
             return ExFMBatch(batch.batch, batch.teacher, self)
-        # A batch that is loaded in evaluation is asked for only if it comes to be trained on.
+        # A batch loaded in evaluation may never be trained on: then its outputs are not asked for.
         return ExFMBatch(batch, self._ask(batch) if self._head.training else self._ask, self)
 
     def _ask(self, batch: Any) -> Any:
@@ -90,19 +92,19 @@ class Steps:
             )
         try:
             outputs = self._source.start(batch)
-        except StopIteration as error:  # it would end the epoch
+        except StopIteration as error:  # through Feed.__next__ it would end the epoch silently
             raise RuntimeError("the teacher's outputs ended before the batches") from error
         if isinstance(outputs, TeacherOutputs) and self._copy_stream is not None:
-            return self._pinned(outputs)  # a copy from other memory would stop the host
+            return self._pin(outputs)  # a copy from pageable memory would block the host
         return outputs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has collectives and futures
     def start(self, batch: ExFMBatch[Any]) -> Callable[[], StepInputs]:
-        """Resolve the outputs, and start to count them; the returned function gives the inputs."""
-        self.wait()
+        """Resolve the outputs and start to count them; return a function that gives the inputs."""
+        self.wait()  # the heads read the running means, which may still be averaged
         self.started = True
         with record_function("## teacher_outputs ##"):
-            teacher = self._resolved(batch.teacher, batch.batch)
+            teacher = self._resolve(batch.teacher, batch.batch)
         check_outputs_shape(teacher, (len(self._head.teachers), len(self._head.tasks)))
         self._check_probabilities(teacher)
         tasks, size = self._head.tasks, len(teacher.values)
@@ -117,11 +119,11 @@ class Steps:
         counts = count_outputs(teacher.presence, labels, weights, embeddings)
         wait = start_average([counts], self._group)
         inputs = StepInputs(teacher, labels, weights, counts, None, groups, candidates)
-        return partial(self._adapted, inputs, wait)
+        return partial(self._adapt, inputs, wait)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _adapted(self, inputs: StepInputs, wait: Callable[[], None]) -> StepInputs:
-        """Wait for the counts; let the adapter take its step."""
+    def _adapt(self, inputs: StepInputs, wait: Callable[[], None]) -> StepInputs:
+        """Wait for the counts, then run the adapter's step."""
         wait()
         if self._adapter is None or self._adapter_optimizer is None:
             return inputs
@@ -140,60 +142,60 @@ class Steps:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """Start to average the running means of terms with a margin, while backward runs."""
+        """Start to average the running means of terms with a margin; it overlaps backward."""
         self.wait()
         self._wait_for_leads = start_average(self._head.lead_losses, self._group)
 
     def finish(self) -> None:
-        """Wait for what :meth:`end` has started, after the step.
+        """Wait for the averages, and check that the step ran the wrapper.
 
         Raises:
-            RuntimeError: if no step was started in training.
+            RuntimeError: in training, if no step was started.
         """
         self.wait()
         if self._head.training and not self.started:
             raise RuntimeError(
                 "the forward of each step should run the ExFMWrapper; this one did not, and "
                 "nothing was distilled: let custom_model_fwd call the wrapped model on the batch "
-                "that it is given"
+                "that it receives"
             )
 
     def wait(self) -> None:
-        """Wait for what :meth:`end` has started."""
+        """Wait for the averages that :meth:`end` started."""
         self._wait_for_leads()
         self._wait_for_leads = lambda: None
 
-    def _resolved(self, started: Any, batch: Any) -> TeacherOutputs:
-        """Outputs on the device."""
-        late = False
-        while not isinstance(started, TeacherOutputs):
-            late = hasattr(started, "result")
-            if not late and not callable(started):
+    def _resolve(self, started: Any, batch: Any) -> TeacherOutputs:
+        """Return the outputs on the device, resolving futures and functions."""
+        is_future = False
+        while not isinstance(started, TeacherOutputs):  # a function may return a future
+            is_future = hasattr(started, "result")
+            if not is_future and not callable(started):
                 raise TypeError(
                     "a teacher should give TeacherOutputs, or a future of them; received "
                     f"{type(started).__name__}: make it TeacherOutputs(logits)"
                 )
-            started = started.result() if late else started(batch)
-        return self._copied(started) if late else started.to(self._device)
+            started = started.result() if is_future else started(batch)
+        return self._copy(started) if is_future else started.to(self._device)
 
-    def _copied(self, outputs: TeacherOutputs) -> TeacherOutputs:
-        """Copy from the host on a stream of its own, which waits for no other copy."""
+    def _copy(self, outputs: TeacherOutputs) -> TeacherOutputs:
+        """Copy outputs from the host on a side stream, which waits for no other copy."""
         if self._copy_stream is None:
             return outputs.to(self._device)
         accelerator = torch.get_device_module(self._device)
         with accelerator.stream(self._copy_stream):
-            copied = self._pinned(outputs).to(self._device, non_blocking=True)
+            copied = self._pin(outputs).to(self._device, non_blocking=True)
         current = accelerator.current_stream()
         current.wait_stream(self._copy_stream)
-        copied.record_stream(current)
+        copied.record_stream(current)  # allocated on the side stream, used on this one
         return copied
 
-    def _pinned(self, outputs: TeacherOutputs) -> TeacherOutputs:
+    def _pin(self, outputs: TeacherOutputs) -> TeacherOutputs:
         return outputs.pin_memory() if outputs.values.device.type == "cpu" else outputs
 
 
 class Feed:
-    """An iterator over a data loader's batches, each as :meth:`Steps.load` makes it."""
+    """An iterator that passes each batch of a data loader through :meth:`Steps.load`."""
 
     def __init__(self, batches: Iterator[Any], steps: Steps) -> None:
         self.batches = batches
@@ -207,7 +209,7 @@ class Feed:
 
 
 def read_labels(labels: Callable[[Any], Tensor], batch: Any) -> Any:
-    """The labels of a user's batch; a ValueError where the function does not fit it."""
+    """Return the labels of a user's batch; raise a ValueError if the function does not fit it."""
     return _read("labels", labels, batch)
 
 

@@ -1,4 +1,4 @@
-"""Reading a representation out of an unedited student: hooks on its submodules.
+"""Hooks that read the shared representation out of an unedited student.
 
 Shapes: B examples, D width of the shared representation.
 """
@@ -18,17 +18,17 @@ from torchrec_exfm.tasks import check_names
 
 
 class OutputsOf:
-    """Names submodules whose outputs, side by side, are the shared representation.
+    """The names of submodules whose concatenated outputs are the shared representation.
 
-    ``ExFMWrapper(student, tap=OutputsOf("query_tower", "item_tower"))``: two towers, [u, v], which
-    losses over in-batch candidates take in two halves, the query's first. An output is (B, D_i), or
-    a tuple of such tensors.
+    ``ExFMWrapper(student, tap=OutputsOf("query_tower", "item_tower"))`` taps two towers, [u, v].
+    Losses over in-batch candidates split it into two halves, the query's first. Each module returns
+    (B, D_i), or a tuple of such tensors.
 
     Args:
         *modules: names below the student.
 
     Raises:
-        ValueError: for no names, or one that comes twice.
+        ValueError: without names, or if one is repeated.
     """
 
     def __init__(self, *modules: str) -> None:
@@ -39,16 +39,16 @@ class OutputsOf:
 
 
 class Tap:
-    """Keeps the shared representation, (B, D), for one forward.
+    """The shared representation, (B, D), of one forward.
 
-    It is the first argument of the module that ``where`` names, or what the modules of
-    :class:`OutputsOf` return, side by side; with ``halves`` two of one width, a query's and an
-    item's. Beside it the output of the module, the logits of ``tasks``, if ``keeps_output``.
+    It is the first argument of the module that ``tap`` names, or the concatenated outputs of
+    :class:`OutputsOf`. With ``halves``, these are two of one width, a query's and an item's. With
+    ``keeps_output``, the tap also keeps the module's output, the logits of ``tasks``.
     """
 
     def __init__(
         self,
-        where: str | OutputsOf,
+        tap: str | OutputsOf,
         modules: Sequence[nn.Module],
         width: int,
         tasks: Sequence[str],
@@ -56,18 +56,18 @@ class Tap:
         keeps_output: bool,
         halves: bool,
     ) -> None:
-        if halves and isinstance(where, str):
+        if halves and isinstance(tap, str):
             raise ValueError(
                 "a loss over in-batch candidates should be given tap=OutputsOf(query tower, item "
-                f"tower); received tap={where!r}"
+                f"tower); received tap={tap!r}"
             )
-        self.name = ", ".join(names_of(where))
+        self.name = ", ".join(tapped_names(tap))
         self.width = width
         self.tasks = tuple(tasks)
-        self._of_outputs = isinstance(where, OutputsOf)
+        self._reads_outputs = isinstance(tap, OutputsOf)
         self._halves = halves
         self._modules = tuple(modules)
-        self._inputs: list[Any] = []  # one for each call
+        self._inputs: list[Any] = []  # one per call, so that a module that runs twice is noticed
         self._outputs: dict[nn.Module, Any] = {}
         self._open = False
         self._first_names = {
@@ -76,46 +76,47 @@ class Tap:
         }
         for module in modules:
             module.register_forward_pre_hook(self.keep_input, with_kwargs=True)
-            if keeps_output or self._of_outputs:
+            if keeps_output or self._reads_outputs:
                 module.register_forward_hook(self.keep_output)
 
     def keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
-        if not self._open:  # the student runs by itself, or once more in backward
+        """Keep a module's first argument: a forward pre-hook."""
+        # Closed while the student runs alone, or again in backward under activation checkpointing.
+        if not self._open:
             return
         only = next(iter(kwargs.values())) if len(kwargs) == 1 else None
         self._inputs.append(args[0] if args else kwargs.get(self._first_names[module], only))
 
     def keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook: the output as it is now, as the student may change it in place."""
+        """Keep a copy of a module's output: a forward hook. The student may change it in place."""
         if self._open:
-            self._outputs[module] = _copied(output)
+            self._outputs[module] = _cloned(output)
 
     def open(self) -> None:
-        """Keep what comes, from now until the tap is cleared."""
+        """Start to keep inputs and outputs, until the tap is cleared."""
         self.clear()
         self._open = True
 
     def clear(self) -> None:
-        """Forget, and close."""
+        """Close the tap and drop what it kept."""
         self._inputs, self._outputs, self._open = [], {}, False
 
     def take_input(self, *, learns: bool = True) -> Tensor:
-        """The representation of this forward, (B, D), from which the network below learns.
+        """Return this forward's representation, (B, D); if ``learns``, warn if it has no gradient.
 
         Raises:
             RuntimeError: if a module did not run exactly once.
-            ValueError: if what it is given, or what it returns, is of another shape.
+            ValueError: if its input or output has another shape.
         """
-        ran = len(self._outputs if self._of_outputs else self._inputs)
-        if not ran == len(self._inputs) == len(self._modules):
+        calls = len(self._outputs if self._reads_outputs else self._inputs)
+        if not calls == len(self._inputs) == len(self._modules):
             raise RuntimeError(
                 f"the tapped module {self.name!r} should run exactly once in the student's "
                 f"forward; it ran {len(self._inputs)} times: tap a module that runs once, or one "
                 "for each task (tap={task: module, ...})"
             )
         parts, what = self._inputs, "first argument"
-        if self._of_outputs:
+        if self._reads_outputs:
             outputs, what = [self._outputs[module] for module in self._modules], "output"
             parts = [
                 v for output in outputs for v in (output if type(output) is tuple else [output])
@@ -138,12 +139,12 @@ class Tap:
         return shared
 
     def take_output(self) -> Tensor:
-        """What the submodule returned: the logits of the tap's tasks, (B, tasks).
+        """Return the submodule's output: the logits of the tap's tasks, (B, tasks).
 
         Raises:
-            ValueError: for an output of another shape.
+            ValueError: if it has another shape.
         """
-        output = None if self._of_outputs else self._outputs.get(self._modules[0])
+        output = None if self._reads_outputs else self._outputs.get(self._modules[0])
         width = len(self.tasks)
         self._warn_without_gradient("output", output)
         fits = isinstance(output, Tensor) and output.dim() in (1, 2)
@@ -151,7 +152,7 @@ class Tap:
             raise ValueError(
                 f"the output of the tapped module {self.name!r} should be the logits of the tasks "
                 f"{list(self.tasks)}, (B, {width}); received {_shape(output)}: tap the module that "
-                "gives them, or pass serving_logits"
+                "returns them, or pass serving_logits"
             )
         logits: Tensor = output.reshape(len(output), width)
         return logits
@@ -167,10 +168,10 @@ class Tap:
             )
 
 
-def _copied(output: Any) -> Any:
-    """Tensors as they are now."""
+def _cloned(output: Any) -> Any:
+    """Clone each tensor of an output."""
     if isinstance(output, (tuple, list)):
-        return tuple(map(_copied, output))
+        return tuple(map(_cloned, output))
     return output.clone() if isinstance(output, Tensor) else output
 
 
@@ -181,19 +182,20 @@ def remove_taps(student: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), Tap):
                     del hooks[key]
+                    # Module keeps the keys of hooks with keyword arguments in a second dict.
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def names_of(where: str | OutputsOf) -> tuple[str, ...]:
-    """The names of the modules that it names."""
-    return where.modules if isinstance(where, OutputsOf) else (where,)
+def tapped_names(tap: str | OutputsOf) -> tuple[str, ...]:
+    """Return the names of the modules that are tapped."""
+    return tap.modules if isinstance(tap, OutputsOf) else (tap,)
 
 
 def tapped_module(student: nn.Module, tap: str) -> nn.Module:
-    """The submodule of that name.
+    """Return the submodule of that name.
 
     Raises:
-        ValueError: if there is none, or it is a mere container, whose forward never runs.
+        ValueError: if there is none, or if it is a bare container, which has no forward.
     """
     modules = dict(student.named_modules())
     if tap not in modules or not tap:
@@ -206,32 +208,32 @@ def tapped_module(student: nn.Module, tap: str) -> nn.Module:
         inside = [name for name in _candidates(student) if name.startswith(f"{tap}.")]
         raise ValueError(
             f"tap should name a submodule that has a forward of its own; received {tap!r}, a "
-            f"{type(tapped).__name__}: tap what is in it, for each task "
+            f"{type(tapped).__name__}: tap a submodule in it, one for each task "
             f"(tap={{task: module, ...}}); candidates: {inside}"
         )
     return tapped
 
 
-def tapped_width(where: str | OutputsOf, modules: Sequence[nn.Module]) -> int:
-    """D: what the first linear layer takes, or what the last ones of several modules give.
+def tapped_width(tap: str | OutputsOf, modules: Sequence[nn.Module]) -> int:
+    """Return D: the first linear layer's input width, or the last ones' output widths, added up.
 
     Raises:
-        ValueError: if one has none.
+        ValueError: if a module has no linear layer.
     """
     total = 0
-    for name, module in zip(names_of(where), modules, strict=True):
+    for name, module in zip(tapped_names(tap), modules, strict=True):
         linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
         if not linear:
             raise ValueError(
-                "the width of the shared representation can't be told from the tapped module "
+                "the width of the shared representation can't be inferred from the tapped module "
                 f"{name!r} ({type(module).__name__}), which has no nn.Linear: pass in_features"
             )
-        total += linear[0].in_features if isinstance(where, str) else linear[-1].out_features
+        total += linear[0].in_features if isinstance(tap, str) else linear[-1].out_features
     return total
 
 
 def _candidates(student: nn.Module) -> list[str]:
-    """Submodules with a forward that hold linear layers and no embedding tables."""
+    """Return the submodules with a forward that hold linear layers and no embedding tables."""
     tables = nn.Embedding, nn.EmbeddingBag
     return [
         name
@@ -244,7 +246,7 @@ def _candidates(student: nn.Module) -> list[str]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether it can be called, as an nn.ModuleDict or nn.ModuleList can not."""
+    """Return whether a module can be called, which nn.ModuleDict and nn.ModuleList can't be."""
     return type(module).forward is not nn.Module.forward
 
 

@@ -1,6 +1,6 @@
-"""What student and teacher predict, and the checks of what comes with it.
+"""Tasks of student and teacher, and checks of labels, weights, groups and candidates.
 
-Shapes: B examples, T tasks. A label that is NaN is missing.
+Shapes: B examples, M teachers, T tasks. A label that is NaN is missing.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Task:
     """One output of student and teacher: a binary label, or a quantity to regress.
 
     Args:
-        name: what errors and metrics call it.
-        regression: False: labels in {0, 1}, outputs are logits, loss of cross entropy.
-            True: labels and outputs in the task's units, loss of squared error.
+        name: the task's name in errors and metrics.
+        regression: False: labels in {0, 1}, outputs are logits, the loss is cross entropy.
+            True: labels and outputs in the task's units, the loss is squared error.
         negative_sampling_rate: r_S, the share of the negatives that the student's own training
-            data keeps, in (0, 1]. Teachers' logits are moved by log r_F - log r_S, from the rate
-            of their data to this one: see :class:`~torchrec_exfm.DistillationTerm`.
+            data keeps, in (0, 1]. Teachers' logits are shifted by log r_F - log r_S, from their
+            data's rate to this one: see :class:`~torchrec_exfm.DistillationTerm`.
 
     Raises:
         ValueError: if the rate is outside (0, 1], or is not 1 and the task is a regression.
@@ -54,7 +54,7 @@ class Task:
 def map_tasks(tasks: Sequence[Task], function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     """Apply ``function(task, ...)`` to each task's columns, (..., T) -> (..., T).
 
-    Tasks that differ in nothing but their names take one call for all of them.
+    One call serves all tasks if they differ in their names only.
     """
     if len({(task.regression, task.negative_sampling_rate) for task in tasks}) == 1:
         return function(tasks[0], *columns)
@@ -70,15 +70,15 @@ def mean_task_losses(
     count: Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Each task's mean loss: cross entropy where it is binary, squared error where it is not.
+    """Return each task's mean loss: cross entropy if it is binary, else squared error.
 
     Args:
         tasks: the T tasks.
-        outputs: (B, ..., T) logits or predictions; they alone receive gradient.
+        outputs: (B, ..., T) logits or predictions; only they receive gradient.
         targets: (B, ..., T) probabilities or predictions.
         absent: (B, ..., T), see :func:`torchrec_exfm.functional.present_mean`.
-        count: (..., T), see there.
-        weights: (B, ..., T), see there.
+        count: (..., T), as for ``absent``.
+        weights: (B, ..., T), as for ``absent``.
 
     Returns:
         (..., T).
@@ -91,24 +91,24 @@ def _loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def pick_columns(values: Tensor, columns: Sequence[int]) -> Tensor:
-    """Some of the last dimension; no index is sent to the device."""
+    """Return some columns of the last dimension, without sending an index to the device."""
     if list(columns) == list(range(values.shape[-1])):
         return values
     return torch.stack([values[..., column] for column in columns], dim=-1)
 
 
 def find_absent(presence: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Mask what has no part in a mean: no output, no label, or a weight of 0.
+    """Return the mask of what a mean leaves out: no output, no label, or a weight of 0.
 
     Args:
-        presence: (B, M, T), which outputs are there.
-        labels: (B, T), NaN where one is missing; None: none is needed.
+        presence: (B, M, T), which outputs exist.
+        labels: (B, T), NaN where one is missing; None: no label is needed.
         weights: (B, T); None: all 1.
 
     Returns:
         (B, M, T), boolean.
     """
-    # Of booleans p <= q is: not p, or q
+    # For booleans p <= q is "not p, or q", in one kernel.
     absent = ~presence if labels is None else presence <= labels.isnan().unsqueeze(1)
     return absent if weights is None else absent | (weights == 0).unsqueeze(1)
 
@@ -119,20 +119,20 @@ def count_outputs(
     weights: Tensor | None,
     embeddings: Tensor | None = None,
 ) -> Tensor:
-    """Add up the weights of the examples that have an output, and of those with a label as well.
+    """Add up the weights of the examples with an output, then of those that also have a label.
 
     Args:
-        presence: (B, M, T), which outputs are there.
+        presence: (B, M, T), which outputs exist.
         labels: (B, T), NaN where one is missing; None: count no labels.
         weights: (B, T), or (B,) for all tasks; None: all 1.
-        embeddings: (B, M), which embeddings are there; None: count none.
+        embeddings: (B, M), which embeddings exist; None: count none.
 
     Returns:
-        (1, M, T), with labels or embeddings (2, M, T), with both (3, M, T), those last.
+        (1, M, T); with labels or embeddings (2, M, T); with both (3, M, T), embeddings last.
     """
     masks = presence.unsqueeze(0)
     if labels is not None:
-        masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # not NaN
+        masks = torch.stack([presence, presence > labels.isnan().unsqueeze(1)])  # p and not q
     if embeddings is not None:
         masks = torch.cat([masks, embeddings.unsqueeze(-1).expand_as(presence).unsqueeze(0)])
     if weights is not None:
@@ -144,8 +144,8 @@ def checked_labels(labels: Tensor | None, tasks: Sequence[Task], batch_size: int
     """Return fresh labels, (B, T) or for one task (B,), as (B, T) floats; NaN is missing.
 
     Raises:
-        ValueError: for another shape, or none; for an infinite label. The contents of a tensor on
-            an accelerator are not looked at, as that would stop the step.
+        ValueError: for another shape, or None; for an infinite label. The contents of a tensor on
+            an accelerator are not checked, as that would synchronize the device.
     """
     labels = _columns("labels", labels, tasks, batch_size)
     _check_values("labels", "finite, or NaN where one is missing", torch.isinf, labels, tasks)
@@ -161,12 +161,12 @@ def checked_weights(weights: Tensor, tasks: Sequence[Task], batch_size: int) -> 
     if isinstance(weights, Tensor) and weights.shape == (batch_size,):
         weights = weights.unsqueeze(1).expand(batch_size, len(tasks))
     weights = _columns("weights", weights, tasks, batch_size)
-    _check_values("weights", "finite numbers >= 0", _are_no_weights, weights, tasks)
+    _check_values("weights", "finite numbers >= 0", _are_invalid_weights, weights, tasks)
     return weights
 
 
 def checked_groups(groups: Tensor | None, batch_size: int) -> Tensor:
-    """Return ids of groups, (B,) int64; raise a ValueError for another shape or dtype, or none."""
+    """Return ids of groups, (B,) int64; raise a ValueError for another shape or dtype, or None."""
     received = type(groups).__name__
     if isinstance(groups, Tensor):
         if groups.shape == (batch_size,) and groups.dtype == torch.int64:
@@ -179,10 +179,10 @@ def checked_groups(groups: Tensor | None, batch_size: int) -> Tensor:
 
 
 def checked_candidates(candidates: Any, batch_size: int) -> tuple[Tensor, Tensor | None]:
-    """Return ids of items, (B,) int64, and log q, (B,) or None; raise a ValueError for others.
+    """Return ids of items, (B,) int64, and log q, (B,) or None.
 
     Raises:
-        ValueError: also for a log q that is not finite, on the CPU.
+        ValueError: for another shape or dtype; on the CPU for a log q that is not finite.
     """
     parts = candidates if isinstance(candidates, (tuple, list)) else (candidates, None)
     ids: Any
@@ -205,13 +205,13 @@ def checked_candidates(candidates: Any, batch_size: int) -> tuple[Tensor, Tensor
         if bool(wrong.any()):
             raise ValueError(
                 f"log q of the candidates should be finite; received {int(wrong.sum())} values "
-                "that are not: an item that comes was sampled, with a probability above 0"
+                "that are not: an item of a batch was sampled with a probability above 0"
             )
     return ids, log_q
 
 
 def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size: int) -> Tensor:
-    """(B, T) floats out of (B, T) or, for one task, (B,)."""
+    """Return (B, T) floats from (B, T) or, for one task, (B,)."""
     shapes = [(batch_size, len(tasks)), *[(batch_size,)] * (len(tasks) == 1 or what == "weights")]
     if not isinstance(values, Tensor):
         raise ValueError(
@@ -222,12 +222,12 @@ def _columns(what: str, values: Tensor | None, tasks: Sequence[Task], batch_size
         raise ValueError(
             f"{what} should be of shape {' or '.join(map(str, shapes))}; received "
             f"{tuple(values.shape)}, beside {batch_size} logits or teacher outputs for the tasks "
-            f"{[task.name for task in tasks]}: one of the two is of other examples or tasks"
+            f"{[task.name for task in tasks]}: one of the two is from other examples or tasks"
         )
     return values.float().reshape(batch_size, len(tasks))
 
 
-def _are_no_weights(values: Tensor) -> Tensor:
+def _are_invalid_weights(values: Tensor) -> Tensor:
     return (values < 0) | ~values.isfinite()
 
 
@@ -239,7 +239,7 @@ def _check_values(
     tasks: Sequence[Task],
 ) -> None:
     if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # to look would stop the step on an accelerator, and break a compiled graph
+        return  # looking would synchronize an accelerator, and break a compiled graph
     wrong = are_wrong(values)
     if not bool(wrong.any()):
         return
@@ -250,20 +250,20 @@ def _check_values(
     )
 
 
-def check_kinds(what: str, values: Sequence[object], kind: type) -> None:
-    """Raise a TypeError unless it is a sequence of that kind."""
-    if not isinstance(values, (tuple, list)) or any(not isinstance(v, kind) for v in values):
-        raise TypeError(f"{what} should be a sequence of {kind.__name__}; received {values!r}")
+def check_types(what: str, values: Sequence[object], expected: type) -> None:
+    """Raise a TypeError unless it is a tuple or list of that type."""
+    if not isinstance(values, (tuple, list)) or any(not isinstance(v, expected) for v in values):
+        raise TypeError(f"{what} should be a sequence of {expected.__name__}; received {values!r}")
 
 
 def check_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Return the tasks' names; raise unless they are tasks, at least one, of distinct names."""
-    check_kinds("tasks", tasks, Task)
+    """Return the tasks' names; raise unless there is at least one task, with distinct names."""
+    check_types("tasks", tasks, Task)
     return check_names("tasks", [task.name for task in tasks])
 
 
 def check_names(what: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names; raise a ValueError unless there is at least one, and each once."""
+    """Return the names; raise a ValueError unless there is at least one, without repetition."""
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"{what} should be distinct names, at least one; received {names!r}")
     return tuple(names)

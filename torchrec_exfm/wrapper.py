@@ -1,4 +1,4 @@
-"""The user's training module, wrapped: its own loss, plus what the teachers' heads add.
+"""The wrapper around a user's training module: it adds the distillation loss to the module's own.
 
 Shapes: B examples, D width of the shared representation, M teachers, T tasks, K terms.
 """
@@ -16,7 +16,7 @@ from torchrec_exfm._compat import sharded_names
 from torchrec_exfm._user import outline, read
 from torchrec_exfm.auxiliary import AuxiliaryHead, ByTasks, by_tasks
 from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs
-from torchrec_exfm.tap import OutputsOf, Tap, names_of, remove_taps, tapped_module, tapped_width
+from torchrec_exfm.tap import OutputsOf, Tap, remove_taps, tapped_module, tapped_names, tapped_width
 from torchrec_exfm.tasks import Task, check_tasks, pick_columns
 from torchrec_exfm.terms import DistillationTerm
 
@@ -24,45 +24,45 @@ __all__ = ["ExFMWrapper"]
 
 
 class ExFMWrapper(nn.Module):
-    """External distillation for any module with TorchRec's training contract.
+    """A wrapper that adds external distillation to a module with TorchRec's training contract.
 
     .. math:: L = L_{\\mathrm{student}} + \\sum_k w_k L_k
 
-    The student's forward runs once, as it is; a hook reads the input of one of its submodules
-    (the *tap*), the representation that serving head and distillation heads share. The student
-    keeps its class, its names and its outputs. A tapped module that begins with an operation in
-    place changes what the heads see as well. (arXiv 2502.17494, eq. 3-5.)
+    The student's forward runs once, unchanged. A hook reads the input of one of its submodules
+    (the *tap*): the representation that the serving head and the distillation heads share. The
+    student keeps its class, its names and its outputs. If the tapped module begins with an in-place
+    operation, the heads see its result. (arXiv 2502.17494, eq. 3-5.)
 
-    Put the wrapper where the training module was: before ``apply_optimizer_in_backward``, the
-    sharding plan and ``DistributedModelParallel``, whose names gain the prefix ``student.``.
+    Wrap the training module before ``apply_optimizer_in_backward``, the sharding plan and
+    ``DistributedModelParallel``. Names in the plan gain the prefix ``student.``.
 
-    In training it takes an :class:`ExFMBatch` and returns ``(L, (loss, logits, labels))``, the
-    second part being the student's own. In evaluation it takes the user's batch as well and
+    In training, call it on an :class:`ExFMBatch`. It returns ``(L, (loss, logits, labels))``; the
+    second part is the student's own. In evaluation, it also accepts the user's batch, and it
     returns what the student returns.
 
     Args:
         student: ``forward(batch) -> (loss, (loss, logits, labels))``, as ``DLRMTrain``. Only the
-            loss has to be where it is: what comes second is passed on as it is.
+            loss is read; the second part is returned unchanged.
         tap: the name, below ``student``, of the submodule whose first argument is the shared
             representation, (B, D): usually the one after the interaction, ``"model.over_arch"``
-            in a ``DLRMTrain``. For terms with ``serving=True`` its output is the logits, (B, T).
-            Where tasks have towers of their own, as under a shared bottom, MMoE or PLE: a mapping
-            from each task, or a tuple of tasks that share one, to its tower,
-            ``{"click": "towers.click", "buy": "towers.buy"}``. In the place of a name
-            :class:`OutputsOf` several: what they return, side by side, is the representation; so
+            in a ``DLRMTrain``. For terms with ``serving=True``, its output is read as the logits,
+            (B, T). If tasks have their own towers (shared bottom, MMoE, PLE): a mapping from each
+            task, or a tuple of tasks that share a tower, to its tower,
+            ``{"click": "towers.click", "buy": "towers.buy"}``. Instead of a name,
+            :class:`OutputsOf` joins the outputs of several submodules into the representation:
             for two towers, ``OutputsOf("query_tower", "item_tower")``.
         terms: what is distilled, see :class:`DistillationTerm`.
         teachers: the names of the M teachers, in the order of the outputs.
         tasks: the T tasks, in the order of the outputs and of the labels.
-        in_features: D; None: that of the first ``nn.Linear`` in the tapped module (of the last of
-            each, for ``OutputsOf``).
-        serving_logits: takes what the student returns to its logits, (B, T) or (B,), with their
-            gradient, for terms with ``serving=True``; None: they are the tapped module's output.
+        in_features: D; None: the input width of the first ``nn.Linear`` in the tapped module (for
+            ``OutputsOf``, the output widths of each module's last one, added up).
+        serving_logits: a function from the student's output to its logits, (B, T) or (B,), with
+            gradient, for terms with ``serving=True``; None: the tapped module's output.
 
     Raises:
-        ValueError: if ``tap`` is no submodule that can be tapped, or its width can't be told; for
-            wrong terms; for a student that is sharded or wrapped already.
-        TypeError: for terms or tasks of another kind.
+        ValueError: if ``tap`` names no submodule that can be tapped, or its width can't be
+            inferred; for terms that do not fit; for a student already sharded or wrapped.
+        TypeError: for terms or tasks of another type.
     """
 
     def __init__(
@@ -81,39 +81,43 @@ class ExFMWrapper(nn.Module):
         groups: list[tuple[tuple[str, ...], str | OutputsOf]]
         groups = by_tasks("tap", tap, check_tasks(tasks))
         modules = [
-            [tapped_module(student, name) for name in names_of(where)] for _, where in groups
+            [tapped_module(student, name) for name in tapped_names(target)] for _, target in groups
         ]
         widths: dict[str | tuple[str, ...], int] = {
-            names: tapped_width(where, tapped) if in_features is None else in_features
-            for (names, where), tapped in zip(groups, modules, strict=True)
+            names: tapped_width(target, tapped) if in_features is None else in_features
+            for (names, target), tapped in zip(groups, modules, strict=True)
         }
-        with torch.random.fork_rng(devices=[]):  # the student's initialisation stays as it was
+        # Drawing the heads' weights must not change the random numbers that the user draws next.
+        with torch.random.fork_rng(devices=[]):
             heads = AuxiliaryHead(widths, terms=terms, teachers=teachers, tasks=tasks)
+        # A student on the meta device is skipped: there the heads would lose their initial values.
         weight = next(modules[0][0].parameters(), None)
         if weight is not None and not weight.is_meta:
             heads.to(device=weight.device, dtype=weight.dtype)
         remove_taps(student)
-        self.bare_student = (_without_weights(student),)  # a tuple: no submodule, no state
+        # The export needs the student as it was before sharding. A tuple hides it from nn.Module,
+        # so that it is neither a submodule nor part of the state.
+        self.bare_student = (_without_weights(student),)
         self.student = student
         keeps_output = serving_logits is None and any(term.serving for term in heads.terms)
         taps = []
-        for (names, where), tapped in zip(groups, modules, strict=True):
+        for (names, target), tapped in zip(groups, modules, strict=True):
             halves = any(
                 term.loss.width == 0 and {*names} & {*(term.tasks or names)} for term in heads.terms
             )
             options = {"keeps_output": keeps_output, "halves": halves}
-            taps.append(Tap(where, tapped, widths[names], names, **options))
+            taps.append(Tap(target, tapped, widths[names], names, **options))
         self.exfm = _Supervision(heads, taps, serving_logits)
 
     def forward(self, batch: Any) -> Any:
-        """See the class.
+        """Run the student and, in training, add the distillation loss: see the class.
 
         Raises:
-            TypeError: in training, for a batch that is no ExFMBatch, or a student whose outputs are
-                not of the contract.
+            TypeError: in training, for a batch that is no ExFMBatch, or a student whose outputs do
+                not follow the contract.
             RuntimeError: in training, if a tapped module does not run exactly once.
-            ValueError: in training, if a tapped module's input is not (B, D), or what the terms
-                need is missing or of another shape.
+            ValueError: in training, if a tapped module's input is not (B, D), or if something that
+                the terms need is missing or has another shape.
 
         Warns:
             DistillationWarning: if a tapped module's input or output carries no gradient.
@@ -125,37 +129,38 @@ class ExFMWrapper(nn.Module):
         try:
             outputs = self.student(batch.batch if carries_outputs else batch)
             return self.exfm(outputs, batch, inputs) if self.training else outputs
-        finally:
+        finally:  # a tap that stayed open would hold the batch's activations
             for tap in self.exfm.taps:
                 tap.clear()
+
+    @property
+    def auxiliary_head(self) -> AuxiliaryHead:
+        """The auxiliary head, whose state dict keys begin with ``exfm.``."""
+        return self.exfm.auxiliary_head
+
+    @property
+    def last_losses(self) -> Tensor | None:
+        """The terms' unweighted losses in the last training forward, (K,), detached."""
+        return self.exfm.last_losses
+
+    @property
+    def last_teacher(self) -> TeacherOutputs | None:
+        """The teacher outputs in the last training forward."""
+        return self.exfm.last_teacher
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
+            # From __dict__: before Module.__init__, and in unpickling, there is no _modules yet.
             student = self.__dict__.get("_modules", {}).get("student")
             if name.startswith("__") or not hasattr(student, name):
                 raise
             raise AttributeError(f"{error}: the student's own is .student.{name}") from None
 
-    @property
-    def auxiliary_head(self) -> AuxiliaryHead:
-        """The heads; their keys begin with ``exfm.``."""
-        return self.exfm.auxiliary_head
-
-    @property
-    def last_losses(self) -> Tensor | None:
-        """(K,), the terms' unweighted losses of the last training forward, detached."""
-        return self.exfm.last_losses
-
-    @property
-    def last_teacher(self) -> TeacherOutputs | None:
-        """The teachers' outputs in the last training forward."""
-        return self.exfm.last_teacher
-
 
 def find_wrapper(model: nn.Module) -> ExFMWrapper:
-    """The ExFMWrapper in a model, however deep DMP and DDP have wrapped it.
+    """Return the ExFMWrapper in a model, however deeply DMP and DDP wrap it.
 
     Raises:
         ValueError: if there is none.
@@ -170,12 +175,15 @@ def find_wrapper(model: nn.Module) -> ExFMWrapper:
 
 
 def wrapper_in(model: nn.Module) -> ExFMWrapper | None:
-    """As :func:`find_wrapper`; None if there is none."""
+    """Return the ExFMWrapper in a model, or None if there is none."""
     return next((module for module in model.modules() if isinstance(module, ExFMWrapper)), None)
 
 
 class _Supervision(nn.Module):
-    """Adds the heads' loss to the student's: a leaf of the pipeline's tracing, run as it is."""
+    """The step that adds the heads' loss to the student's.
+
+    It is a separate module so that the pipeline's tracing treats it as a leaf and runs it as is.
+    """
 
     def __init__(
         self,
@@ -201,6 +209,7 @@ class _Supervision(nn.Module):
         loss, rest = _checked_contract(outputs)
         has_heads = not all(term.serving for term in self.auxiliary_head.terms)
         shared = [tap.take_input(learns=has_heads) for tap in self.taps]
+        # inputs() waits for an all-reduce, and runs the adapter's: after the student's forward.
         serving, step_inputs = self._serving(outputs), inputs()
         added, self.last_losses = self.auxiliary_head(shared, serving=serving, **vars(step_inputs))
         batch.end_step(step_inputs)
@@ -208,25 +217,25 @@ class _Supervision(nn.Module):
         return loss + added, rest
 
     def _serving(self, outputs: Any) -> Any:
-        """The serving head's logits, (B, T); None where no term needs them."""
+        """Return the serving head's logits, (B, T), or None if no term needs them."""
         if not any(term.serving for term in self.auxiliary_head.terms):
             return None
         if self.serving_logits is not None:
-            return self._told_logits(outputs)
+            return self._call_serving_logits(outputs)
         logits = [tap.take_output() for tap in self.taps]
         names = [name for tap in self.taps for name in tap.tasks]
         order = [names.index(name) for name in self.auxiliary_head.task_names]
         return pick_columns(logits[0] if len(logits) == 1 else torch.cat(logits, dim=1), order)
 
-    def _told_logits(self, outputs: Any) -> Tensor:
+    def _call_serving_logits(self, outputs: Any) -> Tensor:
         assert self.serving_logits is not None
         what = "what the student returns to its logits"
         logits: Tensor = read("serving_logits", self.serving_logits, outputs, "ExFMWrapper", what)
         if torch.is_grad_enabled() and isinstance(logits, Tensor) and not logits.requires_grad:
             raise ValueError(
                 "serving_logits should give logits with their gradient, which terms with "
-                "serving=True send to the serving head; received some without: return them from "
-                "the student's forward without .detach(), or tap the module that computes them"
+                "serving=True send to the serving head; received logits without it: return them "
+                "from the student's forward without .detach(), or tap the module that computes them"
             )
         return logits
 
@@ -256,13 +265,13 @@ def _checked_contract(outputs: Any) -> tuple[Tensor, Any]:
 
 
 def _without_weights(module: nn.Module) -> nn.Module | Exception:
-    """A copy of a module whose parameters are on the meta device, or why there can be none."""
+    """Copy a module, its parameters on the meta device; return the error if that fails."""
     weights = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for parameter in module.parameters()
     }
     try:
         bare: nn.Module = copy.deepcopy(module, weights)
-    except Exception as error:  # whatever the user's attributes raise; told at export
+    except Exception as error:  # any attribute of the user's may raise; only an export needs this
         return error
     return bare

@@ -1,4 +1,4 @@
-"""The losses of a distillation term, ``DistillationTerm(loss=listwise(calibrated=True))``."""
+"""Losses for distillation terms, as in ``DistillationTerm(loss=listwise(calibrated=True))``."""
 
 from torchrec_exfm.losses.contract import Loss, LossInputs
 from torchrec_exfm.losses.elementwise import squared_error_of_logits, task_loss, temperature

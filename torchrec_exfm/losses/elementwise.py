@@ -1,4 +1,4 @@
-"""Losses that look at one example at a time.
+"""Elementwise losses: each example on its own.
 
 Shapes: B examples, U tasks of a term. z is the student's logit (or prediction), t the teacher's.
 """
@@ -17,8 +17,8 @@ from torchrec_exfm.tasks import Task, map_tasks, mean_task_losses
 def task_loss() -> Loss:
     """Return each task's own loss, the default of a term (arXiv 2502.17494, eq. 1).
 
-    .. math:: h(z, \\min(α σ(t), 1)) \\text{ where it is binary}, \\quad (z - α t)^2
-        \\text{ where it is a regression}
+    .. math:: h(z, \\min(α σ(t), 1)) \\text{ for a binary task}, \\quad (z - α t)^2
+        \\text{ for a regression}
 
     h is :func:`torchrec_exfm.functional.soft_bce_with_logits`.
     """
@@ -31,8 +31,8 @@ def temperature(tau: float) -> Loss:
     .. math:: τ^2 \\, h(z / τ, \\min(α σ(t / τ), 1)), \\quad
         ∂/∂z = τ (σ(z / τ) - \\min(α σ(t / τ), 1))
 
-    The larger τ, the more it is a squared error of the logits. τ = 1 is :func:`task_loss`, and so
-    is a regression at any τ.
+    The larger τ, the closer it is to a squared error of the logits. It equals :func:`task_loss` at
+    τ = 1, and at any τ for a regression.
 
     Args:
         tau: τ > 0, finite.
@@ -48,8 +48,8 @@ def squared_error_of_logits() -> Loss:
 
     .. math:: (z - t)^2
 
-    It weighs an error at a probability of 1e-6 as much as one at 0.5, where the cross entropy
-    hardly feels the former. Without α, which scales probabilities.
+    It weighs an error at a probability of 1e-6 as much as one at 0.5; cross entropy hardly counts
+    the former. It takes no α, which scales probabilities.
     """
     return Loss(_squared_error)
 
@@ -72,6 +72,6 @@ def _soft_label(task: Task, values: Tensor, alpha: float) -> Tensor:
 
 
 def _squared_error(inputs: LossInputs) -> Tensor:
-    outputs = inputs.outputs.masked_fill(inputs.absent, 0.0)  # NaN would be NaN in the gradient
+    outputs = inputs.outputs.masked_fill(inputs.absent, 0.0)  # a NaN would make the gradient NaN
     losses = squared_error(outputs, inputs.values.to(outputs.dtype))
     return present_mean(losses, inputs.absent, inputs.count, inputs.weights)

@@ -1,8 +1,8 @@
-"""Losses that bring the student's representation near the teacher's embedding.
+"""Losses that bring the student's representation close to the teacher's embedding.
 
-Shapes: B examples, D width of the shared representation, E of the teacher's embedding e. P is the
-term's head with E outputs, linear for ``hidden=()``: it is dropped when serving, as any head. It
-receives the whole gradient, the representation x β times.
+Shapes: B examples, U tasks of a term, D width of the shared representation, E width of the
+teacher's embedding e. P is the term's head with E outputs, linear for ``hidden=()``, and like any
+head dropped for serving. It receives the full gradient, the representation x receives it β times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchrec_exfm.losses.contract import Loss, LossInputs
 
 
 def cosine_of_embeddings(width: int) -> Loss:
-    """Return one less the cosine between the projected representation and the teacher's embedding.
+    """Return 1 minus the cosine between the projected representation and the embedding.
 
     .. math:: \\frac{1}{C} \\sum_b w_b \\left(1 -
         \\frac{P(x_b) \\cdot e_b}{|P(x_b)| \\, |e_b|}\\right) =
@@ -23,13 +23,13 @@ def cosine_of_embeddings(width: int) -> Loss:
         \\left| \\frac{P(x_b)}{|P(x_b)|} - \\frac{e_b}{|e_b|} \\right|^2
 
     C is the sum of the weights w of examples with an embedding (``count``). The scale of e has no
-    meaning; an embedding of zeros has a loss of 1 without gradient.
+    effect; an embedding of zeros has a loss of 1 without gradient.
 
     Args:
-        width: E >= 1, that of the teacher's embeddings.
+        width: E >= 1, the width of the teacher's embeddings.
 
     Raises:
-        ValueError: for another width; in the forward for embeddings of another one.
+        ValueError: if the width is below 1; in forward, if the embeddings have another width.
     """
     return Loss(_cosine, embeddings=True, width=_checked(width))
 
@@ -39,8 +39,8 @@ def squared_error_of_embeddings(width: int) -> Loss:
 
     .. math:: \\frac{1}{C E} \\sum_b w_b |P(x_b) - e_b|^2
 
-    For embeddings of a known scale, such as principal components of a hidden layer: those that
-    vary most count most. Arguments and errors as of :func:`cosine_of_embeddings`.
+    For embeddings whose scale has a meaning, such as principal components of a hidden layer: those
+    that vary most count most. Arguments and errors are those of :func:`cosine_of_embeddings`.
     """
     return Loss(_squared_error, embeddings=True, width=_checked(width))
 
@@ -57,13 +57,14 @@ def _squared_error(inputs: LossInputs) -> Tensor:
 
 
 def _projected(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """Outputs, 0 where absent, as NaN would be NaN in the gradient; and embeddings, (B, U, E)."""
+    """Return outputs, 0 where absent, and embeddings, both (B, U, E)."""
     outputs, values = inputs.outputs, inputs.values
     if values.shape[-1] != outputs.shape[-1]:
         raise ValueError(
             f"the teacher's embeddings should be of the width {outputs.shape[-1]} that the loss "
-            f"was given; received {values.shape[-1]}: give it theirs"
+            f"was given; received {values.shape[-1]}: pass their width to the loss"
         )
+    # A NaN of an absent example would make the gradient NaN, whatever its factor.
     outputs = outputs.masked_fill(inputs.absent.unsqueeze(-1), 0.0)
     return outputs, values.to(outputs.dtype).expand_as(outputs)
 

@@ -1,12 +1,12 @@
-"""Losses over in-batch candidates, for students that retrieve: two towers, whose score is u . v.
+"""Losses over in-batch candidates, for retrieval students: two towers, whose score is u . v.
 
 Shapes: B examples (a query and an item), U tasks of a term, D width of both towers together. u and
-v are a query's and an item's vector, a and b the teacher's, w an example's weight.
+v are a query's and an item's vector, a and b the teacher's, w is an example's weight.
 
-The candidates of a query are the items of its batch that are present: of those with the id of its
-own item only that one. With log q, the logarithm of how often an item is sampled (the expected
-number in a batch, or up to a constant), popular items count no more for coming often. Candidates
-are those of a rank's batch. Time is O(B^2 U), memory O(B U): the (B, B) of scores are never whole.
+The candidates of a query are the present items of its batch on this rank. Other examples of the
+query's own item are left out. log q is the logarithm of how often an item is sampled (its expected
+number in a batch, up to a constant); it keeps popular items from counting more. Time is O(B^2 U),
+memory O(B U): the (B, B) scores are computed in blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from torchrec_exfm.losses.contract import Loss, LossInputs, check_temperature
 
-SCORES = 2**22  # at a time
-NO_CANDIDATE = -1e30  # in the place of -inf: where no candidate is left there is no NaN then
+SCORES = 2**22  # per block and task
+NO_CANDIDATE = -1e30  # instead of -inf, which would be NaN for a query without candidates
 
 
 def in_batch_softmax(*, tau: float = 1.0, teacher_tau: float = 1.0) -> Loss:
@@ -31,17 +31,17 @@ def in_batch_softmax(*, tau: float = 1.0, teacher_tau: float = 1.0) -> Loss:
         p_{ij} \\propto \\frac{e^{u_i \\cdot v_j / τ}}{Q_j}, \\quad
         q_{ij} \\propto \\frac{e^{a_i \\cdot b_j / τ_T}}{Q_j}
 
-    over the candidates j of query i. C is the sum of the weights of examples with an embedding
-    (``count``), Q what ``candidates`` gives as log q, or 1. The teacher's embedding of an example
-    is [a, b], the query's half first, so that a pair that was never scored costs a product alone.
-    It is 0 where u_i . v_j / τ = a_i . b_j / τ_T + c_i, for any c of the query.
+    The sums are over the candidates j of query i. C is the sum of the weights of examples with an
+    embedding (``count``). log Q is the log q of ``candidates``, or 0. The teacher's embedding of an
+    example is [a, b], the query's half first, so that the teacher's score of any pair is a product.
+    The loss is 0 if u_i . v_j / τ = a_i . b_j / τ_T + c_i, for any c_i of the query.
 
     Args:
         tau: τ > 0, finite, the student's temperature: that of its own loss.
-        teacher_tau: τ_T > 0, finite, the teacher's; the larger, the flatter what is taught.
+        teacher_tau: τ_T > 0, finite, the teacher's; the larger, the flatter the targets.
 
     Raises:
-        ValueError: for another temperature; in the forward for embeddings of an odd width.
+        ValueError: for another temperature; in forward, for embeddings of an odd width.
     """
     taus = check_temperature("tau", tau), check_temperature("teacher_tau", teacher_tau)
     return Loss(partial(_divergence, *taus), needs_candidates=True, embeddings=True, width=0)
@@ -54,8 +54,9 @@ def in_batch_positives(*, tau: float = 1.0) -> Loss:
         p_{ij} \\propto \\frac{e^{u_i \\cdot v_j / τ}}{Q_j}
 
     t is the teacher's logit of the pair, C the sum of the weights of examples with one (``count``).
-    For teachers that score pairs and have no embeddings of query and item: a pair counts as far as
-    the teacher has it for a positive, a weak or mistaken one hardly. For binary tasks alone.
+    For teachers that score pairs and have no embeddings of query and item. A pair counts by the
+    teacher's probability that it is positive, so a weak or wrong one hardly counts. For binary
+    tasks only.
 
     Args:
         tau: τ > 0, finite, the student's temperature: that of its own loss.
@@ -82,19 +83,24 @@ def _positives(tau: float, inputs: LossInputs) -> Tensor:
 
 
 def _mean(tau: float, inputs: LossInputs, mass: Tensor | None, log_targets: Any) -> Tensor:
-    """(U,), the mean of the queries' divergences, each times its mass, (B, U)."""
+    """Return the mean of the queries' divergences, (U,), each times its mass, (B, U)."""
     share = inputs.count.reciprocal().expand(inputs.absent.shape)
     for factor in (inputs.weights, mass):
         share = share if factor is None else share * factor
     share = share.masked_fill(inputs.absent, 0.0).to(inputs.outputs.dtype)
     vectors = _present(inputs.outputs, inputs.absent)
-    with torch.autocast(vectors.device.type, enabled=False):  # scores of half precision are none
+    # Autocast would compute the scores in half precision, too coarse for a softmax over a batch.
+    with torch.autocast(vectors.device.type, enabled=False):
         losses: Tensor = _Divergence.apply(vectors, tau, share, inputs, log_targets)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _Divergence(torch.autograd.Function):
-    """The sum of share times divergence; the gradient is p - q, and made in the forward."""
+    """The sum of share times divergence.
+
+    Its gradient, share times (p - q), is computed in forward, block by block. So backward needs no
+    scores, and the scores of all blocks never exist at once.
+    """
 
     @staticmethod
     def forward(
@@ -105,10 +111,10 @@ class _Divergence(torch.autograd.Function):
         inputs: LossInputs,
         log_targets: Callable[[_Block], Tensor],
     ) -> Tensor:
-        """(B, U, D) and (B, U) -> (U,)."""
+        """Return the losses, (U,), of vectors, (B, U, D), and shares, (B, U)."""
         losses, slopes = vectors.new_zeros(vectors.shape[1]), torch.zeros_like(vectors)
         queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
-        of_queries, of_items = slopes.transpose(0, 1).chunk(2, dim=-1)
+        query_slopes, item_slopes = slopes.transpose(0, 1).chunk(2, dim=-1)  # views, filled below
         share = share.t().unsqueeze(-1)  # (U, B, 1)
         for block in _blocks(inputs):
             rows = block.rows
@@ -117,29 +123,29 @@ class _Divergence(torch.autograd.Function):
             q = log_q.exp_()
             losses += (lead.mul_(q).sum(-1, keepdim=True) * share[:, rows]).sum((1, 2))
             slope, scale = log_p.exp_().sub_(q), share[:, rows] / tau
-            of_queries[:, rows] = scale * (slope @ items)
-            of_items += slope.transpose(1, 2) @ (scale * queries[:, rows])
+            query_slopes[:, rows] = scale * (slope @ items)
+            item_slopes += slope.transpose(1, 2) @ (scale * queries[:, rows])
         ctx.save_for_backward(slopes)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Of the vectors alone."""
+        """Return the gradient of the vectors; the other arguments have none."""
         (slopes,) = ctx.saved_tensors
         return gradients[0].unsqueeze(-1) * slopes, None, None, None, None
 
 
 def _present(vectors: Tensor, absent: Tensor) -> Tensor:
-    """NaN of an absent example would be NaN in every gradient."""
+    """Set absent vectors to 0: a NaN, as a candidate of others, would make every gradient NaN."""
     return vectors.masked_fill(absent.unsqueeze(-1), 0.0)
 
 
 class _Block(NamedTuple):
-    """Some of the queries, (n,), and what both distributions have of their candidates."""
+    """A block of n queries, with what both distributions share of their candidates."""
 
-    rows: Tensor
-    same: Tensor  # (n, B), which are other examples of the query's own item
-    bias: Tensor  # (U, 1, B), -log q, and no share for absent examples
+    rows: Tensor  # (n,), the queries' positions in the batch
+    same: Tensor  # (n, B), which candidates are other examples of the query's own item
+    bias: Tensor  # (U, 1, B), -log q, and NO_CANDIDATE for absent examples
 
 
 def _blocks(inputs: LossInputs) -> Iterator[_Block]:
@@ -154,13 +160,13 @@ def _blocks(inputs: LossInputs) -> Iterator[_Block]:
 
 
 def _log_softmax(vectors: Tensor, tau: float, block: _Block) -> Tensor:
-    """(B, U, D) vectors [u, v] -> (U, n, B), of n queries' candidates; others have no share."""
+    """Return the log-softmax over the candidates of n queries, (U, n, B), of vectors, (B, U, D)."""
     queries, items = vectors.transpose(0, 1).chunk(2, dim=-1)
     scores = torch.baddbmm(block.bias, queries[:, block.rows] / tau, items.transpose(1, 2))
     return scores.masked_fill_(block.same, NO_CANDIDATE).log_softmax(-1)
 
 
 def _log_one_hot(block: _Block) -> Tensor:
-    """(1, n, B), the distribution that has each query's own item alone."""
+    """Return the log-distribution that is 1 at each query's own item, (1, n, B)."""
     log_q = block.bias.new_full((1, *block.same.shape), NO_CANDIDATE)
     return log_q.scatter_(2, block.rows.reshape(1, -1, 1), 0.0)
