@@ -6,7 +6,10 @@ import contextlib
 import importlib
 import io
 import os
+import re
+import shutil
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,12 +33,17 @@ author = "The torchrec_exfm authors"
 copyright = author
 version = release = installed_version("torchrec-exfm")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
-exclude_patterns = ["conf.py"]
+nb_execution_mode = "off"  # the outputs are those that `make notebooks NOTEBOOKS=--write` kept
 
 html_theme = "furo"
 html_title = f"torchrec_exfm {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_copy_source = html_show_sourcelink = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 smartquotes = False  # "--" is an option
 html_math_renderer = "mathml"  # the browser's own: the usual ones fetch a script from elsewhere
 
@@ -57,6 +65,16 @@ nitpick_ignore_regex = [
     ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|T|Steps|StepInputs|Started|DataFile|Rows)"),
 ]
 
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "docs/notebooks"
+PAGES = {  # files of other folders, and where they are shown
+    "README": "index",
+    "benchmarks/README": "benchmarks",
+    "benchmarks/QUALITY": "quality",
+    "examples/notebooks/README": "index",
+    "examples/retrieval/README": "retrieval",
+}
+
 PUBLIC = (
     torchrec_exfm,
     torchrec_exfm.functional,
@@ -73,7 +91,9 @@ def setup(app: Sphinx) -> None:
     visit_inline, visit_block = (_mathml(as_block) for as_block in (False, True))
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.add_directive("command-help", CommandHelp)
+    app.connect("builder-inited", _copy_notebooks)
     app.connect("doctree-read", _dashes)
+    app.connect("doctree-read", _link_pages)
     app.connect("missing-reference", _public_name)
     app.connect("env-check-consistency", _check_all_is_there)
 
@@ -109,6 +129,23 @@ def _mathml(as_block: bool) -> Any:
         raise nodes.SkipNode
 
     return visit
+
+
+def _copy_notebooks(app: Sphinx) -> None:
+    """Copy the notebooks below docs/, as Sphinx reads no page from elsewhere; git ignores them."""
+    shutil.rmtree(NOTEBOOKS, ignore_errors=True)
+    NOTEBOOKS.mkdir()
+    for notebook in (ROOT / "examples/notebooks").glob("*.ipynb"):
+        # A link to a neighbour of examples/notebooks is one folder up there, and elsewhere here.
+        text = re.sub(r"\]\(\.\./(?!\.\.)", "](../../examples/", notebook.read_text())
+        (NOTEBOOKS / notebook.name).write_text(text)
+
+
+def _link_pages(app: Sphinx, document: nodes.document) -> None:
+    """Link to the page that shows a file of another folder."""
+    for link in document.findall(pending_xref):
+        path = os.path.relpath(os.path.join(app.srcdir, link["reftarget"]), ROOT)
+        link["reftarget"] = PAGES.get(path, link["reftarget"])
 
 
 def _dashes(app: Sphinx, document: nodes.document) -> None:
