@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import re
 import shutil
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -85,9 +87,12 @@ PUBLIC = (
     torchrec_exfm.das.memory_sql,
 )
 
+# Classes of which a page shows what a user calls, and not what the package's other modules do.
+PARTLY = {"torchrec_exfm.das.memory.Memory", "torchrec_exfm.das.memory.MemoryFormat"}
+
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls."""
+    """Register what the pages need, and the checks."""
     visit_inline, visit_block = (_mathml(as_block) for as_block in (False, True))
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.add_directive("command-help", CommandHelp)
@@ -99,14 +104,14 @@ def setup(app: Sphinx) -> None:
 
 
 class CommandHelp(SphinxDirective):
-    """What `python -m MODULE COMMAND... --help` prints."""
+    """A directive that shows the output of `python -m MODULE COMMAND... --help`."""
 
     required_arguments = 1
     optional_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        """One literal block."""
+        """Return one literal block."""
         module, *command = " ".join(self.arguments).split()
         printed = io.StringIO()
         with (
@@ -149,7 +154,7 @@ def _link_pages(app: Sphinx, document: nodes.document) -> None:
 
 
 def _dashes(app: Sphinx, document: nodes.document) -> None:
-    """Between a parameter and what it is, where smartquotes would have made one."""
+    """Put a dash between a parameter and its description, as smartquotes would."""
     for text in list(document.findall(nodes.Text)):
         if text == " -- ":
             text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
@@ -158,7 +163,7 @@ def _dashes(app: Sphinx, document: nodes.document) -> None:
 def _public_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement
 ) -> nodes.Element | None:
-    """Link from where a class is written (torchrec_exfm.heads.Task) to where it is public."""
+    """Link the name where a class is defined (torchrec_exfm.heads.Task) to the public one."""
     parts = node.get("reftarget", "").split(".")
     domain = env.domains.python_domain
     for module in PUBLIC:
@@ -171,10 +176,22 @@ def _public_name(
 
 
 def _check_all_is_there(app: Sphinx, env: BuildEnvironment) -> None:
-    """Every public name is in the reference."""
-    there = env.domains.python_domain.objects
+    """Warn of public names, and of their methods and properties, that the reference lacks."""
+    documented = set(env.domains.python_domain.objects) | {"torchrec_exfm.functional"}
     for module in PUBLIC:
         for name in module.__all__:
-            if f"{module.__name__}.{name}" not in there | {"torchrec_exfm.functional": None}:
-                text = "%s.%s is public, and on no page of docs/"
-                logging.getLogger(__name__).warning(text, module.__name__, name)
+            target = f"{module.__name__}.{name}"
+            for missing in {target, *_members(target, getattr(module, name))} - documented:
+                text = "%s is public, and on no page of docs/"
+                logging.getLogger(__name__).warning(text, missing)
+
+
+def _members(target: str, owner: Any) -> set[str]:
+    """Return the full names of a class's own public methods and properties with a docstring."""
+    members = vars(owner).items() if inspect.isclass(owner) and target not in PARTLY else ()
+    kinds = (FunctionType, classmethod, staticmethod, property)
+    return {
+        f"{target}.{name}"
+        for name, member in members
+        if isinstance(member, kinds) and not name.startswith("_") and inspect.getdoc(member)
+    }
