@@ -44,9 +44,10 @@ demo: venv
 retrieval: venv
 	OMP_NUM_THREADS=1 $(PY) examples/retrieval/retrieval.py --write
 
-# The site, into build/docs; a warning is an error, a name without a page too.
+# The site, into build/docs. A warning, a public name without a page and a broken local link are errors.
 docs: venv
 	$(PY) -m sphinx -q -E -n -W --keep-going docs build/docs
+	$(PY) docs/check_links.py build/docs
 
 # The page docs/works.md, if every test that it names passes: some minutes, as models are compiled.
 works: venv

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
+import re
+import shutil
 from importlib.metadata import version as installed_version
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -30,12 +35,17 @@ author = "The torchrec_exfm authors"
 copyright = author
 version = release = installed_version("torchrec-exfm")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
-exclude_patterns = ["conf.py"]
+nb_execution_mode = "off"  # the outputs are those that `make notebooks NOTEBOOKS=--write` kept
 
 html_theme = "furo"
 html_title = f"torchrec_exfm {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_copy_source = html_show_sourcelink = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 smartquotes = False  # "--" is an option
 html_math_renderer = "mathml"  # the browser's own: the usual ones fetch a script from elsewhere
 
@@ -57,6 +67,16 @@ nitpick_ignore_regex = [
     ("py:class", r"torchrec_exfm\..*\.(BatchT|In|Out|T|Steps|StepInputs|Started|DataFile|Rows)"),
 ]
 
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "docs/notebooks"
+PAGES = {  # files of other folders, and where they are shown
+    "README": "index",
+    "benchmarks/README": "benchmarks",
+    "benchmarks/QUALITY": "quality",
+    "examples/notebooks/README": "index",
+    "examples/retrieval/README": "retrieval",
+}
+
 PUBLIC = (
     torchrec_exfm,
     torchrec_exfm.functional,
@@ -67,26 +87,31 @@ PUBLIC = (
     torchrec_exfm.das.memory_sql,
 )
 
+# Classes of which a page shows what a user calls, and not what the package's other modules do.
+PARTLY = {"torchrec_exfm.das.memory.Memory", "torchrec_exfm.das.memory.MemoryFormat"}
+
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls."""
+    """Register what the pages need, and the checks."""
     visit_inline, visit_block = (_mathml(as_block) for as_block in (False, True))
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.add_directive("command-help", CommandHelp)
+    app.connect("builder-inited", _copy_notebooks)
     app.connect("doctree-read", _dashes)
+    app.connect("doctree-read", _link_pages)
     app.connect("missing-reference", _public_name)
     app.connect("env-check-consistency", _check_all_is_there)
 
 
 class CommandHelp(SphinxDirective):
-    """What `python -m MODULE COMMAND... --help` prints."""
+    """A directive that shows the output of `python -m MODULE COMMAND... --help`."""
 
     required_arguments = 1
     optional_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        """One literal block."""
+        """Return one literal block."""
         module, *command = " ".join(self.arguments).split()
         printed = io.StringIO()
         with (
@@ -111,8 +136,25 @@ def _mathml(as_block: bool) -> Any:
     return visit
 
 
+def _copy_notebooks(app: Sphinx) -> None:
+    """Copy the notebooks below docs/, as Sphinx reads no page from elsewhere; git ignores them."""
+    shutil.rmtree(NOTEBOOKS, ignore_errors=True)
+    NOTEBOOKS.mkdir()
+    for notebook in (ROOT / "examples/notebooks").glob("*.ipynb"):
+        # A link to a neighbour of examples/notebooks is one folder up there, and elsewhere here.
+        text = re.sub(r"\]\(\.\./(?!\.\.)", "](../../examples/", notebook.read_text())
+        (NOTEBOOKS / notebook.name).write_text(text)
+
+
+def _link_pages(app: Sphinx, document: nodes.document) -> None:
+    """Link to the page that shows a file of another folder."""
+    for link in document.findall(pending_xref):
+        path = os.path.relpath(os.path.join(app.srcdir, link["reftarget"]), ROOT)
+        link["reftarget"] = PAGES.get(path, link["reftarget"])
+
+
 def _dashes(app: Sphinx, document: nodes.document) -> None:
-    """Between a parameter and what it is, where smartquotes would have made one."""
+    """Put a dash between a parameter and its description, as smartquotes would."""
     for text in list(document.findall(nodes.Text)):
         if text == " -- ":
             text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
@@ -121,7 +163,7 @@ def _dashes(app: Sphinx, document: nodes.document) -> None:
 def _public_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement
 ) -> nodes.Element | None:
-    """Link from where a class is written (torchrec_exfm.heads.Task) to where it is public."""
+    """Link the name where a class is defined (torchrec_exfm.heads.Task) to the public one."""
     parts = node.get("reftarget", "").split(".")
     domain = env.domains.python_domain
     for module in PUBLIC:
@@ -134,10 +176,22 @@ def _public_name(
 
 
 def _check_all_is_there(app: Sphinx, env: BuildEnvironment) -> None:
-    """Every public name is in the reference."""
-    there = env.domains.python_domain.objects
+    """Warn of public names, and of their methods and properties, that the reference lacks."""
+    documented = set(env.domains.python_domain.objects) | {"torchrec_exfm.functional"}
     for module in PUBLIC:
         for name in module.__all__:
-            if f"{module.__name__}.{name}" not in there | {"torchrec_exfm.functional": None}:
-                text = "%s.%s is public, and on no page of docs/"
-                logging.getLogger(__name__).warning(text, module.__name__, name)
+            target = f"{module.__name__}.{name}"
+            for missing in {target, *_members(target, getattr(module, name))} - documented:
+                text = "%s is public, and on no page of docs/"
+                logging.getLogger(__name__).warning(text, missing)
+
+
+def _members(target: str, owner: Any) -> set[str]:
+    """Return the full names of a class's own public methods and properties with a docstring."""
+    members = vars(owner).items() if inspect.isclass(owner) and target not in PARTLY else ()
+    kinds = (FunctionType, classmethod, staticmethod, property)
+    return {
+        f"{target}.{name}"
+        for name, member in members
+        if isinstance(member, kinds) and not name.startswith("_") and inspect.getdoc(member)
+    }
