@@ -70,8 +70,8 @@ def hash_ids(*columns: Any) -> Tensor | Ints:
             arrays, lists, and columns of pandas, Arrow or Polars may also hold text or UUIDs.
 
     Returns:
-        int64 ids (B,), at least 0: a tensor on the columns' device if any column is a tensor, else
-        a numpy array.
+        (B,) int64 ids of at least 0, as a tensor on the columns' device if any column is a tensor,
+        else as a numpy array.
 
     Raises:
         TypeError: for a column of mixed or unsupported types: floats (students may round them

@@ -421,7 +421,7 @@ class TeacherStore:
         """Read the data files of a window, one teacher after another; return files and results.
 
         Raises:
-            MissingFileError: if a file is missing that the newest version has too.
+            StoreError: if a file is missing that the newest commit has too.
         """
         while True:
             files = [file for teacher in teachers for file in self.files(teacher, window)]
