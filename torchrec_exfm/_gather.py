@@ -18,7 +18,7 @@ from torchrec_exfm._compat import (
     local_shards,
     shape_and_dtype,
 )
-from torchrec_exfm._ranks import of_each_rank
+from torchrec_exfm._ranks import gather_from_ranks
 
 PIECE_BYTES = 64 * 2**20
 
@@ -62,7 +62,7 @@ def gather_to_rank_0(tensor: ShardedTensor | DTensor, whole: Tensor | None) -> N
     }
     # Asked of the ranks: TorchRec's DTensors call a table that is whole on one rank a replica on
     # all. NCCL also needs a collective of the whole group before it lets two ranks of it talk.
-    held = of_each_rank(list(mine), group)
+    held = gather_from_ranks(list(mine), group)
     owners = dict.fromkeys(held[root], root)  # no transfer of what rank 0 has a copy of
     for rank, shards in enumerate(held):
         for shard in shards:

@@ -45,7 +45,7 @@ _DTYPES = {
 }
 
 
-def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, Any]:
+def describe_checkpoint(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, Any]:
     """Describe what was saved, as metadata.json holds it."""
     tensors = {}
     for key, tensor in metadata.state_dict_metadata.items():

@@ -27,7 +27,7 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
-def of_each_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of each rank, on every rank; of the ranks of a group, in its order."""
     size = world_size() if group is None else group.size()
     values = [value] * size

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.utils import _create_file_view  # not public
 
 from torchrec_exfm._compat import shape_and_dtype
-from torchrec_exfm._manifest import METADATA, Place, document_of, refusal
+from torchrec_exfm._manifest import METADATA, Place, describe_checkpoint, refusal
 from torchrec_exfm._manifest import read_metadata as read_metadata
-from torchrec_exfm._ranks import T, distributed, of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import T, distributed, gather_from_ranks, on_rank_0, rank, world_size
 
 _MAX_KEPT_BYTES = 2**30
 
@@ -54,8 +54,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
                 planner=dcp.DefaultSavePlanner(False, flatten_sharded_tensors=False),
                 no_dist=not distributed(),
             )
-        described = dict(itertools.chain(*of_each_rank(files.described())))
-        document = document_of(metadata, described)
+        described = dict(itertools.chain(*gather_from_ranks(files.described())))
+        document = describe_checkpoint(metadata, described)
         on_rank_0(lambda: _write_at_once(files, folder / METADATA, json.dumps(document)))
     except BaseException as error:
         files.remove(folder)
@@ -122,7 +122,7 @@ def on_every_rank(function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:
         failure = error
-    failures = of_each_rank(failure)
+    failures = gather_from_ranks(failure)
     failures[rank()] = failure  # with its traceback, which no other rank's has
     for each in failures:
         if each is not None:

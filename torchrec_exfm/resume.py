@@ -25,7 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipeline
 from torchrec_exfm._compat import batches_in_flight, pipeline_parts
 from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
-from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import gather_from_ranks, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
 from torchrec_exfm.checkpoint import (
     load_checkpoint,
@@ -206,7 +206,7 @@ def load_training(
     for each in optimizers:
         state |= each.states() if each.fused else each.empty_states(saved)
     numbers = _numbers(optimizers)
-    needed = set().union(*of_each_rank([*state, *numbers]))
+    needed = set().union(*gather_from_ranks([*state, *numbers]))
 
     def check() -> None:
         _check_run(checkpoint, saved, values, pipeline, needed)
@@ -261,7 +261,7 @@ def _values(
 ) -> dict[str, Any]:
     """What is no tensor, of all ranks."""
     numbers = _numbers(optimizers)
-    gathered = of_each_rank((position, numbers))
+    gathered = gather_from_ranks((position, numbers))
     for index, (other, of_rank) in enumerate(gathered):
         numbers |= of_rank
         if other != gathered[0][0]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Changes", "changes_of", "figures", "generation_ratio", "losses", "p_value"]
+__all__ = ["Changes", "compare_arms", "figures", "generation_ratio", "losses", "p_value"]
 
 Array = npt.NDArray[Any]
 Result = Mapping[str, Any]
@@ -108,7 +108,7 @@ def generation_ratio(new: Changes, old: Changes, teacher: Changes, older: Change
     return float(new.less(old).mean() / teacher.less(older).mean())
 
 
-def changes_of(
+def compare_arms(
     arm: Iterable[Result], none: Iterable[Result], figures: Sequence[str] = ("ne", "auc")
 ) -> Changes | None:
     """An arm against the student alone: of the seeds that have every part of the arm in both.

@@ -19,7 +19,7 @@ from torchrec_exfm.study.figures import (
     Array,
     Changes,
     Result,
-    changes_of,
+    compare_arms,
     figures,
     generation_ratio,
     losses,
@@ -61,8 +61,8 @@ class Finding(NamedTuple):
 
 def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> str:
     """table.md, table.json and picture.png in the folder; the first is returned as well."""
-    results = results_of(runs, tasks)
-    findings = findings_of(runs, results)
+    results = compute_results(runs, tasks)
+    findings = summarize_arms(runs, results)
     text = f"{_table(runs, results, findings)}\n{sentence(findings)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
@@ -71,7 +71,7 @@ def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> st
     return text
 
 
-def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+def compute_results(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Figures by arm, seed and task, of all examples and of those that every teacher spoke of.
 
     What the teachers themselves said has arms of its own.
@@ -107,7 +107,7 @@ def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any
     return results
 
 
-def findings_of(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
+def summarize_arms(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
     alone = {run.seed: run.said for run in runs if run.name == "none"}
     findings = {}
     for name, arm in {run.name: run.arm for run in runs if run.arm.terms}.items():
@@ -121,7 +121,7 @@ def findings_of(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Fin
 
 def _changes(results: Sequence[Result], name: str, prefix: str = "") -> Changes | None:
     mine, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
-    return changes_of(mine, none, (f"{prefix}ne", f"{prefix}auc"))
+    return compare_arms(mine, none, (f"{prefix}ne", f"{prefix}auc"))
 
 
 def _over_time(runs: Sequence[Run], alone: Mapping[int, Pass]) -> Array:
