@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 import math
 import re
@@ -31,12 +32,14 @@ from torchrec_exfm import (
     ExFMWarning,
     ExFMWrapper,
     RunMonitor,
+    StudentAdapter,
     TeacherMissingWarning,
     TeacherOutputs,
     TrainPipelineExFM,
 )
 from torchrec_exfm import monitor as monitor_module
 from torchrec_exfm import sources as exfm_sources
+from torchrec_exfm import tasks as tasks_module
 from torchrec_exfm.das import TeacherLookup
 
 STEPS = 7
@@ -81,6 +84,7 @@ class Run:
         self.student: list[float] = []
         self.terms: list[Tensor] = []
         self.leads: list[list[float]] = []
+        self.adapter: list[float] = []
         self._batches = iter(self.data)
 
     def monitor(self, **options: Any) -> RunMonitor:
@@ -88,6 +92,11 @@ class Run:
 
     def steps(self, monitor: RunMonitor, number: int = STEPS, clock: Clock | None = None) -> None:
         for _ in range(number):
+            batch, adapter = self.data[len(self.outputs)], copy.deepcopy(self.pipeline.adapter)
+            assert adapter is not None
+            self.adapter.append(
+                of_metrics.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
+            )
             output = self.pipeline.progress(self._batches)
             loss, logits, labels = (value.clone() for value in output)
             assert self.wrapper.last_losses is not None
@@ -112,6 +121,7 @@ class Run:
             **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
             **of_metrics.expected_losses(TERMS, self.terms[interval], self.data[interval]),
             "student_loss": sum(self.student[interval]) / (end - begin),
+            "adapter_loss": sum(self.adapter[interval]) / (end - begin),
             "teacher_failures": 0,
             **dict(zip(LEADS, self.leads[end - 1], strict=True)),
             "examples_per_second": B * (end - begin) / sum(range(begin + 1, end + 1)),
@@ -152,8 +162,104 @@ def test_the_data_of_these_tests_can_tell() -> None:
     run.steps(run.monitor())
     assert 0.0 in [float(of_step[1]) for of_step in run.terms]
     assert any(0 < lead < 1 for leads in run.leads for lead in leads)
-    assert len(set(run.student)) == STEPS
+    assert len(set(run.student)) == len(set(run.adapter)) == STEPS
     assert len(run.expected(2, 3)) < len(run.expected(0, 3))
+
+
+# ---- Scalars ----
+
+
+def test_scalars_are_what_tensorboard_gets(tmp_path: Path) -> None:
+    """Nothing before the first writing; then that of it, by the same tags, until the next."""
+    run = Run()
+    with run.monitor(folder=tmp_path, every_steps=2) as monitor:
+        run.steps(monitor, 1)
+        assert monitor.scalars() == {} and monitor.examples == 0
+        run.steps(monitor, 1)
+        first = monitor.scalars()
+        run.steps(monitor, 1)
+        assert monitor.scalars() == first == monitor.last and monitor.examples == 2 * B
+    found, last = curves(tmp_path), monitor.scalars()
+    assert monitor.examples == 3 * B
+    assert last != first and {"adapter_loss", "student_loss", "ne/click"} <= last.keys()
+    assert by_point(found, 2 * B) == pytest.approx(first, rel=1e-6)
+    assert by_point(found, 3 * B) == pytest.approx(last, rel=1e-6)
+
+
+def test_scalars_are_a_copy() -> None:
+    pipeline, metrics = small_run()
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    monitor.scalars().clear()
+    assert "ne/label" in monitor.scalars()
+
+
+def test_scalars_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation, and so no wait for the device, and no metric: one rank may ask alone."""
+    pipeline, metrics = small_run()
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    monkeypatch.setattr(metrics, "compute", None)
+    with Costs() as costs:
+        assert monitor.scalars()
+    assert not costs.operations
+
+
+def adapted_run(labels: Tensor) -> tuple[TrainPipelineExFM, ExFMMetrics]:
+    """One teacher, whose adapter learns from these labels; the student has its own."""
+    terms = DistillationTerm(), DistillationTerm(adapted=True)
+    return small_run(*terms, adapter=StudentAdapter(), labels=lambda batch: labels)
+
+
+def test_the_adapter_has_no_loss_without_a_label() -> None:
+    """Neither a curve at 0, nor a step that counts in the mean."""
+    labels = torch.full((8,), torch.nan)
+    pipeline, metrics = adapted_run(labels)
+    monitor = RunMonitor(pipeline, metrics, every_steps=2, progress=False)
+    feed, losses = batches(4), []
+    for step in range(4):
+        if step == 3:
+            labels.copy_(torch.tensor([0.0, 1.0] * 4))
+        monitor.step(pipeline.progress(feed))
+        losses.append(monitor.scalars().get("adapter_loss"))
+    assert losses[:3] == [None] * 3
+    logits = make_teacher(0, 8).values.flatten()  # of an adapter that is still the identity
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert losses[3] == pytest.approx(float(expected))
+
+
+def test_watching_the_adapter_changes_nothing() -> None:
+    """To the bit: its parameters and the student's, and the random numbers."""
+    states = []
+    for watched in (True, False):
+        torch.manual_seed(3)
+        pipeline, metrics = adapted_run(torch.tensor([0.0, 1.0] * 4))
+        if watched:
+            RunMonitor(pipeline, metrics, progress=False)
+        feed = batches(3)
+        for _ in range(3):
+            pipeline.progress(feed)
+        assert watched == bool(pipeline._steps.adapter_loss.isfinite())  # type: ignore[union-attr]
+        assert pipeline.adapter is not None
+        parameters = [*pipeline.adapter.parameters(), *pipeline.model.parameters()]
+        states.append([*parameters, torch.get_rng_state()])
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+def test_watching_the_adapter_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the checks of labels, which look at values on the CPU alone."""
+    monkeypatch.setattr(tasks_module, "_check_values", lambda *_: None)
+    costs = {}
+    for watched in (True, False):
+        pipeline, metrics = adapted_run(torch.tensor([0.0, 1.0] * 4))
+        if watched:
+            RunMonitor(pipeline, metrics, progress=False)
+        feed = batches(3)
+        pipeline.progress(feed)
+        with Costs() as costs[watched]:
+            pipeline.progress(feed)
+    assert costs[True].syncs == costs[False].syncs
+    assert 0 < costs[True].kernels - costs[False].kernels < 25
 
 
 # ---- Before and after ----
