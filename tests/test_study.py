@@ -139,7 +139,7 @@ def test_results_are_of_the_examples_that_are_meant() -> None:
     runs = made_up()
     results = {(r["arm"], r["seed"], r["part"]): r for r in compute_results(runs, TASKS)}
     assert len(results) == (4 + 2) * 3 * 2
-    passes = {(run.name, run.seed): run.said for run in runs}
+    passes = {(run.name, run.seed): run.outcome for run in runs}
     for (arm, seed, part), found in results.items():
         t = ["click", "buy"].index(part)
         labels = passes["none", seed].labels[:, t]
@@ -164,7 +164,7 @@ def test_findings_are_changes_against_the_student_alone() -> None:
     results = compute_results(runs, TASKS)
     findings = summarize_arms(runs, results)
     assert list(findings) == ["head on the label", "AH", OLDER]
-    passes = {(run.name, run.seed): run.said for run in runs}
+    passes = {(run.name, run.seed): run.outcome for run in runs}
 
     def value(arm: str, figure: str) -> Any:
         return np.array(
@@ -399,10 +399,10 @@ def test_a_pass_is_kept_under_all_that_it_is_of() -> None:
 def test_an_arm_that_diverges_is_not_taken() -> None:
     runs = []
     for run in made_up():
-        logits = run.said.logits.copy()
+        logits = run.outcome.logits.copy()
         if run.name == "AH" and run.seed == 1:
             logits[900:] = np.nan
-        runs.append(run._replace(said=dataclasses.replace(run.said, logits=logits)))
+        runs.append(run._replace(outcome=dataclasses.replace(run.outcome, logits=logits)))
     findings = summarize_arms(runs, compute_results(runs, TASKS))
     assert np.isnan(findings["AH"].change.ne[1]).all() and np.isnan(findings["AH"].over_time).any()
     assert sentence(findings) == "No arm with a teacher has figures."
