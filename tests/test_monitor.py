@@ -1,4 +1,4 @@
-"""RunMonitor: each point of each curve against values of its own, the line, what it costs."""
+"""RunMonitor: each point of each curve against its own reference, the console line, the cost."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LEADS = (  # of the columns behind the three of the heads
 
 
 class Clock:
-    """Says what it is told."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -70,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Run:
-    """A training of two teachers and two tasks, which keeps what happens at each step."""
+    """A training with two teachers and two tasks, which records each step."""
 
     def __init__(self) -> None:
         self.data = of_metrics.clicked(rm.global_data(steps=STEPS))
@@ -109,13 +109,12 @@ class Run:
             monitor.step(output)
 
     def _leads(self) -> list[float]:
-        of_target, of_student = torch.cat(self.wrapper.auxiliary_head.lead_losses, 1).tolist()
-        margins = [1.5, 1.5, 0.9]
-        pairs = zip(of_target, of_student, margins, strict=True)
-        return [min(max((1 - t / s) / margin, 0.0), 1.0) for t, s, margin in pairs]
+        target, student = torch.cat(self.wrapper.auxiliary_head.lead_losses, 1).tolist()
+        columns = zip(target, student, [1.5, 1.5, 0.9], strict=True)
+        return [min(max((1 - t / s) / margin, 0.0), 1.0) for t, s, margin in columns]
 
     def expected(self, begin: int, end: int) -> dict[str, float]:
-        """After step ``end``, of an interval of steps that begins after step ``begin``."""
+        """Return the scalars after step ``end``, where the last writing was after ``begin``."""
         interval = slice(begin, end)
         return {
             **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
@@ -129,16 +128,16 @@ class Run:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """What is in the files: by name, the value at each x."""
+    """Return the curves in the files: by tag, the value at each x."""
     events = EventAccumulator(str(folder)).Reload()
-    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    for name, points in found.items():
-        assert len({point.step for point in points}) == len(points), name
-    return {name: {p.step: p.value for p in points} for name, points in found.items()}
+    written = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    for tag, points in written.items():
+        assert len({point.step for point in points}) == len(points), tag
+    return {tag: {p.step: p.value for p in points} for tag, points in written.items()}
 
 
-def by_point(found: dict[str, dict[int, float]], x: int) -> dict[str, float]:
-    return {name: points[x] for name, points in found.items() if x in points}
+def at(x: int, written: dict[str, dict[int, float]]) -> dict[str, float]:
+    return {tag: points[x] for tag, points in written.items() if x in points}
 
 
 @pytest.mark.parametrize("every_steps", [1, 3, STEPS, 100])
@@ -146,21 +145,21 @@ def test_every_point_of_every_curve(every_steps: int, tmp_path: Path, clock: Clo
     run = Run()
     with run.monitor(folder=tmp_path, every_steps=every_steps) as monitor:
         run.steps(monitor, clock=clock)
-    found = curves(tmp_path)
+    written = curves(tmp_path)
     begins = range(0, STEPS, every_steps)
     ends = [min(begin + every_steps, STEPS) for begin in begins]
-    assert sorted({x for points in found.values() for x in points}) == [B * end for end in ends]
+    assert sorted({x for points in written.values() for x in points}) == [B * end for end in ends]
     for begin, end in zip(begins, ends, strict=True):
         expected = run.expected(begin, end)
-        assert by_point(found, B * end) == pytest.approx(expected, rel=1e-6, abs=0)
+        assert at(B * end, written) == pytest.approx(expected, rel=1e-6, abs=0)
     assert monitor.last == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_the_data_of_these_tests_can_tell() -> None:
-    """A term without outputs at some steps, leads that are neither 0 nor 1, losses that differ."""
+    """A term lacks outputs at some steps, leads are neither 0 nor 1, and losses differ."""
     run = Run()
     run.steps(run.monitor())
-    assert 0.0 in [float(of_step[1]) for of_step in run.terms]
+    assert 0.0 in [float(losses[1]) for losses in run.terms]
     assert any(0 < lead < 1 for leads in run.leads for lead in leads)
     assert len(set(run.student)) == len(set(run.adapter)) == STEPS
     assert len(run.expected(2, 3)) < len(run.expected(0, 3))
@@ -170,7 +169,7 @@ def test_the_data_of_these_tests_can_tell() -> None:
 
 
 def test_scalars_are_what_tensorboard_gets(tmp_path: Path) -> None:
-    """Nothing before the first writing; then that of it, by the same tags, until the next."""
+    """Empty before the first writing; then its values, by the same tags, until the next one."""
     run = Run()
     with run.monitor(folder=tmp_path, every_steps=2) as monitor:
         run.steps(monitor, 1)
@@ -179,11 +178,11 @@ def test_scalars_are_what_tensorboard_gets(tmp_path: Path) -> None:
         first = monitor.scalars()
         run.steps(monitor, 1)
         assert monitor.scalars() == first == monitor.last and monitor.examples == 2 * B
-    found, last = curves(tmp_path), monitor.scalars()
+    written, last = curves(tmp_path), monitor.scalars()
     assert monitor.examples == 3 * B
     assert last != first and {"adapter_loss", "student_loss", "ne/click"} <= last.keys()
-    assert by_point(found, 2 * B) == pytest.approx(first, rel=1e-6)
-    assert by_point(found, 3 * B) == pytest.approx(last, rel=1e-6)
+    assert at(2 * B, written) == pytest.approx(first, rel=1e-6)
+    assert at(3 * B, written) == pytest.approx(last, rel=1e-6)
 
 
 def test_scalars_are_a_copy() -> None:
@@ -265,22 +264,22 @@ def test_watching_the_adapter_waits_for_nothing(monkeypatch: pytest.MonkeyPatch)
 # ---- Before and after ----
 
 
-@pytest.mark.parametrize("by", ["told", "the metrics"])
-def test_going_on_where_it_was_stopped(tmp_path: Path, by: str) -> None:
-    """What was written past the checkpoint is hidden, and what was written before it stays."""
+@pytest.mark.parametrize("start", ["an argument", "the metrics"])
+def test_a_resumed_run_continues_its_curves(tmp_path: Path, start: str) -> None:
+    """Points beyond the checkpoint are hidden, and those before it stay."""
     killed, resumed = Run(), Run()
     monitor = killed.monitor(folder=tmp_path, every_steps=1)
     killed.steps(monitor, 2)
     saved = killed.metrics.state_dict()
     killed.steps(monitor, 2)
-    told = {"start_examples": 2 * B} if by == "told" else {}
-    with resumed.monitor(folder=tmp_path, every_steps=1, **told) as monitor:
-        if by == "the metrics":  # which are taken up after it was made, as by train_windows
+    options = {"start_examples": 2 * B} if start == "an argument" else {}
+    with resumed.monitor(folder=tmp_path, every_steps=1, **options) as monitor:
+        if start == "the metrics":  # restored after the monitor was made, as by train_windows
             resumed.metrics.load_state_dict(saved)
         resumed.steps(monitor, 1)
-    found = curves(tmp_path)["student_loss"]
-    kept = [*killed.student[:2], *resumed.student[:1]]
-    assert found == pytest.approx(dict(zip((B, 2 * B, 3 * B), kept, strict=True)))
+    losses = [*killed.student[:2], *resumed.student[:1]]
+    expected = dict(zip((B, 2 * B, 3 * B), losses, strict=True))
+    assert curves(tmp_path)["student_loss"] == pytest.approx(expected)
 
 
 def test_an_error_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,19 +303,19 @@ def test_an_error_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_killed_run_leaves_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is on the disk before the next step, without waiting for the writer's own time."""
+    """It is on the disk before the next step, whatever the writer's own interval."""
     run = Run()
-    found: list[set[int]] = []
+    last_points: list[set[int]] = []
     flush = SummaryWriter.flush
 
-    def flushed(writer: SummaryWriter) -> None:
+    def flush_and_read(writer: SummaryWriter) -> None:
         flush(writer)
-        found.append({max(points) for points in curves(tmp_path).values()})
+        last_points.append({max(points) for points in curves(tmp_path).values()})
 
-    monkeypatch.setattr(SummaryWriter, "flush", flushed)
+    monkeypatch.setattr(SummaryWriter, "flush", flush_and_read)
     monitor = run.monitor(folder=tmp_path, every_steps=1)
     run.steps(monitor, 2)
-    assert [max(steps) for steps in found] == [B, 2 * B]
+    assert [max(points) for points in last_points] == [B, 2 * B]
     monitor.close()
     monitor.close()
 
@@ -359,7 +358,7 @@ def test_terms_of_one_name_have_curves_of_their_own() -> None:
 
 
 def test_what_a_lookup_counts(tmp_path: Path) -> None:
-    """By the wrapper's name of the teacher; of 8 examples 2 are there, 1 is stale, 5 missing."""
+    """By the wrapper's name of the teacher; of 8 examples 2 have outputs, 1 is stale, 5 missing."""
     store = dd.small_store(tmp_path / "store")
     lookup = TeacherLookup(
         store,
@@ -384,7 +383,7 @@ def test_what_a_lookup_counts(tmp_path: Path) -> None:
 
 
 def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A term that had no output has no mean then, rather than one of 0."""
+    """A term without any output has no mean, rather than one of 0."""
     monkeypatch.setattr(exfm_sources, "RETRY_SECONDS", 0.0)
     asked = itertools.count()
 
@@ -409,7 +408,7 @@ def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[list[str], RunMonitor]:
-    """What was drawn, one after the other, in seven steps that are written one by one."""
+    """Return each drawing of the line, in seven steps with a writing each, and the monitor."""
     pipeline, metrics = small_run()
     feed = batches()
     options = {"every_steps": 1, "total_examples": 8 * STEPS, **options}
@@ -446,8 +445,8 @@ def test_the_line_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> N
     assert "1.06kex" in drawn[-1]
     rate = re.search(r"([\d.]+)(k?)ex/s", drawn[-1])
     assert rate is not None
-    of_this_run = 8 * STEPS / max(monitor._bar.format_dict["elapsed"], 1e-9)
-    assert float(rate[1]) * (1000 if rate[2] else 1) < 3 * of_this_run  # not of what was before
+    own_rate = 8 * STEPS / max(monitor._bar.format_dict["elapsed"], 1e-9)
+    assert float(rate[1]) * (1000 if rate[2] else 1) < 3 * own_rate  # without the 1000 before
 
 
 def test_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -488,7 +487,7 @@ def by_name(labels: list[float], **options: Any) -> tuple[TrainPipelineExFM, ExF
 
 
 def test_outputs_by_name() -> None:
-    """The metrics are told where they are, and so is the monitor, for the loss as well."""
+    """``outputs`` of the metrics serves the monitor too, for the loss as well."""
     clicked = [1.0, 0.0, torch.nan, 1.0, 0.0, 0.0, torch.nan, 1.0]
     pipeline, metrics = by_name(
         clicked, outputs=lambda output: (output["total"], output["score"], output["clicked"])
@@ -516,34 +515,34 @@ def test_metrics_that_are_not_defined(tmp_path: Path, capsys: pytest.CaptureFixt
     with RunMonitor(pipeline, metrics, folder=tmp_path) as monitor:
         monitor.step(pipeline.progress(batches()))
     assert "NE=nan, AUC=nan, calibration=0." in capsys.readouterr().err
-    found = curves(tmp_path)
-    assert math.isnan(found["ne/label"][8]) and found["calibration/label"][8] > 0
+    written = curves(tmp_path)
+    assert math.isnan(written["ne/label"][8]) and written["calibration/label"][8] > 0
 
 
 # ---- What it costs ----
 
 
 def test_a_step_between_two_writings_waits_for_nothing() -> None:
-    """Beside the metrics' update three operations: none reads a value of the device."""
+    """It adds three operations to the metrics' update, and none reads a value of the device."""
     pipeline, metrics = small_run()
     feed = batches()
     monitor = RunMonitor(pipeline, metrics, progress=False)
     output = pipeline.progress(feed)
     monitor.step(output)
-    with Costs() as of_update:
+    with Costs() as update_costs:
         metrics.update(output, pipeline._model.last_teacher)
-    with Costs() as of_step:
+    with Costs() as step_costs:
         monitor.step(output)
-    assert of_step.syncs == of_update.syncs
-    assert of_step.kernels - of_update.kernels <= 3
-    assert of_step.operations["cat"] == of_update.operations["cat"] + 1
+    assert step_costs.syncs == update_costs.syncs
+    assert step_costs.kernels - update_costs.kernels <= 3
+    assert step_costs.operations["cat"] == update_costs.operations["cat"] + 1
 
 
 # ---- What is refused ----
 
 
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder needs it, the line alone does not."""
+    """A folder needs it, the console line alone does not."""
     pipeline, metrics = small_run()
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
@@ -591,7 +590,7 @@ def test_outputs_of_another_pipeline_are_refused() -> None:
 
 
 def test_every_warning_of_the_package_is_its_own() -> None:
-    """Each is an ExFMWarning, a RuntimeWarning as well: of a kind, or of none (the import's)."""
+    """Each is an ExFMWarning, and so a RuntimeWarning: a subclass, or the class (at import)."""
     categories = []
     for path in Path(torchrec_exfm.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -41,11 +41,10 @@ class RunMonitor:
     The scalars, by tag, on TensorBoard over the number of examples that all ranks have seen:
 
     * the metrics of :class:`~torchrec_exfm.ExFMMetrics`, under their own names;
-    * ``student_loss``, the student's own, ``distillation_loss/TERM``, unweighted, and with a
-      student adapter ``adapter_loss``, L_SA before its step. Each is a mean over the ranks and over
-      the steps since the last writing, a term's over the steps that had an output for it, the
-      adapter's over those that had one with a label. Terms that share a name are told apart by
-      their position, as in ``teacher#1``;
+    * ``student_loss``, the student's own; ``distillation_loss/TERM``, unweighted; with a student
+      adapter ``adapter_loss``, L_SA before its step. Each is a mean over the ranks and the steps
+      since the last writing. Steps without an output for the term, or without a labelled one for
+      the adapter, do not count. Terms of one name are told apart by position: ``teacher#1``;
     * ``lead/TEACHER/adapted/serving/TASK`` for terms with a margin, in [0, 1]: the current factor
       of the term's loss on that task (``adapted`` only if the term is);
     * ``teacher_failures``, the batches that a teacher failed for, and for a ``TeacherLookup``
@@ -139,7 +138,7 @@ class RunMonitor:
         self._writer: SummaryWriter | None = None
         pipeline._steps.keep_adapter_loss = True
         if folder is not None:
-            # Every rank raises what rank 0 meets: a rank alone in its first writing would hang.
+            # Every rank raises the error of rank 0: else the others would hang in a writing.
             on_rank_0(lambda: _check_folder(Path(folder)))
         self._bar: tqdm[Any] = tqdm(
             total=total_examples,
