@@ -127,9 +127,9 @@ def on_every_rank(function: Callable[[], T]) -> T:
         failure = error
     failures = gather_from_ranks(failure)
     failures[rank()] = failure  # this rank's with its traceback, which pickling drops
-    for error in failures:
-        if error is not None:
-            raise error
+    for rank_failure in failures:
+        if rank_failure is not None:
+            raise rank_failure
     return cast(T, result)
 
 
