@@ -14,7 +14,7 @@ import report
 from matplotlib.figure import Figure
 from scipy import stats
 
-from torchrec_exfm.study.figures import Array, Changes, changes_of, generation_ratio, p_value
+from torchrec_exfm.study.figures import Array, Changes, compare_arms, generation_ratio, p_value
 from torchrec_exfm.study.report import markdown, mean_cell, p_text
 
 Result = Mapping[str, Any]
@@ -87,7 +87,7 @@ def changes(results: Sequence[Result], *, auc: str = "auc", **wanted: Any) -> Ch
     """An arm against none with the same source, student, batch and sampling; None if not run."""
     same = {k: v for k, v in wanted.items() if k in ("source", "student", "kept", "rates")}
     base = "none, late" if ", late" in wanted["arm"] else "none"
-    return changes_of(pick(results, **wanted), pick(results, arm=base, **same), ("ne", auc))
+    return compare_arms(pick(results, **wanted), pick(results, arm=base, **same), ("ne", auc))
 
 
 def swept(results: Sequence[Result], source: str, what: str) -> list[Result]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 import warnings
@@ -18,7 +19,14 @@ import torch.distributed as dist
 from ranks import device
 from torch import Tensor
 
-from torchrec_exfm import DistillationTerm, ExFMMetrics, RunMonitor, Task, TeacherOutputs
+from torchrec_exfm import (
+    DistillationTerm,
+    ExFMMetrics,
+    RunMonitor,
+    StudentAdapter,
+    Task,
+    TeacherOutputs,
+)
 
 STEPS = 5
 
@@ -293,23 +301,49 @@ def expected_losses(
     return expected
 
 
+def expected_adapter_loss(
+    adapter: StudentAdapter, teacher: TeacherOutputs, labels: Tensor
+) -> float:
+    """L_SA by NumPy in float64: over teachers the sum of the mean over the tasks of rm.TASKS."""
+    values = teacher.values.double().numpy()
+    values[..., 0] = values[..., 0].clip(-15, 15)
+    presence, y = teacher.presence.numpy(), labels.double().numpy()
+    total = 0.0
+    for m, perceptron in enumerate(adapter.mlps):
+        first, bias, last, last_bias = (
+            p.detach().double().numpy() for p in perceptron.parameters()
+        )
+        hidden = np.concatenate([values[:, m], presence[:, m]], 1) @ first.T + bias
+        z = values[:, m] + np.maximum(hidden, 0) @ last.T + last_bias
+        losses = np.stack([np.logaddexp(0, z[:, 0]) - y[:, 0] * z[:, 0], (z - y)[:, 1] ** 2], 1)
+        counted = [column[rows] for column, rows in zip(losses.T, presence[:, m].T, strict=True)]
+        total += sum(float(column.mean()) for column in counted if len(column)) / len(rm.TASKS)
+    return total
+
+
 def check_monitor(rank: int, world_size: int) -> None:
     """What is said is of all ranks, and rank 0 alone says it."""
     # here, so that a machine without TensorBoard can run the other checks
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    wrapper = rm.wrapped()
+    kinds = (*rm.HEADS, *rm.ADAPTED)
+    wrapper = rm.wrapped(terms=kinds)
     trainee = rm.sharded(wrapper, world_size)
-    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, on_teacher_error="mask")
+    adapter = rm.two_task_adapter()
+    pipeline = rm.pipeline_of(trainee, teacher=rm.logged, on_teacher_error="mask", adapter=adapter)
     data = clicked(rm.global_data(steps=STEPS))
     batches = iter([rm.part_of(batch, rank, world_size) for batch in data])
-    outputs, student, terms = [], [], []
+    outputs, student, terms, adapted = [], [], [], []
     line = io.StringIO()
     with rm.shared_folder() as folder, contextlib.redirect_stderr(line):
         with RunMonitor(
             pipeline, _metrics(world_size), folder=folder, start_examples=100, every_steps=3
         ) as monitor:
-            for _ in range(STEPS):
+            for step in range(STEPS):
+                before = copy.deepcopy(adapter).cpu()
+                adapted.append(
+                    expected_adapter_loss(before, rm.logged(data[step]), data[step].labels)
+                )
                 output = pipeline.progress(batches)
                 pipeline._masked.failures += 1
                 monitor.step(output)
@@ -319,12 +353,13 @@ def check_monitor(rank: int, world_size: int) -> None:
                 terms.append(torch.stack(rm.on_every_rank(wrapper.last_losses)).double().mean(0))
         dist.barrier()
         events = EventAccumulator(folder).Reload()
-    found = dict(monitor.last)
+    found = monitor.scalars()
     assert found.pop("examples_per_second") > 0
     expected = {
         **expected_metrics(outputs, data),
-        **expected_losses(rm.HEADS, terms[3:], data[3:]),
+        **expected_losses(kinds, terms[3:], data[3:]),
         "student_loss": sum(student[3:]) / 2,
+        "adapter_loss": sum(adapted[3:]) / 2,
         "teacher_failures": STEPS * world_size,
     }
     assert found == pytest.approx(expected, rel=1e-6, abs=0)
@@ -334,6 +369,7 @@ def check_monitor(rank: int, world_size: int) -> None:
         assert points[-1].value == pytest.approx(value, rel=1e-6)
     assert [point.step for point in events.Scalars("student_loss")] == [148, 180]
     assert (line.getvalue() != "") == (rank == 0)
+    assert monitor.examples == 180 and len(set(adapted)) == STEPS
 
 
 def check_a_monitor_that_cannot_write(rank: int, world_size: int) -> None:

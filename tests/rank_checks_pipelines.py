@@ -30,7 +30,7 @@ from torchrec_exfm import (
     TeacherOutputs,
 )
 from torchrec_exfm import sources as exfm_sources
-from torchrec_exfm._ranks import of_each_rank
+from torchrec_exfm._ranks import gather_from_ranks
 from torchrec_exfm.wrapper import find_wrapper
 
 
@@ -147,7 +147,7 @@ def check_collectives_do_not_depend_on_a_ranks_teacher(rank: int, world_size: in
             warnings.simplefilter("ignore", TeacherMissingWarning)
             rm.drained(pipeline, rm.parts(rank, world_size))
         assert pipeline.teacher_failures == len(fails_at)
-        orders += of_each_rank(issued.order)
+        orders += gather_from_ranks(issued.order)
     assert all(order == orders[0] for order in orders)
     assert world_size == 1 or orders[0].count("allreduce_") >= 3 * 6
 

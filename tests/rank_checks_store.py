@@ -28,7 +28,7 @@ from torchrec_exfm import (
     student_state_dict,
 )
 from torchrec_exfm import sources as exfm_sources
-from torchrec_exfm._ranks import of_each_rank, on_rank_0
+from torchrec_exfm._ranks import gather_from_ranks, on_rank_0
 from torchrec_exfm.das import (
     ScoringReport,
     Shard,
@@ -419,7 +419,7 @@ def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
 
 def total_of(mine: Sequence[Any]) -> int:
     """On all ranks."""
-    return sum(of_each_rank(len(mine)))
+    return sum(gather_from_ranks(len(mine)))
 
 
 def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> None:

@@ -660,7 +660,7 @@ def test_malicious_metadata_of_dcp(
 def test_what_is_not_kept_is_read_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_MAX_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(checkpoint, "_MAX_CACHED_BYTES", kept_bytes)
     loaded = zeros(pair())
     load_checkpoint(folder, loaded)
     torch.testing.assert_close(loaded, pair(), rtol=0, atol=0)

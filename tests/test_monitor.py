@@ -1,8 +1,9 @@
-"""RunMonitor: each point of each curve against values of its own, the line, what it costs."""
+"""RunMonitor: each point of each curve against its own reference, the console line, the cost."""
 
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 import math
 import re
@@ -31,12 +32,14 @@ from torchrec_exfm import (
     ExFMWarning,
     ExFMWrapper,
     RunMonitor,
+    StudentAdapter,
     TeacherMissingWarning,
     TeacherOutputs,
     TrainPipelineExFM,
 )
 from torchrec_exfm import monitor as monitor_module
 from torchrec_exfm import sources as exfm_sources
+from torchrec_exfm import tasks as tasks_module
 from torchrec_exfm.das import TeacherLookup
 
 STEPS = 7
@@ -50,7 +53,7 @@ LEADS = (  # of the columns behind the three of the heads
 
 
 class Clock:
-    """Says what it is told."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -67,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Run:
-    """A training of two teachers and two tasks, which keeps what happens at each step."""
+    """A training with two teachers and two tasks, which records each step."""
 
     def __init__(self) -> None:
         self.data = of_metrics.clicked(rm.global_data(steps=STEPS))
@@ -81,6 +84,7 @@ class Run:
         self.student: list[float] = []
         self.terms: list[Tensor] = []
         self.leads: list[list[float]] = []
+        self.adapter: list[float] = []
         self._batches = iter(self.data)
 
     def monitor(self, **options: Any) -> RunMonitor:
@@ -88,6 +92,11 @@ class Run:
 
     def steps(self, monitor: RunMonitor, number: int = STEPS, clock: Clock | None = None) -> None:
         for _ in range(number):
+            batch, adapter = self.data[len(self.outputs)], copy.deepcopy(self.pipeline.adapter)
+            assert adapter is not None
+            self.adapter.append(
+                of_metrics.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
+            )
             output = self.pipeline.progress(self._batches)
             loss, logits, labels = (value.clone() for value in output)
             assert self.wrapper.last_losses is not None
@@ -100,18 +109,18 @@ class Run:
             monitor.step(output)
 
     def _leads(self) -> list[float]:
-        of_target, of_student = torch.cat(self.wrapper.auxiliary_head.lead_losses, 1).tolist()
-        margins = [1.5, 1.5, 0.9]
-        pairs = zip(of_target, of_student, margins, strict=True)
-        return [min(max((1 - t / s) / margin, 0.0), 1.0) for t, s, margin in pairs]
+        target, student = torch.cat(self.wrapper.auxiliary_head.lead_losses, 1).tolist()
+        columns = zip(target, student, [1.5, 1.5, 0.9], strict=True)
+        return [min(max((1 - t / s) / margin, 0.0), 1.0) for t, s, margin in columns]
 
     def expected(self, begin: int, end: int) -> dict[str, float]:
-        """After step ``end``, of an interval of steps that begins after step ``begin``."""
+        """Return the scalars after step ``end``, where the last writing was after ``begin``."""
         interval = slice(begin, end)
         return {
             **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
             **of_metrics.expected_losses(TERMS, self.terms[interval], self.data[interval]),
             "student_loss": sum(self.student[interval]) / (end - begin),
+            "adapter_loss": sum(self.adapter[interval]) / (end - begin),
             "teacher_failures": 0,
             **dict(zip(LEADS, self.leads[end - 1], strict=True)),
             "examples_per_second": B * (end - begin) / sum(range(begin + 1, end + 1)),
@@ -119,16 +128,16 @@ class Run:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """What is in the files: by name, the value at each x."""
+    """Return the curves in the files: by tag, the value at each x."""
     events = EventAccumulator(str(folder)).Reload()
-    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    for name, points in found.items():
-        assert len({point.step for point in points}) == len(points), name
-    return {name: {p.step: p.value for p in points} for name, points in found.items()}
+    written = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    for tag, points in written.items():
+        assert len({point.step for point in points}) == len(points), tag
+    return {tag: {p.step: p.value for p in points} for tag, points in written.items()}
 
 
-def by_point(found: dict[str, dict[int, float]], x: int) -> dict[str, float]:
-    return {name: points[x] for name, points in found.items() if x in points}
+def at(x: int, written: dict[str, dict[int, float]]) -> dict[str, float]:
+    return {tag: points[x] for tag, points in written.items() if x in points}
 
 
 @pytest.mark.parametrize("every_steps", [1, 3, STEPS, 100])
@@ -136,45 +145,141 @@ def test_every_point_of_every_curve(every_steps: int, tmp_path: Path, clock: Clo
     run = Run()
     with run.monitor(folder=tmp_path, every_steps=every_steps) as monitor:
         run.steps(monitor, clock=clock)
-    found = curves(tmp_path)
+    written = curves(tmp_path)
     begins = range(0, STEPS, every_steps)
     ends = [min(begin + every_steps, STEPS) for begin in begins]
-    assert sorted({x for points in found.values() for x in points}) == [B * end for end in ends]
+    assert sorted({x for points in written.values() for x in points}) == [B * end for end in ends]
     for begin, end in zip(begins, ends, strict=True):
         expected = run.expected(begin, end)
-        assert by_point(found, B * end) == pytest.approx(expected, rel=1e-6, abs=0)
+        assert at(B * end, written) == pytest.approx(expected, rel=1e-6, abs=0)
     assert monitor.last == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_the_data_of_these_tests_can_tell() -> None:
-    """A term without outputs at some steps, leads that are neither 0 nor 1, losses that differ."""
+    """A term lacks outputs at some steps, leads are neither 0 nor 1, and losses differ."""
     run = Run()
     run.steps(run.monitor())
-    assert 0.0 in [float(of_step[1]) for of_step in run.terms]
+    assert 0.0 in [float(losses[1]) for losses in run.terms]
     assert any(0 < lead < 1 for leads in run.leads for lead in leads)
-    assert len(set(run.student)) == STEPS
+    assert len(set(run.student)) == len(set(run.adapter)) == STEPS
     assert len(run.expected(2, 3)) < len(run.expected(0, 3))
+
+
+# ---- Scalars ----
+
+
+def test_scalars_are_what_tensorboard_gets(tmp_path: Path) -> None:
+    """Empty before the first writing; then its values, by the same tags, until the next one."""
+    run = Run()
+    with run.monitor(folder=tmp_path, every_steps=2) as monitor:
+        run.steps(monitor, 1)
+        assert monitor.scalars() == {} and monitor.examples == 0
+        run.steps(monitor, 1)
+        first = monitor.scalars()
+        run.steps(monitor, 1)
+        assert monitor.scalars() == first == monitor.last and monitor.examples == 2 * B
+    written, last = curves(tmp_path), monitor.scalars()
+    assert monitor.examples == 3 * B
+    assert last != first and {"adapter_loss", "student_loss", "ne/click"} <= last.keys()
+    assert at(2 * B, written) == pytest.approx(first, rel=1e-6)
+    assert at(3 * B, written) == pytest.approx(last, rel=1e-6)
+
+
+def test_scalars_are_a_copy() -> None:
+    pipeline, metrics = small_run()
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    monitor.scalars().clear()
+    assert "ne/label" in monitor.scalars()
+
+
+def test_scalars_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation, and so no wait for the device, and no metric: one rank may ask alone."""
+    pipeline, metrics = small_run()
+    with RunMonitor(pipeline, metrics, progress=False) as monitor:
+        monitor.step(pipeline.progress(batches()))
+    monkeypatch.setattr(metrics, "compute", None)
+    with Costs() as costs:
+        assert monitor.scalars()
+    assert not costs.operations
+
+
+def adapted_run(labels: Tensor) -> tuple[TrainPipelineExFM, ExFMMetrics]:
+    """One teacher, whose adapter learns from these labels; the student has its own."""
+    terms = DistillationTerm(), DistillationTerm(adapted=True)
+    return small_run(*terms, adapter=StudentAdapter(), labels=lambda batch: labels)
+
+
+def test_the_adapter_has_no_loss_without_a_label() -> None:
+    """Neither a curve at 0, nor a step that counts in the mean."""
+    labels = torch.full((8,), torch.nan)
+    pipeline, metrics = adapted_run(labels)
+    monitor = RunMonitor(pipeline, metrics, every_steps=2, progress=False)
+    feed, losses = batches(4), []
+    for step in range(4):
+        if step == 3:
+            labels.copy_(torch.tensor([0.0, 1.0] * 4))
+        monitor.step(pipeline.progress(feed))
+        losses.append(monitor.scalars().get("adapter_loss"))
+    assert losses[:3] == [None] * 3
+    logits = make_teacher(0, 8).values.flatten()  # of an adapter that is still the identity
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert losses[3] == pytest.approx(float(expected))
+
+
+def test_watching_the_adapter_changes_nothing() -> None:
+    """To the bit: its parameters and the student's, and the random numbers."""
+    states = []
+    for watched in (True, False):
+        torch.manual_seed(3)
+        pipeline, metrics = adapted_run(torch.tensor([0.0, 1.0] * 4))
+        if watched:
+            RunMonitor(pipeline, metrics, progress=False)
+        feed = batches(3)
+        for _ in range(3):
+            pipeline.progress(feed)
+        assert watched == bool(pipeline._steps.adapter_loss.isfinite())  # type: ignore[union-attr]
+        assert pipeline.adapter is not None
+        parameters = [*pipeline.adapter.parameters(), *pipeline.model.parameters()]
+        states.append([*parameters, torch.get_rng_state()])
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+def test_watching_the_adapter_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the checks of labels, which look at values on the CPU alone."""
+    monkeypatch.setattr(tasks_module, "_check_values", lambda *_: None)
+    costs = {}
+    for watched in (True, False):
+        pipeline, metrics = adapted_run(torch.tensor([0.0, 1.0] * 4))
+        if watched:
+            RunMonitor(pipeline, metrics, progress=False)
+        feed = batches(3)
+        pipeline.progress(feed)
+        with Costs() as costs[watched]:
+            pipeline.progress(feed)
+    assert costs[True].syncs == costs[False].syncs
+    assert 0 < costs[True].kernels - costs[False].kernels < 25
 
 
 # ---- Before and after ----
 
 
-@pytest.mark.parametrize("by", ["told", "the metrics"])
-def test_going_on_where_it_was_stopped(tmp_path: Path, by: str) -> None:
-    """What was written past the checkpoint is hidden, and what was written before it stays."""
+@pytest.mark.parametrize("start", ["an argument", "the metrics"])
+def test_a_resumed_run_continues_its_curves(tmp_path: Path, start: str) -> None:
+    """Points beyond the checkpoint are hidden, and those before it stay."""
     killed, resumed = Run(), Run()
     monitor = killed.monitor(folder=tmp_path, every_steps=1)
     killed.steps(monitor, 2)
     saved = killed.metrics.state_dict()
     killed.steps(monitor, 2)
-    told = {"start_examples": 2 * B} if by == "told" else {}
-    with resumed.monitor(folder=tmp_path, every_steps=1, **told) as monitor:
-        if by == "the metrics":  # which are taken up after it was made, as by train_windows
+    options = {"start_examples": 2 * B} if start == "an argument" else {}
+    with resumed.monitor(folder=tmp_path, every_steps=1, **options) as monitor:
+        if start == "the metrics":  # restored after the monitor was made, as by train_windows
             resumed.metrics.load_state_dict(saved)
         resumed.steps(monitor, 1)
-    found = curves(tmp_path)["student_loss"]
-    kept = [*killed.student[:2], *resumed.student[:1]]
-    assert found == pytest.approx(dict(zip((B, 2 * B, 3 * B), kept, strict=True)))
+    losses = [*killed.student[:2], *resumed.student[:1]]
+    expected = dict(zip((B, 2 * B, 3 * B), losses, strict=True))
+    assert curves(tmp_path)["student_loss"] == pytest.approx(expected)
 
 
 def test_an_error_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,19 +303,19 @@ def test_an_error_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_killed_run_leaves_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is on the disk before the next step, without waiting for the writer's own time."""
+    """It is on the disk before the next step, whatever the writer's own interval."""
     run = Run()
-    found: list[set[int]] = []
+    last_points: list[set[int]] = []
     flush = SummaryWriter.flush
 
-    def flushed(writer: SummaryWriter) -> None:
+    def flush_and_read(writer: SummaryWriter) -> None:
         flush(writer)
-        found.append({max(points) for points in curves(tmp_path).values()})
+        last_points.append({max(points) for points in curves(tmp_path).values()})
 
-    monkeypatch.setattr(SummaryWriter, "flush", flushed)
+    monkeypatch.setattr(SummaryWriter, "flush", flush_and_read)
     monitor = run.monitor(folder=tmp_path, every_steps=1)
     run.steps(monitor, 2)
-    assert [max(steps) for steps in found] == [B, 2 * B]
+    assert [max(points) for points in last_points] == [B, 2 * B]
     monitor.close()
     monitor.close()
 
@@ -253,7 +358,7 @@ def test_terms_of_one_name_have_curves_of_their_own() -> None:
 
 
 def test_what_a_lookup_counts(tmp_path: Path) -> None:
-    """By the wrapper's name of the teacher; of 8 examples 2 are there, 1 is stale, 5 missing."""
+    """By the wrapper's name of the teacher; of 8 examples 2 have outputs, 1 is stale, 5 missing."""
     store = dd.small_store(tmp_path / "store")
     lookup = TeacherLookup(
         store,
@@ -278,7 +383,7 @@ def test_what_a_lookup_counts(tmp_path: Path) -> None:
 
 
 def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A term that had no output has no mean then, rather than one of 0."""
+    """A term without any output has no mean, rather than one of 0."""
     monkeypatch.setattr(exfm_sources, "RETRY_SECONDS", 0.0)
     asked = itertools.count()
 
@@ -303,7 +408,7 @@ def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[list[str], RunMonitor]:
-    """What was drawn, one after the other, in seven steps that are written one by one."""
+    """Return each drawing of the line, in seven steps with a writing each, and the monitor."""
     pipeline, metrics = small_run()
     feed = batches()
     options = {"every_steps": 1, "total_examples": 8 * STEPS, **options}
@@ -340,8 +445,8 @@ def test_the_line_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> N
     assert "1.06kex" in drawn[-1]
     rate = re.search(r"([\d.]+)(k?)ex/s", drawn[-1])
     assert rate is not None
-    of_this_run = 8 * STEPS / max(monitor._bar.format_dict["elapsed"], 1e-9)
-    assert float(rate[1]) * (1000 if rate[2] else 1) < 3 * of_this_run  # not of what was before
+    own_rate = 8 * STEPS / max(monitor._bar.format_dict["elapsed"], 1e-9)
+    assert float(rate[1]) * (1000 if rate[2] else 1) < 3 * own_rate  # without the 1000 before
 
 
 def test_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +487,7 @@ def by_name(labels: list[float], **options: Any) -> tuple[TrainPipelineExFM, ExF
 
 
 def test_outputs_by_name() -> None:
-    """The metrics are told where they are, and so is the monitor, for the loss as well."""
+    """``outputs`` of the metrics serves the monitor too, for the loss as well."""
     clicked = [1.0, 0.0, torch.nan, 1.0, 0.0, 0.0, torch.nan, 1.0]
     pipeline, metrics = by_name(
         clicked, outputs=lambda output: (output["total"], output["score"], output["clicked"])
@@ -410,34 +515,34 @@ def test_metrics_that_are_not_defined(tmp_path: Path, capsys: pytest.CaptureFixt
     with RunMonitor(pipeline, metrics, folder=tmp_path) as monitor:
         monitor.step(pipeline.progress(batches()))
     assert "NE=nan, AUC=nan, calibration=0." in capsys.readouterr().err
-    found = curves(tmp_path)
-    assert math.isnan(found["ne/label"][8]) and found["calibration/label"][8] > 0
+    written = curves(tmp_path)
+    assert math.isnan(written["ne/label"][8]) and written["calibration/label"][8] > 0
 
 
 # ---- What it costs ----
 
 
 def test_a_step_between_two_writings_waits_for_nothing() -> None:
-    """Beside the metrics' update three operations: none reads a value of the device."""
+    """It adds three operations to the metrics' update, and none reads a value of the device."""
     pipeline, metrics = small_run()
     feed = batches()
     monitor = RunMonitor(pipeline, metrics, progress=False)
     output = pipeline.progress(feed)
     monitor.step(output)
-    with Costs() as of_update:
+    with Costs() as update_costs:
         metrics.update(output, pipeline._model.last_teacher)
-    with Costs() as of_step:
+    with Costs() as step_costs:
         monitor.step(output)
-    assert of_step.syncs == of_update.syncs
-    assert of_step.kernels - of_update.kernels <= 3
-    assert of_step.operations["cat"] == of_update.operations["cat"] + 1
+    assert step_costs.syncs == update_costs.syncs
+    assert step_costs.kernels - update_costs.kernels <= 3
+    assert step_costs.operations["cat"] == update_costs.operations["cat"] + 1
 
 
 # ---- What is refused ----
 
 
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder needs it, the line alone does not."""
+    """A folder needs it, the console line alone does not."""
     pipeline, metrics = small_run()
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
@@ -485,7 +590,7 @@ def test_outputs_of_another_pipeline_are_refused() -> None:
 
 
 def test_every_warning_of_the_package_is_its_own() -> None:
-    """Each is an ExFMWarning, a RuntimeWarning as well: of a kind, or of none (the import's)."""
+    """Each is an ExFMWarning, and so a RuntimeWarning: a subclass, or the class (at import)."""
     categories = []
     for path in Path(torchrec_exfm.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

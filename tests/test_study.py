@@ -26,8 +26,15 @@ from torchmetrics.functional.classification import binary_auroc
 from torchrec_exfm import DistillationTerm, Task, study
 from torchrec_exfm.losses import listwise, pairwise
 from torchrec_exfm.study import ARMS, Arm, Pass, __main__, figures
-from torchrec_exfm.study.figures import Changes, changes_of, generation_ratio, losses, p_value
-from torchrec_exfm.study.report import Finding, Run, findings_of, results_of, sentence, write_report
+from torchrec_exfm.study.figures import Changes, compare_arms, generation_ratio, losses, p_value
+from torchrec_exfm.study.report import (
+    Finding,
+    Run,
+    compute_results,
+    sentence,
+    summarize_arms,
+    write_report,
+)
 from torchrec_exfm.study.runs import _digest
 
 ROOT = Path(__file__).parents[1]
@@ -130,9 +137,9 @@ def made_up() -> list[Run]:
 def test_results_are_of_the_examples_that_are_meant() -> None:
     """Counted, labelled, and for what is "covered" with an output of the teacher."""
     runs = made_up()
-    results = {(r["arm"], r["seed"], r["part"]): r for r in results_of(runs, TASKS)}
+    results = {(r["arm"], r["seed"], r["part"]): r for r in compute_results(runs, TASKS)}
     assert len(results) == (4 + 2) * 3 * 2
-    passes = {(run.name, run.seed): run.said for run in runs}
+    passes = {(run.name, run.seed): run.outcome for run in runs}
     for (arm, seed, part), found in results.items():
         t = ["click", "buy"].index(part)
         labels = passes["none", seed].labels[:, t]
@@ -154,10 +161,10 @@ def test_results_are_of_the_examples_that_are_meant() -> None:
 
 def test_findings_are_changes_against_the_student_alone() -> None:
     runs = made_up()
-    results = results_of(runs, TASKS)
-    findings = findings_of(runs, results)
+    results = compute_results(runs, TASKS)
+    findings = summarize_arms(runs, results)
     assert list(findings) == ["head on the label", "AH", OLDER]
-    passes = {(run.name, run.seed): run.said for run in runs}
+    passes = {(run.name, run.seed): run.outcome for run in runs}
 
     def value(arm: str, figure: str) -> Any:
         return np.array(
@@ -193,7 +200,7 @@ def test_findings_are_changes_against_the_student_alone() -> None:
 
 def study_changes(results: Any, name: str) -> Changes:
     mine, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
-    found = changes_of(mine, none, ("covered_ne", "covered_auc"))
+    found = compare_arms(mine, none, ("covered_ne", "covered_auc"))
     assert found is not None
     return found
 
@@ -219,7 +226,7 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "table.md").read_text() == text
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "new" / "table.json").read_text())
-    findings = findings_of(runs, results)
+    findings = summarize_arms(runs, results)
     ne = findings["AH"].change.ne.mean(1)
     (line,) = (line for line in text.splitlines() if line.startswith("| AH |"))
     assert f"{ne.mean():+.2f} ± {ne.std(ddof=1):.2f} % (p " in line
@@ -392,11 +399,11 @@ def test_a_pass_is_kept_under_all_that_it_is_of() -> None:
 def test_an_arm_that_diverges_is_not_taken() -> None:
     runs = []
     for run in made_up():
-        logits = run.said.logits.copy()
+        logits = run.outcome.logits.copy()
         if run.name == "AH" and run.seed == 1:
             logits[900:] = np.nan
-        runs.append(run._replace(said=dataclasses.replace(run.said, logits=logits)))
-    findings = findings_of(runs, results_of(runs, TASKS))
+        runs.append(run._replace(outcome=dataclasses.replace(run.outcome, logits=logits)))
+    findings = summarize_arms(runs, compute_results(runs, TASKS))
     assert np.isnan(findings["AH"].change.ne[1]).all() and np.isnan(findings["AH"].over_time).any()
     assert sentence(findings) == "No arm with a teacher has figures."
 

@@ -1,7 +1,7 @@
-"""metadata.json: what a checkpoint holds, where, and digests of all its files.
+"""metadata.json: the tensors of a checkpoint, their places, and digests of all its files.
 
-``torch.distributed.checkpoint`` (DCP) describes its files in a pickle, ``.metadata``, and whoever
-reads a pickle runs what it says. So ``metadata.json`` says the same for us::
+``torch.distributed.checkpoint`` (DCP) describes its files in a pickle, ``.metadata``, and to read a
+pickle is to run the code in it. So ``metadata.json`` holds the same for us::
 
     {"format": "torchrec_exfm.checkpoint", "version": 2,
      "files": {"__0_0.distcp": {"size": 1308, "sha256": "5d41..."}, ".metadata": {...}},
@@ -11,8 +11,8 @@ reads a pickle runs what it says. So ``metadata.json`` says the same for us::
      "sha256": "9b74..."}
 
 A chunk begins at ``offsets`` in the tensor and at byte ``offset`` in the file. The chunks of a
-tensor are disjoint and cover it; a tensor of no elements has none. The last digest is that of
-``json.dumps`` of all the rest.
+tensor are disjoint and cover it; an empty tensor has none. The last digest is of ``json.dumps`` of
+everything else.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _DTYPES = {
 }
 
 
-def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what was saved, as metadata.json holds it."""
+def describe_checkpoint(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of metadata.json for what DCP saved."""
     tensors = {}
     for key, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, dcp.TensorStorageMetadata)
@@ -64,9 +64,9 @@ def document_of(metadata: dcp.Metadata, files: Mapping[str, Any]) -> dict[str, A
 
 
 def read_metadata(folder: Path, share: slice = slice(None)) -> dcp.Metadata:
-    """Read what a checkpoint holds, and where (``storage_data``: a place for each chunk, by key).
+    """Return a checkpoint's tensors, and by key the places of their chunks (``storage_data``).
 
-    Of its files the sizes are compared, and of a ``share`` the digests.
+    The sizes of all its files are checked, and the digests of a ``share`` of them.
     """
     path = folder / METADATA
     if not path.exists():
@@ -74,39 +74,45 @@ def read_metadata(folder: Path, share: slice = slice(None)) -> dcp.Metadata:
             f"{folder} should hold {METADATA}, which save_checkpoint writes last; received none; "
             "load another checkpoint, since this is none or its save did not end"
         )
-    document = _parsed(path)
+    document = _parse(path)
     paths = {
         name: _check_file(folder, name, record["size"])
         for name, record in document["files"].items()
     }
     metadata = dcp.Metadata({}, storage_data={})
     for key, record in document["tensors"].items():
-        tensor, places = _tensor(f"{path}: {key!r}", record, paths)
+        tensor, places = _locate_tensor(f"{path}: {key!r}", record, paths)
         metadata.state_dict_metadata[key] = tensor
         metadata.storage_data[key] = places
     _check_places(path, document["files"], itertools.chain(*metadata.storage_data.values()))
     for name in list(paths)[share]:
-        wanted, received = document["files"][name]["sha256"], _digest_of_file(paths[name])
-        if received != wanted:
-            raise refusal(paths[name], f"have the SHA-256 {wanted}", received)
+        expected, received = document["files"][name]["sha256"], _digest_of_file(paths[name])
+        if received != expected:
+            raise refusal(paths[name], f"have the SHA-256 {expected}", received)
     return metadata
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _dims(value: Any) -> bool:
-    return fits(value, [_count]) and len(value) <= 64
+def _is_shape(value: Any) -> bool:
+    return fits(value, [_is_count]) and len(value) <= 64
 
 
-_CHUNK = {"offsets": _dims, "sizes": _dims, "file": str, "offset": _count, "length": _count}
-_TENSOR = {"shape": _dims, "dtype": tuple(_DTYPES).__contains__, "chunks": [_CHUNK]}
-_DOCUMENT = {"files": {str: {"size": _count, "sha256": str}}, "tensors": {str: _TENSOR}}
+_CHUNK = {
+    "offsets": _is_shape,
+    "sizes": _is_shape,
+    "file": str,
+    "offset": _is_count,
+    "length": _is_count,
+}
+_TENSOR = {"shape": _is_shape, "dtype": tuple(_DTYPES).__contains__, "chunks": [_CHUNK]}
+_DOCUMENT = {"files": {str: {"size": _is_count, "sha256": str}}, "tensors": {str: _TENSOR}}
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    """Parse a metadata.json; a ValueError for one that save_checkpoint would not write."""
+def _parse(path: Path) -> dict[str, Any]:
+    """Parse a metadata.json; raise a ValueError for one that save_checkpoint would not write."""
     _check_file(path.parent, path.name)
     if path.stat().st_size > _MAX_METADATA_BYTES:
         raise refusal(path, f"have at most {_MAX_METADATA_BYTES} bytes", f"{path.stat().st_size}")
@@ -133,7 +139,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 class Place(NamedTuple):
-    """Where a chunk is, and what it should be."""
+    """A chunk's place in a file, and its expected shape and dtype."""
 
     path: Path
     offset: int
@@ -142,7 +148,7 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
-def _tensor(
+def _locate_tensor(
     what: str, record: Mapping[str, Any], paths: Mapping[str, Path]
 ) -> tuple[dcp.TensorStorageMetadata, list[Place]]:
     shape, dtype = torch.Size(record["shape"]), _DTYPES[record["dtype"]]
@@ -163,14 +169,14 @@ def _tensor(
 
 
 def _covered_once(shape: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadata]) -> bool:
-    """Whether the chunks are disjoint, not empty, and cover the shape, in linear time.
+    """Return whether the chunks are disjoint, not empty, and cover the shape, in linear time.
 
     Each dimension's positions get random weights F, and a box the product of the differences
-    F(end) - F(start). That is a measure, so a cover adds up to the whole. For other boxes the
-    difference is a polynomial of F that is not 0, and is 0 at random F modulo a prime p with a
-    probability of at most dims / p (Schwartz and Zippel). ``random`` could be guessed, and would
-    move the state that training depends on.
+    F(end) - F(start). That is a measure, so an exact cover adds up to the measure of the shape. For
+    other boxes the difference is a nonzero polynomial of F. At random F modulo a prime p it is 0
+    with a probability of at most dims / p (Schwartz and Zippel).
     """
+    # Not the module random: whoever forges a file could guess it, and its state is training's.
     weights = defaultdict[tuple[int, int], int](lambda: secrets.randbelow(_PRIME))
 
     def measure(offsets: Sequence[int], sizes: Sequence[int]) -> int:
@@ -184,7 +190,7 @@ def _covered_once(shape: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadat
 
 
 def _check_places(path: Path, files: Mapping[str, Any], places: Iterator[Place]) -> None:
-    """Check that the chunks lie within files, and none in another's bytes."""
+    """Raise a ValueError unless each chunk lies within its file, and no two overlap."""
     ordered = sorted(places, key=lambda place: (place.path, place.offset))
     for place, following in itertools.zip_longest(ordered, ordered[1:]):
         same_file = following is not None and following.path == place.path
@@ -198,13 +204,13 @@ def _check_places(path: Path, files: Mapping[str, Any], places: Iterator[Place])
 
 
 def _check_file(folder: Path, name: str, size: int | None = None) -> Path:
-    """The path of a regular file of the folder itself: no link, which could lead out of it."""
+    """Return the path of a regular file right in the folder; a link could lead out of it."""
     path = folder / name
     if name in ("", ".", "..") or os.path.basename(name) != name:
         raise refusal(f"a file of {folder}", "have a plain name", repr(name))
     try:
         status = path.lstat()
-    except (OSError, ValueError) as error:  # a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise refusal(path, "be a file", "none") from error
     if not stat.S_ISREG(status.st_mode):
         raise refusal(path, "be a regular file", "a link, a folder or another thing")
@@ -226,28 +232,28 @@ def _digest(document: Any) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether what JSON parsed to is of a kind.
+    """Return whether parsed JSON is of a kind.
 
-    A kind is a type, a predicate, ``(one, or another)``, ``[of each]``, ``{str: of each}`` or
-    ``{name: of this field}``, which may have others beside it.
+    A kind is a type, a predicate, a tuple of alternatives, ``[kind of the items]``,
+    ``{str: kind of the values}`` or ``{name: kind of this field}``; further fields are allowed.
     """
     if isinstance(kind, type):
-        return type(value) is kind  # True is no int
+        return type(value) is kind  # not isinstance: True would be an int
     if isinstance(kind, tuple):
-        return any(fits(value, each) for each in kind)
+        return any(fits(value, alternative) for alternative in kind)
     if isinstance(kind, list):
-        return type(value) is list and all(fits(each, kind[0]) for each in value)
+        return type(value) is list and all(fits(item, kind[0]) for item in value)
     if isinstance(kind, dict) and str in kind:
-        return type(value) is dict and all(fits(each, kind[str]) for each in value.values())
+        return type(value) is dict and all(fits(item, kind[str]) for item in value.values())
     if isinstance(kind, dict):
         return type(value) is dict and all(
-            name in value and fits(value[name], each) for name, each in kind.items()
+            name in value and fits(value[name], field) for name, field in kind.items()
         )
     return bool(kind(value))
 
 
 def refusal(what: object, should: str, received: str) -> ValueError:
-    """The error for what is damaged or foreign."""
+    """Return the error for a damaged or foreign checkpoint."""
     return ValueError(
         f"{what} should {should}; received {received}; load a checkpoint as save_checkpoint left it"
     )

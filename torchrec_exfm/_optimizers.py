@@ -21,14 +21,14 @@ from torchrec_exfm._compat import (
 
 
 class NamedOptimizer(NamedTuple):
-    """An optimizer that is no combination of others, and its parameters by name."""
+    """A single optimizer, not a combination of others, and its parameters by name."""
 
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Any]
-    fused: bool  # its state is made with the tables; that of others at their first step
+    fused: bool  # its state exists from the start; that of others from their first step on
 
     def states(self) -> dict[str, Any]:
-        """The state by ``parameter/key``, by reference: tensors, and plain values."""
+        """Return the state by ``parameter/key``, by reference: tensors and plain values."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.parameters.items()
@@ -36,9 +36,9 @@ class NamedOptimizer(NamedTuple):
         }
 
     def empty_states(self, saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-        """Tensors to read into, for those that were saved of this state."""
+        """Return tensors to read this optimizer's saved state into."""
         groups = self.optimizer.param_groups
-        # as torch.optim has it: steps are counted on the host unless told otherwise
+        # As torch.optim does: it counts steps on the host unless capturable or fused.
         on_device = any(group.get("capturable") or group.get("fused") for group in groups)
         tensors = {}
         for key, described in saved.items():
@@ -51,7 +51,7 @@ class NamedOptimizer(NamedTuple):
         return tensors
 
     def numbers(self) -> dict[str, dict[str, Any]]:
-        """Of each parameter the kind of its optimizer, its steps, the numbers of its group."""
+        """Return, by parameter, the optimizer's class, its steps and its group's numbers."""
         kind = optimizer_class_name(self.optimizer)
         steps = [int(counter) for counter in fused_steps(self.optimizer)]
         records = {}
@@ -66,10 +66,10 @@ class NamedOptimizer(NamedTuple):
         ids = {id(parameter) for parameter in group["params"]}
         return [name for name, parameter in self.parameters.items() if id(parameter) in ids]
 
-    def take(self, states: Mapping[str, Any], numbers: Mapping[str, dict[str, Any]]) -> None:
-        """Go on from what was saved; what is fused has read its state in place."""
+    def restore(self, states: Mapping[str, Any], numbers: Mapping[str, dict[str, Any]]) -> None:
+        """Restore state and hyperparameters; a fused optimizer's state was read in place."""
         for group in self.optimizer.param_groups:
-            for name in self._names_in(group)[:1]:
+            for name in self._names_in(group)[:1]:  # a group's parameters have the same numbers
                 for key, value in numbers[name]["group"].items():
                     if isinstance(group.get(key), Tensor):
                         group[key].fill_(value)
@@ -78,7 +78,7 @@ class NamedOptimizer(NamedTuple):
                 for counter in fused_steps(self.optimizer):
                     counter.fill_(numbers[name]["steps"][0])
         if self.fused:
-            self.optimizer.zero_grad()  # tells the tables their rate, and no more
+            self.optimizer.zero_grad()  # only passes the group's rate on to the tables
             return
         for parameter in self.parameters.values():
             self.optimizer.state.pop(parameter, None)
@@ -89,14 +89,14 @@ class NamedOptimizer(NamedTuple):
 
 
 def named_optimizers(pipeline: TrainPipeline[Any, Any]) -> list[NamedOptimizer]:
-    """Every optimizer of a training: those fused into a model's tables, its own, the adapter's."""
+    """Return all optimizers of a training: fused into tables, dense, and the adapter's."""
     model, dense, _ = pipeline_parts(pipeline)
     fused = [
         (f"fused/{name}", optimizer)
         for combined in fused_optimizers(model)
         for name, optimizer in single_optimizers(combined)
     ]
-    known = {id(optimizer) for _, optimizer in fused}
+    known = {id(optimizer) for _, optimizer in fused}  # the dense one may be combined with them
     others = [
         (f"dense/{name}", optimizer)
         for name, optimizer in single_optimizers(dense)
@@ -113,7 +113,7 @@ def named_optimizers(pipeline: TrainPipeline[Any, Any]) -> list[NamedOptimizer]:
 
 
 def _parameters(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Any]:
-    """By TorchRec's names where there are any, else by their position."""
+    """Return the parameters by TorchRec's names, or by position where it has none."""
     if isinstance(optimizer, KeyedOptimizer):
         return {prefix + name: parameter for name, parameter in optimizer.params.items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -121,9 +121,9 @@ def _parameters(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Any]
 
 
 def _number(value: Any) -> Any:
-    """A rate or another number of a parameter group, as JSON has it; None for what is none."""
+    """Return a number, or several, of a parameter group as JSON has them; None for the rest."""
     if isinstance(value, (tuple, list)):
-        numbers = [_number(each) for each in value]
+        numbers = [_number(item) for item in value]
         return None if None in numbers else numbers
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None

@@ -13,22 +13,22 @@ T = TypeVar("T")
 
 
 def distributed() -> bool:
-    """Whether ``torch.distributed`` is in use, if by one rank alone."""
+    """Return whether ``torch.distributed`` is initialized, even with one rank."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's."""
+    """Return this process's rank; 0 without ``torch.distributed``."""
     return dist.get_rank() if distributed() else 0
 
 
 def world_size() -> int:
-    """How many there are."""
+    """Return the number of ranks; 1 without ``torch.distributed``."""
     return dist.get_world_size() if distributed() else 1
 
 
-def of_each_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The value of each rank, on every rank; of the ranks of a group, in its order."""
+def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks (or of a group's), in their order, on each of them."""
     size = world_size() if group is None else group.size()
     values = [value] * size
     if size > 1:
@@ -37,14 +37,14 @@ def of_each_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
-    """What a function gives on rank 0, for all ranks; an error of it is raised on all."""
+    """Call a function on rank 0; return its result, or raise its error, on all ranks."""
     if world_size() == 1:
         return function()
     answer: list[T | Exception | None] = [None]
     if rank() == 0:
         try:
             answer = [function()]
-        except Exception as error:
+        except Exception as error:  # sent like a result: the other ranks wait in the broadcast
             answer = [error]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
@@ -59,7 +59,7 @@ def start_average(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) ->
     """
     if group is None or not tensors:
         return lambda: None
-    flat = tensors[0] if len(tensors) == 1 else torch.cat([each.flatten() for each in tensors])
+    flat = tensors[0] if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
     averages = dist.get_backend(group) == dist.Backend.NCCL  # gloo can only sum
     operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
     work = dist.all_reduce(flat, operation, group=group, async_op=True)

@@ -1,7 +1,7 @@
-"""Checkpoints that any tool reads with ``torch.distributed.checkpoint``, and that are checked.
+"""Checked checkpoints that any tool can read with ``torch.distributed.checkpoint``.
 
-A checkpoint is an ordinary folder of ``torch.distributed.checkpoint`` (DCP), with a metadata.json
-(:mod:`torchrec_exfm._manifest`) that completes it, and that we read in place of DCP's pickle.
+A checkpoint is an ordinary folder of ``torch.distributed.checkpoint`` (DCP), plus a metadata.json
+(:mod:`torchrec_exfm._manifest`). That file completes it, and is read in place of DCP's pickle.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.utils import _create_file_view  # not public
 
 from torchrec_exfm._compat import shape_and_dtype
-from torchrec_exfm._manifest import METADATA, Place, document_of, refusal
+from torchrec_exfm._manifest import METADATA, Place, describe_checkpoint, refusal
 from torchrec_exfm._manifest import read_metadata as read_metadata
-from torchrec_exfm._ranks import T, distributed, of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import T, distributed, gather_from_ranks, on_rank_0, rank, world_size
 
-_MAX_KEPT_BYTES = 2**30
+_MAX_CACHED_BYTES = 2**30
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a model's state, each rank what it has of it.
+    """Write a model's state, each rank its own part.
 
-    Every rank must call it, with one folder that all of them see; without ``torch.distributed`` it
-    is one process. ``metadata.json`` comes last and at once, so that a save that was killed leaves
-    a folder that ``load_checkpoint`` refuses. A save that fails removes what it has written. The
-    files of a checkpoint, of any tool, are never written over.
+    Every rank must call it, with one folder that all of them see. Without ``torch.distributed`` it
+    runs in one process. ``metadata.json`` comes last and atomically, so a killed save leaves a
+    folder that ``load_checkpoint`` refuses. A save that fails removes what it has written. The
+    files of an existing checkpoint, whatever tool wrote it, are never overwritten.
     """
     folder, files = Path(folder), _Files()
     on_every_rank(lambda: _check_tensors(state))
@@ -54,9 +54,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
                 planner=dcp.DefaultSavePlanner(False, flatten_sharded_tensors=False),
                 no_dist=not distributed(),
             )
-        described = dict(itertools.chain(*of_each_rank(files.described())))
-        document = document_of(metadata, described)
-        on_rank_0(lambda: _write_at_once(files, folder / METADATA, json.dumps(document)))
+        described = dict(itertools.chain(*gather_from_ranks(files.described())))
+        document = describe_checkpoint(metadata, described)
+        on_rank_0(lambda: _write_atomically(files, folder / METADATA, json.dumps(document)))
     except BaseException as error:
         files.remove(folder)
         if isinstance(error, dcp.CheckpointException):  # DCP's own, and no Exception
@@ -68,18 +68,21 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 def load_checkpoint(
     folder: Path, state: Mapping[str, Any], metadata: dcp.Metadata | None = None
 ) -> None:
-    """Read a checkpoint into a state, in place, on any number of ranks and with any sharding.
+    """Read a checkpoint into a state, in place, with any number of ranks and any sharding.
 
-    Every rank must call it. Nothing is unpickled but tensors, by ``torch.load`` with
+    Every rank must call it. Only tensors are unpickled, by ``torch.load`` with
     ``weights_only=True``, and nothing is opened outside the folder. Every rank checks all that it
-    will read, and a share of the files' digests, before any of them copies anything: after an error
-    the state is as before, on every rank. What else the checkpoint holds is not read.
+    will read, and a share of the files' digests, before any rank copies anything: after an error
+    the state is unchanged on every rank. Further tensors of the checkpoint are not read.
 
-    ``metadata`` is what ``open_checkpoint`` returned for the folder, if it was called.
+    Args:
+        folder: the checkpoint.
+        state: tensors by name, to be filled.
+        metadata: what ``open_checkpoint`` returned for the folder, if it was called.
     """
     saved = open_checkpoint(folder) if metadata is None else metadata
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    kept: dict[Place, Tensor] = {}
+    cache: dict[Place, Tensor] = {}
 
     def check() -> dict[Place, list[dcp.ReadItem]]:
         _check_agreement(state, saved)
@@ -88,17 +91,17 @@ def load_checkpoint(
         for item in planner.create_local_plan().items:
             index = item.storage_index
             items[saved.storage_data[index.fqn][index.index]].append(item)
-        kept_bytes = 0
+        read_bytes = 0
         for place in items:
             chunk = _read_chunk(place)
-            kept_bytes += chunk.nbytes
-            if kept_bytes <= _MAX_KEPT_BYTES:  # else read again, rather than fill the memory
-                kept[place] = chunk
+            read_bytes += chunk.nbytes
+            if read_bytes <= _MAX_CACHED_BYTES:  # others are read twice, to bound host memory
+                cache[place] = chunk
         return items
 
     def copy(items: Mapping[Place, Sequence[dcp.ReadItem]]) -> None:
         for place in items:
-            chunk = kept.pop(place) if place in kept else _read_chunk(place)
+            chunk = cache.pop(place) if place in cache else _read_chunk(place)
             for item in items[place]:
                 pairs = zip(item.storage_offsets, item.lengths, strict=True)
                 part = chunk[tuple(slice(start, start + length) for start, length in pairs)]
@@ -106,32 +109,32 @@ def load_checkpoint(
                 target.copy_(part)
                 planner.commit_tensor(item, target)
 
-    checked = on_every_rank(check)
-    on_every_rank(lambda: copy(checked))
+    items = on_every_rank(check)
+    on_every_rank(lambda: copy(items))
 
 
 def open_checkpoint(folder: Path) -> dcp.Metadata:
-    """Check a checkpoint, each rank a share of its files; every rank must call it."""
+    """Check a checkpoint, each rank a share of its files, and return what it holds; collective."""
     return on_every_rank(lambda: read_metadata(folder, slice(rank(), None, world_size())))
 
 
 def on_every_rank(function: Callable[[], T]) -> T:
-    """Call a function on every rank; an error of any rank is raised on all of them."""
+    """Call a function on every rank; raise the first error of any rank on all of them."""
     result, failure = None, None
     try:
         result = function()
     except Exception as error:
         failure = error
-    failures = of_each_rank(failure)
-    failures[rank()] = failure  # with its traceback, which no other rank's has
-    for each in failures:
-        if each is not None:
-            raise each
+    failures = gather_from_ranks(failure)
+    failures[rank()] = failure  # this rank's with its traceback, which pickling drops
+    for rank_failure in failures:
+        if rank_failure is not None:
+            raise rank_failure
     return cast(T, result)
 
 
 class _Files(FileSystem):
-    """The files that this rank writes."""
+    """The file system of one save: it records the files that this rank writes."""
 
     def __init__(self) -> None:
         self._written: dict[str, _DigestingFile] = {}
@@ -139,25 +142,26 @@ class _Files(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         path = Path(path)
-        path.unlink(missing_ok=True)  # of a killed save; of a link not what it leads to
+        # A killed save may have left one. Unlinked, not truncated: a link's target stays as it is.
+        path.unlink(missing_ok=True)
         with _DigestingFile(io.FileIO(path, "x")) as stream:
             self._written[path.name] = stream
             try:
                 yield stream
-            except RuntimeError as error:  # of torch.save, whose cleaning up hides why it failed
+            except RuntimeError as error:  # torch.save's clean-up hides the cause, as a full disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
 
     def described(self) -> list[tuple[str, dict[str, Any]]]:
-        """The names of the files as they are in the end, with sizes and digests."""
+        """Return the files by their final names, with sizes and digests."""
         return [
             (name.removesuffix(".tmp"), {"size": stream.size, "sha256": stream.digest.hexdigest()})
             for name, stream in self._written.items()
         ]
 
     def remove(self, folder: Path) -> None:
-        """Delete what was written, and the folder if nothing else is there, as far as possible."""
+        """Delete what was written, and the folder if it is empty then; ignore failures."""
         for name in self._written:
             for path in (folder / name, folder / name.removesuffix(".tmp")):
                 with contextlib.suppress(OSError):
@@ -167,7 +171,7 @@ class _Files(FileSystem):
 
 
 class _DigestingFile(io.BufferedWriter):
-    """A file that is written from its beginning to its end."""
+    """A file written in order, hashed on the way: no second pass over gigabytes."""
 
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
@@ -180,19 +184,19 @@ class _DigestingFile(io.BufferedWriter):
         return super().write(data)
 
 
-def _write_at_once(files: _Files, path: Path, text: str) -> None:
-    """Write a file that others see whole or not at all, and that a crash does not take back."""
+def _write_atomically(files: _Files, path: Path, text: str) -> None:
+    """Write a file that others see complete or not at all, and that survives a crash."""
     temporary = path.with_name(path.name + ".tmp")
     with files.create_stream(temporary, "wb") as stream:
         stream.write(text.encode())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)  # a rename lasts once its folder is synced
     try:
         os.fsync(folder)
     except BaseException:
-        path.unlink()  # before another rank, which hears of this, removes what it describes
+        path.unlink()  # first: other ranks, told of the error, delete the files that it describes
         raise
     finally:
         os.close(folder)
@@ -206,10 +210,10 @@ def _read_chunk(place: Place) -> Tensor:
     except Exception as error:
         problem = f"what torch.load with weights_only=True refuses ({type(error).__name__})"
         raise refusal(place.path, f"hold a tensor at byte {place.offset}", problem) from error
-    wanted = f"a tensor {place.dtype} {list(place.sizes)}"
-    received = _described(tensor) if type(tensor) is Tensor else f"a {type(tensor).__name__}"
-    if received != wanted:
-        raise refusal(place.path, f"hold {wanted} at byte {place.offset}", received)
+    expected = f"a tensor {place.dtype} {list(place.sizes)}"
+    received = _describe(tensor) if type(tensor) is Tensor else f"a {type(tensor).__name__}"
+    if received != expected:
+        raise refusal(place.path, f"hold {expected} at byte {place.offset}", received)
     return cast(Tensor, tensor)
 
 
@@ -217,17 +221,17 @@ def _check_agreement(state: Mapping[str, Any], metadata: dcp.Metadata) -> None:
     _check_tensors(state)
     saved = metadata.state_dict_metadata
     for key, tensor in state.items():
-        found = _described(saved[key]) if key in saved else "none of this key"
-        wanted = _described(tensor)
-        if found != wanted:
+        received = _describe(saved[key]) if key in saved else "none of this key"
+        expected = _describe(tensor)
+        if received != expected:
             raise ValueError(
-                f"the checkpoint's {key!r} should be {wanted}; received {found}; load it into "
+                f"the checkpoint's {key!r} should be {expected}; received {received}; load it into "
                 "the model that it was saved from"
             )
 
 
-def _described(tensor: Any) -> str:
-    """A tensor, or what the checkpoint says of one, by what must agree."""
+def _describe(tensor: Any) -> str:
+    """Return the dtype and shape, which must agree, of a tensor or of a checkpoint's record."""
     if isinstance(tensor, dcp.TensorStorageMetadata):
         dtype, shape = tensor.properties.dtype, tensor.size
     else:

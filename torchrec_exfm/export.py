@@ -1,4 +1,4 @@
-"""Getting the student back: for serving, and as a checkpoint of the bare student."""
+"""The bare student out of a wrapped one: for serving, and as a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["export_student", "student_state_dict"]
 
 
 def student_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The student's part of the state, under the bare student's own keys.
+    """Return the student's part of the state, under the bare student's own keys.
 
-    Under DMP the tables are sharded tensors that share their storage with the model: saving this
-    with ``torch.distributed.checkpoint`` gives a checkpoint of the bare student, and loading such
-    a checkpoint into it loads the model, in place.
+    Under DMP the tables are sharded tensors that share their storage with the model. Saved with
+    ``torch.distributed.checkpoint``, the state is a checkpoint of the bare student. Loading such a
+    checkpoint into it loads the model, in place.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.
@@ -35,15 +35,19 @@ def student_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def export_student(model: nn.Module) -> nn.Module | None:
-    """The user's own module for serving: their class, their keys, not a parameter more.
+    """Return a copy of your own module for serving: your class, your keys, no further parameter.
 
-    A copy, unsharded, on the CPU, in evaluation mode; structure, plain attributes and dtypes are
-    those it had when it was wrapped. The model can train on. Under several ranks every rank must
-    call it: the tables are gathered in the host memory of rank 0, which needs room for one whole
-    student; a GPU needs room for 64 MiB. Where a model of your own reads pooled embeddings, let it
-    read them by key: the order within ``KeyedTensor.values()`` depends on the sharding plan.
-    ``examples/serve.py`` writes it to files in five ways, and serves from them. A student that has
-    a memory's features is served with the memory: ``das.memory_server.write_needs`` says of which.
+    The copy is unsharded, on the CPU and in evaluation mode. Its structure, plain attributes and
+    dtypes are those from when it was wrapped. The model itself can go on training.
+
+    With several ranks, every rank must call it. The tables are gathered in the host memory of rank
+    0, which needs room for one whole student; a GPU needs room for 64 MiB. A model of your own
+    should read pooled embeddings by key: the order within ``KeyedTensor.values()`` depends on the
+    sharding plan.
+
+    ``examples/serve.py`` writes the copy to files in five ways, and serves from them. A student
+    with a memory's features is served together with the memory:
+    ``das.memory_server.write_needs`` records which.
 
     Args:
         model: an ExFMWrapper, or a model that holds one.
@@ -64,28 +68,29 @@ def export_student(model: nn.Module) -> nn.Module | None:
             "student_state_dict(model) into a student of your own instead"
         ) from bare
     if rank() == 0:
-        for parameter in bare.parameters():  # give them memory; what is shared stays shared
+        # The copy's parameters are on the meta device. Swapping in place keeps tied ones tied.
+        for parameter in bare.parameters():
             empty = torch.empty_like(parameter, device="cpu")
             torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
-    # what the student holds beside its state now, which may not be what it held when wrapped
+    # Buffers outside of the state too, and as they are now: the copy's are from the wrapping.
     buffers = dict(wrapper.student.named_buffers(remove_duplicate=False))
     for prefix, module in bare.named_modules(remove_duplicate=False):
         for key, buffer in module._buffers.items():
             name = f"{prefix}.{key}" if prefix else key
             if buffer is not None and name in buffers:
-                module._buffers[key] = _whole(buffers[name])
+                module._buffers[key] = _copy_to_rank_0(buffers[name])
     state = student_state_dict(model)
     targets = bare.state_dict() if rank() == 0 else {}
-    for key, value in state.items():  # into the student's own memory: one copy of a table, not two
-        state[key] = _whole(value, targets.get(key))
+    for key, value in state.items():  # in place, so that rank 0 never holds a table twice
+        state[key] = _copy_to_rank_0(value, targets.get(key))
     if rank() != 0:
         return None
     bare.load_state_dict(state)
     return bare.eval()
 
 
-def _whole(value: Any, target: Any = None) -> Any:
-    """Copy a tensor to the CPU of rank 0, into ``target`` if it has its shape, and return that."""
+def _copy_to_rank_0(value: Any, target: Any = None) -> Any:
+    """Return a copy of a tensor on the CPU of rank 0: ``target``, filled, if it has the shape."""
     if not isinstance(value, Tensor):
         return value
     shape, dtype = shape_and_dtype(value)

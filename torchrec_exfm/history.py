@@ -1,4 +1,4 @@
-"""What a teacher said of a key before, as a student's feature: pooled histories of short codes.
+"""A teacher's earlier outputs for a key as a student's feature: pooled histories of short codes.
 
 B examples, N vectors of V numbers; queries of Q; embeddings of E, and their codes of D.
 """
@@ -20,11 +20,11 @@ Pooling = Literal["mean", "sum", "attention"]
 
 
 class HistoryPooling(nn.Module):
-    """Pool each example's history v_1 ... v_n: by mean, sum, or attention to a query q.
+    """Pooling of each example's history v_1 ... v_n: by mean, sum, or attention to a query q.
 
     Attention is DIN's (arXiv 1706.06978) with weights softmax_i(v_i . W q / sqrt(V)). An empty
-    history gives zeros and no gradient: let its length be another feature. Weights of the history
-    (ages in days, say) are not used. Half precision is added up in float32.
+    history gives zeros and no gradient: pass its length as another feature. Weights of the history
+    (ages in days, say) are ignored. Half precision is summed in float32.
 
     Args:
         width: V.
@@ -32,7 +32,8 @@ class HistoryPooling(nn.Module):
         query_width: Q >= 1, for attention; the others ignore a query.
 
     Raises:
-        ValueError: for a wrong argument; in the forward for other shapes, or a missing query.
+        ValueError: for an invalid argument; in ``forward`` for an input of another shape, or a
+            missing query.
 
     Example:
         >>> values, lengths = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2, 1])
@@ -52,7 +53,7 @@ class HistoryPooling(nn.Module):
         self.project = nn.Linear(query_width, width, bias=False) if attends else None
 
     def forward(self, history: JaggedTensor, query: Tensor | None = None) -> Tensor:
-        """(N, V) values of B lengths, for attention a query (B, Q) -> (B, V)."""
+        """Map B histories, with (N, V) values, and for attention a query (B, Q), to (B, V)."""
         keys = None if self.project is None or query is None else self.project(query)
         return _pooled(history.values(), history.lengths(), keys, self.width, self.pooling)
 
@@ -70,32 +71,38 @@ def _pooled(values: Tensor, lengths: Tensor, query: Tensor | None, width: int, k
     divisor = lengths.unsqueeze(1) if kind == "mean" else lengths.new_ones(())
     if query is not None:
         example = torch.repeat_interleave(lengths, output_size=values.shape[0])
-        keys = query.to(wide.dtype).index_select(0, example)  # whose gradient is added up in it
+        # Converted before the repetition, so that the query's gradient is summed in float32 too.
+        keys = query.to(wide.dtype).index_select(0, example)
         scores = (wide * keys).sum(1, keepdim=True) / math.sqrt(width)
         largest = _reduced(scores.detach(), lengths, "max").index_select(0, example)
         weights = (scores - largest).exp()
-        wide, divisor = weights * wide, _reduced(weights, lengths, "sum")  # 1 at least, or empty
+        # The largest weight is 1, so the clamp below changes the divisor of empty histories alone.
+        wide, divisor = weights * wide, _reduced(weights, lengths, "sum")
     return (_reduced(wide, lengths, "sum") / divisor.clamp(min=1)).to(values.dtype)
 
 
 def _reduced(values: Tensor, lengths: Tensor, how: str) -> Tensor:
-    # In one order, unlike a GPU's index_add. The check of the lengths would wait for the device.
-    checked = values.device.type == "cpu" and bool(lengths.shape[0])  # it fails for no lengths
+    # In a fixed order, unlike a GPU's index_add. The check of the lengths would wait for the
+    # device, and fails if there are none.
+    checked = values.device.type == "cpu" and bool(lengths.shape[0])
     return torch.segment_reduce(values, how, lengths=lengths, axis=0, unsafe=not checked)
 
 
 class EmbeddingCompressor(nn.Module):
-    """Compress embeddings e to codes z = tanh(W e + b) of which every prefix is usable.
+    """An autoencoder from embeddings e to codes z = tanh(W e + b) whose prefixes are usable alone.
 
-    An autoencoder beside the teacher, which receives no gradient of it (LoopFM, arXiv 2605.29280).
-    A memory must not mix codes of several values of ``version`` (int64, in ``state_dict``): freeze
-    what is trained, or train on, and :meth:`refresh` each time before all is written anew. A
-    ValueError for prefixes other than from 1 to D.
+    It trains beside the teacher, which receives no gradient from it (LoopFM, arXiv 2605.29280). A
+    memory must not mix codes of several values of ``version`` (int64, in ``state_dict``). So freeze
+    the trained encoder, or train on and call :meth:`refresh` each time before the whole memory is
+    written anew.
 
     Args:
         embedding_width: E.
         width: D.
         prefixes: widths d of z that can be read alone; by default D and its halves down to 4.
+
+    Raises:
+        ValueError: for a prefix that is not between 1 and D.
 
     Example:
         >>> compressor, embeddings = EmbeddingCompressor(64, 16), torch.randn(8, 64)
@@ -117,27 +124,30 @@ class EmbeddingCompressor(nn.Module):
         self.register_buffer("version", torch.zeros((), dtype=torch.int64))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """(B, E) embeddings, without gradient to them -> (B, D) codes within [-1, 1]."""
+        """Map embeddings (B, E) to codes (B, D) in [-1, 1]; the embeddings get no gradient."""
         return torch.tanh(self.encoder(embeddings.detach().to(self.encoder.weight.dtype)))
 
     def loss(self, embeddings: Tensor) -> Tensor:
-        """Return the mean of (e - f(z_1 ... z_d))^2, f linear, by examples, numbers, prefixes."""
+        """Return the mean of (e - f(z_1 ... z_d))^2, f linear, over B, E and the prefixes d."""
         codes, target = self(embeddings), embeddings.detach().to(self.decoder.weight.dtype)
-        place = torch.arange(codes.shape[1], device=codes.device)
-        decoded = self.decoder(torch.stack([codes * (place < d) for d in self.prefixes]))
+        position = torch.arange(codes.shape[1], device=codes.device)
+        decoded = self.decoder(torch.stack([codes * (position < d) for d in self.prefixes]))
         return F.mse_loss(decoded, target.expand_as(decoded))
 
     def refresh(self) -> int:
-        """Begin another version, and return its number."""
+        """Start a new version of the codes, and return its number."""
         self.version += 1
         return int(self.version)
 
 
 def embedding_drift(old: Tensor, new: Tensor) -> float:
-    """Return how far two encoders' codes z and z' of the same n examples are apart, both (n, D).
+    """Return the drift between two encoders' codes z and z' of the same n examples, both (n, D).
 
-    It is ``sum |z_i - z'_i|^2 / sum |z_i - mean z|^2``: 0 for the same codes, on average 2 for
-    those of equal spread without relation. A ValueError for two shapes, or codes all alike.
+    It is ``sum |z_i - z'_i|^2 / sum |z_i - mean z|^2``: 0 for equal codes, on average 2 for
+    unrelated codes of equal spread.
+
+    Raises:
+        ValueError: for different shapes, values that are not finite, or codes z that are all equal.
     """
     if old.dim() == 2 and old.shape == new.shape:
         before, after = old.detach().double(), new.detach().double()

@@ -1,4 +1,4 @@
-"""What an operator watches: the serving head's NE, AUC and calibration, and the teacher's reach.
+"""Metrics for an operator: the serving head's NE, AUC and calibration, the teachers' coverage.
 
 Shapes: B examples, M teachers, T tasks.
 """
@@ -41,7 +41,7 @@ _METRICS: dict[str, type[RecMetric]] = {
 
 
 class StepOutput(NamedTuple):
-    """What the metrics count of a step."""
+    """The part of a step's output that the metrics use."""
 
     loss: Tensor
     logits: Tensor
@@ -50,43 +50,43 @@ class StepOutput(NamedTuple):
 
 
 class ExFMMetrics:
-    """The student's metrics by ``torchrec.metrics``, and the coverage of the teachers.
+    """The student's metrics by ``torchrec.metrics``, and coverage and age of teacher outputs.
 
-    Of a binary task with the logit z, p = σ(z), the label y and the weight w:
+    For a binary task with logit z, p = σ(z), label y and weight w:
 
     * ``ne/TASK``: normalized entropy, Σ w l(p, y) / Σ w l(r, y), with the log-loss l and the base
       rate r = Σ w y / Σ w.
     * ``auc/TASK``: Σ w⁺ w⁻ ([z⁺ > z⁻] + [z⁺ = z⁻] / 2) / Σ w⁺ w⁻ over the pairs of a positive and
-      a negative among the last ``window_size`` examples. Every example has a place in the window,
-      one without a label or a weight too.
+      a negative among the last ``window_size`` examples. Every example takes a place there, even
+      without a label or a weight.
     * ``calibration/TASK``: Σ w p / Σ w y; 1 is best.
 
-    Of a regression with the prediction z ``mse/TASK``: Σ w (z - y)² / Σ w. Of the teachers, over
-    all examples, whatever their labels and weights:
+    For a regression with prediction z, ``mse/TASK``: Σ w (z - y)² / Σ w. For the teachers, over
+    all examples whatever their labels and weights:
 
-    * ``coverage/TEACHER/TASK``: the share of examples for which the teacher's output was there.
-    * ``age_seconds/TEACHER``: mean age of the outputs that were there, where ages are known.
+    * ``coverage/TEACHER/TASK``: the share of examples that have the teacher's output.
+    * ``age_seconds/TEACHER``: the mean age of the teacher's outputs, where ages are known.
 
-    A label that is NaN is missing: its example is left out of the metrics of that task. A metric
-    that is not defined is NaN: NE and AUC without a positive or without a negative, calibration
+    A label that is NaN is missing: its example is left out of the metrics of that task. An
+    undefined metric is NaN: NE and AUC without a positive or without a negative, calibration
     without a positive, MSE without an example.
 
-    Apart from the AUC all are over every example since the start. Give it what ``progress``
-    returns in training: those logits were computed before the step's update, so the metrics are
-    of examples that the student had not seen ("score before train").
+    All but the AUC cover every example since the start. Give :meth:`update` what ``progress``
+    returns in training: its logits were computed before the step's update, so the metrics are
+    those of unseen examples ("score before train").
 
     Args:
-        batch_size: B, of one rank.
-        device: where the metrics are kept: the model's.
+        batch_size: B on one rank.
+        device: the model's device, where the metrics are kept.
         tasks: the T tasks, in the order of the logits and the labels.
         teachers: the names of the M teachers, in the order of the outputs.
         window_size: examples of all ranks in the window of the AUC.
-        outputs: takes what ``progress`` returns to ``(loss, logits, labels)`` or ``(loss, logits,
-            labels, weights)``: tensors, and a loss of one element. None: it is that already.
+        outputs: maps what ``progress`` returns to ``(loss, logits, labels)`` or ``(loss, logits,
+            labels, weights)``: tensors, the loss of one element. None: it already is one of these.
 
     Raises:
-        ValueError: for tasks or teachers that share a name, or none.
-        TypeError: for tasks of another kind.
+        ValueError: for no tasks or teachers, or a name that occurs twice.
+        TypeError: for tasks of another type.
     """
 
     def __init__(
@@ -103,8 +103,9 @@ class ExFMMetrics:
         self._tasks = tuple(tasks)
         self._teachers = check_names("teachers", teachers)
         self._outputs = outputs
-        # of each teacher: examples, outputs with a known age, sum of the ages, outputs by task;
-        # of each task: the weight of its labels, of the positive ones, of the negative ones, and 0
+        # By teacher: examples, outputs with a known age, sum of ages, outputs per task. By task:
+        # weight of labels, of positive ones, of negative ones, padding. One buffer, one all-reduce;
+        # float64, as a float32 counter stops at 2**24 examples.
         rows, columns = len(teachers) + len(tasks), 3 + len(tasks)
         self._sums = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._coverage_sums, self._label_weights = self._sums.split([len(teachers), len(tasks)])
@@ -130,17 +131,17 @@ class ExFMMetrics:
         """Count one step.
 
         Args:
-            output: what ``progress`` returns, for ``outputs``: logits and labels are (B,), (B, 1)
-                or (B, T), logits of a binary task and predictions of a regression.
+            output: what ``progress`` returns, for ``outputs``. Logits (predictions for a
+                regression) and labels are (B,), (B, 1) or (B, T).
             teacher: the step's outputs, such as ``ExFMWrapper.last_teacher``, for the coverage.
-            weights: of the examples, (B,) or (B, T), at least 0: of weight 2 is an example that
-                counts twice, of weight 0 one that is left out. None: those of ``output``, or 1.
+            weights: of the examples, (B,) or (B, T), at least 0: an example of weight 2 counts
+                twice, one of weight 0 is left out. None: those of ``output``, or 1.
 
         Raises:
-            ValueError: if the shapes do not fit the tasks and teachers; for a label that is
-                infinite, or a weight that is negative or not finite: on an accelerator, where
-                looking would stop the step, such an example is left out.
-            TypeError: if ``output`` is no ``(loss, logits, labels)`` and ``outputs`` makes none.
+            ValueError: if the shapes do not fit the tasks and teachers. On the CPU also for an
+                infinite label, or a weight that is negative or not finite. On an accelerator a
+                check would wait for the device: there such an example is left out.
+            TypeError: if neither ``output``, nor what ``outputs`` makes of it, is such a tuple.
         """
         step = self._step_output(output)
         logits, labels, weights = self._columns(step, step.weights if weights is None else weights)
@@ -152,12 +153,12 @@ class ExFMMetrics:
         columns = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
         probabilities, predictions = self._by_task(logits.sigmoid()), self._by_task(logits)
         for name, metric in self._metrics.items():
-            # not for the AUC, which keeps single precision: there all σ(z) near 1 are equal
+            # The AUC gets logits: it keeps float32, in which σ(z) is 1 for any large z: ties.
             values = probabilities if name in ("ne", "calibration") else predictions
             metric.update(predictions=values, **columns)
 
     def _step_output(self, output: Any) -> StepOutput:
-        """What ``outputs`` makes of what ``progress`` returns; a TypeError if it is no such."""
+        """Return what ``outputs`` makes of a step's output; raise a TypeError if it is unusable."""
         if isinstance(output, StepOutput):
             return output
         parts = output if self._outputs is None else self._outputs(output)
@@ -172,7 +173,7 @@ class ExFMMetrics:
         )
 
     def _columns(self, step: StepOutput, weights: Tensor | None) -> tuple[Tensor, ...]:
-        """(B, T) logits, labels and weights in double; 0 for the examples to leave out."""
+        """Return logits, labels and weights, (B, T) in double; 0 for examples to leave out."""
         logits, tasks = step.logits, self._tasks
         if logits.dim() not in (1, 2) or logits.numel() != len(logits) * len(tasks):
             raise ValueError(
@@ -183,7 +184,7 @@ class ExFMMetrics:
         labels = checked_labels(step.labels, tasks, len(logits))
         weights = torch.ones_like(labels) if weights is None else weights
         weights = checked_weights(weights, tasks, len(logits)).to(labels.device)
-        counted = (weights > 0) & (labels.abs() + weights < torch.inf)  # neither of them NaN
+        counted = (weights > 0) & (labels.abs() + weights < torch.inf)  # False for any NaN
         columns = (logits, labels.double(), weights.double())
         return tuple(values.detach().where(counted, 0) for values in columns)
 
@@ -192,26 +193,26 @@ class ExFMMetrics:
         return dict(zip(names, values.unbind(1), strict=True))
 
     def _count_outputs(self, teacher: TeacherOutputs) -> None:
-        present = teacher.presence
-        self._coverage_sums[:, 0] += present.shape[0]
-        self._coverage_sums[:, 3:] += present.sum(0)
+        presence = teacher.presence
+        self._coverage_sums[:, 0] += presence.shape[0]
+        self._coverage_sums[:, 3:] += presence.sum(0)
         if teacher.age_seconds is not None:
-            there = present.any(-1)
-            self._coverage_sums[:, 1] += there.sum(0)
-            self._coverage_sums[:, 2] += torch.where(there, teacher.age_seconds, 0.0).sum(0)
+            has_output = presence.any(-1)
+            self._coverage_sums[:, 1] += has_output.sum(0)
+            self._coverage_sums[:, 2] += torch.where(has_output, teacher.age_seconds, 0.0).sum(0)
 
     def compute(self) -> dict[str, float]:
-        """The metrics over all ranks; every rank must call it."""
+        """Return the metrics over all ranks; every rank must call it."""
         sums = self._sums.clone()
         if world_size() > 1:
             dist.all_reduce(sums)
         rows = sums.tolist()
-        of_tasks = list(zip(self._tasks, rows[len(self._teachers) :], strict=True))
+        task_weights = list(zip(self._tasks, rows[len(self._teachers) :], strict=True))
         results: dict[str, float] = {}
         for name, metric in self._metrics.items():
             prefix = MetricPrefix.WINDOW if name == "auc" else MetricPrefix.LIFETIME
             computed = metric.compute()
-            for task, (weight, positive, negative, *_) in of_tasks:
+            for task, (weight, positive, negative, *_) in task_weights:
                 key = compose_metric_key(MetricNamespace(name), task.name, MetricName(name), prefix)
                 needed = {"ne": min(positive, negative), "calibration": positive, "mse": weight}
                 if key in computed:
@@ -220,47 +221,47 @@ class ExFMMetrics:
         return results | self._coverage(rows[: len(self._teachers)])
 
     def own_examples(self) -> int:
-        """How many examples this rank has counted for the coverage; waits for the device."""
+        """Return how many examples this rank has counted for coverage; waits for the device."""
         return int(self._sums[0, 0])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of this rank's part of what :meth:`compute` needs; not that of all ranks."""
+        """Return a copy of this rank's part of the state; each rank has its own."""
         state = {"sums": self._sums.clone()}
         for name, computation in metric_computations(self._metrics.values()):
-            found = metric_state(computation)
-            state |= {f"{name}/{key}": value for key, value in found.items()}
+            part = metric_state(computation)
+            state |= {f"{name}/{key}": value for key, value in part.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` gave on this rank of as many.
+        """Restore what :meth:`state_dict` returned on this rank, in a run of as many ranks.
 
         Raises:
-            ValueError: if it is that of other tasks or teachers.
+            ValueError: if the state is of other tasks or teachers.
         """
         self.check_state_dict(state)
         self._sums.copy_(state["sums"])
         for name, computation in metric_computations(self._metrics.values()):
             start = f"{name}/"
-            found = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
-            set_metric_state(computation, found, self._sums.device)
+            part = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+            set_metric_state(computation, part, self._sums.device)
 
     def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """A ValueError for a state that :meth:`load_state_dict` would not take."""
-        here = self.state_dict()
+        """Raise a ValueError for a state that :meth:`load_state_dict` would refuse."""
+        expected = self.state_dict()
         received = state.get("sums", torch.empty(0))
-        if state.keys() != here.keys() or received.shape != self._sums.shape:
+        if state.keys() != expected.keys() or received.shape != self._sums.shape:
             raise ValueError(
                 f"the state should be that of metrics of {len(self._teachers)} teachers, with sums "
-                f"of shape {tuple(self._sums.shape)} and {sorted(here)}; received one with sums of "
+                f"of shape {tuple(self._sums.shape)} and {sorted(expected)}; received sums of "
                 f"shape {tuple(received.shape)} and {sorted(state)}"
             )
 
     def _coverage(self, sums: list[list[float]]) -> dict[str, float]:
         results: dict[str, float] = {}
         for teacher, row in zip(self._teachers, sums, strict=True):
-            examples, with_age, age, *present = row
+            examples, with_age, age, *outputs = row
             if examples:
-                for task, count in zip(self._tasks, present, strict=True):
+                for task, count in zip(self._tasks, outputs, strict=True):
                     results[f"coverage/{teacher}/{task.name}"] = count / examples
             if with_age:
                 results[f"age_seconds/{teacher}"] = age / with_age

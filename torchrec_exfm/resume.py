@@ -1,9 +1,9 @@
-"""Training that goes on where it was stopped: a checkpoint of all that the next step depends on.
+"""Resuming a training: a checkpoint of all that the next step depends on.
 
 A checkpoint is a folder of :mod:`torchrec_exfm.checkpoint`. Its tensors, by the first part of
-their names: ``model``, ``adapter``; ``fused``, ``dense`` and ``adapter_optimizer``, the optimizers'
-state by parameter; ``rank0``, ``rank1`` ..., what each rank has for itself; ``values``, what is no
-tensor, as JSON in bytes.
+their names: ``model`` and ``adapter``, the weights; ``fused``, ``dense`` and ``adapter_optimizer``,
+the optimizers' state by parameter; ``rank0``, ``rank1`` ..., the local state of each rank;
+``values``, everything that is not a tensor, as JSON in bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipeline
 from torchrec_exfm._compat import batches_in_flight, pipeline_parts
 from torchrec_exfm._manifest import METADATA, fits, refusal
 from torchrec_exfm._optimizers import NamedOptimizer, named_optimizers
-from torchrec_exfm._ranks import of_each_rank, on_rank_0, rank, world_size
+from torchrec_exfm._ranks import gather_from_ranks, on_rank_0, rank, world_size
 from torchrec_exfm._warnings import MetricsRestartedWarning
 from torchrec_exfm.checkpoint import (
     load_checkpoint,
@@ -44,7 +44,7 @@ _MODEL = "model/"
 _VALUES = "values"
 _VERSION = 1
 _NUMBER = (int, float)
-_KINDS: dict[str, Any] = {  # of what is no tensor
+_VALUES_KIND: dict[str, Any] = {  # see _manifest.fits
     "version": int,
     "ranks": int,
     "position": {str: int},
@@ -64,32 +64,33 @@ def save_training(
     metrics: ExFMMetrics | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write all that the training depends on, whole or not at all; every rank must call it.
+    """Save all that the training depends on, atomically; every rank must call it.
 
-    To be called between two steps, as often as one likes: it changes nothing of the training, and
-    the batches that the pipeline has loaded ahead stay there. It writes student and heads (with the
-    means that margins are measured by), the adapter, the state and the numbers (rates and so on)
-    of every optimizer, the position, the random numbers' state of each rank, and the metrics; no
-    gradients, so where they are accumulated, call it after the optimizer's step. A process killed
-    meanwhile leaves a folder that :func:`load_training` passes over, and the next save deletes; a
-    save that fails, as on a full disk, removes what it has written.
+    Call it between two steps, as often as you like. It leaves the training unchanged, including the
+    batches that the pipeline has loaded ahead. Saved are the student, the heads (with the running
+    means behind the margins), the adapter, every optimizer's state and hyperparameters, the
+    position, each rank's random state, and the metrics. Gradients are not: where they are
+    accumulated, call it after the optimizer's step.
+
+    A process killed during a save leaves a folder that :func:`load_training` ignores and the next
+    save deletes. A save that fails, for example on a full disk, removes what it has written.
 
     Args:
-        folder: that of the run's checkpoints, which all ranks see; each gets a folder of its own
-            there, named by a number that counts up. Links and files of such names are left alone.
-        pipeline: that of the run: a student's, or TorchRec's own of a teacher.
-        position: where the stream goes on, in numbers of yours, the same on every rank: the
-            batches for which ``progress`` has returned, not those that the pipeline has asked for.
-        metrics: saved as well, if there are any.
-        keep: how many complete checkpoints to leave; older ones are deleted.
+        folder: the folder of the run's checkpoints, visible to all ranks. Each checkpoint is a
+            folder in it, numbered upwards. Links and files with such names are left alone.
+        pipeline: the run's pipeline: a student's, or TorchRec's own for a teacher.
+        position: where the stream continues, as integers of your choice, the same on every rank.
+            Count the batches for which ``progress`` has returned, not those it has asked for.
+        metrics: saved as well, if given.
+        keep: how many complete checkpoints to keep; older ones are deleted.
 
     Returns:
         The new checkpoint's folder.
 
     Raises:
         ValueError: if ``keep`` is less than 1, or the position differs between ranks.
-        TypeError: if the position holds something else than whole numbers, or the state of an
-            optimizer something else than tensors and plain values.
+        TypeError: if the position holds anything but integers, or an optimizer's state anything
+            but tensors and plain values.
         OSError: if it can't be written.
 
     Example:
@@ -100,7 +101,7 @@ def save_training(
     if not all(type(value) is int for value in position.values()):
         raise TypeError(f"the position should hold whole numbers; received {dict(position)}")
     folder, optimizers = Path(folder), named_optimizers(pipeline)
-    states = {key: value for each in optimizers for key, value in each.states().items()}
+    states = {key: value for named in optimizers for key, value in named.states().items()}
     tensors = {key: value for key, value in states.items() if isinstance(value, Tensor)}
     plain = {key: value for key, value in states.items() if key not in tensors}
     for key, value in plain.items():
@@ -111,51 +112,53 @@ def save_training(
             )
     values = json.dumps(_values(pipeline, optimizers, dict(position), plain)).encode()
     packed = torch.frombuffer(bytearray(values), dtype=torch.uint8)
-    own = {"random": torch.get_rng_state()}
+    local_state = {"random": torch.get_rng_state()}
     device = pipeline_parts(pipeline).device
     if device.type == "cuda":
-        own["random.cuda"] = torch.cuda.get_rng_state(device)
+        local_state["random.cuda"] = torch.cuda.get_rng_state(device)
     if metrics is not None:
-        own |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
-    own = {f"rank{rank()}/{key}": value for key, value in own.items()}
-    new = folder / str(on_rank_0(lambda: _next_number(folder)))
-    save_checkpoint(new, {**_modules(pipeline), **tensors, **own, _VALUES: packed})
-    on_rank_0(lambda: _prune(folder, keep))
-    return new
+        local_state |= {f"metrics/{key}": value for key, value in metrics.state_dict().items()}
+    local_state = {f"rank{rank()}/{key}": value for key, value in local_state.items()}
+    new_folder = folder / str(on_rank_0(lambda: _next_number(folder)))
+    state = {**_module_state(pipeline), **tensors, **local_state, _VALUES: packed}
+    save_checkpoint(new_folder, state)
+    on_rank_0(lambda: _prune(folder, keep))  # only now, when the new one is complete on all ranks
+    return new_folder
 
 
 def load_training(
     folder: Path | str, pipeline: Pipeline, *, metrics: ExFMMetrics | None = None
 ) -> dict[str, int] | None:
-    """Take up the newest complete checkpoint of :func:`save_training`, in place.
+    """Restore the newest complete checkpoint of :func:`save_training`, in place.
 
-    Every rank must call it, with a pipeline that is set up as it was and has made no step. Training
-    then goes on as if it had not stopped: on the CPU to the bit, with the same batches (alike
-    aligned in memory too), as many ranks as before and the same kind of machine, and elsewhere up
-    to rounding. With more or fewer ranks the metrics start anew, and random numbers are this run's
-    own. Give the loader the batches from the position on. What you have written around the
-    pipeline, such as the object of a schedule, is yours to take up; the rates that it had set are
-    there. (Of tables in columns TorchRec keeps the state of row-wise optimizers once a shard: those
-    have to stay as many.)
+    Every rank must call it, with a pipeline that is set up as before and has made no step. Give the
+    loader the batches from the returned position on. Training then continues as if it had not
+    stopped. On the CPU it does so to the bit, given the same batches (with the same alignment in
+    memory), as many ranks and the same kind of machine; otherwise up to rounding.
 
-    To begin a run from a plain checkpoint of the bare student, load that into
+    With more or fewer ranks the metrics start anew, and the random state stays this process's own.
+    Column-wise sharded tables with a row-wise optimizer need the same number of shards, as TorchRec
+    keeps that state once per shard. Restore objects of your own yourself, such as a learning-rate
+    schedule; the rates that it had set are restored.
+
+    To start a run from a plain checkpoint of the bare student, load that into
     :func:`~torchrec_exfm.student_state_dict` instead, which also gives such a checkpoint.
 
     Args:
         folder: as for :func:`save_training`.
-        pipeline: with the same student, terms, teachers, tasks, adapter and kinds of optimizers.
-        metrics: taken up as well, if there are any.
+        pipeline: with the same student, terms, teachers, tasks, adapter and optimizer classes.
+        metrics: restored as well, if given.
 
     Returns:
-        The position that was saved, or None if there is no complete checkpoint.
+        The saved position, or None if there is no complete checkpoint.
 
     Raises:
-        ValueError: if the checkpoint is of another run, naming what differs, or is damaged, if by
-            a bit; if the pipeline has batches in flight already. Nothing was changed then, on any
-            rank.
+        ValueError: if the checkpoint is of another run (the message names what differs), or is
+            damaged, even by one bit; if the pipeline already has batches in flight. Nothing has
+            changed then, on any rank.
 
     Warns:
-        MetricsRestartedWarning: if there are metrics and they have to start anew.
+        MetricsRestartedWarning: if metrics are given and have to start anew.
 
     Example:
         >>> import tempfile
@@ -182,12 +185,13 @@ def load_training(
         >>> position = load_training(folder, resumed)
         >>> position
         {'step': 6}
-        >>> again, _, _ = resumed.progress(iter(data[position["step"] :]))
-        >>> bool(again == pipeline.progress(batches)[0])
+        >>> resumed_loss, _, _ = resumed.progress(iter(data[position["step"] :]))
+        >>> bool(resumed_loss == pipeline.progress(batches)[0])
         True
     """
     optimizers = named_optimizers(pipeline)
-    newest = on_rank_0(lambda: max(_complete(Path(folder)), default=None))
+    # One answer for all ranks: each may see a shared folder at another moment.
+    newest = on_rank_0(lambda: max(_complete_numbers(Path(folder)), default=None))
     if newest is None:
         return None
     in_flight = batches_in_flight(pipeline)
@@ -199,29 +203,30 @@ def load_training(
     checkpoint = Path(folder) / str(newest)
     metadata = open_checkpoint(checkpoint)
     saved = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    values, own = _values_and_own(checkpoint, metadata)
-    as_many = values["ranks"] == world_size()
-    saved_metrics = _below("metrics/", own) if as_many and metrics is not None else {}
-    state, device = _modules(pipeline), pipeline_parts(pipeline).device
-    for each in optimizers:
-        state |= each.states() if each.fused else each.empty_states(saved)
+    values, local_state = _read_values(checkpoint, metadata)
+    same_ranks = values["ranks"] == world_size()
+    saved_metrics = _strip("metrics/", local_state) if same_ranks and metrics is not None else {}
+    state, device = _module_state(pipeline), pipeline_parts(pipeline).device
+    for named in optimizers:
+        state |= named.states() if named.fused else named.empty_states(saved)
     numbers = _numbers(optimizers)
-    needed = set().union(*of_each_rank([*state, *numbers]))
+    # Of all ranks: a table's optimizer state is known only to the ranks that hold a shard of it.
+    needed = set().union(*gather_from_ranks([*state, *numbers]))
 
     def check() -> None:
         _check_run(checkpoint, saved, values, pipeline, needed)
         _check_numbers(checkpoint, saved, values, numbers)
-        if as_many:
-            _check_random(checkpoint, own, device)
+        if same_ranks:
+            _check_random(checkpoint, local_state, device)
         if metrics is not None and saved_metrics:
             _check_metrics(checkpoint, saved_metrics, metrics)
 
-    on_every_rank(check)
+    on_every_rank(check)  # all checks on all ranks before anything changes on any
     load_checkpoint(checkpoint, state, metadata)
 
-    _trained(pipeline).load_state_dict(_below(_MODEL, state))
-    for each in optimizers:
-        each.take(state | values["states"], values["numbers"])
+    _trained_module(pipeline).load_state_dict(_strip(_MODEL, state))
+    for named in optimizers:
+        named.restore(state | values["states"], values["numbers"])
     if metrics is not None and saved_metrics:
         metrics.load_state_dict(saved_metrics)
     elif metrics is not None:
@@ -230,24 +235,24 @@ def load_training(
             MetricsRestartedWarning,
             stacklevel=2,
         )
-    if as_many:
-        torch.set_rng_state(own["random"])
-        if device.type == "cuda" and "random.cuda" in own:
-            torch.cuda.set_rng_state(own["random.cuda"], device)
+    if same_ranks:
+        torch.set_rng_state(local_state["random"])
+        if device.type == "cuda" and "random.cuda" in local_state:
+            torch.cuda.set_rng_state(local_state["random.cuda"], device)
     position: dict[str, int] = values["position"]
     return position
 
 
-def _modules(pipeline: Pipeline) -> dict[str, Any]:
-    """The state of student, heads and adapter (or of a teacher), by reference."""
-    state, adapter = _trained(pipeline).state_dict(), getattr(pipeline, "adapter", None)
-    of_adapter = {} if adapter is None else adapter.state_dict()
-    named = {_MODEL + key: value for key, value in state.items()}
-    return named | {f"adapter/{key}": value for key, value in of_adapter.items()}
+def _module_state(pipeline: Pipeline) -> dict[str, Any]:
+    """Return the state of student, heads and adapter (or of a teacher), by reference."""
+    state, adapter = _trained_module(pipeline).state_dict(), getattr(pipeline, "adapter", None)
+    adapter_state = {} if adapter is None else adapter.state_dict()
+    module_state = {_MODEL + key: value for key, value in state.items()}
+    return module_state | {f"adapter/{key}": value for key, value in adapter_state.items()}
 
 
-def _trained(pipeline: Pipeline) -> nn.Module:
-    """The wrapper of a student, or a model that has none."""
+def _trained_module(pipeline: Pipeline) -> nn.Module:
+    """Return a student's wrapper, or a teacher's model, which has none."""
     model = pipeline_parts(pipeline).model
     wrapper = wrapper_in(model)
     return model if wrapper is None else wrapper
@@ -259,11 +264,11 @@ def _values(
     position: dict[str, int],
     states: dict[str, Any],
 ) -> dict[str, Any]:
-    """What is no tensor, of all ranks."""
+    """Return everything to save that is not a tensor, of all ranks."""
     numbers = _numbers(optimizers)
-    gathered = of_each_rank((position, numbers))
-    for index, (other, of_rank) in enumerate(gathered):
-        numbers |= of_rank
+    gathered = gather_from_ranks((position, numbers))
+    for index, (other, rank_numbers) in enumerate(gathered):
+        numbers |= rank_numbers
         if other != gathered[0][0]:
             raise ValueError(
                 f"the position should be the same on every rank; received {gathered[0][0]} on rank "
@@ -280,13 +285,13 @@ def _values(
 
 
 def _numbers(optimizers: list[NamedOptimizer]) -> dict[str, dict[str, Any]]:
-    """Of every parameter of this rank."""
-    return {name: record for each in optimizers for name, record in each.numbers().items()}
+    """Return the optimizers' hyperparameters for every parameter of this rank."""
+    return {name: record for named in optimizers for name, record in named.numbers().items()}
 
 
 def _names(pipeline: Pipeline) -> dict[str, list[str]]:
-    """Whom one learns from, and what."""
-    trained = _trained(pipeline)
+    """Return the names of teachers, tasks and terms; empty lists for a teacher's run."""
+    trained = _trained_module(pipeline)
     if not isinstance(trained, ExFMWrapper):  # a teacher's
         return {"teachers": [], "tasks": [], "terms": []}
     head = trained.auxiliary_head
@@ -294,8 +299,8 @@ def _names(pipeline: Pipeline) -> dict[str, list[str]]:
     return {"teachers": list(head.teachers), "tasks": list(head.task_names), "terms": terms}
 
 
-def _values_and_own(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what is no tensor, and what this rank has for itself."""
+def _read_values(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the values that are not tensors, and this rank's local state."""
     saved, prefix = metadata.state_dict_metadata, f"rank{rank()}/"
     if _VALUES not in saved:
         raise ValueError(
@@ -308,16 +313,17 @@ def _values_and_own(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], d
         if key == _VALUES or key.startswith(prefix)
     }
     load_checkpoint(folder, tensors, metadata)
-    values = on_every_rank(lambda: _unpacked(folder, tensors[_VALUES]))
-    return values, _below(prefix, tensors)
+    values = on_every_rank(lambda: _unpack(folder, tensors[_VALUES]))
+    return values, _strip(prefix, tensors)
 
 
-def _unpacked(folder: Path, packed: Tensor) -> dict[str, Any]:
+def _unpack(folder: Path, packed: Tensor) -> dict[str, Any]:
+    """Parse the values; raise a ValueError for any that save_training would not write."""
     try:
         values: dict[str, Any] = json.loads(packed.numpy().tobytes())
     except (TypeError, ValueError, RecursionError) as error:
         raise refusal(folder, "hold JSON as values of a training", f"{error!r:.80}") from error
-    if not fits(values, _KINDS):
+    if not fits(values, _VALUES_KIND):
         raise refusal(folder, "hold values of a training", f"others: {values!r:.80}")
     if values["version"] != _VERSION:
         raise refusal(folder, f"hold values of version {_VERSION}", f"{values['version']}")
@@ -331,7 +337,7 @@ def _check_run(
     pipeline: Pipeline,
     needed: set[str],
 ) -> None:
-    """Check that the checkpoint is of this run, or say what differs."""
+    """Raise a ValueError that says what differs, unless the checkpoint is of this run."""
     for what, names in _names(pipeline).items():
         if values["names"][what] != names:
             raise ValueError(
@@ -353,65 +359,67 @@ def _check_run(
 def _check_numbers(
     folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any], numbers: Mapping[str, Any]
 ) -> None:
-    """Check that the optimizers, of which these numbers are, can take those that were saved."""
+    """Raise a ValueError unless optimizers with these numbers can restore the saved ones."""
     if twice := values["states"].keys() & saved.keys():
         raise refusal(folder, "hold each state of an optimizer once", f"{_some(twice)} twice")
     for name, record in numbers.items():
-        found = values["numbers"][name]
-        if record["kind"] != found["kind"]:
+        stored = values["numbers"][name]
+        if record["kind"] != stored["kind"]:
             raise ValueError(
                 f"{folder} should be of a run with {record['kind']} for {name!r}; received one "
-                f"with {found['kind']}"
+                f"with {stored['kind']}"
             )
+        # A group may have gained keys since: what was not saved keeps the value it has.
         same_form = all(
-            _form(value) == _form(found["group"].get(key, value))
+            _form(value) == _form(stored["group"].get(key, value))
             for key, value in record["group"].items()
         )
-        counts = len(found["steps"]) >= len(record["steps"]) and all(
-            0 <= count < 2**63 for count in found["steps"]
+        counts = len(stored["steps"]) >= len(record["steps"]) and all(
+            0 <= count < 2**63 for count in stored["steps"]
         )
-        if not same_form or not counts or "params" in found["group"]:
-            raise refusal(folder, f"hold numbers of {name!r} such as {record}", f"{found!r:.200}")
+        if not same_form or not counts or "params" in stored["group"]:
+            raise refusal(folder, f"hold numbers of {name!r} such as {record}", f"{stored!r:.200}")
 
 
 def _form(value: Any) -> Any:
-    """What a number of a group has to agree in: a single one, or a list of so many."""
-    return [_form(each) for each in value] if isinstance(value, (list, tuple)) else None
+    """Return None for a number, and for a list of numbers, such as Adam's betas, one of Nones."""
+    return [_form(item) for item in value] if isinstance(value, (list, tuple)) else None
 
 
-def _check_random(folder: Path, own: Mapping[str, Tensor], device: torch.device) -> None:
-    """Check that the state of random numbers is one, on a generator that nobody uses."""
+def _check_random(folder: Path, local_state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raise a ValueError unless fresh generators, which nobody uses, accept the random state."""
     generators = {"random": torch.Generator()}
-    if device.type == "cuda" and "random.cuda" in own:
+    if device.type == "cuda" and "random.cuda" in local_state:
         generators["random.cuda"] = torch.Generator(device)
     try:
         for key, generator in generators.items():
-            generator.set_state(own[key])
+            generator.set_state(local_state[key])
     except (KeyError, RuntimeError, TypeError) as error:
         raise refusal(folder, "hold the state of random numbers", f"{error!r:.80}") from error
 
 
 def _check_metrics(folder: Path, saved: Mapping[str, Tensor], metrics: ExFMMetrics) -> None:
-    """Check that metrics can take a state: of their dtypes and shapes, but for parts of windows."""
+    """Raise a ValueError unless the metrics can restore a state, by its dtypes and shapes."""
     metrics.check_state_dict(saved)
-    for key, here in metrics.state_dict().items():
+    for key, current in metrics.state_dict().items():
         tensor, sizes = saved[key], saved.get(f"{key}.sizes")
-        form, wanted = ((each.dtype, list(each.shape)) for each in (tensor, here))
+        received, expected = ((t.dtype, list(t.shape)) for t in (tensor, current))
         if sizes is not None or key.endswith(".sizes"):
-            form[1][-1:] = wanted[1][-1:] = [-1]
+            # The AUC's window may have another number of parts, of other sizes.
+            received[1][-1:] = expected[1][-1:] = [-1]
         parts = sizes is None or (int(sizes.sum()) == tensor.shape[-1] and bool((sizes >= 0).all()))
-        if form != wanted or not parts:
-            raise refusal(folder, f"hold metrics with {key!r} of {wanted}", f"{form}")
+        if received != expected or not parts:
+            raise refusal(folder, f"hold metrics with {key!r} of {expected}", f"{received}")
 
 
 def _some(names: set[str]) -> str:
-    """The first few, those of modules before those of optimizers."""
+    """Return the first few names, those of modules before those of optimizers."""
     ordered = sorted(names, key=lambda name: (not name.startswith((_MODEL, "adapter/")), name))
     return f"{ordered[:5]}" + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """Checkpoints, complete or not. A link is none: it may lead out of the folder."""
+    """Return the checkpoints by number, complete or not; no links, which may lead elsewhere."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {
         int(path.name): path
@@ -422,21 +430,22 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def _next_number(folder: Path) -> int:
     number = max(_numbered(folder), default=0) + 1
-    while os.path.lexists(folder / str(number)):  # a file or a link, of others
+    while os.path.lexists(folder / str(number)):  # a file or a link of somebody else's
         number += 1
     return number
 
 
-def _complete(folder: Path) -> list[int]:
+def _complete_numbers(folder: Path) -> list[int]:
     return sorted(n for n, path in _numbered(folder).items() if (path / METADATA).exists())
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest complete checkpoints; of each, what completes it first."""
-    kept = _complete(folder)[-keep:]
+    """Delete all but the newest complete checkpoints."""
+    newest = _complete_numbers(folder)[-keep:]
     ours = (".distcp", ".metadata", ".metadata.tmp", METADATA, f"{METADATA}.tmp")
-    for path in [path for number, path in _numbered(folder).items() if number not in kept]:
-        with contextlib.suppress(OSError):  # the new checkpoint is complete all the same
+    for path in [path for number, path in _numbered(folder).items() if number not in newest]:
+        with contextlib.suppress(OSError):  # a failed clean-up does not undo a good save
+            # metadata.json first: a kill in between leaves what load_training ignores.
             names = sorted(os.listdir(path), key=lambda name: name != METADATA)
             if all(name.endswith(ours) for name in names):
                 for name in names:
@@ -444,6 +453,6 @@ def _prune(folder: Path, keep: int) -> None:
                 path.rmdir()
 
 
-def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those whose keys begin so, by the rest of the key."""
+def _strip(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values whose keys have the prefix, by the rest of the key."""
     return {key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)}

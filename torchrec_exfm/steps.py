@@ -69,6 +69,8 @@ class Steps:
         self._check_probabilities = ProbabilityCheck(head)
         self._wait_for_leads: Callable[[], None] = lambda: None
         self.started = False
+        self.keep_adapter_loss = False  # set by RunMonitor: it costs one more adapter forward
+        self.adapter_loss = None if adapter is None else torch.full((), torch.nan, device=device)
 
     def load(self, batch: Any) -> Any:
         """Start to fetch the outputs of a batch from the data loader; return an ExFMBatch."""
@@ -129,6 +131,8 @@ class Steps:
             return inputs
         assert inputs.counts is not None
         with record_function("## adapter_step ##"):
+            if self.keep_adapter_loss:
+                self.adapter_loss = _adapter_loss(self._adapter, inputs, inputs.counts[1])
             adapted = adapter_step(
                 self._adapter,
                 self._adapter_optimizer,
@@ -192,6 +196,15 @@ class Steps:
 
     def _pin(self, outputs: TeacherOutputs) -> TeacherOutputs:
         return outputs.pin_memory() if outputs.values.device.type == "cpu" else outputs
+
+
+@torch.no_grad()
+def _adapter_loss(adapter: StudentAdapter, inputs: StepInputs, count: Tensor) -> Tensor:
+    """Return L_SA before the adapter's step, a scalar on the device; NaN without any label."""
+    with torch.autocast(count.device.type, enabled=False):  # as in the step
+        teacher, labels = inputs.teacher, inputs.labels
+        loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=inputs.weights)
+    return loss.where(count.any(), torch.nan)
 
 
 class Feed:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from torchrec_exfm._ranks import of_each_rank, rank
+from torchrec_exfm._ranks import gather_from_ranks, rank
 from torchrec_exfm.das.arrays import Ints, among, as_epoch, as_int64, as_second, utc
 from torchrec_exfm.das.delta import Commit
 from torchrec_exfm.das.schema import Snapshot, as_keys, check_same_keys
@@ -159,7 +159,7 @@ class Feed:
         ours = [part.task.snapshot for part, _ in self.ahead]
         first, count = (ours[0], ours.count(ours[0])) if ours else (None, 0)
         mine = first, count, self.spare is not None, self.failure is not None
-        told = of_each_rank(mine, self.group)
+        told = gather_from_ranks(mine, self.group)
         firsts = [snapshot for snapshot, *_ in told if snapshot is not None]
         stopping = any(failed for *_, failed in told)
         self.due = None if stopping else min(firsts, key=lambda one: one.version, default=None)

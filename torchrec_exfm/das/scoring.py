@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
-from torchrec_exfm._ranks import of_each_rank, rank, world_size
+from torchrec_exfm._ranks import gather_from_ranks, rank, world_size
 from torchrec_exfm.das.feed import Feed, Part, ScoringReport, Shard, in_words, mark, naming
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot
@@ -97,7 +97,7 @@ def score(
     said = outputs, embeddings, store.format.chosen(tasks)
     with bar, _Job(model, store, device, feed, bar, *said, bad_rows) as job:
         job.run(teacher)
-        told = of_each_rank((in_words(feed.failure), feed.report), group)
+        told = gather_from_ranks((in_words(feed.failure), feed.report), group)
     if group is not None:
         dist.destroy_process_group(group)
     if feed.failure is not None:

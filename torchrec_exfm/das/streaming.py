@@ -29,7 +29,7 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipeline
 
 from torchrec_exfm._compat import batches_in_flight, pipeline_parts, take_next_iterator
-from torchrec_exfm._ranks import of_each_rank, on_rank_0
+from torchrec_exfm._ranks import gather_from_ranks, on_rank_0
 from torchrec_exfm._warnings import TeacherMissingWarning
 from torchrec_exfm.das.arrays import as_second, check_duration, utc
 from torchrec_exfm.das.errors import StoreError
@@ -322,7 +322,7 @@ def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window
 
 
 def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
-    of_each_rank(None)  # all of them have written
+    gather_from_ranks(None)  # all of them have written
     on_rank_0(lambda: store.advance_watermark(writer, before_seconds))
 
 

@@ -1,10 +1,10 @@
-"""Does a teacher pay for a student of yours, and with which setting: a study on your own stream.
+"""A study on your own stream: does a teacher pay for your student, and with which setting?
 
     python -m torchrec_exfm.study my_study.py --seeds 3
 
-``my_study.py`` gives a student, a stream and a teacher (:class:`Study`); each arm goes once through
-the stream in time order, and every figure is of examples scored before they were trained on. It
-needs the packages of the extra ``study``: matplotlib, numpy, SciPy and tqdm.
+``my_study.py`` defines a student, a stream and a teacher (:class:`Study`). Each arm passes once
+through the stream in time order. Every figure is of examples scored before they were trained on.
+It needs the packages of the extra ``study``: matplotlib, numpy, SciPy and tqdm.
 """
 
 try:

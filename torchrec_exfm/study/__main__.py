@@ -21,14 +21,14 @@ from torchrec_exfm.study import Study, run
 
 
 def main() -> None:
-    """Join the ranks that torchrun started, or be the only one, and run the study of a module."""
+    """Run the study of a module, on the ranks that torchrun started or in this process alone."""
     parser = argparse.ArgumentParser(
         prog="python -m torchrec_exfm.study",
-        description="does a teacher pay for a student of yours, and with which setting",
+        description="find out whether a teacher pays for your student, and with which setting",
     )
     parser.add_argument("module", type=Path, help="a file with make_student, stream, tap ...")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="by default results/NAME, NAME being the file's")
+    parser.add_argument("--out", type=Path, help="by default results/NAME for a file NAME.py")
     options = parser.parse_args()
     if not options.module.is_file():
         parser.error(f"module should be a Python file; received {options.module}")
@@ -43,8 +43,8 @@ def main() -> None:
 
 
 def _names_in(path: Path) -> dict[str, Any]:
-    """A study's names in a module, and `key`."""
-    sys.path.insert(0, str(path.parent))  # as for a script: what lies beside it
+    """Return the fields of a study, and ``key``, that a module defines."""
+    sys.path.insert(0, str(path.parent))  # as for a script: it may import its neighbours
     names = vars(importlib.import_module(path.stem))
     fields = dataclasses.fields(Study)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in names]
@@ -58,7 +58,7 @@ def _names_in(path: Path) -> dict[str, Any]:
 
 
 def _set_up() -> None:
-    """Join the ranks; what TorchRec says of its planning stays out of the terminal."""
+    """Join the ranks, and keep TorchRec's planning out of the terminal."""
     for name in ("", "torch.fx", "torchrec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu)(\.|$)")
@@ -69,7 +69,7 @@ def _set_up() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        meeting_point = f"file://{tempfile.mkdtemp()}/ranks"
+        meeting_point = f"file://{tempfile.mkdtemp()}/ranks"  # a port could be taken
         dist.init_process_group(backend, init_method=meeting_point, rank=0, world_size=1)
 
 

@@ -1,4 +1,4 @@
-"""Figures of logits and labels, and tests of what an arm changes. numpy and SciPy alone.
+"""Figures of logits and labels, and tests of an arm's changes, with numpy and SciPy alone.
 
 Letters in shapes: B examples, S seeds, V parts (verticals, or the tasks of a student).
 """
@@ -12,27 +12,27 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Changes", "changes_of", "figures", "generation_ratio", "losses", "p_value"]
+__all__ = ["Changes", "compare_arms", "figures", "generation_ratio", "losses", "p_value"]
 
 Array = npt.NDArray[Any]
 Result = Mapping[str, Any]
 
 
 def figures(logits: Array, labels: Array) -> dict[str, float]:
-    """What a student's predictions are worth.
+    """Return NE, AUC and calibration of a student's predictions.
 
     With p = σ(z), the log-loss l and the base rate r = mean(y):
 
         ne = mean l(p, y) / l(r, r),    calibration = mean p / r,
 
-    and auc, the share of pairs of a positive and a negative in the right order; ties count half.
+    and auc is the share of pairs of a positive and a negative in the right order; ties count half.
 
     Args:
         logits: z, (B,).
         labels: y in [0, 1], (B,).
 
     Returns:
-        "rows", "ne", "auc" and "calibration"; NaN where one is not defined.
+        "rows", "ne", "auc" and "calibration"; NaN where one is undefined.
     """
     z, y = logits.astype(np.float64), labels.astype(np.float64)
     rate = y.mean() if len(y) else np.nan
@@ -47,27 +47,28 @@ def figures(logits: Array, labels: Array) -> dict[str, float]:
 
 
 def losses(logits: Array, labels: Array) -> Array:
-    """The log-loss of each example, (B,)."""
+    """Return the log-loss of each example, (B,)."""
     z, y = logits.astype(np.float64), labels.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # a logit of a student that diverged
+    with np.errstate(invalid="ignore"):  # the infinite logits of a student that diverged
         return np.logaddexp(0, z) - y * z
 
 
 def _auc(z: Array, positive: Array) -> float:
-    _, place, counts = np.unique(z, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    wins = int(positive.sum())
-    pairs = wins * (len(z) - wins)
-    return float((ranks[positive].sum() - wins * (wins + 1) / 2) / pairs) if pairs else np.nan
+    """Return the AUC by the ranks of the positives (Mann-Whitney), where ties share their mean."""
+    _, index, counts = np.unique(z, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]
+    n = int(positive.sum())
+    pairs = n * (len(z) - n)
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / pairs) if pairs else np.nan
 
 
 class Changes(NamedTuple):
-    """What an arm changes against the student alone, in per cent.
+    """An arm's changes against the student alone, in per cent.
 
     Attributes:
         ne, auc: (S, V).
-        seeds, parts: in the order of rows and columns, which is theirs.
-        calibration: (S, V), as it is.
+        seeds, parts: those of the rows and columns, in ascending order.
+        calibration: (S, V), the arm's own, not a change.
     """
 
     ne: Array
@@ -77,66 +78,69 @@ class Changes(NamedTuple):
     calibration: Array
 
     def common(self, other: Changes, figure: str) -> Array:
-        """A figure, of the seeds and parts that the other has as well."""
-        rows = [at for at, seed in enumerate(self.seeds) if seed in other.seeds]
-        columns = [at for at, part in enumerate(self.parts) if part in other.parts]
+        """Return a figure for the seeds and parts that the other has as well."""
+        rows = [row for row, seed in enumerate(self.seeds) if seed in other.seeds]
+        columns = [column for column, part in enumerate(self.parts) if part in other.parts]
         return np.asarray(getattr(self, figure))[np.ix_(rows, columns)]
 
     def less(self, other: Changes, figure: str = "ne") -> Array:
-        """The difference of a figure, of the seeds and parts that both have."""
+        """Return the difference of a figure over the seeds and parts that both have."""
         return self.common(other, figure) - other.common(self, figure)
 
     def worse(self) -> list[str]:
-        """The parts where NE is significantly higher: p < 0.05 over seeds, uncorrected."""
+        """Return the parts where NE is significantly higher: p < 0.05 over seeds, uncorrected."""
         columns = zip(self.parts, self.ne.T, strict=True)
         return [part for part, ne in columns if ne.mean() > 0 and p_value(ne) < 0.05]
 
     def eta(self, teacher: Changes) -> float:
-        """η, the share of the teacher's lead that the student gets: its gain over the teacher's.
+        """Return η, the share of the teacher's lead in NE that the student gains.
 
-        η = (NE_none - NE_arm) / (NE_none - NE_teacher), of means over seeds and parts, in per cent
-        of none's NE (Rec-Distill, arXiv 2605.29755).
+        η = (NE_none - NE_arm) / (NE_none - NE_teacher), of means over seeds and parts, each NE in
+        per cent of none's (Rec-Distill, arXiv 2605.29755).
         """
         return float(self.common(teacher, "ne").mean() / teacher.common(self, "ne").mean())
 
 
 def generation_ratio(new: Changes, old: Changes, teacher: Changes, older: Changes) -> float:
-    """What students gain from a teacher over an older one, over what the teacher gained itself.
+    """Return the students' gain from a newer teacher, over the gain of that teacher itself.
 
     (NE_arm,old - NE_arm,new) / (NE_older - NE_teacher): it can be high where η is low.
     """
     return float(new.less(old).mean() / teacher.less(older).mean())
 
 
-def changes_of(
+def compare_arms(
     arm: Iterable[Result], none: Iterable[Result], figures: Sequence[str] = ("ne", "auc")
 ) -> Changes | None:
-    """An arm against the student alone: of the seeds that have every part of the arm in both.
+    """Compare an arm with the student alone, over the seeds for which both have all its parts.
 
     Args:
-        arm: results, each with "part", "seed", "ne", "auc" and "calibration".
-        none: those of the student alone.
-        figures: those that NE and AUC are taken from, by name.
+        arm: the arm's results, each with "part", "seed", "ne", "auc" and "calibration".
+        none: the results of the student alone.
+        figures: the names of the figures to take as NE and AUC.
+
+    Returns:
+        The changes, or None if there is no such seed.
     """
-    mine, alone = ({(r["part"], r["seed"]): r for r in results} for results in (arm, none))
-    parts = sorted({part for part, _ in mine})  # the same order for every arm
-    whole = [
+    taught, alone = ({(r["part"], r["seed"]): r for r in results} for results in (arm, none))
+    parts = sorted({part for part, _ in taught})  # the same order for every arm
+    seeds = [
         seed
-        for seed in sorted({seed for _, seed in mine})
-        if all((part, seed) in mine and (part, seed) in alone for part in parts)
+        for seed in sorted({seed for _, seed in taught})
+        if all((part, seed) in taught and (part, seed) in alone for part in parts)
     ]
-    if not whole:
+    if not seeds:
         return None
 
     def table(name: str, results: Mapping[Any, Result]) -> Array:
-        return np.array([[results[part, seed][name] for part in parts] for seed in whole])
+        return np.array([[results[part, seed][name] for part in parts] for seed in seeds])
 
-    ne, auc = (100 * (table(name, mine) / table(name, alone) - 1) for name in figures)
-    return Changes(ne, auc, whole, parts, table("calibration", mine))
+    ne, auc = (100 * (table(name, taught) / table(name, alone) - 1) for name in figures)
+    return Changes(ne, auc, seeds, parts, table("calibration", taught))
 
 
 def p_value(values: Array) -> float:
-    """Of a two-sided t-test that the mean is 0; NaN of fewer than two values, or zeros alone."""
+    """Return p of a two-sided t-test that the mean is 0; NaN for one value, or zeros alone."""
     if len(values) < 2 or not np.any(values):
         return float("nan")
     return float(stats.ttest_1samp(values, 0).pvalue)

@@ -1,4 +1,4 @@
-"""What a study is made of, and one pass of one arm: each example is scored before it trains.
+"""The parts of a study, and one pass of one arm: each example is scored, then trained on.
 
 Letters in shapes: B examples, M teachers, T tasks, N examples of a pass.
 """
@@ -37,9 +37,9 @@ from torchrec_exfm.wrapper import ExFMWrapper, wrapper_in
 
 __all__ = ["ARMS", "Arm", "Pass", "Study", "run_pass"]
 
-CERTAIN = 1e-13  # a label is taught as the logit of it or of 1 less it: within float32 of the label
-STRETCHES = 40  # of a pass without periods
-FUSED = ["fused", "fused_uvm", "fused_uvm_caching"]  # kernels that keep the optimizer in backward
+CERTAIN = 1e-13  # labels are clipped by this before their logit: σ returns them in float32
+STRETCHES = 40  # the number of periods of a pass if the study gives none
+FUSED = ["fused", "fused_uvm", "fused_uvm_caching"]  # kernels that run the optimizer in backward
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Arm:
     """One way to train the student.
 
     Args:
-        terms: what is distilled; none: the student alone, by TorchRec's own pipeline.
+        terms: the distillation terms; none: the student alone, in TorchRec's own pipeline.
         teacher: what the terms learn from: the study's teacher, an older one, or the labels
-            themselves, which is the control: what a head more would bring without any teacher.
+            themselves. The last is the control: what another head brings without any teacher.
     """
 
     terms: tuple[DistillationTerm, ...] = ()
@@ -57,22 +57,22 @@ class Arm:
 
 
 def changed_fields(what: Any) -> dict[str, Any]:
-    """The fields of a dataclass whose values are not those of a plain one."""
+    """Return the fields of a dataclass whose values are not the defaults."""
     values = {field.name: (getattr(what, field.name), field.default) for field in fields(what)}
-    return {name: value for name, (value, plain) in values.items() if value != plain}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def term_in_words(term: DistillationTerm) -> dict[str, Any]:
-    """What makes a term another one than a plain one, in words and numbers, to be told apart by.
+    """Return a term's fields that are not the defaults, as words and numbers to hash.
 
-    Of a loss: its function, what that was given, its width.
+    A loss becomes the name of its function, that function's arguments, and its width.
     """
-    told = changed_fields(term)
-    if "loss" in told:
+    words = changed_fields(term)
+    if "loss" in words:
         function = term.loss.function
-        name, given = getattr(function, "func", function).__name__, getattr(function, "args", ())
-        told["loss"] = [name, *given, term.loss.width]
-    return told
+        name, args = getattr(function, "func", function).__name__, getattr(function, "args", ())
+        words["loss"] = [name, *args, term.loss.width]
+    return words
 
 
 ARMS: Mapping[str, Arm] = {
@@ -84,21 +84,21 @@ ARMS: Mapping[str, Arm] = {
     ),
     "serving head": Arm((DistillationTerm(serving=True),)),
 }
-"""Those of a study: the student alone, the control, and settings from the simplest on."""
+"""The default arms: the student alone, the control, and settings from the simplest on."""
 
 
 def device() -> torch.device:
-    """This process's current GPU, if there are any."""
+    """Return this process's current GPU, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The module by TorchRec's planner, and Adam with a rate of 1e-3 for what is dense.
+    """Shard the module by TorchRec's planner, with Adam at a rate of 1e-3 for the dense part.
 
-    No table is replicated, as the planner would do with small ones: TorchRec drops the optimizer
-    that was applied in backward there. It draws the tables anew, the same for every arm.
+    Small tables are not replicated, though the planner would: TorchRec drops the optimizer in
+    backward of replicated tables. TorchRec initializes the tables anew, the same for every arm.
 
     Raises:
         ValueError: for tables without an optimizer in backward.
@@ -128,31 +128,31 @@ def distribute(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A student, a stream and a teacher. Of a module that the command is given, its names.
+    """A student, a stream and a teacher. The command reads these names from a module.
 
     Args:
-        make_student: gives the training module, ``forward(batch) -> (loss, (loss, logits,
-            labels))``, before it is wrapped and sharded.
-        stream: gives this rank's batches in time order, as many on every rank, and the same ones
-            whenever it is called.
-        make_teacher: gives a ``TeacherLookup``, or a function of the batch to its
+        make_student: returns the training module, ``forward(batch) -> (loss, (loss, logits,
+            labels))``, neither wrapped nor sharded.
+        stream: returns this rank's batches in time order: equally many on every rank, and the same
+            ones at every call.
+        make_teacher: returns a ``TeacherLookup``, or a function from the batch to its
             ``TeacherOutputs``; called for each pass. None: the stream gives :class:`ExFMBatch`.
-        make_older_teacher: the same of a generation before; None: there is none.
-        tap: see :class:`ExFMWrapper`, as ``tasks``, which have to be binary, ``teachers`` (the
-            first is the one that the table tells of), ``in_features`` and ``serving_logits``.
-        arms: by their names, among them ``"none"``; see `ARMS`, whose terms are of a teacher of
-            the name ``"teacher"``.
-        distribute: takes the module, wrapped where an arm has terms, to what the pipeline trains,
-            and the optimizer. By default TorchRec's planner, the optimizer that ``make_student``
-            applied to the tables in backward, and Adam with a rate of 1e-3 for the rest. Give one
-            for other rates, and for tables that begin with values of their own.
-        make_adapter: gives a student adapter and its optimizer (None: its own), for terms that
-            need one.
-        labels, weights, groups, candidates: as ``TrainPipelineExFM`` takes them.
-        outputs: takes what ``progress`` returns to ``(loss, logits, labels)``.
-        period: takes the batch to (B,) integers, the stretch of time that an example is of, such
-            as its day; None: forty stretches of as many batches.
-        first_period: figures are of examples from this one on. None: of the second half of the
+        make_older_teacher: the same for an earlier generation; None: there is none.
+        tap: see :class:`ExFMWrapper`, as for ``tasks``, which must be binary, ``teachers`` (the
+            table reports on the first), ``in_features`` and ``serving_logits``.
+        arms: by name, among them ``"none"``. None: `ARMS`, whose terms need a teacher named
+            ``"teacher"``.
+        distribute: maps the module, wrapped if the arm has terms, to the model that the pipeline
+            trains and its optimizer. The default takes TorchRec's planner, the optimizer in
+            backward that ``make_student`` applied to the tables, and Adam at a rate of 1e-3 for
+            the rest. Give another for other rates, or for tables with initial values of their own.
+        make_adapter: returns a student adapter and its optimizer (None: the pipeline's default),
+            for terms that need one.
+        labels, weights, groups, candidates: see ``TrainPipelineExFM``.
+        outputs: maps what ``progress`` returns to ``(loss, logits, labels)``.
+        period: maps the batch to (B,) integers, the period of time of each example, such as its
+            day. None: forty periods of equally many batches.
+        first_period: figures cover the examples from this period on. None: the second half of the
             examples.
     """
 
@@ -179,13 +179,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass of one arm said, in the order of the stream (rank after rank).
+    """The outcome of one pass of one arm, in the order of the stream, rank after rank.
 
     Attributes:
-        logits, labels: (N, T) float32, before the example's update; NaN for a missing label.
-        teacher: (N, M, T) float32, NaN where an output was missing; (0, M, T) without a teacher.
+        logits, labels: (N, T) float32, computed before the example's update; NaN for a missing
+            label.
+        teacher: (N, M, T) float32, NaN where an output is missing; (0, M, T) without a teacher.
         periods: (N,) int64.
-        seconds: of an example of this rank, over the second half of the pass.
+        seconds: the time per example of this rank, over the second half of the pass.
     """
 
     logits: npt.NDArray[np.float32]
@@ -198,17 +199,17 @@ class Pass:
 def run_pass(
     study: Study, arm: Arm, seed: int, step: Callable[[int], object] = lambda examples: None
 ) -> Pass:
-    """Train one arm on this rank's part of the stream; called by all ranks.
+    """Train one arm on this rank's part of the stream; every rank must call it.
 
     Args:
-        study: what is trained on what.
-        arm: how.
-        seed: of the parameters.
-        step: takes the number of examples of each step.
+        study: the student, the stream and the teacher.
+        arm: how to train.
+        seed: the seed of the parameters.
+        step: called with the number of examples after each step.
 
     Raises:
-        ValueError: for a stream without a batch; for outputs of the student, or periods, that do
-            not fit; for labels outside [0, 1], and for probabilities in the place of logits.
+        ValueError: for an empty stream; for outputs of the student, or periods, of the wrong
+            shape; for labels outside [0, 1], or probabilities where logits should be.
     """
     torch.manual_seed(seed)
     module = study.make_student()
@@ -218,14 +219,14 @@ def run_pass(
     model, optimizer = study.distribute(module)
     where = next((value.device for value in model.parameters()), device())
     wrapper = wrapper_in(model) if arm.teacher != "labels" else None
-    rows: list[tuple[Tensor, ...]] = []  # on the device, until the pass ends
+    rows: list[tuple[Tensor, ...]] = []  # on the device, so that no step waits for a copy
     periods: list[Any] = []
     times: list[float] = []
     with contextlib.ExitStack() as stack:
         kind = TrainPipelineExFM if arm.terms else TrainPipelineSparseDist
-        torch.manual_seed(seed)  # of the adapter, whatever drew before it
+        torch.manual_seed(seed)  # the adapter's parameters do not depend on the heads' draws
         pipeline: Any = kind(model, optimizer, where, **_options(study, arm, stack))
-        torch.manual_seed(seed)  # the same for every arm from here on
+        torch.manual_seed(seed)  # training draws the same numbers in every arm
         batches = _batches(study, arm, periods)
         while True:
             try:
@@ -247,7 +248,7 @@ def run_pass(
 
 
 def _check_values(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-    """Raise for what can't be a binary task's: the table would be of something else."""
+    """Raise a ValueError for labels or logits that can't be those of a binary task."""
     if ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             "labels should lie in [0, 1], or be NaN where one is missing; received "
@@ -265,7 +266,7 @@ def _fields(study: Study, *names: str) -> dict[str, Any]:
 
 
 def _options(study: Study, arm: Arm, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The pipeline's; the stack closes the arm's teacher."""
+    """Return the pipeline's options for an arm; the stack closes the arm's teacher."""
     if not arm.terms:
         return {}
     options = _fields(study, "labels", "weights", "groups", "candidates")
@@ -282,7 +283,7 @@ def _options(study: Study, arm: Arm, stack: contextlib.ExitStack) -> dict[str, A
 
 
 def _batches(study: Study, arm: Arm, periods: list[Any]) -> Iterator[Any]:
-    """The stream's, with what the control is taught; their periods are put into the list."""
+    """Yield the batches for an arm; append the periods of each to the list."""
     for batch in study.stream():
         bare = batch.batch if isinstance(batch, ExFMBatch) else batch
         if study.period is not None:
@@ -294,7 +295,7 @@ def _batches(study: Study, arm: Arm, periods: list[Any]) -> Iterator[Any]:
 
 
 def _taught_labels(study: Study, batch: Any) -> TeacherOutputs:
-    """The labels, as if every teacher were sure of them."""
+    """Return the labels as outputs of teachers that are certain of them."""
     labels = study.labels(batch)
     columns = checked_labels(labels, study.tasks, len(labels)).double()
     values = columns.logit(CERTAIN).float().unsqueeze(1).expand(-1, len(study.teachers), -1)
@@ -302,12 +303,12 @@ def _taught_labels(study: Study, batch: Any) -> TeacherOutputs:
 
 
 def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tensor, ...]:
-    """Logits and labels, (B, T), and the teacher's outputs, (B, M, T), of a step."""
+    """Return a step's logits and labels, (B, T), and the teacher's outputs, (B, M, T)."""
     tasks = len(study.tasks)
     try:
         _, logits, labels, *_ = study.outputs(output)
         shape = len(logits), tasks
-        # Labels are copied: as a view they would keep the batch that they are of.
+        # Labels are copied: a view would keep the whole batch in memory.
         rows = logits.detach().reshape(shape), labels.detach().reshape(shape).clone()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
@@ -322,7 +323,7 @@ def _rows(study: Study, output: Any, wrapper: ExFMWrapper | None) -> tuple[Tenso
 
 
 def _periods(study: Study, periods: Sequence[Any], sizes: Sequence[int]) -> npt.NDArray[np.int64]:
-    """(N,), out of each batch's."""
+    """Return the periods of all examples, (N,), from those of the batches."""
     if study.period is None:
         periods = [np.full(size, at * STRETCHES // len(sizes)) for at, size in enumerate(sizes)]
     for period, size in zip(periods, sizes, strict=True):

@@ -19,7 +19,7 @@ from torchrec_exfm.study.figures import (
     Array,
     Changes,
     Result,
-    changes_of,
+    compare_arms,
     figures,
     generation_ratio,
     losses,
@@ -31,25 +31,25 @@ from torchrec_exfm.tasks import Task
 __all__ = ["Run", "markdown", "mean_cell", "p_text", "write_report"]
 
 ITSELF = {"teacher": "the teacher itself", "older": "the older teacher itself"}
-SURE = 0.05  # of p, times the number of settings that are tried
+SURE = 0.05  # the level for p times the number of settings tried (Bonferroni)
 
 
 class Run(NamedTuple):
-    """A pass of an arm with a seed, and which of its examples figures are of, (N,)."""
+    """A pass of an arm with a seed, and the mask of the examples for the figures, (N,)."""
 
     name: str
     arm: Arm
     seed: int
-    said: Pass
+    outcome: Pass
     counted: Array
 
 
 class Finding(NamedTuple):
-    """What an arm changes: of all examples, of those that the teacher spoke of, and over time.
+    """An arm's changes: over all examples, over those with a teacher output, and over time.
 
     Attributes:
         over_time: (P,) the change of the mean log-loss in each period, in per cent, over all seeds.
-        cost: of training an example, over the student alone: the median over seeds.
+        cost: the time to train an example, over that of the student alone: the median over seeds.
     """
 
     arm: Arm
@@ -60,9 +60,9 @@ class Finding(NamedTuple):
 
 
 def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> str:
-    """table.md, table.json and picture.png in the folder; the first is returned as well."""
-    results = results_of(runs, tasks)
-    findings = findings_of(runs, results)
+    """Write table.md, table.json and picture.png to the folder; return the text of the first."""
+    results = compute_results(runs, tasks)
+    findings = summarize_arms(runs, results)
     text = f"{_table(runs, results, findings)}\n{sentence(findings)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
@@ -71,68 +71,70 @@ def write_report(folder: Path, runs: Sequence[Run], tasks: Sequence[Task]) -> st
     return text
 
 
-def results_of(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Figures by arm, seed and task, of all examples and of those that every teacher spoke of.
+def compute_results(runs: Sequence[Run], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Return figures by arm, seed and task: of all examples, and of those that teachers cover.
 
-    What the teachers themselves said has arms of its own.
+    The outputs of the teachers themselves are further arms.
     """
     results = []
     outputs: dict[tuple[str, int], Array] = {
-        (run.arm.teacher, run.seed): run.said.teacher for run in runs if run.arm.terms
+        (run.arm.teacher, run.seed): run.outcome.teacher for run in runs if run.arm.terms
     }
     for run in runs:
         for t, task in enumerate(tasks):
-            labels = run.said.labels[:, t]
-            rows = run.counted & ~np.isnan(labels)
-            said = {run.name: run.said.logits[:, t]}
+            labels = run.outcome.labels[:, t]
+            labelled = run.counted & ~np.isnan(labels)
+            predictions = {run.name: run.outcome.logits[:, t]}
             for kind, name in ITSELF.items():
                 if run.name == "none" and (kind, run.seed) in outputs:
-                    said[name] = outputs[kind, run.seed][:, 0, t]
-            spoken = rows.copy()
+                    predictions[name] = outputs[kind, run.seed][:, 0, t]
+            # The same examples for every arm, so that η compares gains on equal terms.
+            covered = labelled.copy()
             for kind in ITSELF:
                 if (kind, run.seed) in outputs:
-                    spoken &= ~np.isnan(outputs[kind, run.seed][:, 0, t])
-            for name, logits in said.items():
-                shown = rows & ~np.isnan(logits) if name in ITSELF.values() else rows
-                whole = figures(logits[shown], labels[shown])
-                same = np.array_equal(spoken, shown)
-                covered = whole if same else figures(logits[spoken], labels[spoken])
+                    covered &= ~np.isnan(outputs[kind, run.seed][:, 0, t])
+            for name, logits in predictions.items():
+                rows = labelled & ~np.isnan(logits) if name in ITSELF.values() else labelled
+                total = figures(logits[rows], labels[rows])
+                same = np.array_equal(covered, rows)
+                on_covered = total if same else figures(logits[covered], labels[covered])
                 results.append(
                     {
                         **{"arm": name, "seed": run.seed, "part": task.name},
-                        **whole,
-                        **{f"covered_{figure}": covered[figure] for figure in ("ne", "auc")},
+                        **total,
+                        **{f"covered_{figure}": on_covered[figure] for figure in ("ne", "auc")},
                     }
                 )
     return results
 
 
-def findings_of(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
-    alone = {run.seed: run.said for run in runs if run.name == "none"}
+def summarize_arms(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Finding]:
+    """Return the findings of each arm with terms, by its name."""
+    alone = {run.seed: run.outcome for run in runs if run.name == "none"}
     findings = {}
     for name, arm in {run.name: run.arm for run in runs if run.arm.terms}.items():
-        own = [run for run in runs if run.name == name]
+        arm_runs = [run for run in runs if run.name == name]
         change, covered = (_changes(results, name, prefix) for prefix in ("", "covered_"))
         assert change is not None and covered is not None
-        cost = np.median([run.said.seconds / alone[run.seed].seconds for run in own])
-        findings[name] = Finding(arm, change, covered, _over_time(own, alone), float(cost))
+        cost = np.median([run.outcome.seconds / alone[run.seed].seconds for run in arm_runs])
+        findings[name] = Finding(arm, change, covered, _over_time(arm_runs, alone), float(cost))
     return findings
 
 
 def _changes(results: Sequence[Result], name: str, prefix: str = "") -> Changes | None:
-    mine, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
-    return changes_of(mine, none, (f"{prefix}ne", f"{prefix}auc"))
+    taught, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
+    return compare_arms(taught, none, (f"{prefix}ne", f"{prefix}auc"))
 
 
 def _over_time(runs: Sequence[Run], alone: Mapping[int, Pass]) -> Array:
-    """(P,) see `Finding`; of the periods that have labels."""
+    """Return the change of the log-loss in each period that has labels, (P,): see `Finding`."""
     sums = []
     for run in runs:
-        labelled = run.counted & ~np.isnan(run.said.labels).all(1)
-        _, period = np.unique(run.said.periods[labelled], return_inverse=True)
-        for said in (run.said, alone[run.seed]):
-            labels = said.labels[labelled]
-            values = np.where(np.isnan(labels), 0, losses(said.logits[labelled], labels))
+        labelled = run.counted & ~np.isnan(run.outcome.labels).all(1)
+        _, period = np.unique(run.outcome.periods[labelled], return_inverse=True)
+        for outcome in (run.outcome, alone[run.seed]):
+            labels = outcome.labels[labelled]
+            values = np.where(np.isnan(labels), 0, losses(outcome.logits[labelled], labels))
             sums.append(np.bincount(period, values.sum(1)))
     return np.asarray(100 * (sum(sums[::2]) / sum(sums[1::2]) - 1))
 
@@ -147,16 +149,14 @@ def _table(runs: Sequence[Run], results: Sequence[Result], findings: Mapping[str
         return [name, mean_cell(change.ne), mean_cell(change.auc), p, calibration, eta, cost]
 
     rows = [row(ITSELF[k], change, "", "1", "") for k, change in teachers.items() if change]
-    for name, found in findings.items():
-        teacher = teachers.get(found.arm.teacher)
-        eta = f"{found.covered.eta(teacher):.2f}" if teacher else ""
-        p = p_text(p_value(found.over_time))
-        rows.append(row(name, found.change, p, eta, f"{found.cost:.2f}"))
-    means = " and ".join(
-        f"{len(of)} {what}{'s' * (len(of) > 1)}"
-        for what, of in (("seed", {r["seed"] for r in none}), ("task", {r["part"] for r in none}))
-    )
-    periods = {len(found.over_time) for found in findings.values()}
+    for name, finding in findings.items():
+        teacher = teachers.get(finding.arm.teacher)
+        eta = f"{finding.covered.eta(teacher):.2f}" if teacher else ""
+        p = p_text(p_value(finding.over_time))
+        rows.append(row(name, finding.change, p, eta, f"{finding.cost:.2f}"))
+    counts = {"seed": len({r["seed"] for r in none}), "task": len({r["part"] for r in none})}
+    means = " and ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())
+    periods = {len(finding.over_time) for finding in findings.values()}
     return (
         f"The student alone: NE {level['ne']:.4f}, AUC {level['auc']:.4f}, calibration "
         f"{level['calibration']:.3f}; means over {means}, of {runs[0].counted.sum():,} examples, "
@@ -170,44 +170,46 @@ def _table(runs: Sequence[Run], results: Sequence[Result], findings: Mapping[str
 
 
 def _generations(findings: Mapping[str, Finding], teachers: Mapping[str, Changes | None]) -> str:
-    """The ratio between two teachers' generations, of the arms that were taught by both."""
+    """Return the ratio between two teachers' generations, for the arms that both taught."""
     lines = []
-    by_arm = {found.arm: found for found in findings.values()}
-    for name, found in findings.items():
-        new = by_arm.get(replace(found.arm, teacher="teacher"))
+    by_arm = {finding.arm: finding for finding in findings.values()}
+    for name, finding in findings.items():
+        new = by_arm.get(replace(finding.arm, teacher="teacher"))
         teacher, older = teachers["teacher"], teachers["older"]
-        if found.arm.teacher == "older" and new and teacher and older:
-            ratio = generation_ratio(new.covered, found.covered, teacher, older)
+        if finding.arm.teacher == "older" and new and teacher and older:
+            ratio = generation_ratio(new.covered, finding.covered, teacher, older)
             lines.append(f"\nGeneration ratio of {name}: {ratio:.2f}.\n")
     return "".join(lines)
 
 
 def sentence(findings: Mapping[str, Finding]) -> str:
-    """Which setting to take, or that it does not pay, with how sure that is.
+    """Return which setting to take, or that none pays, and how certain that is.
 
-    A setting pays if NE is below the student alone, and below the head on the label, by tests over
-    seeds and over time, each p times the number of settings being under 0.05. Of those that pay the
-    first is taken that is not significantly behind the best over time: the simplest.
+    A setting pays if its NE is below that of the student alone, and of the head on the label, in
+    tests over seeds and over time. Each p, times the number of settings, must be under 0.05. Of the
+    settings that pay, the first (and so the simplest) is taken that is not significantly behind the
+    best one over time.
     """
     settings = {
-        name: found
-        for name, found in findings.items()
-        if found.arm.teacher == "teacher" and np.isfinite(found.change.ne).all()  # NaN: it diverged
+        name: finding
+        for name, finding in findings.items()
+        if finding.arm.teacher == "teacher"
+        and np.isfinite(finding.change.ne).all()  # NaN: it diverged
     }
-    controls = [found for found in findings.values() if found.arm.teacher == "labels"]
+    controls = [finding for finding in findings.values() if finding.arm.teacher == "labels"]
     if not settings:
         return "No arm with a teacher has figures."
 
-    def pays(found: Finding) -> bool:
-        by_seeds, tested = len(found.change.seeds) > 1, []
-        if len(found.over_time) > 1 or not by_seeds:
-            tested += [found.over_time, *(found.over_time - c.over_time for c in controls)]
+    def pays(finding: Finding) -> bool:
+        by_seeds, samples = len(finding.change.seeds) > 1, []
+        if len(finding.over_time) > 1 or not by_seeds:
+            samples += [finding.over_time, *(finding.over_time - c.over_time for c in controls)]
         if by_seeds:
-            beyond = (found.change.less(c.change) for c in controls)
-            tested += [values.mean(1) for values in (found.change.ne, *beyond)]
-        return all(v.mean() < 0 and p_value(v) * len(settings) < SURE for v in tested)
+            beyond = (finding.change.less(c.change) for c in controls)
+            samples += [values.mean(1) for values in (finding.change.ne, *beyond)]
+        return all(v.mean() < 0 and p_value(v) * len(settings) < SURE for v in samples)
 
-    paying = {name: found for name, found in settings.items() if pays(found)}
+    paying = {name: finding for name, finding in settings.items() if pays(finding)}
     name, best = min((paying or settings).items(), key=lambda item: item[1].change.ne.mean())
     if not paying:
         beside = " and a head on the label without any teacher" if controls else ""
@@ -216,9 +218,9 @@ def sentence(findings: Mapping[str, Finding]) -> str:
             f"and that is not surely below the student alone{beside}."
         )
     name, chosen = next(
-        (name, found)
-        for name, found in paying.items()
-        if (less := found.over_time - best.over_time).mean() <= 0 or p_value(less) > SURE
+        (name, finding)
+        for name, finding in paying.items()
+        if (less := finding.over_time - best.over_time).mean() <= 0 or p_value(less) > SURE
     )
     beyond = "".join(
         f", {-chosen.change.less(control.change).mean():.2f} % below a head on the label"
@@ -232,10 +234,10 @@ def sentence(findings: Mapping[str, Finding]) -> str:
     )
 
 
-def _interval(found: Finding) -> str:
-    """The change with its interval of 95 %: over seeds, or over time where there is one seed."""
-    seeds = found.change.ne.mean(1)
-    values, what = (seeds, "seeds") if len(seeds) > 1 else (found.over_time, "stretches of time")
+def _interval(finding: Finding) -> str:
+    """Return the change of NE with its 95 % interval over seeds, or over time for one seed."""
+    seeds = finding.change.ne.mean(1)
+    values, what = (seeds, "seeds") if len(seeds) > 1 else (finding.over_time, "stretches of time")
     mean, n = seeds.mean(), len(values)
     if n < 2:
         return f"{mean:+.2f} %"
@@ -244,14 +246,14 @@ def _interval(found: Finding) -> str:
 
 
 def draw(path: Path, findings: Mapping[str, Finding]) -> None:
-    """The change of each arm with the points of its seeds, and the log-loss over time."""
+    """Draw the change of NE by arm, with a point for each seed, and the log-loss over time."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for at, (name, found) in enumerate(findings.items()):
-        seeds = found.change.ne.mean(1)
-        left.barh(at, seeds.mean(), color=f"C{at}", alpha=0.6)
-        left.plot(seeds, [at] * len(seeds), ".", color="black")
-        right.plot(found.over_time, color=f"C{at}", label=name)
+    for row, (name, finding) in enumerate(findings.items()):
+        seeds = finding.change.ne.mean(1)
+        left.barh(row, seeds.mean(), color=f"C{row}", alpha=0.6)
+        left.plot(seeds, [row] * len(seeds), ".", color="black")
+        right.plot(finding.over_time, color=f"C{row}", label=name)
     left.set(yticks=range(len(findings)), yticklabels=list(findings), xlabel="change of NE, %")
     left.invert_yaxis()
     right.axhline(0, color="black", linewidth=0.8)
@@ -261,7 +263,7 @@ def draw(path: Path, findings: Mapping[str, Finding]) -> None:
 
 
 def mean_cell(values: Array, digits: int = 2) -> str:
-    """(S, V) -> mean ± standard deviation over seeds (p)."""
+    """Return the mean of (S, V) values ± standard deviation over seeds (p), as text."""
     means = values.mean(1)
     if len(means) < 2:
         return f"{means.mean():+.{digits}f} %"
@@ -270,11 +272,11 @@ def mean_cell(values: Array, digits: int = 2) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value, to two digits."""
+    """Return a p-value as text, to two digits."""
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

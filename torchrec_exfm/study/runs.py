@@ -1,4 +1,4 @@
-"""All passes of a study, each kept in a file of its own, and the report of them."""
+"""All passes of a study, each stored in a file of its own, and their report."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ OLDER = "AH, by the older teacher"
 
 
 def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> str:
-    """Train every arm with every seed, and report; called by all ranks.
+    """Train every arm with every seed, and write the report; every rank must call it.
 
-    What a pass said is kept in the folder, 4 + 8 T + 4 M T bytes an example, and a study that was
-    killed goes on after the last whole pass. table.md, table.json and picture.png are written
-    beside it.
+    The outcome of each pass is stored in the folder, 4 + 8 T + 4 M T bytes an example, so that a
+    killed study resumes after its last complete pass. table.md, table.json and picture.png are
+    written beside it.
 
     Args:
-        study: what is trained on what.
-        seeds: passes of each arm; tests over seeds take two or more.
-        folder: for the passes and the report, seen by rank 0.
-        key: of the study's state: passes that were kept under another one are made anew. Without
-            one, give a changed study another folder.
+        study: the student, the stream and the teacher.
+        seeds: passes of each arm; tests over seeds need two or more.
+        folder: for the passes and the report; rank 0 alone uses it.
+        key: names the state of the study: passes stored under another key are made anew. Without
+            a key, give a changed study another folder.
 
     Returns:
-        the table, and the sentence that says what to take.
+        The table, and the sentence that says which setting to take.
 
     Raises:
         ValueError: for a study without the arm "none", with another arm without terms, or with a
-            task that is no binary one, for a number of seeds below 1; if the stream is not the
-            same whenever it is called, or the same on two ranks; as :func:`run_pass`.
+            task that is not binary; for fewer than one seed; if the stream differs from one call
+            to the next, or is the same on two ranks; see also :func:`run_pass`.
     """
     arms = dict(study.arms or ARMS)
     if study.make_older_teacher is not None:
@@ -66,18 +66,18 @@ def run(study: Study, *, seeds: int = 3, folder: Path | str, key: str = "") -> s
         for name, arm in arms.items()
     }
     missing = on_rank_0(lambda: [run for run, file in files.items() if not file.exists()])
-    seconds = 0.1 if sys.stderr.isatty() else 60.0  # between two lines of a log
+    seconds = 0.1 if sys.stderr.isatty() else 60.0  # between two lines of a log file
     options = {"unit": " examples", "unit_scale": True, "mininterval": seconds}
     with tqdm(disable=rank() != 0, **options) as bar:
-        for at, (name, seed) in enumerate(missing):
+        for done, (name, seed) in enumerate(missing):
             bar.set_description(
-                f"{at + 1} of {len(missing)}: {name}, seed {seed}"
-                f"{' (time left: known after it)' if not at else ''}"
+                f"{done + 1} of {len(missing)}: {name}, seed {seed}"
+                f"{' (time left: known after it)' if not done else ''}"
             )
-            kept = run_pass(study, arms[name], seed, lambda size: bar.update(size * world_size()))
+            part = run_pass(study, arms[name], seed, lambda size: bar.update(size * world_size()))
             others = [file for file in files.values() if file != files[name, seed]]
-            on_rank_0(functools.partial(_write, files[name, seed], _gathered(kept), others))
-            bar.total = bar.n * len(missing) // (at + 1)
+            on_rank_0(functools.partial(_write, files[name, seed], _gather(part), others))
+            bar.total = bar.n * len(missing) // (done + 1)
     return on_rank_0(lambda: write_report(folder, _read(files, arms, study), study.tasks))
 
 
@@ -87,8 +87,8 @@ def _digest(name: str, arm: Arm, seed: int, key: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _gathered(part: Pass) -> list[Pass]:
-    """The ranks' parts on rank 0; nothing on others."""
+def _gather(part: Pass) -> list[Pass]:
+    """Return the parts of all ranks on rank 0, and an empty list on the others."""
     parts: list[Any] | None = [part] * world_size() if rank() == 0 else None
     if world_size() > 1:
         dist.gather_object(part, parts)
@@ -96,7 +96,7 @@ def _gathered(part: Pass) -> list[Pass]:
 
 
 def _write(path: Path, parts: Sequence[Pass], others: Sequence[Path]) -> None:
-    """Keep the ranks' parts, one after the other."""
+    """Store the ranks' parts of a pass, one after the other."""
     first, *rest = parts
     if any(np.array_equal(first.logits, part.logits) for part in rest):
         raise ValueError(
@@ -113,39 +113,39 @@ def _write(path: Path, parts: Sequence[Pass], others: Sequence[Path]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> None:
-    """A file that appears whole or not at all, of what is written into it."""
+    """Write a file that appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft = path.with_name(f"{path.name}.{os.getpid()}")  # two processes may write the same one
     with draft.open("wb") as file:
         write(file)
     draft.replace(path)
 
 
 def _check_labels(labels: Any, others: Sequence[Path]) -> None:
-    """Raise if another pass of the study had others."""
-    kept = next((path for path in others if path.exists()), None)
-    if kept is None:
+    """Raise a ValueError if another stored pass of the study had other labels."""
+    stored = next((path for path in others if path.exists()), None)
+    if stored is None:
         return
-    with np.load(kept) as values:
+    with np.load(stored) as values:
         if np.array_equal(labels, values["labels"], equal_nan=True):
             return
     raise ValueError(
         "stream() should give the same batches in the same order whenever it is called; received "
-        "other labels than in an earlier pass: where that is mended, or the data have changed, "
-        f"remove {kept.parent}"
+        "other labels than in an earlier pass: once that is fixed, or if the data have changed, "
+        f"remove {stored.parent}"
     )
 
 
 def _read(
     files: Mapping[tuple[str, int], Path], arms: Mapping[str, Arm], study: Study
 ) -> list[Run]:
-    """What was kept, with the figures' examples marked."""
+    """Return the stored passes, with the examples marked that figures are computed on."""
     first = study.first_period
     runs: list[Run] = []
     for (name, seed), file in files.items():
         with np.load(file) as values:
-            said = Pass(**{column: values[column] for column in values})
+            outcome = Pass(**{column: values[column] for column in values})
         if first is None:
-            first = math.ceil(np.median(said.periods))
-        runs.append(Run(name, arms[name], seed, said, said.periods >= first))
+            first = math.ceil(np.median(outcome.periods))
+        runs.append(Run(name, arms[name], seed, outcome, outcome.periods >= first))
     return runs
