@@ -1,4 +1,4 @@
-"""Count the words of pages and the sentences of over 30 words: `python docs/prose.py README.md docs/howto/*.md`.
+"""Count words of pages and sentences of over 30 words: `python docs/prose.py README.md docs/howto/*.md`.
 
 Blocks of code do not count. A cell of a table, an item of a list and a heading end a sentence.
 """
@@ -19,8 +19,8 @@ def sentences(text: str) -> list[list[str]]:
     text = re.sub(r"\]\([^)]*\)", "]", text)  # where a link leads
     text = re.sub(r"^[|: -]+$", "\n", text, flags=re.MULTILINE)  # rules of tables
     pieces = re.split(r"[.?!]['\")*_]*\s+|\n\s*\n|\n\s*(?:[*-]|\d\.|#+|\|) |\|", text + "\n")
-    found = [re.findall(r"\S*\w\S*", piece) for piece in pieces]
-    return [words for words in found if words]
+    word_lists = [re.findall(r"\S*\w\S*", piece) for piece in pieces]
+    return [words for words in word_lists if words]
 
 
 def main(pages: list[str]) -> None:
@@ -28,11 +28,11 @@ def main(pages: list[str]) -> None:
     everything: list[list[str]] = []
     for page in pages:
         everything += (page_sentences := sentences(Path(page).read_text()))
-        _tell(page, page_sentences)
-    _tell("together", everything)
+        _report(page, page_sentences)
+    _report("together", everything)
 
 
-def _tell(name: str, all_words: list[list[str]]) -> None:
+def _report(name: str, all_words: list[list[str]]) -> None:
     long = [words for words in all_words if len(words) > LONG]
     number = sum(map(len, all_words))
     share = len(long) / max(1, len(all_words))
