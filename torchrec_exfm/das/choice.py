@@ -8,18 +8,18 @@ import numpy as np
 
 from torchrec_exfm.das.arrays import as_int, as_int64
 
-__all__ = ["check_names", "chosen_versions"]
+__all__ = ["check_names", "choose_versions"]
 
 
-def chosen_versions(
-    asking: str,
+def choose_versions(
+    caller: str,
     teachers: Sequence[str],
     snapshot: int | Mapping[str, int] | None,
     exclude: Collection[int] | Mapping[str, Collection[int]],
 ) -> tuple[dict[str, int | None], dict[str, tuple[int, ...]]]:
     """Of each teacher the version that is pinned, if one is, and those that are passed over.
 
-    Both may be given for all teachers, or by name. ``asking`` is who is told of in an error.
+    Both may be given for all teachers, or by name. ``caller`` is who is told of in an error.
 
     Raises:
         TypeError: for another kind.
@@ -29,17 +29,17 @@ def chosen_versions(
     excluded = exclude if isinstance(exclude, Mapping) else dict.fromkeys(teachers, exclude)
     check_names("snapshot", tuple(pins), teachers)
     check_names("exclude", tuple(excluded), teachers)
-    left_out = {teacher: _versions(excluded.get(teacher, ())) for teacher in teachers}
+    excluded_versions = {teacher: _sort_versions(excluded.get(teacher, ())) for teacher in teachers}
     pinned: dict[str, int | None] = dict.fromkeys(teachers)
     for teacher, version in pins.items():
         if version is None:
             continue
         if not 0 <= as_int(version) < 2**40:
             raise ValueError(f"snapshot should be a version; received {version!r}")
-        if version in left_out[teacher]:
-            raise ValueError(f"{asking} pins version {version} of {teacher}, and excludes it")
+        if version in excluded_versions[teacher]:
+            raise ValueError(f"{caller} pins version {version} of {teacher}, and excludes it")
         pinned[teacher] = as_int(version)
-    return pinned, left_out
+    return pinned, excluded_versions
 
 
 def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _versions(versions: Collection[int]) -> tuple[int, ...]:
+def _sort_versions(versions: Collection[int]) -> tuple[int, ...]:
     if isinstance(versions, str) or not isinstance(versions, Iterable):
         raise TypeError(f"exclude should be a collection of versions; received {versions!r}")
     return tuple(np.sort(as_int64("exclude", list(versions))).tolist())

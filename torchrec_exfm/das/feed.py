@@ -24,10 +24,18 @@ from torchrec_exfm.das.shards import transaction_name
 from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import TeacherStore
 
-__all__ = ["Feed", "Part", "ScoringReport", "Shard", "in_words", "mark", "naming"]
+__all__ = [
+    "Feed",
+    "Part",
+    "ScoringReport",
+    "Shard",
+    "describe_error",
+    "mark_done",
+    "name_in_errors",
+]
 
-_NONE = np.empty(0, dtype=np.int64)
-_AHEAD = 8  # batches that are read ahead, and that ranks agree on at once
+_NO_IDS = np.empty(0, dtype=np.int64)
+_BATCHES_AHEAD = 8  # batches that are read ahead, and that ranks agree on at once
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class ScoringReport:
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """A shard that is to be scored by a snapshot, begun as of a commit of the store."""
 
     shard: Shard
@@ -109,7 +117,7 @@ class Task:
 class Part:
     """The examples (B,) of a batch, of the piece of a shard that is committed with a number."""
 
-    task: Task
+    assignment: Assignment
     piece: int
     ids: Ints
     seconds: Ints
@@ -145,7 +153,7 @@ class Feed:
         while steps := self._agree(loaded):
             for _ in range(steps):
                 part = None
-                if self.ahead and self.ahead[0][0].task.snapshot == loaded:
+                if self.ahead and self.ahead[0][0].assignment.snapshot == loaded:
                     part, self.spare = self.ahead.popleft()
                 self.sent.append(part)
                 yield self.spare
@@ -156,7 +164,7 @@ class Feed:
         self._read_ahead()
         if self.spare is None and self.ahead:
             self.spare = self.ahead[0][1]
-        ours = [part.task.snapshot for part, _ in self.ahead]
+        ours = [part.assignment.snapshot for part, _ in self.ahead]
         first, count = (ours[0], ours.count(ours[0])) if ours else (None, 0)
         mine = first, count, self.spare is not None, self.failure is not None
         told = of_each_rank(mine, self.group)
@@ -165,15 +173,15 @@ class Feed:
         self.due = None if stopping else min(firsts, key=lambda one: one.version, default=None)
         if self.due is None or self.due != loaded:
             return 0
-        self._share_a_spare([has_spare for _, _, has_spare, _ in told])
+        self._share_spare([has_spare for _, _, has_spare, _ in told])
         return max(number for snapshot, number, *_ in told if snapshot == loaded)
 
-    def _share_a_spare(self, have: list[bool]) -> None:
+    def _share_spare(self, have: list[bool]) -> None:
         """Give a rank that has no batch at all one of another rank."""
         if all(have):
             return
         giver = have.index(True)
-        given = [_pickled(self.spare) if rank() == giver else b""]
+        given = [_pickle(self.spare) if rank() == giver else b""]
         dist.broadcast_object_list(given, src=giver, group=self.group)
         if isinstance(given[0], Exception):
             raise given[0]
@@ -182,7 +190,7 @@ class Feed:
 
     def _read_ahead(self) -> None:
         try:
-            while self.failure is None and len(self.ahead) < _AHEAD:
+            while self.failure is None and len(self.ahead) < _BATCHES_AHEAD:
                 self.ahead.append(next(self.parts))
         except StopIteration:
             pass
@@ -192,20 +200,22 @@ class Feed:
     def _parts(self) -> Iterator[tuple[Part, Any]]:
         """The batches that are to be scored."""
         for shard in self.shards:
-            snapshot = self._snapshot_of(shard)
-            task = Task(shard, snapshot, self.store.refresh())
-            if _is_whole(self.store, task):
+            snapshot = self._choose_snapshot(shard)
+            assignment = Assignment(shard, snapshot, self.store.refresh())
+            if _is_done(self.store, assignment):
                 self.report.skipped += 1
                 continue
             left = False
-            for part_and_batch in self._cut(task, self._missing(task)):
+            for part_and_batch in self._cut_into_pieces(
+                assignment, self._missing_pieces(assignment)
+            ):
                 left = True
                 yield part_and_batch
             if not left:
-                mark(self.store, task)
+                mark_done(self.store, assignment)
                 self.report.skipped += 1
 
-    def _snapshot_of(self, shard: Shard) -> Snapshot:
+    def _choose_snapshot(self, shard: Shard) -> Snapshot:
         teacher, url, begin = self.teacher, self.store.url, shard.begin_seconds
         if isinstance(teacher, Snapshot):
             return teacher
@@ -226,22 +236,26 @@ class Feed:
             "publish one, or score later examples"
         )
 
-    def _missing(self, task: Task) -> list[int] | None:
+    def _missing_pieces(self, assignment: Assignment) -> list[int] | None:
         """The pieces of a shard that are not in the store; None: all, it was not begun."""
-        begun = transaction_name(task.snapshot, f"{task.shard.name}/0")
+        begun = transaction_name(assignment.snapshot, f"{assignment.shard.name}/0")
         if self.store.table.transaction(begun) is None:
             return None
-        missing, stored = [], _Stored(self.store, task.snapshot)
-        for piece, group in itertools.groupby(self._cut(task), lambda pair: pair[0].piece):
+        missing, stored = [], _Stored(self.store, assignment.snapshot)
+        for piece, group in itertools.groupby(
+            self._cut_into_pieces(assignment), lambda pair: pair[0].piece
+        ):
             columns = [(part.ids, part.seconds) for part, _ in group]
             ids, seconds = map(np.concatenate, zip(*columns, strict=True))
-            if stored.has(ids, seconds):
+            if stored.has_all(ids, seconds):
                 self.report.stored_before += len(ids)
             else:
                 missing.append(piece)
         return missing
 
-    def _cut(self, task: Task, wanted: list[int] | None = None) -> Iterator[tuple[Part, Any]]:
+    def _cut_into_pieces(
+        self, assignment: Assignment, wanted: list[int] | None = None
+    ) -> Iterator[tuple[Part, Any]]:
         """A shard's batches, in pieces of whole batches; those of some pieces, if they are given.
 
         It is cut the same way each time, so that a piece is written once, by its number.
@@ -249,23 +263,25 @@ class Feed:
         if wanted == []:
             return
         piece = rows = 0
-        batches = itertools.chain(self._opened(task.shard), [(None, _NONE, _NONE, {})])
+        batches = itertools.chain(
+            self._checked_batches(assignment.shard), [(None, _NO_IDS, _NO_IDS, {})]
+        )
         for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
             ends = rows >= self.shard_rows or not len(after)
             last = not len(after) if wanted is None else ends and piece == wanted[-1]
             if wanted is None or piece in wanted:
-                yield Part(task, piece, ids, seconds, keys, ends, last), batch
+                yield Part(assignment, piece, ids, seconds, keys, ends, last), batch
             if last:
                 return
             if ends:
                 piece, rows = piece + 1, 0
 
-    def _opened(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:
+    def _checked_batches(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:
         """Batches, with their ids, times and keys, as far as they have examples."""
         before = None
-        for batch in _reading(shard):
-            with naming(shard):
+        for batch in _read_batches(shard):
+            with name_in_errors(shard):
                 if not hasattr(batch, "to"):  # to TorchRec's thread it would be the end, unsaid
                     raise TypeError(
                         "a batch should have to(device), as TorchRec's pipelines take it; received "
@@ -285,17 +301,17 @@ class _Stored:
 
     def __init__(self, store: TeacherStore, snapshot: Snapshot) -> None:
         self.store, self.snapshot = store, snapshot
-        self.window, self.ids = -1, _NONE  # one window at a time
+        self.window, self.ids = -1, _NO_IDS  # one window at a time
 
-    def has(self, ids: Ints, seconds: Ints) -> bool:
+    def has_all(self, ids: Ints, seconds: Ints) -> bool:
         """Whether it has all (n,)."""
         windows = self.store.window_of(seconds)
         return all(
-            among(ids[windows == window], self._of(window)).all()
+            among(ids[windows == window], self._stored_ids(window)).all()
             for window in np.unique(windows).tolist()
         )
 
-    def _of(self, window: int) -> Ints:
+    def _stored_ids(self, window: int) -> Ints:
         if window != self.window:
             teacher, tasks = self.snapshot.teacher, self.store.tasks[:1]
             rows, _ = self.store.read(teacher, window, tasks=tasks, bad_rows="quarantine")
@@ -304,35 +320,41 @@ class _Stored:
         return self.ids
 
 
-def _is_whole(store: TeacherStore, task: Task) -> bool:
+def _is_done(store: TeacherStore, assignment: Assignment) -> bool:
     """Whether a shard was written to its end, and nothing was removed since it was begun."""
-    begun = store.table.transaction(_mark_name(task))
+    begun = store.table.transaction(_done_name(assignment))
     return begun is not None and begun > store.table.removed
 
 
-def mark(store: TeacherStore, task: Task) -> None:
+def mark_done(store: TeacherStore, assignment: Assignment) -> None:
     """Say that a shard is in the store, all of it: the number is the commit it was begun at."""
-    nothing, transaction = store.format.schema().empty_table(), (_mark_name(task), task.commit)
+    nothing, transaction = (
+        store.format.schema().empty_table(),
+        (_done_name(assignment), assignment.commit),
+    )
     commit = Commit(lambda properties: store.table.append(nothing, properties), transaction)
     store.table.commit(
-        f"can't be written to, and the shard {task.shard.name!r} was not marked as done",
-        lambda: None if _is_whole(store, task) else commit,
+        f"can't be written to, and the shard {assignment.shard.name!r} was not marked as done",
+        lambda: None if _is_done(store, assignment) else commit,
     )
 
 
-def _mark_name(task: Task) -> str:
-    return f"scored/{task.snapshot.teacher}/{task.snapshot.version}/{task.shard.name}"
+def _done_name(assignment: Assignment) -> str:
+    snapshot = assignment.snapshot
+    return f"scored/{snapshot.teacher}/{snapshot.version}/{assignment.shard.name}"
 
 
-def _reading(shard: Shard) -> Iterator[Any]:
+def _read_batches(shard: Shard) -> Iterator[Any]:
     try:
         yield from shard.batches()
     except Exception as error:
-        raise RuntimeError(f"the shard {shard.name!r} can't be read: {in_words(error)}") from error
+        raise RuntimeError(
+            f"the shard {shard.name!r} can't be read: {describe_error(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
-def naming(shard: Shard) -> Iterator[None]:
+def name_in_errors(shard: Shard) -> Iterator[None]:
     """Say which shard it is that has wrong values."""
     try:
         yield
@@ -341,16 +363,17 @@ def naming(shard: Shard) -> Iterator[None]:
         raise kind(f"the shard {shard.name!r}: {error}") from error
 
 
-def _pickled(batch: Any) -> bytes | Exception:
+def _pickle(batch: Any) -> bytes | Exception:
     try:
         return pickle.dumps(batch)
     except Exception as error:
         return TypeError(
             "a batch should be one that can be pickled, as a rank without a shard gets one of "
-            f"another rank's; received one that can't: {in_words(error)}: give every rank a shard"
+            f"another rank's; received one that can't: {describe_error(error)}: give every rank "
+            "a shard"
         )
 
 
-def in_words(error: Exception | None) -> str:
+def describe_error(error: Exception | None) -> str:
     """An error, as other ranks are told of it; nothing of none."""
     return f"{type(error).__name__}: {error}" if error is not None else ""

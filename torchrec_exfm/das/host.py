@@ -92,7 +92,7 @@ class HostReader:
         }
         digest = hashlib.blake2b(json.dumps(self._settings).encode(), digest_size=12).hexdigest()
         self._folder = folder.absolute() / f"torchrec_exfm-{os.getuid()}" / digest
-        self._as_of = time.monotonic_ns()
+        self._not_before_ns = time.monotonic_ns()
         self._starts = 0
         self._clients: IO[str] | None = None
         try:
@@ -104,29 +104,35 @@ class HostReader:
                 "be written"
             ) from error
 
-    def start(self, teacher: int, window: int, before: IndexedWindow | None = None) -> Awaited:
+    def start(
+        self, teacher: int, window: int, before: IndexedWindow | None = None
+    ) -> PendingWindow:
         """Ask for a window of a teacher: as of now, if it is one that is known from ``before``."""
-        as_of = self._as_of if before is None else time.monotonic_ns()
-        return Awaited(self, teacher, window, as_of, before)
+        not_before_ns = self._not_before_ns if before is None else time.monotonic_ns()
+        return PendingWindow(self, teacher, window, not_before_ns, before)
 
     def forget(self) -> None:
         """From now on, ask for windows as they are now."""
-        self._as_of = time.monotonic_ns()
+        self._not_before_ns = time.monotonic_ns()
 
     def close(self) -> None:
         """Leave the folder: who is the last removes it, and the reader ends."""
         clients, self._clients = self._clients, None
         if clients is not None:
             with clients, contextlib.suppress(FileNotFoundError):
-                if _locked(clients):
-                    _remove(self._folder)
+                if _try_lock(clients):
+                    _remove_folder(self._folder)
 
-    def ask(self, name: str, as_of: int) -> None:
+    def request(self, name: str, not_before_ns: int) -> None:
         """Let the reader know that a window is wanted as of a time."""
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed: look() sees to it
-            (self._folder / f"{name}.{as_of}.wanted").touch()
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # the folder was removed: find_answer() sees to it
+            (self._folder / f"{name}.{not_before_ns}.wanted").touch()
 
-    def look(self, name: str, as_of: int, before: IndexedWindow | None) -> IndexedWindow | None:
+    def find_answer(
+        self, name: str, not_before_ns: int, before: IndexedWindow | None
+    ) -> IndexedWindow | None:
         """The window of a name, if it is there as of a time.
 
         Raises:
@@ -139,30 +145,30 @@ class HostReader:
         ]
         when, entry = max(answers, default=(0, self._folder))
         with contextlib.suppress(FileNotFoundError):  # renamed, or the folder was removed
-            if when < as_of:
+            if when < not_before_ns:
                 self._start_reader()
                 return None
             self._starts = 0
             if entry.suffix == ".failed":
                 self.forget()  # to ask again is to ask anew
                 raise StoreError(f"{entry.read_text()} (told by the host's reader)")
-            window = _open(entry)
+            window = _open_window(entry)
             same = before is not None and before.files == window.files
             return replace(window, index=before.index) if before and same else window
         if not self._folder.exists():
             self.close()
             self._join_clients()
-            self.ask(name, as_of)
+            self.request(name, not_before_ns)
         return None
 
     def _join_clients(self) -> None:
-        self._clients = _enter(self._folder)
+        self._clients = _become_client(self._folder)
         weakref.finalize(self, self._clients.close)  # of a look-up that nobody closes
 
     def _start_reader(self) -> None:
         """Start one, unless one has the lock; it is started with the lock, so that one starts."""
         with (self._folder / "reader").open("a") as lock:
-            if not _locked(lock):
+            if not _try_lock(lock):
                 return
             _children[:] = [child for child in _children if child.poll() is None]
             if self._starts == _STARTS:
@@ -192,7 +198,7 @@ class HostReader:
                 stdin.write(json.dumps(told).encode())
 
 
-class Awaited:
+class PendingWindow:
     """A window that was asked for, as a future: ``done`` looks for it."""
 
     def __init__(
@@ -200,20 +206,20 @@ class Awaited:
         reader: HostReader,
         teacher: int,
         window: int,
-        as_of: int,
+        not_before_ns: int,
         before: IndexedWindow | None,
     ) -> None:
         name = f"{teacher}.{window}"
-        self._look = functools.partial(reader.look, name, as_of, before)
+        self._find_answer = functools.partial(reader.find_answer, name, not_before_ns, before)
         self._answer: IndexedWindow | StoreError | None = None
         if not self.done():
-            reader.ask(name, as_of)
+            reader.request(name, not_before_ns)
 
     def done(self) -> bool:
         """Whether it is there, or can't be had."""
         if self._answer is None:
             try:
-                self._answer = self._look()
+                self._answer = self._find_answer()
             except StoreError as error:
                 self._answer = error
         return self._answer is not None
@@ -251,7 +257,7 @@ class _Server:
             self._held[teacher, window] = path
 
     def run(self) -> None:
-        while not self._abandoned():
+        while not self._remove_if_abandoned():
             wanted = min(self._entries(".wanted"), default=None)
             if wanted is None:
                 time.sleep(_IDLE_SECONDS)
@@ -265,26 +271,26 @@ class _Server:
                 teacher, window, when = map(int, entry.stem.split("."))
                 yield when, teacher, window, entry
 
-    def _abandoned(self) -> bool:
+    def _remove_if_abandoned(self) -> bool:
         if not os.path.samestat(os.fstat(self._lock), (self._folder / "reader").stat()):
             return True  # the folder was made anew, and has another reader
         with (self._folder / "clients").open() as clients:
-            if left := _locked(clients):
-                _remove(self._folder)
+            if left := _try_lock(clients):
+                _remove_folder(self._folder)
         return left
 
     def _answer(self, teacher: int, window: int) -> None:
         """Read a window, or see that it is as it was, and say so; or say why it can't be read."""
-        as_of, key = time.monotonic_ns(), (teacher, window)
-        answer = self._folder / f"{teacher}.{window}.{as_of}.ready"
+        not_before_ns, key = time.monotonic_ns(), (teacher, window)
+        answer = self._folder / f"{teacher}.{window}.{not_before_ns}.ready"
         shutil.rmtree(self._part, ignore_errors=True)
         try:
             old = self._held.get(key)
-            before = None if old is None else _open(old)
+            before = None if old is None else _open_window(old)
             made = self._read(teacher, window, before)
             same = before is not None and before.index is made.index
             place = old if same and old else self._part
-            _describe(made, place)
+            _write_description(made, place)
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -297,7 +303,7 @@ class _Server:
             self._held[key] = answer
         place.rename(answer)
         for when, *of, entry in self._entries(".wanted", ".ready", ".failed"):
-            if (*of,) != key or when > as_of or entry == answer:
+            if (*of,) != key or when > not_before_ns or entry == answer:
                 continue
             if entry.suffix != ".ready":
                 entry.unlink()
@@ -326,7 +332,7 @@ class _Server:
         left = sum(of == teacher for of, _ in others)
         limit = sys.maxsize if self._max_bytes is None else self._max_bytes
         for key in others:
-            full = size + sum(map(_size, self._held.values())) > limit
+            full = size + sum(map(_folder_bytes, self._held.values())) > limit
             if full or (key[0] == teacher and left >= self._max_windows):
                 shutil.rmtree(self._held.pop(key))
                 left -= key[0] == teacher
@@ -338,24 +344,24 @@ class _Server:
             )
 
 
-def _describe(window: IndexedWindow, folder: Path) -> None:
+def _write_description(window: IndexedWindow, folder: Path) -> None:
     told = {name: value for name, value in vars(window).items() if name != "index"}
     text = json.dumps({**told, "width": window.index.width})
     (folder / "window.new").write_text(text)
     (folder / "window.new").rename(folder / "window.json")
 
 
-def _open(folder: Path) -> IndexedWindow:
+def _open_window(folder: Path) -> IndexedWindow:
     told = json.loads((folder / "window.json").read_text())
     index = WindowIndex.open(folder, told.pop("width"))
     return IndexedWindow(**{**told, "index": index, "files": tuple(told["files"])})
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _locked(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     """Whether a file could be locked without waiting for others."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -364,22 +370,22 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _remove(folder: Path) -> None:
+def _remove_folder(folder: Path) -> None:
     """Remove a folder whose clients' lock is held; those that come now find none of it."""
-    gone = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    removed = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
-def _enter(folder: Path) -> IO[str]:
+def _become_client(folder: Path) -> IO[str]:
     """Become a client of a folder, which is made anew if it has none; its lock."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder.parent} is another user's")
     for other in folder.parent.iterdir():
         with contextlib.suppress(OSError), (other / "clients").open() as clients:
-            if _locked(clients):
-                _remove(other)
+            if _try_lock(clients):
+                _remove_folder(other)
     while True:
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
             folder.mkdir(mode=0o700, exist_ok=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchrec_exfm.das.arrays import MAX_SECONDS, MICROSECONDS, check_duration, utc
-from torchrec_exfm.das.choice import check_names, chosen_versions
+from torchrec_exfm.das.choice import check_names, choose_versions
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
 
@@ -76,9 +76,11 @@ def join_sql(
         >>> engine.sql(join_sql(store, "fm")).fetchall()
         [(8, 6000, -2.0, 1, 5000.0)]
     """
-    wanted = Wanted.of(store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings)
-    winners = wanted.winners(outputs)
-    joined = wanted.joined(examples, example_id, event_seconds, event_time)
+    wanted = Wanted.from_arguments(
+        store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings
+    )
+    winners = wanted.winners_sql(outputs)
+    joined = wanted.joined_sql(examples, example_id, event_seconds, event_time)
     return f"WITH {WINNERS} AS (\n{winners}\n)\n{joined}"
 
 
@@ -123,7 +125,7 @@ class Wanted:
     embeddings: bool
 
     @classmethod
-    def of(
+    def from_arguments(
         cls,
         store: TeacherStore,
         teachers: str | Sequence[str],
@@ -137,7 +139,7 @@ class Wanted:
         chosen = store.tasks if tasks is None else tuple(tasks)
         check_names("teachers", names, store.teachers() or names)
         check_names("tasks", chosen, store.tasks)
-        pinned, excluded = chosen_versions("the join", names, snapshot, exclude)
+        pinned, excluded = choose_versions("the join", names, snapshot, exclude)
         if max_age_seconds is not None:
             check_duration("max_age_seconds", max_age_seconds)
         embeddings = embeddings and store.format.embedding_bytes > 0  # refuses a store without
@@ -169,10 +171,12 @@ class Wanted:
 
     def rules(self) -> dict[str, str]:
         """What rows may not do, in words and as a condition: ``rules.broken_rules`` in SQL."""
-        infinite = [f"abs({quoted(f'output_{task}')}) > {LARGEST}" for task in self.tasks]
-        window = (
-            f"floor({_microseconds(_FIRST, 'event_time')} / {self.window_seconds * MICROSECONDS})"
+        infinite = [f"abs({quote(f'output_{task}')}) > {LARGEST}" for task in self.tasks]
+        time, length = (
+            _microseconds_between(_FIRST, "event_time"),
+            self.window_seconds * MICROSECONDS,
         )
+        window = f"floor({time} / {length})"
         return {
             "have a negative example id": "example_id < 0",
             "have an output that is NaN or infinite": " OR ".join(infinite),
@@ -185,20 +189,20 @@ class Wanted:
             "lie outside of their window": f"{window} <> `window`",
         }
 
-    def winners(self, outputs: str, as_events: bool = False) -> str:
+    def winners_sql(self, outputs: str, as_events: bool = False) -> str:
         """The row of each example that counts, for each teacher and window.
 
         As events they have keys, and the time from which they are known (``event_seconds``).
         """
-        tasks = [quoted(f"output_{task}") for task in self.tasks]
+        tasks = [quote(f"output_{task}") for task in self.tasks]
         columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
         columns += ["embedding"] if self.embeddings else []
         if as_events:
-            known = _microseconds(_FIRST, "greatest(event_time, trained_through)")
+            known = _microseconds_between(_FIRST, "greatest(event_time, trained_through)")
             columns += [*KEYS, f"CAST(floor({known} / {MICROSECONDS}) AS BIGINT) AS event_seconds"]
         broken = " OR ".join(f"({condition})" for condition in self.rules().values())
         eligible = " OR ".join(f"({self._eligible(teacher)})" for teacher in self.teachers)
-        age = f"{_microseconds('trained_through', 'event_time')} / 1e6"
+        age = f"{_microseconds_between('trained_through', 'event_time')} / 1e6"
         return f"""SELECT {", ".join(columns)}
 FROM (
   SELECT *, CAST(CASE WHEN logged THEN 0 ELSE {age} END AS FLOAT) AS age_seconds,
@@ -206,7 +210,7 @@ FROM (
       PARTITION BY teacher, `window`, example_id
       ORDER BY snapshot DESC, logged DESC, scored_at DESC
     ) AS place
-  FROM {stored(outputs)}
+  FROM {outputs_source(outputs)}
   WHERE ({eligible})
     AND NOT coalesce({broken}, FALSE)
 ) AS ranked
@@ -220,7 +224,7 @@ WHERE place = 1"""
             conditions.append(f"snapshot NOT IN ({', '.join(map(str, excluded))})")
         return " AND ".join(conditions)
 
-    def joined(
+    def joined_sql(
         self, examples: str, example_id: str, event_seconds: str, event_time: str | None
     ) -> str:
         """The examples beside the winners of each teacher."""
@@ -229,38 +233,38 @@ WHERE place = 1"""
             won = f"teacher_{number}"
             conditions = [
                 f"{won}.teacher = '{teacher}'",
-                f"{won}.example_id = example.{quoted(example_id)}",
+                f"{won}.example_id = example.{quote(example_id)}",
             ]
             first = f"{won}.`window` * {self.window_seconds}"
             if event_time is None:
-                window = f"floor(example.{quoted(event_seconds)} / {self.window_seconds})"
+                window = f"floor(example.{quote(event_seconds)} / {self.window_seconds})"
                 conditions.append(f"{won}.`window` = CAST({window} AS BIGINT)")
             else:
-                time = f"example.{quoted(event_time)}"
+                time = f"example.{quote(event_time)}"
                 conditions.append(f"{time} >= to_timestamp({first})")
                 conditions.append(f"{time} < to_timestamp({first} + {self.window_seconds})")
             if self.max_age_seconds is not None:
                 conditions.append(f"{won}.age_seconds <= CAST('{self.max_age_seconds}' AS FLOAT)")
             joins.append(f"LEFT JOIN {WINNERS} AS {won}\n  ON " + "\n  AND ".join(conditions))
             columns += [
-                f"{won}.{quoted(stored)} AS {quoted(name)}"
+                f"{won}.{quote(stored)} AS {quote(name)}"
                 for name, stored in self.columns(teacher).items()
             ]
         listed = ",\n  ".join(columns)
-        return f"SELECT {listed}\nFROM {quoted_table(examples)} AS example\n" + "\n".join(joins)
+        return f"SELECT {listed}\nFROM {quote_table(examples)} AS example\n" + "\n".join(joins)
 
 
-def _microseconds(start: str, end: str) -> str:
+def _microseconds_between(start: str, end: str) -> str:
     """Between two times. MICROSECOND is a unit to Spark, and to DuckDB the column that holds it."""
     return f"datediff(MICROSECOND, {start}, {end})"
 
 
-def stored(outputs: str) -> str:
-    """The table of outputs with the unit that :func:`_microseconds` counts in."""
-    return f"(SELECT *, 'microsecond' AS microsecond FROM {quoted_table(outputs)}) AS stored"
+def outputs_source(outputs: str) -> str:
+    """The table of outputs with the unit that :func:`_microseconds_between` counts in."""
+    return f"(SELECT *, 'microsecond' AS microsecond FROM {quote_table(outputs)}) AS stored"
 
 
-def quoted(name: str) -> str:
+def quote(name: str) -> str:
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(
             f"a table or column should have a name that can be read; received {name!r}"
@@ -268,6 +272,6 @@ def quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
-def quoted_table(name: str) -> str:
+def quote_table(name: str) -> str:
     """The quoted name of a table, which may be within a catalog and a schema."""
-    return ".".join(map(quoted, name.split(".")))
+    return ".".join(map(quote, name.split(".")))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import as_int64, as_seconds
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.join import WINNERS, Wanted, stored
+from torchrec_exfm.das.join import WINNERS, Wanted, outputs_source
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import KEYS, TIMESTAMP
 from torchrec_exfm.das.store import TeacherStore
@@ -91,7 +91,9 @@ def join_files(
     """
     check_bad_rows(bad_rows)
     names = list(teachers) or store.teachers()
-    wanted = Wanted.of(store, names, tasks, snapshot, exclude, max_age_seconds, embeddings)
+    wanted = Wanted.from_arguments(
+        store, names, tasks, snapshot, exclude, max_age_seconds, embeddings
+    )
     paths = _paths(examples)
     folder.mkdir(parents=True, exist_ok=True)
     known = {path.name for path in paths}
@@ -104,8 +106,10 @@ def join_files(
     with _engine(folder, memory_limit) as engine:
         join = _Join(engine, store, wanted, bad_rows, example_id, event_time, report.left_out)
         for path in tqdm(paths, desc="join", unit="file", disable=None):
-            made_of = join.made_of(path)
-            counts = _counts(folder / path.name, made_of) or join.file(path, folder, made_of)
+            provenance = join.provenance(path)
+            counts = _stored_counts(folder / path.name, provenance) or join.join_file(
+                path, folder, provenance
+            )
             report.examples += counts["examples"]
             report.present.update(counts["present"])
     return report
@@ -127,12 +131,12 @@ def _paths(examples: str) -> list[Path]:
     return paths
 
 
-def _counts(target: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+def _stored_counts(target: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
     """What a file that is there says of its rows; None if there is none."""
     if not target.exists():
         return None
     note = json.loads((pq.read_schema(target).metadata or {}).get(NOTE, "{}"))
-    if note.get("made_of") != made_of:
+    if note.get("made_of") != provenance:
         raise ValueError(
             f"{target}: is there, and is not what this join would make: it is of other examples, "
             "another store or other options; choose another folder, or remove it"
@@ -179,9 +183,9 @@ class _Join:
     example_id: str
     event_time: str | None
     left_out: dict[str, Counter[str]]
-    held: set[int] = field(default_factory=set)
+    loaded: set[int] = field(default_factory=set)
 
-    def made_of(self, path: Path) -> dict[str, Any]:
+    def provenance(self, path: Path) -> dict[str, Any]:
         """What decides what a file becomes, as JSON keeps it, but for the commit of the store."""
         fields = {
             "store": self.store.url,
@@ -191,13 +195,15 @@ class _Join:
         decoded: dict[str, Any] = json.loads(json.dumps(fields))
         return decoded
 
-    def file(self, path: Path, folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
+    def join_file(self, path: Path, folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         """Make the file of one; returns how many examples it has, and outputs are present."""
         with pq.ParquetFile(path) as source:
             keys = self._keys(path, source)
-            self._hold(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())
+            self._load_windows(
+                np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist()
+            )
             self.engine.register("examples", keys)
-            select = self.wanted.joined("examples", "example_id", "event_seconds", None)
+            select = self.wanted.joined_sql("examples", "example_id", "event_seconds", None)
             joined = self.engine.sql(f"SELECT * FROM ({select}) ORDER BY {_ORDER}").to_arrow_table()
             self.engine.unregister("examples")
             present = {
@@ -205,8 +211,8 @@ class _Join:
                 for teacher in self.wanted.teachers
             }
             counts = {"examples": len(joined), "present": present}
-            note = {"made_of": made_of, "commit": self.store.table.version, **counts}
-            _write(source, joined.drop_columns(keys.column_names), folder / path.name, note)
+            note = {"made_of": provenance, "commit": self.store.table.version, **counts}
+            _write_joined(source, joined.drop_columns(keys.column_names), folder / path.name, note)
         pa.default_memory_pool().release_unused()
         return counts
 
@@ -233,22 +239,22 @@ class _Join:
         columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", keys[time])]
         return pa.table(columns, names=[_ORDER, "example_id", "event_seconds"])
 
-    def _hold(self, windows: Sequence[int]) -> None:
+    def _load_windows(self, windows: Sequence[int]) -> None:
         """Have the winners of these windows in a table each, and of no others."""
-        for window in self.held.difference(windows):
+        for window in self.loaded.difference(windows):
             self.engine.execute(f"DROP TABLE winners_{window}")
-        for window in sorted({*windows, *([] if windows else [0])} - self.held):
-            self.engine.register("outputs", self._stored(window))
-            self._check(window)
+        for window in sorted({*windows, *([] if windows else [0])} - self.loaded):
+            self.engine.register("outputs", self._read_window(window))
+            self._check_rows(window)
             self.engine.execute(
-                f"CREATE TABLE winners_{window} AS {self.wanted.winners('outputs')}"
+                f"CREATE TABLE winners_{window} AS {self.wanted.winners_sql('outputs')}"
             )
             self.engine.unregister("outputs")
-        self.held = {*windows} or {0}
-        parts = " UNION ALL ".join(f"FROM winners_{window}" for window in sorted(self.held))
+        self.loaded = {*windows} or {0}
+        parts = " UNION ALL ".join(f"FROM winners_{window}" for window in sorted(self.loaded))
         self.engine.execute(f"CREATE OR REPLACE VIEW {WINNERS} AS {parts}")
 
-    def _stored(self, window: int) -> pa.Table:
+    def _read_window(self, window: int) -> pa.Table:
         """The rows of a window, of all teachers that are wanted."""
         schema = self.store.format.schema()
         left_out = {"teacher", "window", *KEYS, *([] if self.wanted.embeddings else ["embedding"])}
@@ -264,16 +270,18 @@ class _Join:
             self.wanted.teachers, window, lambda file: self.store.table.read(file, columns)
         )
         parts = [
-            _rows(file.partition[0], window, table)
+            _add_partition_columns(file.partition[0], window, table)
             for file, table in zip(files, tables, strict=True)
         ]
-        return pa.concat_tables([_rows("", 0, columns.empty_table()), *parts])
+        return pa.concat_tables([_add_partition_columns("", 0, columns.empty_table()), *parts])
 
-    def _check(self, window: int) -> None:
+    def _check_rows(self, window: int) -> None:
         """Refuse or count the rows of ``outputs`` that break a rule."""
         rules = self.wanted.rules()
         cases = " ".join(f"WHEN {rule} THEN {n}" for n, rule in enumerate(rules.values()))
-        query = f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {stored('outputs')}"
+        query = (
+            f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {outputs_source('outputs')}"
+        )
         for teacher, rule, rows in self.engine.sql(f"{query} GROUP BY ALL ORDER BY ALL").fetchall():
             if rule is None:
                 continue
@@ -287,14 +295,16 @@ class _Join:
             self.left_out[teacher][words] += rows
 
 
-def _rows(teacher: str, window: int, table: pa.Table) -> pa.Table:
+def _add_partition_columns(teacher: str, window: int, table: pa.Table) -> pa.Table:
     """A file's rows with the columns that are in its path."""
     zeros = np.zeros(len(table), np.int8)
     table = table.append_column("teacher", pa.DictionaryArray.from_arrays(zeros, [teacher]))
     return table.append_column("window", pa.array(np.full(len(table), window)))
 
 
-def _write(source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]) -> None:
+def _write_joined(
+    source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]
+) -> None:
     """Write the file's rows, a row group at a time, with columns that are added to them."""
     schema = source.schema_arrow
     metadata = {**(schema.metadata or {}), NOTE: json.dumps(note)}

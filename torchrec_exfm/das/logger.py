@@ -173,7 +173,7 @@ class TeacherLogger:
         )
         given = {} if keys is None else keys
         check_key_names([*given])
-        kept = {name: _copy(name, given[name], as_int64) for name in given}
+        kept = {name: _copy_column(name, given[name], as_int64) for name in given}
         for _, _, before, kept_before in (self._rows or self._handed_over)[-1:]:
             check_same_keys(kept, kept_before)
             if before.shape[1] != values.shape[1]:
@@ -181,8 +181,8 @@ class TeacherLogger:
                     "embeddings should come with every call of log() or with none; received "
                     f"{'none' if embeddings is None else 'some'}: take another logger for these"
                 )
-        seconds = _copy("event_seconds", event_seconds, as_epoch)
-        self._rows.append((_copy("ids", ids, as_int64), seconds, values, kept))
+        seconds = _copy_column("event_seconds", event_seconds, as_epoch)
+        self._rows.append((_copy_column("ids", ids, as_int64), seconds, values, kept))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
@@ -197,7 +197,7 @@ class TeacherLogger:
             ValueError: for bad rows.
         """
         self._hand_over()
-        self._wait()
+        self._finish_write()
 
     def close(self) -> None:
         """Flush, and detach from the models."""
@@ -212,7 +212,7 @@ class TeacherLogger:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _wait(self) -> None:
+    def _finish_write(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
@@ -224,10 +224,10 @@ class TeacherLogger:
 
     def _hand_over(self) -> None:
         check_process(self._process)
-        self._wait()
+        self._finish_write()
         if self._rows:
             self._handed_over, self._rows, self._count = self._rows, [], 0
-            ready = _event(self._handed_over[-1][2].device)
+            ready = _record_event(self._handed_over[-1][2].device)
             self._writing = self._writer.submit(self._write, self._handed_over, self._shards, ready)
             self._shards += 1
 
@@ -239,7 +239,7 @@ class TeacherLogger:
         columns = torch.cat([values for _, _, values, _ in rows]).cpu()
         parts = [as_keys(kept, len(values)) for _, _, values, kept in rows]
         keys = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        new = self._first_time(ids, seconds)
+        new = self._select_new(ids, seconds)
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
         for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
             chosen = new & (places // MAX_WINDOWS == part)
@@ -262,7 +262,7 @@ class TeacherLogger:
                 self.quarantined += sum(report.quarantined.values())
         self.logged_before += len(ids) - int(new.sum())
 
-    def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
+    def _select_new(self, ids: Ints, seconds: Ints) -> Mask:
         """Which examples (n,) come for the first time, here and in the store."""
         self._store.refresh()
         new = np.zeros(len(ids), dtype=np.bool_)
@@ -270,10 +270,10 @@ class TeacherLogger:
         windows = self._store.window_of(seconds[first])
         for window in np.unique(windows).tolist():
             at = windows == window
-            new[first[at]] = ~among(distinct[at], self._logged_in(window))
+            new[first[at]] = ~among(distinct[at], self._logged_ids(window))
         return new
 
-    def _logged_in(self, window: int) -> Ints:
+    def _logged_ids(self, window: int) -> Ints:
         """The ids that are logged in a window of the store, in rising order."""
         nothing = np.empty(0, dtype=np.int64), set[str]()
         ids, paths = self._logged.pop(window, nothing)
@@ -292,7 +292,7 @@ class TeacherLogger:
         return ids
 
 
-def _event(device: torch.device) -> torch.Event | None:
+def _record_event(device: torch.device) -> torch.Event | None:
     """Of all that an accelerator was given to do so far on this thread's stream."""
     if device.type == "cpu":
         return None
@@ -301,6 +301,6 @@ def _event(device: torch.device) -> torch.Event | None:
     return event
 
 
-def _copy(what: str, values: Any, convert: Callable[[str, Any], Ints]) -> Any:
+def _copy_column(what: str, values: Any, convert: Callable[[str, Any], Ints]) -> Any:
     """So that a loader may use its buffers again; a tensor on a device is not waited for."""
     return values.clone() if isinstance(values, Tensor) else convert(what, values).copy()

@@ -36,7 +36,7 @@ from torchrec_exfm.das.arrays import (
     check_duration,
     utc,
 )
-from torchrec_exfm.das.choice import check_names, chosen_versions
+from torchrec_exfm.das.choice import check_names, choose_versions
 from torchrec_exfm.das.embeddings import decode
 from torchrec_exfm.das.errors import StoreError, check_process
 from torchrec_exfm.das.host import HostReader, default_folder
@@ -188,12 +188,12 @@ class TeacherLookup:
         del arguments["self"], arguments["store"], arguments["teachers"]
         self._options: dict[str, Any] = arguments
         self._process = os.getpid()
-        self.stores = _stores(store, teachers)
+        self.stores = _open_stores(store, teachers)
         self.teachers = tuple(self.stores)
         known = dict.fromkeys(itertools.chain(*(each.tasks for each in self.stores.values())))
         self.tasks = tuple(known) if tasks is None else tuple(tasks)
         check_names("tasks", self.tasks, tuple(known))
-        pinned, excluded = chosen_versions("the look-up", self.teachers, snapshot, exclude)
+        pinned, excluded = choose_versions("the look-up", self.teachers, snapshot, exclude)
         self._options["exclude"] = excluded
         if missing not in ("mask", "raise"):
             raise ValueError(f"missing should be 'mask' or 'raise'; received {missing!r}")
@@ -237,7 +237,7 @@ class TeacherLookup:
             folder = default_folder() if host_folder is None else Path(host_folder)
             self._reader = HostReader(sources, folder, max_windows, host_bytes)
         self._closed = False
-        self._answers = True  # the store does, as far as is known
+        self._store_answers = True  # the store does, as far as is known
         self._windows = {
             selection.teacher: HeldWindows(
                 store,
@@ -249,7 +249,7 @@ class TeacherLookup:
             )
             for number, (store, selection) in enumerate(sources)
         }
-        self._thread = _Thread("teacher-lookup")
+        self._thread = _WorkerThread("teacher-lookup")
 
     def start(self, batch: Any) -> Future[TeacherOutputs]:
         """Begin the look-up of a batch on the host; the future gives its outputs, on the host.
@@ -264,7 +264,7 @@ class TeacherLookup:
         if self._closed:
             raise ValueError("a look-up should be used before close(); received a batch after it")
         deadline = time.monotonic() + self._timeout_seconds
-        return self._thread.submit(self._look_up, *self._keys(batch), deadline)
+        return self._thread.submit(self._look_up, *self._read_keys(batch), deadline)
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """The outputs of a batch.
@@ -300,16 +300,18 @@ class TeacherLookup:
         make = functools.partial(TeacherLookup, **self._options)
         return make, (self.stores,)
 
-    def _keys(self, batch: Any) -> tuple[Ints, Ints]:
-        ids = as_int64("the example ids of a batch", _taken("ids", self._ids, batch))
-        seconds = _taken("event_seconds", self._event_seconds, batch)
+    def _read_keys(self, batch: Any) -> tuple[Ints, Ints]:
+        ids = as_int64("the example ids of a batch", _read_column("ids", self._ids, batch))
+        seconds = _read_column("event_seconds", self._event_seconds, batch)
         times = as_seconds_of_rows("the event_seconds of a batch", seconds, len(ids))
         if len(ids) and ids.min() < 0:
             raise ValueError(f"the example ids should be at least 0; received {ids.min()}")
         return ids.copy(), times.copy()  # the loader may use its buffers again
 
     def _look_up(self, ids: Ints, seconds: Ints, deadline: float) -> TeacherOutputs:
-        found = [self._of_teacher(teacher, ids, seconds, deadline) for teacher in self.teachers]
+        found = [
+            self._look_up_teacher(teacher, ids, seconds, deadline) for teacher in self.teachers
+        ]
         values, presence, age_seconds = (
             torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*found, strict=True)
         )
@@ -327,7 +329,7 @@ class TeacherLookup:
             embedding_presence=embedded,
         )
 
-    def _of_teacher(
+    def _look_up_teacher(
         self, teacher: str, ids: Ints, seconds: Ints, deadline: float
     ) -> tuple[Floats, Mask, Floats]:
         """Outputs and embeddings (B, T + E), presence (B, T), ages in seconds (B,)."""
@@ -345,14 +347,14 @@ class TeacherLookup:
             presence = np.zeros((len(ids), len(self.tasks)), np.bool_)
             values = np.zeros(presence.shape, np.float32)
             presence[:, at], values[:, at] = known, outputs
-        presence = self._counted(teacher, ids, seconds, presence, age_seconds)
+        presence = self._mask_and_count(teacher, ids, seconds, presence, age_seconds)
         if self._embedding_width:
             data = columns.view(np.uint8)[:, 4 * len(tasks) :][:, : form.embedding_bytes]
             embeddings = decode(data, form.embedding_resolution, form.embedding_width)
             values = np.concatenate([values, embeddings], axis=1)
         return values, presence, age_seconds
 
-    def _counted(
+    def _mask_and_count(
         self, teacher: str, ids: Ints, seconds: Ints, presence: Mask, age_seconds: Floats
     ) -> Mask:
         """The presence (B, T) less what is stale; counts what there is, and what is missing."""
@@ -404,8 +406,8 @@ class TeacherLookup:
     def _wait(self, window: Pending, url: str, deadline: float) -> IndexedWindow:
         """A window that is being read; a StoreError if it does not come by the deadline."""
         while not window.done():
-            if not self._answers or time.monotonic() >= deadline:
-                self._answers = False
+            if not self._store_answers or time.monotonic() >= deadline:
+                self._store_answers = False
                 raise StoreError(
                     f"{url}: should answer within {self._timeout_seconds:g} s, and has not: "
                     "look-ups do not wait until it does; a larger timeout_seconds waits longer, "
@@ -413,16 +415,18 @@ class TeacherLookup:
                 )
             time.sleep(_POLL_SECONDS)
         read_one = window.result()
-        self._answers = True
+        self._store_answers = True
         return read_one
 
 
-class _Thread:
+class _WorkerThread:
     """Runs functions in order; the end of the process does not wait for it, as for an executor."""
 
     def __init__(self, name: str) -> None:
         self._work = queue.SimpleQueue[Any]()
-        self._thread = threading.Thread(target=_run, args=(self._work,), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=_run_work, args=(self._work,), name=name, daemon=True
+        )
         self._thread.start()
         weakref.finalize(self, self._work.put, None)  # where nobody closes it
 
@@ -436,7 +440,7 @@ class _Thread:
         self._thread.join()
 
 
-def _run(work: queue.SimpleQueue[Any]) -> None:
+def _run_work(work: queue.SimpleQueue[Any]) -> None:
     while (one := work.get()) is not None:
         future, function, arguments = one
         if future.set_running_or_notify_cancel():
@@ -447,7 +451,7 @@ def _run(work: queue.SimpleQueue[Any]) -> None:
         del one, future, function, arguments  # so that what they hold does not outlive them
 
 
-def _stores(
+def _open_stores(
     store: TeacherStore | Mapping[str, TeacherStore], teachers: str | Sequence[str] | None
 ) -> dict[str, TeacherStore]:
     """The store of each teacher, opened anew, which has it if it has any."""
@@ -467,6 +471,6 @@ def _stores(
     return {name: opened[id(given[name])] for name in names}
 
 
-def _taken(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
+def _read_column(name: str, function: Callable[[Any], Any], batch: Any) -> Any:
     what = f"the user's batch to its {name.replace('_', ' ')}"
     return read(name, function, batch, "TeacherLookup", what)

@@ -25,7 +25,7 @@ from torchrec_exfm.das.arrays import (
     as_int,
     as_seconds,
 )
-from torchrec_exfm.das.choice import check_names, chosen_versions
+from torchrec_exfm.das.choice import check_names, choose_versions
 from torchrec_exfm.das.embeddings import decode, encode
 from torchrec_exfm.das.memory_format import Columns, MemoryFeatures, MemoryFormat
 from torchrec_exfm.das.rules import NO_KEY, BadRows, absent, newest
@@ -34,7 +34,7 @@ from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["Memory", "MemoryEvents", "MemoryFeatures", "MemoryFormat", "store_events"]
 
-_PART = 2_000  # records that are made, and published, at a time
+_RECORDS_AT_ONCE = 2_000  # records that are made, and published, at a time
 
 
 class MemoryEvents(NamedTuple):
@@ -138,7 +138,7 @@ class Memory:
                 f"examples should be read in order of time; received one of {t.min()} after one "
                 f"of {self.through_seconds}: sort the stream, or take a table of memory_sql"
             )
-        event_keys, events, values = self._take(int(t.max(initial=self.through_seconds)))
+        event_keys, events, values = self._take_ready(int(t.max(initial=self.through_seconds)))
         return {
             name: memory.read(column, events, values, keys[name], t)
             for (name, memory), column in zip(self._by_key.items(), event_keys.T, strict=True)
@@ -159,7 +159,7 @@ class Memory:
             for values, records in memory.changed(unchanged):
                 yield name, values, records
 
-    def _take(self, through: int) -> tuple[AnyArray, ...]:
+    def _take_ready(self, through: int) -> tuple[AnyArray, ...]:
         """Take the events out that examples of a time see, and note the time."""
         self.through_seconds = through
         if len(self._waiting) > 1:
@@ -198,7 +198,7 @@ class _KeyMemory:
         group = np.cumsum(starts) - 1
         event_group, example_group = group[is_event], group[~is_event]
         sizes = np.bincount(event_group, minlength=np.count_nonzero(starts))
-        slots = self._slots_of(all_keys[order[starts]], sizes > 0)
+        slots = self._find_slots(all_keys[order[starts]], sizes > 0)
         first = np.cumsum(sizes) - sizes  # event of each group
         place = np.arange(n) - first[event_group]
         before, sources = self.states[slots], np.flatnonzero(has_key)[order[is_event]]
@@ -206,12 +206,12 @@ class _KeyMemory:
         states = self._accumulate(before[event_group], place, events["seconds"], values)
 
         targets = order[~is_event] - n
-        last, of_examples = np.empty((2, len(keys)), np.int64)
-        last[targets], of_examples[targets] = np.cumsum(is_event)[~is_event] - 1, example_group
-        num_new = last + 1 - first[of_examples]  # events of the key up to the last one before
-        rows = np.where(num_new > 0, len(before) + last, of_examples)
+        last, example_groups = np.empty((2, len(keys)), np.int64)
+        last[targets], example_groups[targets] = np.cumsum(is_event)[~is_event] - 1, example_group
+        num_new = last + 1 - first[example_groups]  # events of the key up to the last one before
+        rows = np.where(num_new > 0, len(before) + last, example_groups)
         example_states = np.concatenate([before, states]).take(rows, axis=0)
-        sequences = self._sequences(slots[of_examples], events, last, num_new)
+        sequences = self._sequences(slots[example_groups], events, last, num_new)
         features = self.format.features(example_states, *sequences, seconds)
 
         kept = place >= sizes[event_group] - self.format.length
@@ -228,8 +228,8 @@ class _KeyMemory:
         keys = np.fromiter(self.slots, np.int64, len(self.slots))
         changed = np.flatnonzero(self.is_changed[: len(keys)] | unchanged)
         self.is_changed[changed] = True
-        for begin in range(0, len(changed), _PART):
-            slots = changed[begin : begin + _PART]
+        for begin in range(0, len(changed), _RECORDS_AT_ONCE):
+            slots = changed[begin : begin + _RECORDS_AT_ONCE]
             none = np.zeros(len(slots), np.int64)
             events, lengths = self._sequences(slots, np.empty(0, self.rings.dtype), none, none)
             parts = np.split(events, np.cumsum(lengths)[:-1])
@@ -237,7 +237,7 @@ class _KeyMemory:
             yield keys[slots], [state.tobytes() + part.tobytes() for state, part in pairs]
             self.is_changed[slots] = False
 
-    def _slots_of(self, distinct: Ints, has_events: AnyArray) -> Ints:
+    def _find_slots(self, distinct: Ints, has_events: AnyArray) -> Ints:
         """Return the rows of values, with new ones for those that have events."""
         looked_up = map(self.slots.get, distinct.tolist(), repeat(-1))
         slots = np.fromiter(looked_up, np.int64, len(distinct))
@@ -245,7 +245,7 @@ class _KeyMemory:
         slots[new] = np.arange(len(self.slots), len(self.slots) + len(new))
         self.slots.update(zip(distinct[new].tolist(), slots[new].tolist(), strict=True))
         slots[slots < 0] = len(self.slots)
-        self._keep(slice(None))
+        self._keep_rows(slice(None))
         return slots
 
     def _accumulate(
@@ -299,15 +299,15 @@ class _KeyMemory:
         keys = np.fromiter(self.slots, np.int64, size)[kept]
         self.slots = dict(zip(keys.tolist(), range(len(kept)), strict=True))
         self.forgotten += size - len(kept)
-        self._keep(kept)
+        self._keep_rows(kept)
 
-    def _keep(self, rows: Any) -> None:
+    def _keep_rows(self, rows: Any) -> None:
         """Keep some rows, and have room for one more than there are slots."""
         for name in ("states", "rings", "is_changed"):
-            setattr(self, name, _room(getattr(self, name)[rows], len(self.slots) + 1))
+            setattr(self, name, _grow(getattr(self, name)[rows], len(self.slots) + 1))
 
 
-def _room(array: AnyArray, size: int) -> AnyArray:
+def _grow(array: AnyArray, size: int) -> AnyArray:
     """Return the array with room for so many rows, at least doubled where it grows."""
     if size <= len(array):
         return array
@@ -345,7 +345,7 @@ def store_events(
         ValueError: for a wrong value; at the end, if no row has a key.
         StoreError: as :meth:`TeacherStore.read`.
     """
-    pinned, excluded = chosen_versions("the memory", [teacher], snapshot, exclude)
+    pinned, excluded = choose_versions("the memory", [teacher], snapshot, exclude)
     check_names("teachers", [teacher], store.teachers() or [teacher])
     tasks, num_rows, have_keys = [store.tasks[0] if task is None else task], 0, False
     for window in store.windows(teacher):
@@ -359,12 +359,12 @@ def store_events(
         if embeddings:
             resolution, width = store.format.embedding_resolution, store.format.embedding_width
             values = decode(rows.embedding, resolution, width)
-            is_there: Any = np.isfinite(values).all(axis=1)
+            presence: Any = np.isfinite(values).all(axis=1)
         else:
-            values, is_there = rows.outputs, ~absent(rows.outputs)[:, 0]
+            values, presence = rows.outputs, ~absent(rows.outputs)[:, 0]
         seconds = np.maximum(rows.event_time, rows.trained_through) // MICROSECONDS
         order = np.lexsort((rows.example_id, seconds))
-        order = order[is_there[order]]
+        order = order[presence[order]]
         num_rows, have_keys = num_rows + len(rows), have_keys or bool(np.any(rows.keys != NO_KEY))
         columns = {name: rows.keys[order, number] for number, name in enumerate(keys)}
         yield MemoryEvents(columns, seconds[order], values[order])

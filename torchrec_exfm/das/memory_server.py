@@ -41,7 +41,7 @@ def publish_memory(url: AnyPath, memory: Memory, before_seconds: int, *, version
     """
     name, written = f"{memory.format.name}/{version}", 0
     through = int(max(before_seconds, memory.through_seconds))
-    with _telling(url), contextlib.closing(_open(url, writes=True)) as server:
+    with _as_store_errors(url), contextlib.closing(_connect(url, writes=True)) as server:
         (text,) = server.hmget(name, ["format"])
         known = _parse(url, name, text, memory.format)[1] if text else -1
         if known > through:
@@ -62,7 +62,7 @@ def publish_memory(url: AnyPath, memory: Memory, before_seconds: int, *, version
 
 def drop_memory(url: AnyPath, name: str, version: int) -> None:
     """Remove a version of a memory: who reads it gets a StoreError, as does a call that fails."""
-    with _telling(url), contextlib.closing(_open(url, writes=True)) as server:
+    with _as_store_errors(url), contextlib.closing(_connect(url, writes=True)) as server:
         server.unlink(f"{name}/{version}")
 
 
@@ -96,8 +96,8 @@ class ServedMemory:
         self, url: AnyPath, name: str, *, version: int = 1, format: MemoryFormat | None = None
     ) -> None:
         self._url, self._name = url, f"{name}/{version}"
-        with _telling(url):
-            self._server = _open(url, writes=False)
+        with _as_store_errors(url):
+            self._server = _connect(url, writes=False)
             (text,) = self._server.hmget(self._name, ["format"])
         self.format, self.through_seconds = _parse(url, self._name, text, format)
 
@@ -112,7 +112,7 @@ class ServedMemory:
         keys = self.format.key_values(columns, len(t))
         fields = {key: [f"{key}/{value}" for value in keys[key].tolist()] for key in keys}
         names = ["format", *{field for part in fields.values() for field in part}]
-        with _telling(self._url):
+        with _as_store_errors(self._url):
             records = dict(zip(names, self._server.hmget(self._name, names), strict=True))
         _, self.through_seconds = _parse(self._url, self._name, records["format"], self.format)
         if len(t) and t.min() < self.through_seconds - 60:  # by which clocks may differ
@@ -152,7 +152,7 @@ def _parse(url: AnyPath, name: str, text: bytes | None, expected: Any) -> tuple[
     )
 
 
-def _open(url: AnyPath, *, writes: bool) -> Any:
+def _connect(url: AnyPath, *, writes: bool) -> Any:
     """Return a client of redis-py, or a file with those of its methods that are used here."""
     if not str(url).startswith(("redis://", "rediss://")):
         return _File(url, writes)
@@ -168,7 +168,7 @@ def _open(url: AnyPath, *, writes: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _telling(url: AnyPath) -> Iterator[None]:
+def _as_store_errors(url: AnyPath) -> Iterator[None]:
     """Raise the libraries' errors as a StoreError."""
     try:
         yield

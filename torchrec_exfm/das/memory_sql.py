@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torchrec_exfm.das.ids import Dialect
-from torchrec_exfm.das.join import LARGEST, Wanted, quoted, quoted_table
+from torchrec_exfm.das.join import LARGEST, Wanted, quote, quote_table
 from torchrec_exfm.das.memory_format import DAY_SECONDS, MemoryFormat
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
@@ -13,7 +13,7 @@ from torchrec_exfm.das.store import TeacherStore
 __all__ = ["events_sql", "memory_sql"]
 
 # in each dialect: the last that is not null; a list of times as ages; an empty list
-_WORDS = {
+_DIALECTS = {
     "duckdb": ("last_value({} IGNORE NULLS)", "list_transform({}, lambda _t: {})", "[]"),
     "spark": ("last_value({}) IGNORE NULLS", "transform({}, _t -> {})", "array()"),
 }
@@ -36,11 +36,11 @@ def events_sql(
     and ``outputs``, the name of a table, as for :func:`join_sql`.
     """
     task = store.tasks[0] if task is None else task
-    wanted = Wanted.of(store, teacher, [task], snapshot, exclude, None, embeddings)
-    value = "embedding" if embeddings else quoted(f"output_{task}")
+    wanted = Wanted.from_arguments(store, teacher, [task], snapshot, exclude, None, embeddings)
+    value = "embedding" if embeddings else quote(f"output_{task}")
     return f"""SELECT {", ".join(KEYS)}, example_id, event_seconds, {value} AS value
 FROM (
-{wanted.winners(outputs, as_events=True)}
+{wanted.winners_sql(outputs, as_events=True)}
 ) AS won WHERE {value} IS NOT NULL"""
 
 
@@ -79,10 +79,10 @@ def memory_sql(
         >>> duckdb.sql(f"SELECT l_user_id_mean FROM ({text}) ORDER BY example_id").fetchall()
         [(None,), (None,), (0.5,), (1.0,)]
     """
-    if dialect not in _WORDS:
-        raise ValueError(f"dialect should be one of {(*_WORDS,)}; received {dialect!r}")
-    last_value, transform, empty = _WORDS[dialect]
-    vector, is_vector = f"source.{quoted(value)}", f"source.{quoted(value)} IS NOT NULL"
+    if dialect not in _DIALECTS:
+        raise ValueError(f"dialect should be one of {(*_DIALECTS,)}; received {dialect!r}")
+    last_value, transform, empty = _DIALECTS[dialect]
+    vector, is_vector = f"source.{quote(value)}", f"source.{quote(value)} IS NOT NULL"
     if format.width == 1:  # a float32, as in MemoryEvents
         is_vector = f"abs(CAST({vector} AS DOUBLE)) <= {LARGEST}"
         vector = f"CAST(CAST({vector} AS FLOAT) AS DOUBLE)"
@@ -91,11 +91,11 @@ def memory_sql(
         f"CAST(floor((seconds + {shift}) / {2 * half}) AS BIGINT) * {2 * half} + {half - shift}"
         for shift in (0, half)
     )
-    at = f"CAST(floor(source.{quoted(event_seconds)}) AS BIGINT)"
-    tables, columns, joins = [], ["source.*"], [f"FROM {quoted_table(examples)} AS source"]
+    at = f"CAST(floor(source.{quote(event_seconds)}) AS BIGINT)"
+    tables, columns, joins = [], ["source.*"], [f"FROM {quote_table(examples)} AS source"]
     for place, (name, key) in enumerate(zip(format.key_names, format.keys, strict=True)):
         memory, names = f"_memory_{place}", [f"key_{i}" for i in range(len(key))]
-        keys, parts = ", ".join(names), [*(f"source.{quoted(column)}" for column in key), at]
+        keys, parts = ", ".join(names), [*(f"source.{quote(column)}" for column in key), at]
         columns_at = [*zip(parts, [*names, "seconds"], strict=True)]
         keyed = ", ".join(f"{part} AS {column}" for part, column in columns_at)
         is_keyed = " AND ".join(f"{part} IS NOT NULL" for part in parts)
@@ -110,13 +110,13 @@ def memory_sql(
       SELECT *, {middle} AS middle, {later_middle} AS later_middle,
         row_number() OVER (PARTITION BY {keys} ORDER BY seconds, example_id, vector) AS place
       FROM (
-        SELECT {keyed}, source.{quoted(example_id)} AS example_id, {vector} AS vector
-        FROM {quoted_table(events)} AS source WHERE {is_keyed} AND {is_vector}
+        SELECT {keyed}, source.{quote(example_id)} AS example_id, {vector} AS vector
+        FROM {quote_table(events)} AS source WHERE {is_keyed} AND {is_vector}
       ) AS dated
     ) AS event
     UNION ALL
     SELECT DISTINCT {keyed}, 2 * {at}, {", ".join(["NULL"] * len(states))}
-    FROM {quoted_table(examples)} AS source WHERE {is_keyed}
+    FROM {quote_table(examples)} AS source WHERE {is_keyed}
   ) AS moment
   WINDOW known AS (PARTITION BY {keys} ORDER BY instant, number ROWS UNBOUNDED PRECEDING)
 )""")
@@ -132,7 +132,7 @@ def memory_sql(
             features["values"] = f"coalesce({memory}.vectors, {empty})"
             features["ages_days"] = f"coalesce({ages}, {empty})"
         start = f"{format.name}_{name}_"
-        columns += [f"{text} AS {quoted(start + n)}" for n, text in features.items()]
+        columns += [f"{text} AS {quote(start + n)}" for n, text in features.items()]
     return f"WITH {', '.join(tables)}\nSELECT {', '.join(columns)}\n{' '.join(joins)}"
 
 

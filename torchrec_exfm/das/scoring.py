@@ -21,7 +21,15 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import of_each_rank, rank, world_size
-from torchrec_exfm.das.feed import Feed, Part, ScoringReport, Shard, in_words, mark, naming
+from torchrec_exfm.das.feed import (
+    Feed,
+    Part,
+    ScoringReport,
+    Shard,
+    describe_error,
+    mark_done,
+    name_in_errors,
+)
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot
 from torchrec_exfm.das.snapshots import load_snapshot
@@ -97,7 +105,7 @@ def score(
     said = outputs, embeddings, store.format.chosen(tasks)
     with bar, _Job(model, store, device, feed, bar, *said, bad_rows) as job:
         job.run(teacher)
-        told = of_each_rank((in_words(feed.failure), feed.report), group)
+        told = of_each_rank((describe_error(feed.failure), feed.report), group)
     if group is not None:
         dist.destroy_process_group(group)
     if feed.failure is not None:
@@ -131,7 +139,7 @@ class _Job:
         self.pipeline: Any = EvalPipelineSparseDist(self.model.eval(), unused, self.device)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
         self.writing: Future[WriteReport] | None = None
-        self.kept: list[tuple[Part, Tensor]] = []  # of the piece that is scored
+        self.collected: list[tuple[Part, Tensor]] = []  # of the piece that is scored
         self.rows, self.started = 0, time.perf_counter()
         return self
 
@@ -150,7 +158,7 @@ class _Job:
             if loaded is None:
                 break
             load_snapshot(self.store, loaded, self.model)
-        self._trying(self._wait)
+        self._run_unless_failed(self._finish_write)
 
     def _score(self, batches: Iterator[Any]) -> None:
         """All of the batches, which ends with none in flight."""
@@ -162,9 +170,9 @@ class _Job:
                 self.pipeline.reset()
                 return
             part = self.feed.sent.popleft()
-            self._trying(self._keep, part, output)
+            self._run_unless_failed(self._collect, part, output)
 
-    def _trying(self, function: Callable[..., None], *args: Any) -> None:
+    def _run_unless_failed(self, function: Callable[..., None], *args: Any) -> None:
         """Keep an error for when all ranks can be told; nothing more is written then."""
         try:
             if self.feed.failure is None:
@@ -172,50 +180,52 @@ class _Job:
         except Exception as error:
             self.feed.failure = error
 
-    def _keep(self, part: Part | None, output: Any) -> None:
+    def _collect(self, part: Part | None, output: Any) -> None:
         logits, hidden = self.outputs(output), self.embeddings and self.embeddings(output)
         if part is None:
             self.feed.report.fillers += len(logits)
             return
         values = self.store.format.joined(logits, hidden, len(part.ids), self.tasks)
-        self.kept.append((part, values.float()))
+        self.collected.append((part, values.float()))
         self.rows += len(part.ids)
         if part.ends_piece:
-            self._wait()
-            self.writing = self.writer.submit(self._write, self.kept)
-            self.kept = []
+            self._finish_write()
+            self.writing = self.writer.submit(self._write, self.collected)
+            self.collected = []
         if part.ends_shard:
             self.feed.report.shards += 1
             rate = self.rows / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"{rate:,.0f} rows/s a rank", refresh=False)
             self.bar.update(self.feed.report.shards + self.feed.report.skipped - self.bar.n)
 
-    def _write(self, kept: list[tuple[Part, Tensor]]) -> WriteReport:
+    def _write(self, collected: list[tuple[Part, Tensor]]) -> WriteReport:
         """A piece; and with its last one the mark of the shard."""
-        last = kept[-1][0]
-        keys = {name: np.concatenate([p.keys[name] for p, _ in kept]) for name in last.keys}
+        last = collected[-1][0]
+        keys = {name: np.concatenate([p.keys[name] for p, _ in collected]) for name in last.keys}
         ids, seconds = (
-            np.concatenate([getattr(p, n) for p, _ in kept]) for n in ("ids", "seconds")
+            np.concatenate([getattr(p, n) for p, _ in collected]) for n in ("ids", "seconds")
         )
-        outputs, embeddings = torch.cat([v for _, v in kept]).tensor_split([len(self.tasks)], dim=1)
-        task = last.task
-        with naming(task.shard):
+        outputs, embeddings = torch.cat([v for _, v in collected]).tensor_split(
+            [len(self.tasks)], dim=1
+        )
+        assignment = last.assignment
+        with name_in_errors(assignment.shard):
             report = self.store.write(
-                task.snapshot,
+                assignment.snapshot,
                 ids,
                 outputs,
                 seconds,
                 tasks=self.tasks,
-                shard=f"{task.shard.name}/{last.piece}",
+                shard=f"{assignment.shard.name}/{last.piece}",
                 keys=keys,
                 embeddings=self.embeddings and embeddings,
                 bad_rows=self.bad_rows,
             )
         if last.ends_shard:
-            mark(self.store, task)
+            mark_done(self.store, assignment)
         return report
 
-    def _wait(self) -> None:
+    def _finish_write(self) -> None:
         if self.writing is not None:
             writing, self.writing = self.writing, None
             report, written = self.feed.report, writing.result()

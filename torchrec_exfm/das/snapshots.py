@@ -54,7 +54,7 @@ def publish(
     if model is not None:
         save_checkpoint(checkpoint_folder(store, teacher, name), model.state_dict())
     checkpoint = name if model is not None else None
-    return on_rank_0(lambda: _commit(store, teacher, through, checkpoint))
+    return on_rank_0(lambda: _commit_snapshot(store, teacher, through, checkpoint))
 
 
 def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
@@ -159,11 +159,13 @@ def forget(
         window = as_second("before_seconds", before_seconds) // store.format.window_seconds
         rows = store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}")
         return ForgetReport(rows, 0)
-    numbers = sorted({_version(version) for version in ([] if versions is None else versions)})
+    numbers = sorted(
+        {_check_version(version) for version in ([] if versions is None else versions)}
+    )
     if not numbers:
         return ForgetReport(0, 0)
 
-    def published_ones() -> list[dict[str, Any]]:
+    def find_rows() -> list[dict[str, Any]]:
         store.registry.refresh()
         rows = rows_of_registry(store)
         return [row for row in rows if row["teacher"] == teacher and row["version"] in numbers]
@@ -172,12 +174,14 @@ def forget(
         names = [row["checkpoint"] for row in known]
         return [checkpoint_folder(store, teacher, name) for name in names if name is not None]
 
-    known = published_ones()
+    known = find_rows()
     folders()  # fails before anything is deleted
-    rows = store.table.delete(f"teacher = '{teacher}' AND ({_among('snapshot', numbers)})")
-    known = published_ones()  # with those published meanwhile
-    snapshots = store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
-    if left := [row for row in published_ones() if row in known]:
+    rows = store.table.delete(f"teacher = '{teacher}' AND ({_predicate('snapshot', numbers)})")
+    known = find_rows()  # with those published meanwhile
+    snapshots = store.registry.delete(
+        f"teacher = '{teacher}' AND ({_predicate('version', numbers)})"
+    )
+    if left := [row for row in find_rows() if row in known]:
         # the library looks for rows only where the log's statistics say they may be
         raise StoreError(
             f"{store.registry.url}: still has what was to be forgotten, version "
@@ -224,7 +228,7 @@ def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
     return folder
 
 
-def _commit(
+def _commit_snapshot(
     store: TeacherStore, teacher: str, trained_through_seconds: int, checkpoint: str | None
 ) -> Snapshot:
     registry, versions = store.registry, [0]
@@ -252,14 +256,14 @@ def _commit(
     return Snapshot(teacher, versions[-1], trained_through_seconds)
 
 
-def _version(version: int) -> int:
+def _check_version(version: int) -> int:
     number = as_int(version)
     if isinstance(version, bool) or not 0 <= number < 2**40:
         raise TypeError(f"versions should be whole numbers in [0, 2^40); received {version!r}")
     return number
 
 
-def _among(column: str, numbers: list[int]) -> str:
+def _predicate(column: str, numbers: list[int]) -> str:
     """A predicate that is true for the numbers, which are in order: a comparison for each run."""
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     bounds = [(members[0][1], members[-1][1]) for members in (list(run) for _, run in runs)]

@@ -107,10 +107,10 @@ def train_windows(
             f"{folder} should be of a run of train_windows; received one at the position {position}"
         )
     before_seconds = position["before_seconds"] if position is not None else 0
-    for window in _in_order(windows, before_seconds):
+    for window in _check_order(windows, before_seconds):
         if window.end_seconds <= before_seconds:
             continue
-        for output in _outputs(pipeline, window.data):
+        for output in _run_batches(pipeline, window.data):
             step(output)
         yield window
         if folder is not None:
@@ -151,13 +151,13 @@ def train_teacher(
     _check_count("refresh", refresh, 1)
     number = 0
 
-    def counted() -> Iterator[Window]:
+    def count_windows() -> Iterator[Window]:
         nonlocal number
         for window in windows:
             number += 1  # of those that a run before this one trained on, too
             yield window
 
-    for window in train_windows(pipeline, counted(), step=step, folder=folder):
+    for window in train_windows(pipeline, count_windows(), step=step, folder=folder):
         if logger is not None:
             logger.flush()
         last = window.end_seconds - 1
@@ -166,7 +166,7 @@ def train_teacher(
         if number % refresh == 0 and not known:
             model = pipeline_parts(pipeline).model
             publish(store, teacher, model, trained_through_seconds=last)
-        _advance(store, teacher, window.end_seconds)
+        _advance_watermark(store, teacher, window.end_seconds)
         yield window
 
 
@@ -211,19 +211,19 @@ def score_windows(
     begins: deque[int] = deque(maxlen=delay + 1)
     loaded: Snapshot | None = None
     writer = f"{teacher}/scores"
-    before_seconds = on_rank_0(lambda: _watermark(store, writer)) or 0
-    for window in _in_order(windows, before_seconds):
+    before_seconds = on_rank_0(lambda: _read_watermark(store, writer)) or 0
+    for window in _check_order(windows, before_seconds):
         begins.append(window.begin_seconds)
         if window.end_seconds <= before_seconds:
             continue
-        _wait(store.url, lambda: store, teacher, begins[0], timeout_seconds)
+        _wait_for_watermark(store.url, lambda: store, teacher, begins[0], timeout_seconds)
         snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=begins[0]))
         if snapshot is not None:
             if snapshot != loaded:
                 load_snapshot(store, snapshot, model)
             loaded = snapshot
             score(model, store, window.data, snapshot, device=device, **options)
-        _advance(store, writer, window.end_seconds)
+        _advance_watermark(store, writer, window.end_seconds)
         yield window
 
 
@@ -264,7 +264,7 @@ def wait_for_outputs(
             store = lookup.stores.get(writer, first)
             at = functools.partial(opened, store)
             try:
-                _wait(store.url, at, writer, window.end_seconds, timeout_seconds)
+                _wait_for_watermark(store.url, at, writer, window.end_seconds, timeout_seconds)
             except TimeoutError as late:
                 if on_late == "raise":
                     raise
@@ -273,7 +273,7 @@ def wait_for_outputs(
         yield window
 
 
-def _outputs(pipeline: TrainPipeline[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
+def _run_batches(pipeline: TrainPipeline[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
     """What the pipeline gives for each batch; at the end none is in flight."""
     left = (batch for batch in batches)  # TorchRec begins anew with another iterator: a loader
     _check_none_in_flight(pipeline)  # whose workers persist gives the same one each time
@@ -301,7 +301,7 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} should be at least {least}, in windows; received {value}")
 
 
-def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window]:
+def _check_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window]:
     """The windows, without a gap or an overlap: with what was done before a time, neither."""
     end = None
     for window in windows:
@@ -321,18 +321,18 @@ def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window
         yield window
 
 
-def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
+def _advance_watermark(store: TeacherStore, writer: str, before_seconds: int) -> None:
     of_each_rank(None)  # all of them have written
     on_rank_0(lambda: store.advance_watermark(writer, before_seconds))
 
 
-def _watermark(store: TeacherStore, writer: str) -> int | None:
+def _read_watermark(store: TeacherStore, writer: str) -> int | None:
     """The newest."""
     store.refresh()
     return store.watermark(writer)
 
 
-def _wait(
+def _wait_for_watermark(
     url: str,
     opened: Callable[[], TeacherStore],
     writer: str,
@@ -345,7 +345,7 @@ def _wait(
     def look() -> str | None:
         """What is wrong so far; the store may be out of reach for a while."""
         try:
-            watermark = _watermark(opened(), writer)
+            watermark = _read_watermark(opened(), writer)
         except StoreError as error:
             return f"could not be read: {error}"
         if (watermark or 0) >= before_seconds:

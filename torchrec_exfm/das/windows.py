@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # So many windows that were read again, soon after they were let go, within so many batches
-_THRASHING, _WITHIN = 8, 6
+_THRASHING_READS, _THRASHING_BATCHES = 8, 6
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_window(
     windows = store.windows(selection.teacher)
     first = windows[0] if windows else None
     following = next((later for later in windows if later > window), None)
-    files = _paths(store, selection, window)
+    files = _file_paths(store, selection, window)
     if before is not None and before.files == files:
         return replace(before, first=first, following=following)
     rows, quarantined = store.read(
@@ -98,7 +98,7 @@ def read_window(
         bad_rows=selection.bad_rows,
         embeddings=selection.embedding_bytes > 0,
     )
-    files = _paths(store, selection, window)  # compaction may have put others in their place
+    files = _file_paths(store, selection, window)  # compaction may have put others in their place
     if selection.snapshot is not None:
         rows = rows[rows.snapshot == selection.snapshot]
     if selection.excluded:
@@ -115,7 +115,7 @@ def read_window(
     return IndexedWindow(index, files, sum(quarantined.values()), first, following)
 
 
-def _paths(store: TeacherStore, selection: Selection, window: int) -> tuple[str, ...]:
+def _file_paths(store: TeacherStore, selection: Selection, window: int) -> tuple[str, ...]:
     return tuple(file.path for file in store.files(selection.teacher, window))
 
 
@@ -170,29 +170,29 @@ class HeldWindows:
         self._held: dict[int, Pending] = {}  # the one used last comes last
         self._reread: dict[int, Pending] = {}
         self._refreshed = time.monotonic()
-        self._rows: dict[int, int] = {}  # of each window, as it was last
-        self._left_out: dict[int, int] = {}
-        self._dropped = deque[int](maxlen=_THRASHING)
+        self._row_counts: dict[int, int] = {}  # of each window, as it was last
+        self._quarantined: dict[int, int] = {}
+        self._dropped = deque[int](maxlen=_THRASHING_READS)
         self._batches = 0
-        self._read_again = deque[int](maxlen=_THRASHING)  # at which batches
-        self._told = False
+        self._read_again = deque[int](maxlen=_THRASHING_READS)  # at which batches
+        self._has_warned = False
 
     def find(self, ids: Ints, seconds: Ints, deadline: float) -> tuple[Floats, Floats, Mask]:
         """Values (B, width), ages (B,) and presence (B,) of examples, where it has them."""
-        self._refresh()
+        self._reread_windows()
         self._batches += 1
         windows = self.store.window_of(seconds)
         in_one = len(windows) and windows.min() == windows.max()
         needed = (windows[:1] if in_one else np.unique(windows)).tolist()
         if in_one:
-            held = self._window(needed[0], needed, deadline)
+            held = self._wait_for_window(needed[0], needed, deadline)
             self._read_ahead(held, needed)
             return held.index.find(ids)
         values = np.zeros((len(ids), self.selection.width), dtype=np.float32)
         age_seconds = np.zeros(len(ids), dtype=np.float32)
         presence = np.zeros(len(ids), dtype=np.bool_)
         for window in needed:
-            held, rows = self._window(window, needed, deadline), windows == window
+            held, rows = self._wait_for_window(window, needed, deadline), windows == window
             values[rows], age_seconds[rows], presence[rows] = held.index.find(ids[rows])
         if needed:
             self._read_ahead(held, needed)
@@ -202,15 +202,15 @@ class HeldWindows:
         """Forget what was read; what is being read meanwhile is not used."""
         self._held.clear()
         self._reread.clear()
-        self._rows.clear()
+        self._row_counts.clear()
 
     @property
     def quarantined(self) -> int:
         """Rows that break a rule, in all windows that were looked at."""
-        return sum(self._left_out.values())
+        return sum(self._quarantined.values())
 
-    def _window(self, window: int, needed: list[int], deadline: float) -> IndexedWindow:
-        self._start(window, needed)
+    def _wait_for_window(self, window: int, needed: list[int], deadline: float) -> IndexedWindow:
+        self._start_reading(window, needed)
         pending = self._held[window] = self._held.pop(window)
         try:
             held = self._wait(pending, self.store.url, deadline)
@@ -219,16 +219,16 @@ class HeldWindows:
                 del self._held[window]
                 self._reread.pop(window, None)
             raise
-        self.late += max(0, len(held.index) - self._rows.get(window, len(held.index)))
-        self._rows[window], self._left_out[window] = len(held.index), held.quarantined
+        self.late += max(0, len(held.index) - self._row_counts.get(window, len(held.index)))
+        self._row_counts[window], self._quarantined[window] = len(held.index), held.quarantined
         self.first = held.first
         return held
 
     def _read_ahead(self, last: IndexedWindow, needed: list[int]) -> None:
         if last.following is not None and len(needed) < self._max_windows:
-            self._start(last.following, needed)
+            self._start_reading(last.following, needed)
 
-    def _start(self, window: int, needed: list[int]) -> None:
+    def _start_reading(self, window: int, needed: list[int]) -> None:
         """Let it be read, if it is not in memory, in the place of the one used longest ago."""
         if window in self._held:
             return
@@ -238,24 +238,28 @@ class HeldWindows:
             if self._held.pop(other, None) is not None:
                 self._dropped.append(other)
         if window in self._dropped:
-            self._tell_of_thrashing()
+            self._warn_of_thrashing()
         self._held[window] = self._read(window)
 
-    def _tell_of_thrashing(self) -> None:
+    def _warn_of_thrashing(self) -> None:
         self._read_again.append(self._batches)
-        often = len(self._read_again) == _THRASHING
-        if self._told or not often or self._batches - self._read_again[0] >= _WITHIN:
+        often = len(self._read_again) == _THRASHING_READS
+        if (
+            self._has_warned
+            or not often
+            or self._batches - self._read_again[0] >= _THRASHING_BATCHES
+        ):
             return
-        self._told = True
+        self._has_warned = True
         warnings.warn(
-            f"{self.store.url}: {_THRASHING} windows were read again soon after they had made "
-            f"room for others: batches lie in more windows than max_windows={self._max_windows}: "
-            "raise it, or give the batches in order of time",
+            f"{self.store.url}: {_THRASHING_READS} windows were read again soon after they had "
+            "made room for others: batches lie in more windows than "
+            f"max_windows={self._max_windows}: raise it, or give the batches in order of time",
             NotPipelinedWarning,
             stacklevel=2,
         )
 
-    def _refresh(self) -> None:
+    def _reread_windows(self) -> None:
         for window in [w for w, pending in self._reread.items() if pending.done()]:
             pending = self._reread.pop(window)
             if window in self._held:
