@@ -145,8 +145,8 @@ def test_data_files_are_those_of_the_table_in_the_windows_asked_for(tmp_path: Pa
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"teachers": "other"}, "teachers should be of those there are, \\('fm',\\)"),
-        ({"tasks": ["stay"]}, "tasks should be of those there are"),
+        ({"teachers": "other"}, "missing teachers: expected a subset of \\('fm',\\)"),
+        ({"tasks": ["stay"]}, "missing tasks: expected a subset of"),
         ({"snapshot": -1}, "snapshot should be a version; received -1"),
         ({"max_age_seconds": -1}, "max_age_seconds should be a number of seconds from 0"),
         ({"snapshot": 3, "exclude": [3]}, "the join pins version 3 of fm, and excludes it"),
@@ -432,7 +432,7 @@ def test_the_command_joins_and_says_what_it_found(
         "  left out, as they have a negative example id: 1 rows",
     ]
     assert main([*arguments, "--teacher", "other"]) == 2
-    assert "teachers should be of those there are" in capsys.readouterr().err
+    assert "missing teachers: expected a subset of" in capsys.readouterr().err
 
 
 def test_what_a_file_was_made_of_is_in_it(

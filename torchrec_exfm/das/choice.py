@@ -1,4 +1,4 @@
-"""Which teachers, and which of their versions, a look-up or a join is asked for."""
+"""Checks of the teachers, tasks and versions that a look-up, a join or a memory is asked for."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def choose_versions(
     snapshot: int | Mapping[str, int] | None,
     exclude: Collection[int] | Mapping[str, Collection[int]],
 ) -> tuple[dict[str, int | None], dict[str, tuple[int, ...]]]:
-    """Of each teacher the version that is pinned, if one is, and those that are passed over.
+    """Return each teacher's pinned version (None: the newest counts) and its excluded versions.
 
-    Both may be given for all teachers, or by name. ``caller`` is who is told of in an error.
+    Both may be given for all teachers, or by name. ``caller`` begins an error message.
 
     Raises:
-        TypeError: for another kind.
-        ValueError: for another name, what is no version, and one that is pinned and excluded.
+        TypeError: if ``exclude`` is no collection, or a version is not an integer.
+        ValueError: for an unknown teacher, a version out of range, or one pinned and excluded.
     """
     pins = snapshot if isinstance(snapshot, Mapping) else dict.fromkeys(teachers, snapshot)
     excluded = exclude if isinstance(exclude, Mapping) else dict.fromkeys(teachers, exclude)
-    check_names("snapshot", tuple(pins), teachers)
-    check_names("exclude", tuple(excluded), teachers)
+    check_names("teachers of snapshot", tuple(pins), teachers, may_be_empty=True)
+    check_names("teachers of exclude", tuple(excluded), teachers, may_be_empty=True)
     excluded_versions = {teacher: _sort_versions(excluded.get(teacher, ())) for teacher in teachers}
     pinned: dict[str, int | None] = dict.fromkeys(teachers)
     for teacher, version in pins.items():
@@ -42,12 +42,14 @@ def choose_versions(
     return pinned, excluded_versions
 
 
-def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """A ValueError unless the names are of those known, each at most once; some must be given."""
-    none = not names and what not in ("snapshot", "exclude")
-    if none or not set(names) <= set(known) or len(set(names)) < len(names):
+def check_names(
+    what: str, names: Sequence[str], known: Sequence[str], *, may_be_empty: bool = False
+) -> None:
+    """Raise a ValueError unless names are known, distinct and, as a rule, at least one."""
+    is_missing = not names and not may_be_empty
+    if is_missing or not set(names) <= set(known) or len(set(names)) < len(names):
         raise ValueError(
-            f"{what} should be of those there are, {tuple(known)}, each at most once; received "
+            f"unknown, repeated or missing {what}: expected a subset of {tuple(known)}, received "
             f"{tuple(names)}"
         )
 
