@@ -356,12 +356,12 @@ def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"teachers": "nobody"}, r"teachers should be of .* \('fm',\), .* received \('nobody',\)"),
-        ({"teachers": ()}, "teachers should be of"),
-        ({"teachers": ("fm", "fm")}, "teachers should be of .* each at most once"),
-        ({"tasks": ("buy",)}, r"tasks should be of .* \('label',\), .* received \('buy',\)"),
-        ({"tasks": ()}, "tasks should be of"),
-        ({"snapshot": {"nobody": 1}}, "snapshot should be of"),
+        ({"teachers": "nobody"}, r"teachers: .* \('fm',\), received \('nobody',\)"),
+        ({"teachers": ()}, r"missing teachers: expected .* received \(\)"),
+        ({"teachers": ("fm", "fm")}, "unknown, repeated or missing teachers"),
+        ({"tasks": ("buy",)}, r"tasks: .* \('label',\), received \('buy',\)"),
+        ({"tasks": ()}, "missing tasks"),
+        ({"snapshot": {"nobody": 1}}, "unknown, .* teachers of snapshot"),
         ({"missing": "drop"}, "'mask' or 'raise'; received 'drop'"),
         ({"bad_rows": "drop"}, "'refuse' or 'quarantine'; received 'drop'"),
         ({"max_age_seconds": -1}, "seconds from 0; received -1"),
