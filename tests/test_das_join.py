@@ -276,12 +276,12 @@ def test_files_of_another_join_are_not_taken_for_its_own(
     pq.write_table(small_examples([0, 7]), folder / "a.parquet")
     out = tmp_path / "out"
     join_files(store, str(folder), out)
-    with pytest.raises(ValueError, match=r"a\.parquet: is there, and is not what this join would"):
+    with pytest.raises(ValueError, match=r"a\.parquet: exists, and is not of this join"):
         join_files(store, str(folder), out, exclude=[5])
-    with pytest.raises(ValueError, match=r"a\.parquet: is there, and is not what this join would"):
+    with pytest.raises(ValueError, match=r"a\.parquet: exists, and is not of this join"):
         join_files(store, str(folder), folder)  # the examples' own folder
     (out / "b.parquet").touch()
-    with pytest.raises(ValueError, match=r"nothing else; it has \['b\.parquet'\]"):
+    with pytest.raises(ValueError, match=r"only the files of this join; it has \['b\.parquet'\]"):
         join_files(store, str(folder), out)
 
 

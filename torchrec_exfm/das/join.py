@@ -1,4 +1,4 @@
-"""Teachers' outputs as columns of the examples: one text of SQL for the engines that exist."""
+"""Join of examples with teacher outputs, as one SQL statement for DuckDB and Spark."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["data_files", "join_sql"]
 
-WINNERS = "_winners"  # the name of a table in the text
-LARGEST = 3.4028234663852886e38  # of float32; NaN is larger to both engines
-# as text they become times of the kind that they are compared with
+WINNERS = "_winners"  # a table of the statement: the row that counts, of each example
+LARGEST = 3.4028234663852886e38  # of float32; both engines sort NaN above it
+# Text literals take the type of the timestamps that they are compared with, with a zone or without.
 _FIRST, _LAST = (f"'{utc(seconds)}'" for seconds in (0, MAX_SECONDS))
 
 
@@ -33,36 +33,37 @@ def join_sql(
     event_seconds: str = "event_seconds",
     event_time: str | None = None,
 ) -> str:
-    """One SELECT, for DuckDB 2 and Spark 3.5 or newer: examples with what teachers said of them.
+    """Return one SELECT that joins examples with outputs, for DuckDB 2 and Spark 3.5 or newer.
 
-    Rows are found as :class:`TeacherLookup` finds them: in the window of the example's own time,
-    those that break no rule of the store, and of several the newest snapshot's, then what was
-    logged in training, then what was scored last. Columns: those of the examples, then of each
-    teacher ``TEACHER_TASK`` for each task, ``TEACHER_snapshot`` (the version that said it),
-    ``TEACHER_age_seconds`` (event time - trained-through; 0 for what was logged) and
-    ``TEACHER_embedding`` (bytes); all null where there is no output. Examples keep their number,
-    not their order.
+    It finds the rows that :class:`TeacherLookup` finds: in the window of the example's event time,
+    among rows that break no rule of the store. Of several rows the newest snapshot's counts, then
+    one logged in training, then the one scored last.
+
+    Columns are those of the examples, then for each teacher ``TEACHER_TASK`` for each task,
+    ``TEACHER_snapshot`` (the version), ``TEACHER_age_seconds`` (event time - trained-through; 0 for
+    logged outputs) and, if asked for, ``TEACHER_embedding`` (bytes). They are null where there is
+    no output. The number of examples stays the same; their order may change.
 
     Args:
-        store: of the outputs; its tasks and its length of a window are in the text.
-        teachers: a name or several.
-        tasks: which of the store's; None: all.
-        snapshot: pins a version, of all teachers or by name; None: the newest counts.
-        exclude: versions that are passed over, of all teachers or by name.
-        max_age_seconds: older outputs are as none; None: none is too old.
-        embeddings: give the bytes of the embeddings too.
-        examples: the name of the table of examples, within a catalog if need be (``a.b.c``).
-        outputs: the same of the table of outputs: the Delta table ``outputs`` in the store's
-            folder, or a view of :func:`data_files`.
-        example_id: the examples' column of ids.
-        event_seconds: their column of event times in epoch seconds.
-        event_time: their column of timestamps, in the place of ``event_seconds``. Those without a
-            time zone are in that of the engine's session.
+        store: the store; its tasks and the length of its windows are part of the text.
+        teachers: one name or several.
+        tasks: some of the store's tasks; None: all.
+        snapshot: a pinned version, for all teachers or by name; None: the newest counts.
+        exclude: versions to ignore, for all teachers or by name.
+        max_age_seconds: treat older outputs as absent; None: no limit.
+        embeddings: include the bytes of the embeddings.
+        examples: name of the table of examples, within a catalog if need be (``a.b.c``).
+        outputs: name of the table of outputs: the Delta table ``outputs`` in the store's folder, or
+            a view of :func:`data_files`.
+        example_id: column of the examples' ids.
+        event_seconds: column of their event times in epoch seconds.
+        event_time: column of their timestamps, used instead of ``event_seconds``. Timestamps
+            without a time zone are in that of the engine's session.
 
     Raises:
-        TypeError: for a wrong kind.
-        ValueError: for a wrong value; for a task or a teacher that the store lacks; for columns
-            that would differ by upper and lower case alone.
+        TypeError: for an argument of a wrong type.
+        ValueError: for a wrong value; for a task or a teacher that the store lacks; for column
+            names that differ in upper and lower case only.
 
     Example:
         >>> import duckdb, tempfile
@@ -90,16 +91,16 @@ def data_files(
     first_seconds: int = 0,
     last_seconds: int = MAX_SECONDS,
 ) -> list[str]:
-    """The Parquet files that hold a store's outputs for events between two times, both included.
+    """Return the Parquet files with a store's outputs for events between two times, inclusive.
 
-    Other files in the store's folder have left the table, and are not to be read. ``teacher`` and
-    ``window`` are in the paths (Hive partitions).
+    Don't read other files in the store's folder: they are no longer part of the table. ``teacher``
+    and ``window`` are in the paths (Hive partitions).
 
     Args:
-        store: as of the commit that it is at.
-        teachers: a name or several; None: all.
-        first_seconds: the least event time, epoch seconds.
-        last_seconds: the last event time.
+        store: the store, at its current commit.
+        teachers: one name or several; None: all.
+        first_seconds: the first event time, epoch seconds.
+        last_seconds: the last event time, epoch seconds.
     """
     names = {teachers} if isinstance(teachers, str) else teachers
     first, last = (
@@ -114,7 +115,7 @@ def data_files(
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which outputs are wanted, of which rows: the arguments of ``join_sql``, checked."""
+    """The selection of outputs and rows: the checked arguments of ``join_sql``."""
 
     window_seconds: int
     teachers: tuple[str, ...]
@@ -135,6 +136,7 @@ class Wanted:
         max_age_seconds: float | None,
         embeddings: bool,
     ) -> Wanted:
+        """Check the arguments of ``join_sql``, with its errors."""
         names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         chosen = store.tasks if tasks is None else tuple(tasks)
         check_names("teachers", names, store.teachers() or names)
@@ -142,7 +144,7 @@ class Wanted:
         pinned, excluded = choose_versions("the join", names, snapshot, exclude)
         if max_age_seconds is not None:
             check_duration("max_age_seconds", max_age_seconds)
-        embeddings = embeddings and store.format.embedding_bytes > 0  # refuses a store without
+        embeddings = embeddings and store.format.embedding_bytes > 0  # raises without embeddings
         wanted = cls(
             store.format.window_seconds,
             names,
@@ -161,7 +163,7 @@ class Wanted:
         return wanted
 
     def columns(self, teacher: str) -> dict[str, str]:
-        """The columns that a teacher becomes, each with its name among the winners."""
+        """Return a teacher's columns: the name in the result, and that among the winners."""
         columns = {f"{teacher}_{task}": f"output_{task}" for task in self.tasks}
         columns[f"{teacher}_snapshot"] = "snapshot"
         columns[f"{teacher}_age_seconds"] = "age_seconds"
@@ -170,7 +172,7 @@ class Wanted:
         return columns
 
     def rules(self) -> dict[str, str]:
-        """What rows may not do, in words and as a condition: ``rules.broken_rules`` in SQL."""
+        """Return the rules of ``rules.broken_rules``: a text, and in SQL what breaks the rule."""
         infinite = [f"abs({quote(f'output_{task}')}) > {LARGEST}" for task in self.tasks]
         time, length = (
             _microseconds_between(_FIRST, "event_time"),
@@ -190,9 +192,10 @@ class Wanted:
         }
 
     def winners_sql(self, outputs: str, as_events: bool = False) -> str:
-        """The row of each example that counts, for each teacher and window.
+        """Return a SELECT of the row that counts, for each example, teacher and window.
 
-        As events they have keys, and the time from which they are known (``event_seconds``).
+        With ``as_events`` it has keys too, and in ``event_seconds`` the time from which the output
+        is known.
         """
         tasks = [quote(f"output_{task}") for task in self.tasks]
         columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
@@ -227,7 +230,7 @@ WHERE place = 1"""
     def joined_sql(
         self, examples: str, example_id: str, event_seconds: str, event_time: str | None
     ) -> str:
-        """The examples beside the winners of each teacher."""
+        """Return a SELECT of the examples joined with the winners of each teacher."""
         columns, joins = ["example.*"], []
         for number, teacher in enumerate(self.teachers):
             won = f"teacher_{number}"
@@ -255,16 +258,20 @@ WHERE place = 1"""
 
 
 def _microseconds_between(start: str, end: str) -> str:
-    """Between two times. MICROSECOND is a unit to Spark, and to DuckDB the column that holds it."""
+    """Return an expression for the microseconds between two times.
+
+    Spark reads MICROSECOND as a unit; DuckDB reads it as a column, which holds the unit's name.
+    """
     return f"datediff(MICROSECOND, {start}, {end})"
 
 
 def outputs_source(outputs: str) -> str:
-    """The table of outputs with the unit that :func:`_microseconds_between` counts in."""
+    """Return the table of outputs with the column that :func:`_microseconds_between` needs."""
     return f"(SELECT *, 'microsecond' AS microsecond FROM {quote_table(outputs)}) AS stored"
 
 
 def quote(name: str) -> str:
+    """Return a name in backticks, which both engines take; raise if it is not printable."""
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(
             f"a table or column should have a name that can be read; received {name!r}"
@@ -273,5 +280,5 @@ def quote(name: str) -> str:
 
 
 def quote_table(name: str) -> str:
-    """The quoted name of a table, which may be within a catalog and a schema."""
+    """Return the quoted name of a table, which may be within a catalog and a schema."""
     return ".".join(map(quote, name.split(".")))
