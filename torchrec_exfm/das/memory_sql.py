@@ -1,4 +1,4 @@
-"""The features of a memory as one text of SQL, for DuckDB 2 and Spark 3.5 or newer."""
+"""The features of a memory as one SQL statement, for DuckDB 2 and Spark 3.5 or newer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["events_sql", "memory_sql"]
 
-# in each dialect: the last that is not null; a list of times as ages; an empty list
+# By dialect: the last value that is not null; a map from a list of times to ages; an empty list
 _DIALECTS = {
     "duckdb": ("last_value({} IGNORE NULLS)", "list_transform({}, lambda _t: {})", "[]"),
     "spark": ("last_value({}) IGNORE NULLS", "transform({}, _t -> {})", "array()"),
@@ -29,11 +29,11 @@ def events_sql(
     exclude: Collection[int] = (),
     outputs: str = "outputs",
 ) -> str:
-    """Return one SELECT of what a store holds of a teacher as events, for :func:`memory_sql`.
+    """Return one SELECT of a teacher's outputs in a store as events, for :func:`memory_sql`.
 
-    Columns: those of ``KEYS``, ``example_id``, ``event_seconds`` and ``value``, a task's output or,
-    with ``embeddings``, bytes. Rows, times and arguments are as for :func:`store_events`, errors
-    and ``outputs``, the name of a table, as for :func:`join_sql`.
+    Columns are those of ``KEYS``, ``example_id``, ``event_seconds`` and ``value``: a task's output
+    or, with ``embeddings``, the bytes of the embedding. Rows, times and arguments are as for
+    :func:`store_events`. Errors and ``outputs``, the name of a table, are as for :func:`join_sql`.
     """
     task = store.tasks[0] if task is None else task
     wanted = Wanted.from_arguments(store, teacher, [task], snapshot, exclude, None, embeddings)
@@ -54,21 +54,23 @@ def memory_sql(
     event_seconds: str = "event_seconds",
     value: str = "value",
 ) -> str:
-    """Return one SELECT: examples with what a memory knows of their keys before their time.
+    """Return one SELECT of the examples with a memory's features of their keys at their times.
 
-    Columns: those of the examples, then for each key ``NAME_KEY_count`` (0 without an event),
-    ``_mean``, ``_last``, ``_decayed_mean``, ``_days_since`` (null) and, for sequences, ``_values``
-    and ``_ages_days`` (lists, the last first), as in :class:`MemoryFeatures` up to rounding. For a
-    width of more than 1 values are bytes, as of embeddings: without the means and ``_last``. Events
-    of one second are in order of ``example_id``; without a key, a time or a finite value they are
-    none. Examples keep their number, not their order.
+    Columns are those of the examples, then for each key ``NAME_KEY_count`` (0 without events),
+    ``_mean``, ``_last``, ``_decayed_mean`` and ``_days_since`` (null without events). With
+    sequences there are also ``_values`` and ``_ages_days``, lists with the newest event first. They
+    equal :class:`MemoryFeatures` up to rounding. With a width above 1 values are bytes, as of
+    embeddings, and there are no means and no ``_last``.
 
-    ``events`` is the name of a table of keys, ids, times and values, as of :func:`events_sql` or of
-    labels, ``examples`` that of one of keys and times, maybe the same; the others are names of
-    their columns. Dialects differ in their words for lists.
+    Events of one second are in order of ``example_id``. Rows without a key, a time or a finite
+    value are no events. The number of examples stays the same; their order may change.
+
+    ``events`` is the name of a table of keys, ids, times and values, such as :func:`events_sql` or
+    a table of labels. ``examples`` is that of a table of keys and times, which may be the same. The
+    other arguments are names of their columns. Dialects differ in their functions for lists.
 
     Raises:
-        ValueError: for another dialect, and for names that can't be read.
+        ValueError: for an unknown dialect, and for a name that is empty or not printable.
 
     Example:
         >>> import duckdb
@@ -121,7 +123,7 @@ def memory_sql(
   WINDOW known AS (PARTITION BY {keys} ORDER BY instant, number ROWS UNBOUNDED PRECEDING)
 )""")
         matches = " AND ".join(f"{memory}.{column} = {part}" for part, column in columns_at)
-        joins.append(f"LEFT JOIN {memory} ON {matches}")  # an event's own seconds are null
+        joins.append(f"LEFT JOIN {memory} ON {matches}")  # rows of events have null seconds
         age = f"({memory}.seconds - {{}}) / {DAY_SECONDS}"
         features = {"count": f"coalesce({memory}.number, 0)"}
         if format.width == 1:
@@ -137,21 +139,25 @@ def memory_sql(
 
 
 def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
-    """Return what is known of a key after each of its events, by window functions over them.
+    """Return a key's state after each of its events, as window functions over the events.
 
-    Weights as of one time would overflow. So they are 2^((s - m) / H) with the middle m of a span
-    of 600 half-lives, and again with spans that begin half a span later; the sums count of the span
-    in whose second half the event is: what is before that span weighs less than 2^-300 of it.
+    Weights relative to a single time would overflow. So time is cut into spans of 600 half-lives H,
+    and an event of time s weighs 2^((s - m) / H), with the middle m of its span. A second set of
+    spans begins half a span later. Of the two, the sums of the span count in whose second half the
+    event is: events before that span weigh less than 2^-300 of it.
     """
-    so_far = f"OVER (PARTITION BY {keys}{{}} ORDER BY place ROWS UNBOUNDED PRECEDING)"
+    until_event = f"OVER (PARTITION BY {keys}{{}} ORDER BY place ROWS UNBOUNDED PRECEDING)"
     states = {"number": "place", "last_seconds": "seconds"}
     if format.width == 1:
         decayed = []
         for middle in ("middle", "later_middle"):
             exponent = f"(seconds - {middle}) / CAST('{format.half_life_seconds}' AS DOUBLE)"
-            weight, over = f"power(CAST(2 AS DOUBLE), {exponent})", so_far.format(f", {middle}")
+            weight, over = (
+                f"power(CAST(2 AS DOUBLE), {exponent})",
+                until_event.format(f", {middle}"),
+            )
             decayed.append(f"sum({weight} * vector) {over} / sum({weight}) {over}")
-        states |= {"mean_value": f"avg(vector) {so_far.format('')}", "last_value": "vector"}
+        states |= {"mean_value": f"avg(vector) {until_event.format('')}", "last_value": "vector"}
         case = "CASE WHEN seconds >= middle THEN {} ELSE {} END".format(*decayed)
         states["decayed_mean_value"] = case
     if format.length:
