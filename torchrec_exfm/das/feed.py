@@ -242,8 +242,8 @@ class Feed:
 
     def _missing_pieces(self, assignment: Assignment) -> list[int] | None:
         """Return the pieces of a shard that are not in the store; None: all, it was not begun."""
-        begun = transaction_name(assignment.snapshot, f"{assignment.shard.name}/0")
-        if self.store.table.transaction(begun) is None:
+        first_piece = transaction_name(assignment.snapshot, f"{assignment.shard.name}/0")
+        if self.store.table.transaction(first_piece) is None:
             return None
         missing, stored = [], _Stored(self.store, assignment.snapshot)
         parts = self._cut_into_pieces(assignment)
@@ -266,17 +266,18 @@ class Feed:
         if wanted == []:
             return
         piece = rows = 0
-        end = None, _NO_IDS, _NO_IDS, {}  # an empty batch, so that the last one has a successor
+        # An empty batch at the end, so that the last one has a successor too.
+        end: tuple[Any, Ints, Ints, dict[str, Ints]] = (None, _NO_IDS, _NO_IDS, {})
         batches = itertools.chain(self._checked_batches(assignment.shard), [end])
         for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
-            ends = rows >= self.shard_rows or not len(after)
-            last = not len(after) if wanted is None else ends and piece == wanted[-1]
+            ends_piece = rows >= self.shard_rows or not len(after)
+            ends_shard = not len(after) if wanted is None else ends_piece and piece == wanted[-1]
             if wanted is None or piece in wanted:
-                yield Part(assignment, piece, ids, seconds, keys, ends, last), batch
-            if last:
+                yield Part(assignment, piece, ids, seconds, keys, ends_piece, ends_shard), batch
+            if ends_shard:
                 return
-            if ends:
+            if ends_piece:
                 piece, rows = piece + 1, 0
 
     def _checked_batches(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:

@@ -167,7 +167,7 @@ class HostReader:
         weakref.finalize(self, self._clients.close)  # unlock also if nobody calls close()
 
     def _start_reader(self) -> None:
-        """Start a reader, unless one runs, that is, holds the lock.
+        """Start a reader, unless the lock says that one is running.
 
         The child inherits the locked file, so that no other process can start a second reader
         before this one runs.

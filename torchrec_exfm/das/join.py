@@ -77,11 +77,11 @@ def join_sql(
         >>> engine.sql(join_sql(store, "fm")).fetchall()
         [(8, 6000, -2.0, 1, 5000.0)]
     """
-    wanted = Wanted.from_arguments(
+    query = OutputQuery.from_arguments(
         store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings
     )
-    winners = wanted.winners_sql(outputs)
-    joined = wanted.joined_sql(examples, example_id, event_seconds, event_time)
+    winners = query.winners_sql(outputs)
+    joined = query.joined_sql(examples, example_id, event_seconds, event_time)
     return f"WITH {WINNERS} AS (\n{winners}\n)\n{joined}"
 
 
@@ -103,18 +103,19 @@ def data_files(
         last_seconds: the last event time, epoch seconds.
     """
     names = {teachers} if isinstance(teachers, str) else teachers
-    first, last = (
+    first_window, last_window = (
         second // store.format.window_seconds for second in (first_seconds, last_seconds)
     )
     return sorted(
         f"{store.table.url}/{file.path}"
         for file in store.table.files()
-        if (names is None or file.partition[0] in names) and first <= file.partition[1] <= last
+        if (names is None or file.partition[0] in names)
+        and first_window <= file.partition[1] <= last_window
     )
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputQuery:
     """The selection of outputs and rows: the checked arguments of ``join_sql``."""
 
     window_seconds: int
@@ -135,7 +136,7 @@ class Wanted:
         exclude: Collection[int] | Mapping[str, Collection[int]],
         max_age_seconds: float | None,
         embeddings: bool,
-    ) -> Wanted:
+    ) -> OutputQuery:
         """Check the arguments of ``join_sql``, with its errors."""
         names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         chosen = store.tasks if tasks is None else tuple(tasks)
@@ -145,7 +146,7 @@ class Wanted:
         if max_age_seconds is not None:
             check_duration("max_age_seconds", max_age_seconds)
         embeddings = embeddings and store.format.embedding_bytes > 0  # raises without embeddings
-        wanted = cls(
+        query = cls(
             store.format.window_seconds,
             names,
             chosen,
@@ -154,13 +155,13 @@ class Wanted:
             None if max_age_seconds is None else float(max_age_seconds),
             embeddings,
         )
-        columns = [name for teacher in names for name in wanted.columns(teacher)]
+        columns = [name for teacher in names for name in query.columns(teacher)]
         if len({name.lower() for name in columns}) < len(columns):
             raise ValueError(
                 "columns should differ by more than upper and lower case, which SQL takes for the "
                 f"same; received {columns}: join fewer teachers or tasks at once"
             )
-        return wanted
+        return query
 
     def columns(self, teacher: str) -> dict[str, str]:
         """Return a teacher's columns: the name in the result, and that among the winners."""
@@ -201,8 +202,8 @@ class Wanted:
         columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
         columns += ["embedding"] if self.embeddings else []
         if as_events:
-            known = _microseconds_between(_FIRST, "greatest(event_time, trained_through)")
-            columns += [*KEYS, f"CAST(floor({known} / {MICROSECONDS}) AS BIGINT) AS event_seconds"]
+            since = _microseconds_between(_FIRST, "greatest(event_time, trained_through)")
+            columns += [*KEYS, f"CAST(floor({since} / {MICROSECONDS}) AS BIGINT) AS event_seconds"]
         broken = " OR ".join(f"({condition})" for condition in self.rules().values())
         eligible = " OR ".join(f"({self._eligible(teacher)})" for teacher in self.teachers)
         age = f"{_microseconds_between('trained_through', 'event_time')} / 1e6"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import as_int64, as_seconds
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.join import WINNERS, Wanted, outputs_source
+from torchrec_exfm.das.join import WINNERS, OutputQuery, outputs_source
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import KEYS, TIMESTAMP
 from torchrec_exfm.das.store import TeacherStore
@@ -92,7 +92,7 @@ def join_files(
     """
     check_bad_rows(bad_rows)
     names = list(teachers) or store.teachers()
-    wanted = Wanted.from_arguments(
+    query = OutputQuery.from_arguments(
         store, names, tasks, snapshot, exclude, max_age_seconds, embeddings
     )
     paths = _paths(examples)
@@ -105,7 +105,7 @@ def join_files(
         )
     report = JoinReport(left_out={name: Counter() for name in names})
     with _engine(folder, memory_limit) as engine:
-        join = _Join(engine, store, wanted, bad_rows, example_id, event_time, report.left_out)
+        join = _Join(engine, store, query, bad_rows, example_id, event_time, report.left_out)
         for path in tqdm(paths, desc="join", unit="file", disable=None):
             provenance = join.provenance(path)
             counts = _stored_counts(folder / path.name, provenance) or join.join_file(
@@ -179,7 +179,7 @@ class _Join:
 
     engine: Any
     store: TeacherStore
-    wanted: Wanted
+    query: OutputQuery
     bad_rows: BadRows
     example_id: str
     event_time: str | None
@@ -194,7 +194,7 @@ class _Join:
         fields = {
             "store": self.store.url,
             "examples": [path.name, path.stat().st_size, self.example_id, self.event_time],
-            **asdict(self.wanted),
+            **asdict(self.query),
         }
         decoded: dict[str, Any] = json.loads(json.dumps(fields))  # to compare with a file's note
         return decoded
@@ -207,12 +207,12 @@ class _Join:
                 np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist()
             )
             self.engine.register("examples", keys)
-            select = self.wanted.joined_sql("examples", "example_id", "event_seconds", None)
+            select = self.query.joined_sql("examples", "example_id", "event_seconds", None)
             joined = self.engine.sql(f"SELECT * FROM ({select}) ORDER BY {_ORDER}").to_arrow_table()
             self.engine.unregister("examples")
             present = {
                 teacher: len(joined) - joined[f"{teacher}_snapshot"].null_count
-                for teacher in self.wanted.teachers
+                for teacher in self.query.teachers
             }
             counts = {"examples": len(joined), "present": present}
             note = {"made_of": provenance, "commit": self.store.table.version, **counts}
@@ -231,7 +231,7 @@ class _Join:
                 f"{path}: should have the columns {self.example_id} and {time}; it lacks {missing} "
                 f"and has {names}: name the columns of the ids and the times"
             )
-        added = [name for teacher in self.wanted.teachers for name in self.wanted.columns(teacher)]
+        added = [name for teacher in self.query.teachers for name in self.query.columns(teacher)]
         if existing := sorted({*names} & {*added}):
             raise ValueError(
                 f"{path}: has columns {existing} already, which the join would add: rename them"
@@ -254,7 +254,7 @@ class _Join:
             self.engine.register("outputs", self._read_window(window))
             self._check_rows(window)
             self.engine.execute(
-                f"CREATE TABLE winners_{window} AS {self.wanted.winners_sql('outputs')}"
+                f"CREATE TABLE winners_{window} AS {self.query.winners_sql('outputs')}"
             )
             self.engine.unregister("outputs")
         self.loaded = {*windows} or {0}
@@ -264,7 +264,7 @@ class _Join:
     def _read_window(self, window: int) -> pa.Table:
         """Return the rows of a window, of all selected teachers."""
         schema = self.store.format.schema()
-        unused = {"teacher", "window", *KEYS, *([] if self.wanted.embeddings else ["embedding"])}
+        unused = {"teacher", "window", *KEYS, *([] if self.query.embeddings else ["embedding"])}
         columns = pa.schema(
             [
                 # DuckDB subtracts times without a zone thirty times as fast; its zone is set to UTC
@@ -274,7 +274,7 @@ class _Join:
             ]
         )
         files, tables = self.store.read_files(
-            self.wanted.teachers, window, lambda file: self.store.table.read(file, columns)
+            self.query.teachers, window, lambda file: self.store.table.read(file, columns)
         )
         parts = [
             _add_partition_columns(file.partition[0], window, table)
@@ -284,12 +284,10 @@ class _Join:
 
     def _check_rows(self, window: int) -> None:
         """Refuse or count the rows of ``outputs`` that break a rule."""
-        rules = self.wanted.rules()
+        rules = self.query.rules()
         cases = " ".join(f"WHEN {rule} THEN {n}" for n, rule in enumerate(rules.values()))
-        query = (
-            f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {outputs_source('outputs')}"
-        )
-        for teacher, rule, rows in self.engine.sql(f"{query} GROUP BY ALL ORDER BY ALL").fetchall():
+        sql = f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {outputs_source('outputs')}"
+        for teacher, rule, rows in self.engine.sql(f"{sql} GROUP BY ALL ORDER BY ALL").fetchall():
             if rule is None:
                 continue
             text = list(rules)[rule]

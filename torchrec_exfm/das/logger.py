@@ -36,7 +36,7 @@ from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore
 
 __all__ = ["TeacherLogger"]
 
-_MAX_WINDOWS = 16  # windows whose logged ids are kept in memory
+_CACHED_WINDOWS = 16  # windows whose logged ids are kept in memory
 _Batch: TypeAlias = tuple[Any, Any, Tensor, dict[str, Any]]  # ids, times, outputs, keys
 
 
@@ -291,7 +291,7 @@ class TeacherLogger:
                 ids = np.sort(ids, kind="stable")  # a stable sort merges these two sorted runs
                 paths.add(file.path)
         self._logged[window] = ids, paths
-        if len(self._logged) > _MAX_WINDOWS:
+        if len(self._logged) > _CACHED_WINDOWS:
             del self._logged[next(iter(self._logged))]
         return ids
 

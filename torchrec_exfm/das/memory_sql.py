@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torchrec_exfm.das.ids import Dialect
-from torchrec_exfm.das.join import LARGEST, Wanted, quote, quote_table
+from torchrec_exfm.das.join import LARGEST, OutputQuery, quote, quote_table
 from torchrec_exfm.das.memory_format import DAY_SECONDS, MemoryFormat
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
@@ -36,11 +36,11 @@ def events_sql(
     :func:`store_events`. Errors and ``outputs``, the name of a table, are as for :func:`join_sql`.
     """
     task = store.tasks[0] if task is None else task
-    wanted = Wanted.from_arguments(store, teacher, [task], snapshot, exclude, None, embeddings)
+    query = OutputQuery.from_arguments(store, teacher, [task], snapshot, exclude, None, embeddings)
     value = "embedding" if embeddings else quote(f"output_{task}")
     return f"""SELECT {", ".join(KEYS)}, example_id, event_seconds, {value} AS value
 FROM (
-{wanted.winners_sql(outputs, as_events=True)}
+{query.winners_sql(outputs, as_events=True)}
 ) AS won WHERE {value} IS NOT NULL"""
 
 
@@ -93,18 +93,18 @@ def memory_sql(
         f"CAST(floor((seconds + {shift}) / {2 * half}) AS BIGINT) * {2 * half} + {half - shift}"
         for shift in (0, half)
     )
-    at = f"CAST(floor(source.{quote(event_seconds)}) AS BIGINT)"
+    time = f"CAST(floor(source.{quote(event_seconds)}) AS BIGINT)"
     tables, columns, joins = [], ["source.*"], [f"FROM {quote_table(examples)} AS source"]
     for place, (name, key) in enumerate(zip(format.key_names, format.keys, strict=True)):
         memory, names = f"_memory_{place}", [f"key_{i}" for i in range(len(key))]
-        keys, parts = ", ".join(names), [*(f"source.{quote(column)}" for column in key), at]
+        keys, parts = ", ".join(names), [*(f"source.{quote(column)}" for column in key), time]
         columns_at = [*zip(parts, [*names, "seconds"], strict=True)]
         keyed = ", ".join(f"{part} AS {column}" for part, column in columns_at)
         is_keyed = " AND ".join(f"{part} IS NOT NULL" for part in parts)
         states = _states(format, keys)
-        known = ", ".join(f"{last_value.format(state)} OVER known AS {state}" for state in states)
+        latest = ", ".join(f"{last_value.format(state)} OVER known AS {state}" for state in states)
         tables.append(f"""{memory} AS (
-  SELECT {keys}, asked AS seconds, {known}
+  SELECT {keys}, asked AS seconds, {latest}
   FROM (
     SELECT {keys}, NULL AS asked, 2 * (seconds + {format.delay_seconds}) + 1 AS instant,
       {", ".join(f"{text} AS {state}" for state, text in states.items())}
@@ -117,7 +117,7 @@ def memory_sql(
       ) AS dated
     ) AS event
     UNION ALL
-    SELECT DISTINCT {keyed}, 2 * {at}, {", ".join(["NULL"] * len(states))}
+    SELECT DISTINCT {keyed}, 2 * {time}, {", ".join(["NULL"] * len(states))}
     FROM {quote_table(examples)} AS source WHERE {is_keyed}
   ) AS moment
   WINDOW known AS (PARTITION BY {keys} ORDER BY instant, number ROWS UNBOUNDED PRECEDING)

@@ -104,7 +104,7 @@ def load_snapshot(store: TeacherStore, snapshot: Snapshot, model: nn.Module) -> 
             store has no folder for checkpoints.
     """
     store.registry.refresh()
-    names = [name for known, name in entries(store) if known == snapshot]
+    names = [name for entry, name in entries(store) if entry == snapshot]
     if not names:
         raise StoreError(f"{store.registry.url}: {snapshot}, is not published there")
     if names[0] is None:
@@ -178,17 +178,17 @@ def forget(
         return [row for row in rows if row["teacher"] == teacher and row["version"] in numbers]
 
     def folders() -> list[Path]:
-        names = [row["checkpoint"] for row in known]
+        names = [row["checkpoint"] for row in to_forget]
         return [checkpoint_folder(store, teacher, name) for name in names if name is not None]
 
-    known = find_rows()
+    to_forget = find_rows()
     folders()  # a wrong folder of checkpoints raises here, before anything is deleted
     rows = store.table.delete(f"teacher = '{teacher}' AND ({_predicate('snapshot', numbers)})")
-    known = find_rows()  # again, to include snapshots published meanwhile
+    to_forget = find_rows()  # again, to include snapshots published meanwhile
     snapshots = store.registry.delete(
         f"teacher = '{teacher}' AND ({_predicate('version', numbers)})"
     )
-    if left := [row for row in find_rows() if row in known]:
+    if left := [row for row in find_rows() if row in to_forget]:
         # deltalake looks for rows only in files whose statistics in the log allow them
         raise StoreError(
             f"{store.registry.url}: still has what was to be forgotten, version "

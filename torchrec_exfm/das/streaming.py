@@ -168,13 +168,13 @@ def train_teacher(
     for window in train_windows(pipeline, count_windows(), step=step, folder=folder):
         if logger is not None:
             logger.flush()
-        last = window.end_seconds - 1
+        last_second = window.end_seconds - 1
         newest = on_rank_0(lambda: newest_snapshot(store, teacher))
         # A run that was killed after it published this span trains on it again.
-        is_published = newest is not None and newest.trained_through_seconds >= last
+        is_published = newest is not None and newest.trained_through_seconds >= last_second
         if number % refresh == 0 and not is_published:
             model = pipeline_parts(pipeline).model
-            publish(store, teacher, model, trained_through_seconds=last)
+            publish(store, teacher, model, trained_through_seconds=last_second)
         # Last: who waits for the watermark then finds the outputs and the snapshot.
         _advance_watermark(store, teacher, window.end_seconds)
         yield window
