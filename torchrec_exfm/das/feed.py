@@ -24,18 +24,10 @@ from torchrec_exfm.das.shards import transaction_name
 from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import TeacherStore
 
-__all__ = [
-    "Feed",
-    "Part",
-    "ScoringReport",
-    "Shard",
-    "describe_error",
-    "mark_done",
-    "name_in_errors",
-]
+__all__ = ["Feed", "Part", "ScoringReport", "Shard", "describe", "mark_done", "naming"]
 
 _NO_IDS = np.empty(0, dtype=np.int64)
-_BATCHES_AHEAD = 8  # read ahead, so that ranks communicate once in so many batches
+_AHEAD = 8  # read ahead, so that ranks communicate once in so many batches
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,8 @@ class ScoringReport:
         shards: shards that this job completed.
         skipped: shards that were in the store already.
         scored: examples whose outputs were written.
-        stored_before: examples of the completed shards whose outputs were in the store already.
+        stored_before: examples of shards that were not skipped, whose outputs were in the store
+            already.
         quarantined: outputs left out because they break a rule.
         fillers: rows that were scored again, and dropped, to keep ranks in step where one has more
             batches than another.
@@ -105,7 +98,7 @@ class ScoringReport:
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Work:
     """A shard, the snapshot to score it by, and the store's commit when the work began."""
 
     shard: Shard
@@ -117,7 +110,7 @@ class Assignment:
 class Part:
     """The examples (B,) of a batch, in a numbered piece of a shard; a piece is one commit."""
 
-    assignment: Assignment
+    work: Work
     piece: int
     ids: Ints
     seconds: Ints
@@ -153,7 +146,7 @@ class Feed:
         while steps := self._agree(loaded):
             for _ in range(steps):
                 part = None
-                if self.ahead and self.ahead[0][0].assignment.snapshot == loaded:
+                if self.ahead and self.ahead[0][0].work.snapshot == loaded:
                     part, self.spare = self.ahead.popleft()
                 self.sent.append(part)
                 yield self.spare
@@ -167,7 +160,7 @@ class Feed:
         self._read_ahead()
         if self.spare is None and self.ahead:
             self.spare = self.ahead[0][1]
-        snapshots = [part.assignment.snapshot for part, _ in self.ahead]
+        snapshots = [part.work.snapshot for part, _ in self.ahead]
         first, count = (snapshots[0], snapshots.count(snapshots[0])) if snapshots else (None, 0)
         state = first, count, self.spare is not None, self.failure is not None
         states = of_each_rank(state, self.group)
@@ -195,7 +188,7 @@ class Feed:
 
     def _read_ahead(self) -> None:
         try:
-            while self.failure is None and len(self.ahead) < _BATCHES_AHEAD:
+            while self.failure is None and len(self.ahead) < _AHEAD:
                 self.ahead.append(next(self.parts))
         except StopIteration:
             pass
@@ -205,21 +198,20 @@ class Feed:
     def _parts(self) -> Iterator[tuple[Part, Any]]:
         """Yield the batches to score, skipping what is in the store."""
         for shard in self.shards:
-            snapshot = self._choose_snapshot(shard)
-            assignment = Assignment(shard, snapshot, self.store.refresh())
-            if _is_done(self.store, assignment):
+            snapshot = self._find_snapshot(shard)
+            work = Work(shard, snapshot, self.store.refresh())
+            if _is_done(self.store, work):
                 self.report.skipped += 1
                 continue
             is_scored = False
-            missing = self._missing_pieces(assignment)
-            for part_and_batch in self._cut_into_pieces(assignment, missing):
+            for part_and_batch in self._cut(work, self._find_missing(work)):
                 is_scored = True
                 yield part_and_batch
             if not is_scored:  # all rows are stored: the job was killed before it marked the shard
-                mark_done(self.store, assignment)
+                mark_done(self.store, work)
                 self.report.skipped += 1
 
-    def _choose_snapshot(self, shard: Shard) -> Snapshot:
+    def _find_snapshot(self, shard: Shard) -> Snapshot:
         teacher, url, begin = self.teacher, self.store.url, shard.begin_seconds
         if isinstance(teacher, Snapshot):
             return teacher
@@ -240,14 +232,13 @@ class Feed:
             "publish one, or score later examples"
         )
 
-    def _missing_pieces(self, assignment: Assignment) -> list[int] | None:
+    def _find_missing(self, work: Work) -> list[int] | None:
         """Return the pieces of a shard that are not in the store; None: all, it was not begun."""
-        first_piece = transaction_name(assignment.snapshot, f"{assignment.shard.name}/0")
+        first_piece = transaction_name(work.snapshot, f"{work.shard.name}/0")
         if self.store.table.transaction(first_piece) is None:
             return None
-        missing, stored = [], _Stored(self.store, assignment.snapshot)
-        parts = self._cut_into_pieces(assignment)
-        for piece, group in itertools.groupby(parts, lambda pair: pair[0].piece):
+        missing, stored = [], _Stored(self.store, work.snapshot)
+        for piece, group in itertools.groupby(self._cut(work), lambda pair: pair[0].piece):
             columns = [(part.ids, part.seconds) for part, _ in group]
             ids, seconds = map(np.concatenate, zip(*columns, strict=True))
             if stored.has_all(ids, seconds):
@@ -256,10 +247,8 @@ class Feed:
                 missing.append(piece)
         return missing
 
-    def _cut_into_pieces(
-        self, assignment: Assignment, wanted: list[int] | None = None
-    ) -> Iterator[tuple[Part, Any]]:
-        """Yield a shard's batches, cut into pieces of whole batches; None: of all pieces.
+    def _cut(self, work: Work, wanted: list[int] | None = None) -> Iterator[tuple[Part, Any]]:
+        """Cut a shard into pieces of whole batches; yield those of ``wanted`` pieces (None: all).
 
         A shard is cut the same way each time, so that a piece's number names the same rows.
         """
@@ -267,14 +256,13 @@ class Feed:
             return
         piece = rows = 0
         # An empty batch at the end, so that the last one has a successor too.
-        end: tuple[Any, Ints, Ints, dict[str, Ints]] = (None, _NO_IDS, _NO_IDS, {})
-        batches = itertools.chain(self._checked_batches(assignment.shard), [end])
+        batches = itertools.chain(self._checked_batches(work.shard), [(None, _NO_IDS, _NO_IDS, {})])
         for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
             ends_piece = rows >= self.shard_rows or not len(after)
             ends_shard = not len(after) if wanted is None else ends_piece and piece == wanted[-1]
             if wanted is None or piece in wanted:
-                yield Part(assignment, piece, ids, seconds, keys, ends_piece, ends_shard), batch
+                yield Part(work, piece, ids, seconds, keys, ends_piece, ends_shard), batch
             if ends_shard:
                 return
             if ends_piece:
@@ -284,7 +272,7 @@ class Feed:
         """Yield the batches that are not empty, with their ids, times and keys, checked."""
         before = None
         for batch in _read_batches(shard):
-            with name_in_errors(shard):
+            with naming(shard):
                 if not hasattr(batch, "to"):  # TorchRec's copying thread would end without an error
                     raise TypeError(
                         "a batch should have to(device), as TorchRec's pipelines take it; received "
@@ -323,43 +311,41 @@ class _Stored:
         return self.ids
 
 
-def _is_done(store: TeacherStore, assignment: Assignment) -> bool:
+def _is_done(store: TeacherStore, work: Work) -> bool:
     """Return whether a shard was completed, and no rows were removed since it was begun."""
-    begun = store.table.transaction(_done_name(assignment))
+    begun = store.table.transaction(_done_name(work))
     return begun is not None and begun > store.table.removed
 
 
-def mark_done(store: TeacherStore, assignment: Assignment) -> None:
+def mark_done(store: TeacherStore, work: Work) -> None:
     """Mark a shard as completely in the store.
 
     The mark keeps the commit that the work began at: rows that were removed later may be this
     shard's, so that it is no longer done (:func:`_is_done`).
     """
     no_rows = store.format.schema().empty_table()
-    transaction = _done_name(assignment), assignment.commit
+    transaction = _done_name(work), work.commit
     commit = Commit(lambda properties: store.table.append(no_rows, properties), transaction)
     store.table.commit(
-        f"can't be written to, and the shard {assignment.shard.name!r} was not marked as done",
-        lambda: None if _is_done(store, assignment) else commit,
+        f"can't be written to, and the shard {work.shard.name!r} was not marked as done",
+        lambda: None if _is_done(store, work) else commit,
     )
 
 
-def _done_name(assignment: Assignment) -> str:
-    snapshot = assignment.snapshot
-    return f"scored/{snapshot.teacher}/{snapshot.version}/{assignment.shard.name}"
+def _done_name(work: Work) -> str:
+    snapshot = work.snapshot
+    return f"scored/{snapshot.teacher}/{snapshot.version}/{work.shard.name}"
 
 
 def _read_batches(shard: Shard) -> Iterator[Any]:
     try:
         yield from shard.batches()
     except Exception as error:
-        raise RuntimeError(
-            f"the shard {shard.name!r} can't be read: {describe_error(error)}"
-        ) from error
+        raise RuntimeError(f"the shard {shard.name!r} can't be read: {describe(error)}") from error
 
 
 @contextlib.contextmanager
-def name_in_errors(shard: Shard) -> Iterator[None]:
+def naming(shard: Shard) -> Iterator[None]:
     """Add a shard's name to a TypeError or ValueError."""
     try:
         yield
@@ -374,11 +360,11 @@ def _pickle(batch: Any) -> bytes | Exception:
     except Exception as error:
         return TypeError(
             "a batch should be one that can be pickled, since a rank without a shard gets a batch "
-            f"of another rank; received one that can't: {describe_error(error)}: give every rank "
+            f"of another rank; received one that can't: {describe(error)}: give every rank "
             "a shard"
         )
 
 
-def describe_error(error: Exception | None) -> str:
+def describe(error: Exception | None) -> str:
     """Return an error as text for other ranks; an empty string for None."""
     return f"{type(error).__name__}: {error}" if error is not None else ""

@@ -93,7 +93,7 @@ class HostReader:
         }
         digest = hashlib.blake2b(json.dumps(self._settings).encode(), digest_size=12).hexdigest()
         self._folder = folder.absolute() / f"torchrec_exfm-{os.getuid()}" / digest
-        self._not_before_ns = time.monotonic_ns()
+        self._since_ns = time.monotonic_ns()
         self._starts = 0
         self._clients: IO[str] | None = None
         try:
@@ -105,16 +105,14 @@ class HostReader:
                 "be written"
             ) from error
 
-    def start(
-        self, teacher: int, window: int, before: IndexedWindow | None = None
-    ) -> PendingWindow:
+    def start(self, teacher: int, window: int, before: IndexedWindow | None = None) -> Request:
         """Request a window of a teacher; a window that is held already is read as of now."""
-        not_before_ns = self._not_before_ns if before is None else time.monotonic_ns()
-        return PendingWindow(self, teacher, window, not_before_ns, before)
+        since_ns = self._since_ns if before is None else time.monotonic_ns()
+        return Request(self, teacher, window, since_ns, before)
 
     def forget(self) -> None:
         """Accept no window that was read before now."""
-        self._not_before_ns = time.monotonic_ns()
+        self._since_ns = time.monotonic_ns()
 
     def close(self) -> None:
         """Leave the folder; the last client removes it, which ends the reader."""
@@ -124,14 +122,14 @@ class HostReader:
                 if _try_lock(clients):
                     _remove_folder(self._folder)
 
-    def request(self, name: str, not_before_ns: int) -> None:
+    def request(self, name: str, since_ns: int) -> None:
         """Request a window that is read no earlier than a time."""
         # If the folder was removed, find_answer() makes it again, with this request.
         with contextlib.suppress(FileNotFoundError):
-            (self._folder / f"{name}.{not_before_ns}.wanted").touch()
+            (self._folder / f"{name}.{since_ns}.wanted").touch()
 
     def find_answer(
-        self, name: str, not_before_ns: int, before: IndexedWindow | None
+        self, name: str, since_ns: int, before: IndexedWindow | None
     ) -> IndexedWindow | None:
         """Return a window that was read no earlier than a time; None: there is none yet.
 
@@ -146,7 +144,7 @@ class HostReader:
         read_at_ns, entry = max(answers, default=(0, self._folder))
         # The reader may rename an answer, and another process may remove the folder, meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            if read_at_ns < not_before_ns:
+            if read_at_ns < since_ns:
                 self._start_reader()
                 return None
             self._starts = 0
@@ -159,7 +157,7 @@ class HostReader:
         if not self._folder.exists():
             self.close()
             self._join_clients()
-            self.request(name, not_before_ns)
+            self.request(name, since_ns)
         return None
 
     def _join_clients(self) -> None:
@@ -205,7 +203,7 @@ class HostReader:
                 stdin.write(json.dumps(settings).encode())
 
 
-class PendingWindow:
+class Request:
     """A window that was requested, as a future; ``done`` looks for the answer."""
 
     def __init__(
@@ -213,14 +211,14 @@ class PendingWindow:
         reader: HostReader,
         teacher: int,
         window: int,
-        not_before_ns: int,
+        since_ns: int,
         before: IndexedWindow | None,
     ) -> None:
         name = f"{teacher}.{window}"
-        self._find_answer = functools.partial(reader.find_answer, name, not_before_ns, before)
+        self._find_answer = functools.partial(reader.find_answer, name, since_ns, before)
         self._answer: IndexedWindow | StoreError | None = None
         if not self.done():
-            reader.request(name, not_before_ns)
+            reader.request(name, since_ns)
 
     def done(self) -> bool:
         """Return whether the window was read, or failed."""
@@ -315,10 +313,8 @@ class _Server:
             self._held.pop(key, None)
             self._held[key] = answer
         path.rename(answer)
-        for time_ns, entry_teacher, entry_window, entry in self._entries(
-            ".wanted", ".ready", ".failed"
-        ):
-            if (entry_teacher, entry_window) != key or time_ns > read_at_ns or entry == answer:
+        for time_ns, *entry_key, entry in self._entries(".wanted", ".ready", ".failed"):
+            if (*entry_key,) != key or time_ns > read_at_ns or entry == answer:
                 continue
             if entry.suffix != ".ready":
                 entry.unlink()
@@ -347,7 +343,7 @@ class _Server:
         A process that has mapped a removed file keeps its memory until it drops the window.
         """
         others = [key for key in self._held if key != (teacher, window)]
-        num_held = sum(other_teacher == teacher for other_teacher, _ in others)
+        num_held = sum(other == teacher for other, _ in others)
         limit = sys.maxsize if self._max_bytes is None else self._max_bytes
         for key in others:
             full = size + sum(map(_folder_bytes, self._held.values())) > limit

@@ -77,9 +77,7 @@ def join_sql(
         >>> engine.sql(join_sql(store, "fm")).fetchall()
         [(8, 6000, -2.0, 1, 5000.0)]
     """
-    query = OutputQuery.from_arguments(
-        store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings
-    )
+    query = Query.check(store, teachers, tasks, snapshot, exclude, max_age_seconds, embeddings)
     winners = query.winners_sql(outputs)
     joined = query.joined_sql(examples, example_id, event_seconds, event_time)
     return f"WITH {WINNERS} AS (\n{winners}\n)\n{joined}"
@@ -115,7 +113,7 @@ def data_files(
 
 
 @dataclass(frozen=True)
-class OutputQuery:
+class Query:
     """The selection of outputs and rows: the checked arguments of ``join_sql``."""
 
     window_seconds: int
@@ -127,7 +125,7 @@ class OutputQuery:
     embeddings: bool
 
     @classmethod
-    def from_arguments(
+    def check(
         cls,
         store: TeacherStore,
         teachers: str | Sequence[str],
@@ -136,7 +134,7 @@ class OutputQuery:
         exclude: Collection[int] | Mapping[str, Collection[int]],
         max_age_seconds: float | None,
         embeddings: bool,
-    ) -> OutputQuery:
+    ) -> Query:
         """Check the arguments of ``join_sql``, with its errors."""
         names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
         chosen = store.tasks if tasks is None else tuple(tasks)
@@ -175,10 +173,7 @@ class OutputQuery:
     def rules(self) -> dict[str, str]:
         """Return the rules of ``rules.broken_rules``: a text, and in SQL what breaks the rule."""
         infinite = [f"abs({quote(f'output_{task}')}) > {LARGEST}" for task in self.tasks]
-        time, length = (
-            _microseconds_between(_FIRST, "event_time"),
-            self.window_seconds * MICROSECONDS,
-        )
+        time, length = _microseconds(_FIRST, "event_time"), self.window_seconds * MICROSECONDS
         window = f"floor({time} / {length})"
         return {
             "have a negative example id": "example_id < 0",
@@ -202,11 +197,11 @@ class OutputQuery:
         columns = ["teacher", "`window`", "example_id", "snapshot", "age_seconds", *tasks]
         columns += ["embedding"] if self.embeddings else []
         if as_events:
-            since = _microseconds_between(_FIRST, "greatest(event_time, trained_through)")
+            since = _microseconds(_FIRST, "greatest(event_time, trained_through)")
             columns += [*KEYS, f"CAST(floor({since} / {MICROSECONDS}) AS BIGINT) AS event_seconds"]
         broken = " OR ".join(f"({condition})" for condition in self.rules().values())
         eligible = " OR ".join(f"({self._eligible(teacher)})" for teacher in self.teachers)
-        age = f"{_microseconds_between('trained_through', 'event_time')} / 1e6"
+        age = f"{_microseconds('trained_through', 'event_time')} / 1e6"
         return f"""SELECT {", ".join(columns)}
 FROM (
   SELECT *, CAST(CASE WHEN logged THEN 0 ELSE {age} END AS FLOAT) AS age_seconds,
@@ -258,7 +253,7 @@ WHERE place = 1"""
         return f"SELECT {listed}\nFROM {quote_table(examples)} AS example\n" + "\n".join(joins)
 
 
-def _microseconds_between(start: str, end: str) -> str:
+def _microseconds(start: str, end: str) -> str:
     """Return an expression for the microseconds between two times.
 
     Spark reads MICROSECOND as a unit; DuckDB reads it as a column, which holds the unit's name.
@@ -267,7 +262,7 @@ def _microseconds_between(start: str, end: str) -> str:
 
 
 def outputs_source(outputs: str) -> str:
-    """Return the table of outputs with the column that :func:`_microseconds_between` needs."""
+    """Return the table of outputs with the column that :func:`_microseconds` needs."""
     return f"(SELECT *, 'microsecond' AS microsecond FROM {quote_table(outputs)}) AS stored"
 
 

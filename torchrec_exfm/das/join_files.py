@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import as_int64, as_seconds
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.join import WINNERS, OutputQuery, outputs_source
+from torchrec_exfm.das.join import WINNERS, Query, outputs_source
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import KEYS, TIMESTAMP
 from torchrec_exfm.das.store import TeacherStore
@@ -92,9 +92,7 @@ def join_files(
     """
     check_bad_rows(bad_rows)
     names = list(teachers) or store.teachers()
-    query = OutputQuery.from_arguments(
-        store, names, tasks, snapshot, exclude, max_age_seconds, embeddings
-    )
+    query = Query.check(store, names, tasks, snapshot, exclude, max_age_seconds, embeddings)
     paths = _paths(examples)
     folder.mkdir(parents=True, exist_ok=True)
     expected = {path.name for path in paths}
@@ -107,10 +105,8 @@ def join_files(
     with _engine(folder, memory_limit) as engine:
         join = _Join(engine, store, query, bad_rows, example_id, event_time, report.left_out)
         for path in tqdm(paths, desc="join", unit="file", disable=None):
-            provenance = join.provenance(path)
-            counts = _stored_counts(folder / path.name, provenance) or join.join_file(
-                path, folder, provenance
-            )
+            origin = join.origin(path)
+            counts = _read_counts(folder / path.name, origin) or join.run(path, folder, origin)
             report.examples += counts["examples"]
             report.present.update(counts["present"])
     return report
@@ -132,12 +128,12 @@ def _paths(examples: str) -> list[Path]:
     return paths
 
 
-def _stored_counts(target: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
+def _read_counts(target: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """Return the counts of a joined file that exists; None: there is none."""
     if not target.exists():
         return None
     note = json.loads((pq.read_schema(target).metadata or {}).get(NOTE, "{}"))
-    if note.get("made_of") != provenance:
+    if note.get("made_of") != origin:
         raise ValueError(
             f"{target}: exists, and is not of this join: it has other examples, another store or "
             "other options; choose another folder, or remove it"
@@ -179,14 +175,14 @@ class _Join:
 
     engine: Any
     store: TeacherStore
-    query: OutputQuery
+    query: Query
     bad_rows: BadRows
     example_id: str
     event_time: str | None
     left_out: dict[str, Counter[str]]
     loaded: set[int] = field(default_factory=set)
 
-    def provenance(self, path: Path) -> dict[str, Any]:
+    def origin(self, path: Path) -> dict[str, Any]:
         """Return all that a joined file depends on, but for the store's commit.
 
         The commit is left out, so that a job that was killed resumes although the store has grown.
@@ -199,13 +195,11 @@ class _Join:
         decoded: dict[str, Any] = json.loads(json.dumps(fields))  # to compare with a file's note
         return decoded
 
-    def join_file(self, path: Path, folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    def run(self, path: Path, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
         """Join a file; return its number of examples, and of those with an output by teacher."""
         with pq.ParquetFile(path) as source:
             keys = self._keys(path, source)
-            self._load_windows(
-                np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist()
-            )
+            self._load(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())
             self.engine.register("examples", keys)
             select = self.query.joined_sql("examples", "example_id", "event_seconds", None)
             joined = self.engine.sql(f"SELECT * FROM ({select}) ORDER BY {_ORDER}").to_arrow_table()
@@ -215,8 +209,8 @@ class _Join:
                 for teacher in self.query.teachers
             }
             counts = {"examples": len(joined), "present": present}
-            note = {"made_of": provenance, "commit": self.store.table.version, **counts}
-            _write_joined(source, joined.drop_columns(keys.column_names), folder / path.name, note)
+            note = {"made_of": origin, "commit": self.store.table.version, **counts}
+            _write(source, joined.drop_columns(keys.column_names), folder / path.name, note)
         pa.default_memory_pool().release_unused()
         return counts
 
@@ -243,7 +237,7 @@ class _Join:
         columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", keys[time])]
         return pa.table(columns, names=[_ORDER, "example_id", "event_seconds"])
 
-    def _load_windows(self, windows: Sequence[int]) -> None:
+    def _load(self, windows: Sequence[int]) -> None:
         """Make a table of the winners of each of these windows, and drop all others.
 
         Without any, that is without examples, window 0 gives the columns.
@@ -277,10 +271,10 @@ class _Join:
             self.query.teachers, window, lambda file: self.store.table.read(file, columns)
         )
         parts = [
-            _add_partition_columns(file.partition[0], window, table)
+            _add_partition(file.partition[0], window, table)
             for file, table in zip(files, tables, strict=True)
         ]
-        return pa.concat_tables([_add_partition_columns("", 0, columns.empty_table()), *parts])
+        return pa.concat_tables([_add_partition("", 0, columns.empty_table()), *parts])
 
     def _check_rows(self, window: int) -> None:
         """Refuse or count the rows of ``outputs`` that break a rule."""
@@ -300,16 +294,14 @@ class _Join:
             self.left_out[teacher][text] += rows
 
 
-def _add_partition_columns(teacher: str, window: int, table: pa.Table) -> pa.Table:
+def _add_partition(teacher: str, window: int, table: pa.Table) -> pa.Table:
     """Return a data file's rows with the two columns that are in its path."""
     zeros = np.zeros(len(table), np.int8)
     table = table.append_column("teacher", pa.DictionaryArray.from_arrays(zeros, [teacher]))
     return table.append_column("window", pa.array(np.full(len(table), window)))
 
 
-def _write_joined(
-    source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]
-) -> None:
+def _write(source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]) -> None:
     """Write a file's rows with added columns, one row group at a time."""
     schema = source.schema_arrow
     metadata = {**(schema.metadata or {}), NOTE: json.dumps(note)}

@@ -312,9 +312,7 @@ class TeacherLookup:
         return ids.copy(), times.copy()  # the loader may reuse its buffers before the look-up ends
 
     def _look_up(self, ids: Ints, seconds: Ints, deadline: float) -> TeacherOutputs:
-        by_teacher = [
-            self._look_up_teacher(teacher, ids, seconds, deadline) for teacher in self.teachers
-        ]
+        by_teacher = [self._look_up_teacher(t, ids, seconds, deadline) for t in self.teachers]
         values, presence, age_seconds = (
             torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*by_teacher, strict=True)
         )
@@ -433,27 +431,25 @@ class _WorkerThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._work = queue.SimpleQueue[Any]()
-        self._thread = threading.Thread(
-            target=_run_work, args=(self._work,), name=name, daemon=True
-        )
+        self._queue = queue.SimpleQueue[Any]()
+        self._thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
         self._thread.start()
         # The thread refers to the queue, not to this object, so that a look-up that nobody closes
         # can be collected; its thread then ends.
-        weakref.finalize(self, self._work.put, None)
+        weakref.finalize(self, self._queue.put, None)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._work.put((future, function, arguments))
+        self._queue.put((future, function, arguments))
         return future
 
     def close(self) -> None:
-        self._work.put(None)
+        self._queue.put(None)
         self._thread.join()
 
 
-def _run_work(work: queue.SimpleQueue[Any]) -> None:
-    while (item := work.get()) is not None:
+def _work(items: queue.SimpleQueue[Any]) -> None:
+    while (item := items.get()) is not None:
         future, function, arguments = item
         if future.set_running_or_notify_cancel():
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torchrec_exfm.das.ids import Dialect
-from torchrec_exfm.das.join import LARGEST, OutputQuery, quote, quote_table
+from torchrec_exfm.das.join import LARGEST, Query, quote, quote_table
 from torchrec_exfm.das.memory_format import DAY_SECONDS, MemoryFormat
 from torchrec_exfm.das.schema import KEYS
 from torchrec_exfm.das.store import TeacherStore
@@ -36,7 +36,7 @@ def events_sql(
     :func:`store_events`. Errors and ``outputs``, the name of a table, are as for :func:`join_sql`.
     """
     task = store.tasks[0] if task is None else task
-    query = OutputQuery.from_arguments(store, teacher, [task], snapshot, exclude, None, embeddings)
+    query = Query.check(store, teacher, [task], snapshot, exclude, None, embeddings)
     value = "embedding" if embeddings else quote(f"output_{task}")
     return f"""SELECT {", ".join(KEYS)}, example_id, event_seconds, {value} AS value
 FROM (
@@ -146,18 +146,15 @@ def _states(format: MemoryFormat, keys: str) -> dict[str, str]:
     spans begins half a span later. Of the two, the sums of the span count in whose second half the
     event is: events before that span weigh less than 2^-300 of it.
     """
-    until_event = f"OVER (PARTITION BY {keys}{{}} ORDER BY place ROWS UNBOUNDED PRECEDING)"
+    so_far = f"OVER (PARTITION BY {keys}{{}} ORDER BY place ROWS UNBOUNDED PRECEDING)"
     states = {"number": "place", "last_seconds": "seconds"}
     if format.width == 1:
         decayed = []
         for middle in ("middle", "later_middle"):
             exponent = f"(seconds - {middle}) / CAST('{format.half_life_seconds}' AS DOUBLE)"
-            weight, over = (
-                f"power(CAST(2 AS DOUBLE), {exponent})",
-                until_event.format(f", {middle}"),
-            )
+            weight, over = f"power(CAST(2 AS DOUBLE), {exponent})", so_far.format(f", {middle}")
             decayed.append(f"sum({weight} * vector) {over} / sum({weight}) {over}")
-        states |= {"mean_value": f"avg(vector) {until_event.format('')}", "last_value": "vector"}
+        states |= {"mean_value": f"avg(vector) {so_far.format('')}", "last_value": "vector"}
         case = "CASE WHEN seconds >= middle THEN {} ELSE {} END".format(*decayed)
         states["decayed_mean_value"] = case
     if format.length:

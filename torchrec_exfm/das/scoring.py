@@ -21,15 +21,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 from tqdm import tqdm
 
 from torchrec_exfm._ranks import of_each_rank, rank, world_size
-from torchrec_exfm.das.feed import (
-    Feed,
-    Part,
-    ScoringReport,
-    Shard,
-    describe_error,
-    mark_done,
-    name_in_errors,
-)
+from torchrec_exfm.das.feed import Feed, Part, ScoringReport, Shard, describe, mark_done, naming
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import Snapshot
 from torchrec_exfm.das.snapshots import load_snapshot
@@ -111,7 +103,7 @@ def score(
     chosen = store.format.chosen(tasks)
     with bar, _Job(model, store, device, feed, bar, outputs, embeddings, chosen, bad_rows) as job:
         job.run(teacher)
-        results = of_each_rank((describe_error(feed.failure), feed.report), group)
+        results = of_each_rank((describe(feed.failure), feed.report), group)
     if group is not None:
         dist.destroy_process_group(group)
     if feed.failure is not None:
@@ -145,7 +137,7 @@ class _Job:
         self.pipeline: Any = EvalPipelineSparseDist(self.model.eval(), unused, self.device)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-scores")
         self.writing: Future[WriteReport] | None = None
-        self.collected: list[tuple[Part, Tensor]] = []  # of the piece being scored
+        self.parts: list[tuple[Part, Tensor]] = []  # of the piece being scored
         self.rows, self.started = 0, time.perf_counter()
         return self
 
@@ -164,7 +156,7 @@ class _Job:
             if loaded is None:
                 break
             load_snapshot(self.store, loaded, self.model)
-        self._run_unless_failed(self._finish_write)
+        self._attempt(self._finish_write)
 
     def _score(self, batches: Iterator[Any]) -> None:
         """Score the batches for one snapshot, until none is in flight."""
@@ -176,9 +168,9 @@ class _Job:
                 self.pipeline.reset()
                 return
             part = self.feed.sent.popleft()
-            self._run_unless_failed(self._collect, part, output)
+            self._attempt(self._collect, part, output)
 
-    def _run_unless_failed(self, function: Callable[..., None], *args: Any) -> None:
+    def _attempt(self, function: Callable[..., None], *args: Any) -> None:
         """Call a function unless this rank has failed; keep an error in ``feed.failure``.
 
         Raised here, it would leave the other ranks waiting in the model's collectives.
@@ -195,43 +187,43 @@ class _Job:
             self.feed.report.fillers += len(logits)
             return
         values = self.store.format.joined(logits, embeddings, len(part.ids), self.tasks)
-        self.collected.append((part, values.float()))
+        self.parts.append((part, values.float()))
         self.rows += len(part.ids)
         if part.ends_piece:
             self._finish_write()  # one write at a time, so that two pieces at most are in memory
-            self.writing = self.writer.submit(self._write, self.collected)
-            self.collected = []
+            self.writing = self.writer.submit(self._write, self.parts)
+            self.parts = []
         if part.ends_shard:
             self.feed.report.shards += 1
             rate = self.rows / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"{rate:,.0f} rows/s a rank", refresh=False)
             self.bar.update(self.feed.report.shards + self.feed.report.skipped - self.bar.n)
 
-    def _write(self, collected: list[tuple[Part, Tensor]]) -> WriteReport:
+    def _write(self, parts: list[tuple[Part, Tensor]]) -> WriteReport:
         """Write a piece, and mark the shard as done after its last one."""
-        last = collected[-1][0]
-        keys = {name: np.concatenate([p.keys[name] for p, _ in collected]) for name in last.keys}
+        last = parts[-1][0]
+        keys = {name: np.concatenate([p.keys[name] for p, _ in parts]) for name in last.keys}
         ids, seconds = (
-            np.concatenate([getattr(p, n) for p, _ in collected]) for n in ("ids", "seconds")
+            np.concatenate([getattr(p, n) for p, _ in parts]) for n in ("ids", "seconds")
         )
-        outputs, embeddings = torch.cat([v for _, v in collected]).tensor_split(
+        outputs, embeddings = torch.cat([v for _, v in parts]).tensor_split(
             [len(self.tasks)], dim=1
         )
-        assignment = last.assignment
-        with name_in_errors(assignment.shard):
+        work = last.work
+        with naming(work.shard):
             report = self.store.write(
-                assignment.snapshot,
+                work.snapshot,
                 ids,
                 outputs,
                 seconds,
                 tasks=self.tasks,
-                shard=f"{assignment.shard.name}/{last.piece}",
+                shard=f"{work.shard.name}/{last.piece}",
                 keys=keys,
                 embeddings=self.embeddings and embeddings,
                 bad_rows=self.bad_rows,
             )
         if last.ends_shard:
-            mark_done(self.store, assignment)
+            mark_done(self.store, work)
         return report
 
     def _finish_write(self) -> None:

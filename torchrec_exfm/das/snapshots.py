@@ -56,7 +56,7 @@ def publish(
     if model is not None:
         save_checkpoint(checkpoint_folder(store, teacher, name), model.state_dict())
     checkpoint = name if model is not None else None
-    return on_rank_0(lambda: _commit_snapshot(store, teacher, through, checkpoint))
+    return on_rank_0(lambda: _commit(store, teacher, through, checkpoint))
 
 
 def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
@@ -166,9 +166,7 @@ def forget(
         window = as_second("before_seconds", before_seconds) // store.format.window_seconds
         rows = store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}")
         return ForgetReport(rows, 0)
-    numbers = sorted(
-        {_check_version(version) for version in ([] if versions is None else versions)}
-    )
+    numbers = sorted({_as_version(version) for version in ([] if versions is None else versions)})
     if not numbers:
         return ForgetReport(0, 0)
 
@@ -183,11 +181,9 @@ def forget(
 
     to_forget = find_rows()
     folders()  # a wrong folder of checkpoints raises here, before anything is deleted
-    rows = store.table.delete(f"teacher = '{teacher}' AND ({_predicate('snapshot', numbers)})")
+    rows = store.table.delete(f"teacher = '{teacher}' AND ({_sql_in('snapshot', numbers)})")
     to_forget = find_rows()  # again, to include snapshots published meanwhile
-    snapshots = store.registry.delete(
-        f"teacher = '{teacher}' AND ({_predicate('version', numbers)})"
-    )
+    snapshots = store.registry.delete(f"teacher = '{teacher}' AND ({_sql_in('version', numbers)})")
     if left := [row for row in find_rows() if row in to_forget]:
         # deltalake looks for rows only in files whose statistics in the log allow them
         raise StoreError(
@@ -237,7 +233,7 @@ def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
     return folder
 
 
-def _commit_snapshot(
+def _commit(
     store: TeacherStore, teacher: str, trained_through_seconds: int, checkpoint: str | None
 ) -> Snapshot:
     registry, versions = store.registry, [0]
@@ -266,14 +262,14 @@ def _commit_snapshot(
     return Snapshot(teacher, versions[-1], trained_through_seconds)
 
 
-def _check_version(version: int) -> int:
+def _as_version(version: int) -> int:
     number = as_int(version)
     if isinstance(version, bool) or not 0 <= number < 2**40:
         raise TypeError(f"versions should be whole numbers in [0, 2^40); received {version!r}")
     return number
 
 
-def _predicate(column: str, numbers: list[int]) -> str:
+def _sql_in(column: str, numbers: list[int]) -> str:
     """Return a predicate that is true for sorted numbers: a comparison for each run of them."""
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     bounds = [(members[0][1], members[-1][1]) for members in (list(run) for _, run in runs)]
