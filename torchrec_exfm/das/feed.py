@@ -360,8 +360,8 @@ def _pickle(batch: Any) -> bytes | Exception:
     except Exception as error:
         return TypeError(
             "a batch should be one that can be pickled, since a rank without a shard gets a batch "
-            f"of another rank; received one that can't: {describe(error)}: give every rank "
-            "a shard"
+            f"of another rank; received one that can't: {describe(error)}: give every rank a "
+            "shard"
         )
 
 
