@@ -1,4 +1,4 @@
-"""Checks of the teachers, tasks and versions that a look-up, a join or a memory is asked for."""
+"""Checks of the teachers, tasks and versions given to a look-up, a join or a memory."""
 
 from __future__ import annotations
 

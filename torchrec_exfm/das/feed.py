@@ -273,7 +273,7 @@ class Feed:
         before = None
         for batch in _read_batches(shard):
             with naming(shard):
-                if not hasattr(batch, "to"):  # TorchRec's copying thread would end without an error
+                if not hasattr(batch, "to"):  # TorchRec's thread would stop without an error
                     raise TypeError(
                         "a batch should have to(device), as TorchRec's pipelines take it; received "
                         f"{type(batch).__name__}: return it from the data loader as such a class"

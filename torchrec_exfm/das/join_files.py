@@ -129,7 +129,7 @@ def _paths(examples: str) -> list[Path]:
 
 
 def _read_counts(target: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the counts of a joined file that exists; None: there is none."""
+    """Return the counts in a joined file, if it exists; raise if it is of another join."""
     if not target.exists():
         return None
     note = json.loads((pq.read_schema(target).metadata or {}).get(NOTE, "{}"))
@@ -196,7 +196,7 @@ class _Join:
         return decoded
 
     def run(self, path: Path, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
-        """Join a file; return its number of examples, and of those with an output by teacher."""
+        """Join a file; return its number of examples, and by teacher that of present outputs."""
         with pq.ParquetFile(path) as source:
             keys = self._keys(path, source)
             self._load(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())

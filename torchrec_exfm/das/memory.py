@@ -38,7 +38,7 @@ _RECORDS_AT_ONCE = 2_000  # records that are yielded, and published, at a time
 
 
 class MemoryEvents(NamedTuple):
-    """Events: the columns of their keys (n,), times in epoch seconds (n,), vectors (n, V)."""
+    """Events: key columns by name (n,), times in epoch seconds (n,) and vectors (n, V)."""
 
     columns: dict[str, Ints]
     seconds: Ints
@@ -149,10 +149,11 @@ class Memory:
     def records(
         self, before_seconds: int, *, unchanged: bool = False
     ) -> Iterator[tuple[str, Ints, list[bytes]]]:
-        """Yield the records of keys at a time: the key's name, its values (n,), and n records.
+        """Yield the records of keys as of a time: the key's name, its values (n,), and n records.
 
-        With ``unchanged`` all of them, else those that have changed since they were yielded last;
-        some thousands at a time. A part counts as yielded once the next one is asked for.
+        With ``unchanged`` all records are yielded, else those that have changed since they were
+        yielded last, some thousands at a time. A part counts as yielded once the caller asks for
+        the next one.
         """
         # An example without a key sees nothing, but adds the events before its time to the state.
         no_key = np.full(1, NO_KEY)
@@ -181,8 +182,8 @@ class _KeyMemory:
     def __init__(self, format: MemoryFormat, max_keys: int | None) -> None:
         self.format, self.max_keys, self.forgotten = format, max_keys, 0
         self.slots: dict[int, int] = {}
-        # One row more than slots, of zeros: for values without events. In float64, as float32 does
-        # not hold epoch seconds.
+        # One row more than slots, of zeros: for values without events. In float64, since float32
+        # does not hold epoch seconds exactly.
         self.states = np.zeros((1, format.state_width))
         self.rings = np.zeros((1, format.length), format.event_dtype)  # event i is at i % L
         self.is_changed = np.zeros(1, np.bool_)

@@ -94,8 +94,8 @@ def score(
     check_bad_rows(bad_rows)
     started = time.perf_counter()
     store, read = copy.copy(store), copy.copy(store)
-    # The feed agrees on the pipeline's own thread of batches, beside the model's collectives: in
-    # one group their order could differ between ranks. gloo, since it exchanges Python objects.
+    # The feed's collectives run on the pipeline's loading thread, beside the model's: in one group
+    # their order could differ between ranks. gloo, since it exchanges objects on the host.
     group = dist.new_group(backend="gloo") if world_size() > 1 else None
     feed = Feed(read, shards, teacher, group, ids, event_seconds, keys, shard_rows)
     num_shards = len(shards) if isinstance(shards, Sized) else None
@@ -148,7 +148,7 @@ class _Job:
         self.writer.shutdown()
 
     def run(self, teacher: str | Snapshot) -> None:
-        """Score all of the feed; an error of this rank alone is left in ``feed.failure``."""
+        """Score all of the feed; leave an error of this rank only in ``feed.failure``."""
         loaded = teacher if isinstance(teacher, Snapshot) else None
         while True:
             self._score(self.feed.batches(loaded))

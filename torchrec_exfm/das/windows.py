@@ -99,7 +99,7 @@ def read_window(
         bad_rows=selection.bad_rows,
         embeddings=selection.embedding_bytes > 0,
     )
-    # Reading refreshes where a file has gone: compaction may have replaced files meanwhile.
+    # Listed again: if compaction replaced files meanwhile, the read was of a newer commit.
     files = _file_paths(store, selection, window)
     if selection.snapshot is not None:
         rows = rows[rows.snapshot == selection.snapshot]
