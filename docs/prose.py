@@ -1,4 +1,4 @@
-"""Count words of pages and sentences of over 30 words: `python docs/prose.py README.md docs/howto/*.md`.
+"""Count words and sentences of over 30 words: `python docs/prose.py README.md docs/howto/*.md`.
 
 Blocks of code do not count. A cell of a table, an item of a list and a heading end a sentence.
 """

@@ -145,8 +145,8 @@ def test_data_files_are_those_of_the_table_in_the_windows_asked_for(tmp_path: Pa
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"teachers": "other"}, "teachers should be of those there are, \\('fm',\\)"),
-        ({"tasks": ["stay"]}, "tasks should be of those there are"),
+        ({"teachers": "other"}, "missing teachers: expected a subset of \\('fm',\\)"),
+        ({"tasks": ["stay"]}, "missing tasks: expected a subset of"),
         ({"snapshot": -1}, "snapshot should be a version; received -1"),
         ({"max_age_seconds": -1}, "max_age_seconds should be a number of seconds from 0"),
         ({"snapshot": 3, "exclude": [3]}, "the join pins version 3 of fm, and excludes it"),
@@ -276,12 +276,12 @@ def test_files_of_another_join_are_not_taken_for_its_own(
     pq.write_table(small_examples([0, 7]), folder / "a.parquet")
     out = tmp_path / "out"
     join_files(store, str(folder), out)
-    with pytest.raises(ValueError, match=r"a\.parquet: is there, and is not what this join would"):
+    with pytest.raises(ValueError, match=r"a\.parquet: exists, and is not of this join"):
         join_files(store, str(folder), out, exclude=[5])
-    with pytest.raises(ValueError, match=r"a\.parquet: is there, and is not what this join would"):
+    with pytest.raises(ValueError, match=r"a\.parquet: exists, and is not of this join"):
         join_files(store, str(folder), folder)  # the examples' own folder
     (out / "b.parquet").touch()
-    with pytest.raises(ValueError, match=r"nothing else; it has \['b\.parquet'\]"):
+    with pytest.raises(ValueError, match=r"only the files of this join; it has \['b\.parquet'\]"):
         join_files(store, str(folder), out)
 
 
@@ -432,7 +432,7 @@ def test_the_command_joins_and_says_what_it_found(
         "  left out, as they have a negative example id: 1 rows",
     ]
     assert main([*arguments, "--teacher", "other"]) == 2
-    assert "teachers should be of those there are" in capsys.readouterr().err
+    assert "missing teachers: expected a subset of" in capsys.readouterr().err
 
 
 def test_what_a_file_was_made_of_is_in_it(

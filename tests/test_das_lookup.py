@@ -356,12 +356,12 @@ def test_a_batch_it_does_not_understand(store: TeacherStore, kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"teachers": "nobody"}, r"teachers should be of .* \('fm',\), .* received \('nobody',\)"),
-        ({"teachers": ()}, "teachers should be of"),
-        ({"teachers": ("fm", "fm")}, "teachers should be of .* each at most once"),
-        ({"tasks": ("buy",)}, r"tasks should be of .* \('label',\), .* received \('buy',\)"),
-        ({"tasks": ()}, "tasks should be of"),
-        ({"snapshot": {"nobody": 1}}, "snapshot should be of"),
+        ({"teachers": "nobody"}, r"teachers: .* \('fm',\), received \('nobody',\)"),
+        ({"teachers": ()}, r"missing teachers: expected .* received \(\)"),
+        ({"teachers": ("fm", "fm")}, "unknown, repeated or missing teachers"),
+        ({"tasks": ("buy",)}, r"tasks: .* \('label',\), received \('buy',\)"),
+        ({"tasks": ()}, "missing tasks"),
+        ({"snapshot": {"nobody": 1}}, "unknown, .* teachers of snapshot"),
         ({"missing": "drop"}, "'mask' or 'raise'; received 'drop'"),
         ({"bad_rows": "drop"}, "'refuse' or 'quarantine'; received 'drop'"),
         ({"max_age_seconds": -1}, "seconds from 0; received -1"),
@@ -479,11 +479,11 @@ def test_teachers_of_several_stores(tmp_path: Path) -> None:
         assert found.presence.sum((0, 2)).tolist() == [2, 4]
         assert found.age_seconds is not None and found.age_seconds[0].tolist() == [7, 0]
     assert given(lookup_of(stores, "fm", tasks=["click"])(batch)) == [None, 1.0, 2.0]
-    with pytest.raises(ValueError, match="teachers should be of those there are"):
+    with pytest.raises(ValueError, match="missing teachers: expected a subset of"):
         lookup_of(stores, "other")
-    with pytest.raises(ValueError, match=r"tasks should be of those there are, \('click', 'buy'\)"):
+    with pytest.raises(ValueError, match=r"missing tasks: expected a subset of \('click', 'buy'\)"):
         lookup_of(stores, None, tasks=["view"])
-    with pytest.raises(ValueError, match=r"of those there are, \('fm',\).*received \('gbdt',\)"):
+    with pytest.raises(ValueError, match=r"a subset of \('fm',\), received \('gbdt',\)"):
         lookup_of({"gbdt": both}, None)
     with pytest.raises(TypeError, match="store should be a TeacherStore; received str"):
         lookup_of({"gbdt": clicks, "fm": "both"}, None)

@@ -774,7 +774,7 @@ def test_keys_of_one_name_are_refused() -> None:
 
 
 def test_an_unknown_teacher_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"teachers should be of those there are, .*'other'"):
+    with pytest.raises(ValueError, match=r"unknown, .* teachers: .*'other'"):
         [*store_events(small_store(tmp_path), "other")]
 
 

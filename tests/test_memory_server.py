@@ -259,7 +259,7 @@ def test_what_could_not_be_published_is_published_next(
     users = list(range(5000))
     second = str(tmp_path / "second.sqlite")
     publish_memory(second, memory, 200)
-    server, calls = type(memory_server._open(url, writes=True)), iter([True, False])
+    server, calls = type(memory_server._connect(url, writes=True)), iter([True, False])
     hset = server.hset
 
     def failing(self: Any, name: str, mapping: Any) -> None:
@@ -310,7 +310,7 @@ def test_damaged_records_are_told(url: str, damage: Any) -> None:
 
 
 def tamper(url: str, key: str, damage: Any) -> None:
-    server = memory_server._open(url, writes=True)
+    server = memory_server._connect(url, writes=True)
     (record,) = server.hmget("fm/1", [key])
     server.hset("fm/1", mapping={key: damage(record)})
     server.close()

@@ -214,8 +214,8 @@ def test_wrong_names_are_told(wrong: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"teacher": "other"}, "teachers should be of those there are"),
-        ({"task": "stay"}, "tasks should be of those there are"),
+        ({"teacher": "other"}, "missing teachers: expected a subset of"),
+        ({"task": "stay"}, "missing tasks: expected a subset of"),
         ({"snapshot": 3, "exclude": [3]}, "pins version 3 of fm, and excludes it"),
         ({"embeddings": True}, "embedding_width; it is 0"),
     ],

@@ -245,7 +245,7 @@ def test_a_run_goes_on_without_a_gap_and_trains_on_nothing_twice(saved: dict[str
     longer = [Window(100, 115, "ab")]
     for wrong in longer, windows("b", begin=120):
         with pytest.raises(
-            ValueError, match=r":01:50Z, where the run goes on; received one from .* to"
+            ValueError, match=r":01:50Z, where the run resumes; received one from .* to"
         ):
             list(train_windows(pipeline(), wrong, folder="x"))
     assert len(list(train_windows(pipeline(), [Window(110, 111, "")], folder="x"))) == 1
@@ -286,7 +286,7 @@ def test_torchrecs_pipeline_trains_on_every_batch_of_every_window() -> None:
             continue
         with pytest.raises(ValueError, match=r"every batch at a window's end; rec.* 1 in flight"):
             list(train_windows(torchrecs, windows([batch]), step=seen.append))
-        with pytest.raises(ValueError, match="1 in flight: make it anew"):  # nor taken up
+        with pytest.raises(ValueError, match="1 in flight: make a new one"):  # nor taken up
             next(train_windows(torchrecs, windows([batch])))
         assert not seen
 
@@ -345,7 +345,7 @@ def test_a_scorer_goes_on_without_a_gap(tmp_path: Path) -> None:
 
     assert scored(windows([]), delay=9) == [110]  # more than there are
     for wrong in [Window(100, 115, [])], windows([], begin=120):
-        with pytest.raises(ValueError, match=r":01:50Z, where the run goes on; received one from"):
+        with pytest.raises(ValueError, match=r":01:50Z, where the run resumes; received one from"):
             scored(wrong)
     assert scored(windows([], [], [])) == [120, 130]
     assert scored(windows([], [], [])) == []

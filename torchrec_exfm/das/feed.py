@@ -1,4 +1,4 @@
-"""Shards that are scored: read batch by batch, ranks in step, and known by name when they are done.
+"""Feed of a scoring job: reads shards batch by batch, keeps ranks in step, marks shards as done.
 
 B examples of a batch.
 """
@@ -24,31 +24,31 @@ from torchrec_exfm.das.shards import transaction_name
 from torchrec_exfm.das.snapshots import newest_snapshot
 from torchrec_exfm.das.store import TeacherStore
 
-__all__ = ["Feed", "Part", "ScoringReport", "Shard", "in_words", "mark", "naming"]
+__all__ = ["Feed", "Part", "ScoringReport", "Shard", "describe", "mark_done", "naming"]
 
-_NONE = np.empty(0, dtype=np.int64)
-_AHEAD = 8  # batches that are read ahead, and that ranks agree on at once
+_NO_IDS = np.empty(0, dtype=np.int64)
+_AHEAD = 8  # read ahead, so that ranks communicate once in so many batches
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Examples that are scored once, by the name that they go by: those of a file, say.
+    """A named piece of scoring work, such as the examples of a file, which is written once.
 
     Args:
-        name: among those of the teacher's snapshot; an example is in one shard.
-        batches: opens the shard: returns an iterable of the teacher's batches, the same ones in the
-            same order each time. Not called for a shard that is in the store.
-        begin_seconds: epoch seconds, no later than any of its events; needed where the snapshot is
-            chosen by time.
+        name: unique among the shards of the teacher's snapshot. No example is in two shards.
+        batches: function that opens the shard: it returns an iterable of the teacher's batches, the
+            same ones in the same order at each call. Not called if the shard is in the store.
+        begin_seconds: epoch seconds, no later than any event of the shard; required if the snapshot
+            is chosen by time.
 
     Raises:
-        TypeError: for a wrong kind.
-        ValueError: for a name that is empty, or a time out of range.
+        TypeError: for an argument of a wrong type.
+        ValueError: for an empty name, or a time out of range.
 
     Example:
         >>> from torch.utils.data import DataLoader
         >>> def shard_of(file):
-        ...     return Shard(file, lambda: DataLoader(range(4), batch_size=2))  # of what is in it
+        ...     return Shard(file, lambda: DataLoader(range(4), batch_size=2))  # the file's rows
         >>> shards = (shard_of(file) for file in ["09.parquet", "10.parquet"])  # opened in turn
         >>> [(shard.name, len(list(shard.batches()))) for shard in shards]
         [('09.parquet', 2), ('10.parquet', 2)]
@@ -74,17 +74,18 @@ class Shard:
 
 @dataclass
 class ScoringReport:
-    """What a scoring job did, on all ranks together.
+    """Counts of a scoring job, over all ranks.
 
     Attributes:
-        shards: that are in the store now and were not, or not wholly.
-        skipped: shards that were in the store.
+        shards: shards that this job completed.
+        skipped: shards that were in the store already.
         scored: examples whose outputs were written.
-        stored_before: examples of shards that were not skipped whose outputs were in the store.
+        stored_before: examples of shards that were not skipped, whose outputs were in the store
+            already.
         quarantined: outputs left out because they break a rule.
-        fillers: rows that went through the teacher once more, to keep its ranks in step where one
-            has more batches than another.
-        seconds: of the whole job.
+        fillers: rows that were scored again, and dropped, to keep ranks in step where one has more
+            batches than another.
+        seconds: duration of the job.
     """
 
     shards: int = 0
@@ -97,8 +98,8 @@ class ScoringReport:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A shard that is to be scored by a snapshot, begun as of a commit of the store."""
+class Work:
+    """A shard, the snapshot to score it by, and the store's commit when the work began."""
 
     shard: Shard
     snapshot: Snapshot
@@ -107,9 +108,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """The examples (B,) of a batch, of the piece of a shard that is committed with a number."""
+    """The examples (B,) of a batch, in a numbered piece of a shard; a piece is one commit."""
 
-    task: Task
+    work: Work
     piece: int
     ids: Ints
     seconds: Ints
@@ -120,7 +121,7 @@ class Part:
 
 @dataclass
 class Feed:
-    """Reads this rank's batches, and gives as many as other ranks give."""
+    """Reader of this rank's batches, which yields as many as every other rank's."""
 
     store: TeacherStore
     shards: Iterable[Shard]
@@ -132,53 +133,58 @@ class Feed:
     shard_rows: int
     report: ScoringReport = field(default_factory=ScoringReport)
     ahead: deque[tuple[Part, Any]] = field(default_factory=deque)
-    sent: deque[Part | None] = field(default_factory=deque)  # of the batches given; None: again
-    due: Snapshot | None = None  # what the next batches of all ranks are to be scored by
-    failure: Exception | None = None  # of this rank: all stop when they agree the next time
-    spare: Any = None  # a batch that may be run again
+    sent: deque[Part | None] = field(default_factory=deque)  # of yielded batches; None: a filler
+    due: Snapshot | None = None  # the snapshot to score the next batches of all ranks by
+    failure: Exception | None = None  # this rank's; kept until all ranks can stop together
+    spare: Any = None  # a batch that can be scored again as a filler
 
     def __post_init__(self) -> None:
         self.parts = self._parts()
 
     def batches(self, loaded: Snapshot | None) -> Iterator[Any]:
-        """What is to be scored by the snapshot that is loaded, until no rank has more of it."""
+        """Yield batches for the loaded snapshot until no rank has any more for it."""
         while steps := self._agree(loaded):
             for _ in range(steps):
                 part = None
-                if self.ahead and self.ahead[0][0].task.snapshot == loaded:
+                if self.ahead and self.ahead[0][0].work.snapshot == loaded:
                     part, self.spare = self.ahead.popleft()
                 self.sent.append(part)
                 yield self.spare
                 self._read_ahead()
 
     def _agree(self, loaded: Snapshot | None) -> int:
-        """How many batches come next on all ranks; 0 if another snapshot is due, or none is."""
+        """Agree on the next snapshot; return how many batches all ranks run by ``loaded``.
+
+        That is 0 if another snapshot is due, or none: all shards are done, or a rank has failed.
+        """
         self._read_ahead()
         if self.spare is None and self.ahead:
             self.spare = self.ahead[0][1]
-        ours = [part.task.snapshot for part, _ in self.ahead]
-        first, count = (ours[0], ours.count(ours[0])) if ours else (None, 0)
-        mine = first, count, self.spare is not None, self.failure is not None
-        told = gather_from_ranks(mine, self.group)
-        firsts = [snapshot for snapshot, *_ in told if snapshot is not None]
-        stopping = any(failed for *_, failed in told)
-        self.due = None if stopping else min(firsts, key=lambda one: one.version, default=None)
+        snapshots = [part.work.snapshot for part, _ in self.ahead]
+        first, count = (snapshots[0], snapshots.count(snapshots[0])) if snapshots else (None, 0)
+        state = first, count, self.spare is not None, self.failure is not None
+        states = gather_from_ranks(state, self.group)
+        firsts = [snapshot for snapshot, *_ in states if snapshot is not None]
+        stopping = any(failed for *_, failed in states)
+        # Oldest first: all ranks load the same snapshot, and shards come in order of time.
+        self.due = None if stopping else min(firsts, key=lambda s: s.version, default=None)
         if self.due is None or self.due != loaded:
             return 0
-        self._share_a_spare([has_spare for _, _, has_spare, _ in told])
-        return max(number for snapshot, number, *_ in told if snapshot == loaded)
+        self._share_spare([has_spare for _, _, has_spare, _ in states])
+        return max(number for snapshot, number, *_ in states if snapshot == loaded)
 
-    def _share_a_spare(self, have: list[bool]) -> None:
-        """Give a rank that has no batch at all one of another rank."""
+    def _share_spare(self, have: list[bool]) -> None:
+        """Send a spare batch to ranks that have had no batch at all; all ranks call this."""
         if all(have):
             return
-        giver = have.index(True)
-        given = [_pickled(self.spare) if rank() == giver else b""]
-        dist.broadcast_object_list(given, src=giver, group=self.group)
-        if isinstance(given[0], Exception):
-            raise given[0]
+        source = have.index(True)
+        # Pickled here: an error is then broadcast too, where it would leave other ranks waiting.
+        payload = [_pickle(self.spare) if rank() == source else b""]
+        dist.broadcast_object_list(payload, src=source, group=self.group)
+        if isinstance(payload[0], Exception):
+            raise payload[0]
         if self.spare is None:
-            self.spare = pickle.loads(given[0])
+            self.spare = pickle.loads(payload[0])
 
     def _read_ahead(self) -> None:
         try:
@@ -186,26 +192,26 @@ class Feed:
                 self.ahead.append(next(self.parts))
         except StopIteration:
             pass
-        except Exception as error:
+        except Exception as error:  # raised once all ranks have stopped: they wait in collectives
             self.failure = error
 
     def _parts(self) -> Iterator[tuple[Part, Any]]:
-        """The batches that are to be scored."""
+        """Yield the batches to score, skipping what is in the store."""
         for shard in self.shards:
-            snapshot = self._snapshot_of(shard)
-            task = Task(shard, snapshot, self.store.refresh())
-            if _is_whole(self.store, task):
+            snapshot = self._find_snapshot(shard)
+            work = Work(shard, snapshot, self.store.refresh())
+            if _is_done(self.store, work):
                 self.report.skipped += 1
                 continue
-            left = False
-            for part_and_batch in self._cut(task, self._missing(task)):
-                left = True
+            is_scored = False
+            for part_and_batch in self._cut(work, self._find_missing(work)):
+                is_scored = True
                 yield part_and_batch
-            if not left:
-                mark(self.store, task)
+            if not is_scored:  # all rows are stored: the job was killed before it marked the shard
+                mark_done(self.store, work)
                 self.report.skipped += 1
 
-    def _snapshot_of(self, shard: Shard) -> Snapshot:
+    def _find_snapshot(self, shard: Shard) -> Snapshot:
         teacher, url, begin = self.teacher, self.store.url, shard.begin_seconds
         if isinstance(teacher, Snapshot):
             return teacher
@@ -226,47 +232,48 @@ class Feed:
             "publish one, or score later examples"
         )
 
-    def _missing(self, task: Task) -> list[int] | None:
-        """The pieces of a shard that are not in the store; None: all, it was not begun."""
-        begun = transaction_name(task.snapshot, f"{task.shard.name}/0")
-        if self.store.table.transaction(begun) is None:
+    def _find_missing(self, work: Work) -> list[int] | None:
+        """Return the pieces of a shard that are not in the store; None: all, it was not begun."""
+        first_piece = transaction_name(work.snapshot, f"{work.shard.name}/0")
+        if self.store.table.transaction(first_piece) is None:
             return None
-        missing, stored = [], _Stored(self.store, task.snapshot)
-        for piece, group in itertools.groupby(self._cut(task), lambda pair: pair[0].piece):
+        missing, stored = [], _Stored(self.store, work.snapshot)
+        for piece, group in itertools.groupby(self._cut(work), lambda pair: pair[0].piece):
             columns = [(part.ids, part.seconds) for part, _ in group]
             ids, seconds = map(np.concatenate, zip(*columns, strict=True))
-            if stored.has(ids, seconds):
+            if stored.has_all(ids, seconds):
                 self.report.stored_before += len(ids)
             else:
                 missing.append(piece)
         return missing
 
-    def _cut(self, task: Task, wanted: list[int] | None = None) -> Iterator[tuple[Part, Any]]:
-        """A shard's batches, in pieces of whole batches; those of some pieces, if they are given.
+    def _cut(self, work: Work, wanted: list[int] | None = None) -> Iterator[tuple[Part, Any]]:
+        """Cut a shard into pieces of whole batches; yield those of ``wanted`` pieces (None: all).
 
-        It is cut the same way each time, so that a piece is written once, by its number.
+        A shard is cut the same way each time, so that a piece's number names the same rows.
         """
         if wanted == []:
             return
         piece = rows = 0
-        batches = itertools.chain(self._opened(task.shard), [(None, _NONE, _NONE, {})])
+        # An empty batch at the end, so that the last one has a successor too.
+        batches = itertools.chain(self._checked_batches(work.shard), [(None, _NO_IDS, _NO_IDS, {})])
         for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
-            ends = rows >= self.shard_rows or not len(after)
-            last = not len(after) if wanted is None else ends and piece == wanted[-1]
+            ends_piece = rows >= self.shard_rows or not len(after)
+            ends_shard = not len(after) if wanted is None else ends_piece and piece == wanted[-1]
             if wanted is None or piece in wanted:
-                yield Part(task, piece, ids, seconds, keys, ends, last), batch
-            if last:
+                yield Part(work, piece, ids, seconds, keys, ends_piece, ends_shard), batch
+            if ends_shard:
                 return
-            if ends:
+            if ends_piece:
                 piece, rows = piece + 1, 0
 
-    def _opened(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:
-        """Batches, with their ids, times and keys, as far as they have examples."""
+    def _checked_batches(self, shard: Shard) -> Iterator[tuple[Any, Ints, Ints, dict[str, Ints]]]:
+        """Yield the batches that are not empty, with their ids, times and keys, checked."""
         before = None
-        for batch in _reading(shard):
+        for batch in _read_batches(shard):
             with naming(shard):
-                if not hasattr(batch, "to"):  # to TorchRec's thread it would be the end, unsaid
+                if not hasattr(batch, "to"):  # TorchRec's thread would stop without an error
                     raise TypeError(
                         "a batch should have to(device), as TorchRec's pipelines take it; received "
                         f"{type(batch).__name__}: return it from the data loader as such a class"
@@ -281,59 +288,65 @@ class Feed:
 
 
 class _Stored:
-    """Which examples the store has outputs of, by a snapshot or a newer one."""
+    """The examples that have an output in the store, of a snapshot or a newer one."""
 
     def __init__(self, store: TeacherStore, snapshot: Snapshot) -> None:
         self.store, self.snapshot = store, snapshot
-        self.window, self.ids = -1, _NONE  # one window at a time
+        self.window, self.ids = -1, _NO_IDS  # of the window that was read last
 
-    def has(self, ids: Ints, seconds: Ints) -> bool:
-        """Whether it has all (n,)."""
+    def has_all(self, ids: Ints, seconds: Ints) -> bool:
+        """Return whether all n examples have an output."""
         windows = self.store.window_of(seconds)
         return all(
-            among(ids[windows == window], self._of(window)).all()
+            among(ids[windows == window], self._stored_ids(window)).all()
             for window in np.unique(windows).tolist()
         )
 
-    def _of(self, window: int) -> Ints:
+    def _stored_ids(self, window: int) -> Ints:
         if window != self.window:
             teacher, tasks = self.snapshot.teacher, self.store.tasks[:1]
             rows, _ = self.store.read(teacher, window, tasks=tasks, bad_rows="quarantine")
-            newer = rows.snapshot >= self.snapshot.version
-            self.window, self.ids = window, np.unique(rows.example_id[newer])
+            is_new = rows.snapshot >= self.snapshot.version
+            self.window, self.ids = window, np.unique(rows.example_id[is_new])
         return self.ids
 
 
-def _is_whole(store: TeacherStore, task: Task) -> bool:
-    """Whether a shard was written to its end, and nothing was removed since it was begun."""
-    begun = store.table.transaction(_mark_name(task))
+def _is_done(store: TeacherStore, work: Work) -> bool:
+    """Return whether a shard was completed, and no rows were removed since it was begun."""
+    begun = store.table.transaction(_done_name(work))
     return begun is not None and begun > store.table.removed
 
 
-def mark(store: TeacherStore, task: Task) -> None:
-    """Say that a shard is in the store, all of it: the number is the commit it was begun at."""
-    nothing, transaction = store.format.schema().empty_table(), (_mark_name(task), task.commit)
-    commit = Commit(lambda properties: store.table.append(nothing, properties), transaction)
+def mark_done(store: TeacherStore, work: Work) -> None:
+    """Mark a shard as completely in the store.
+
+    The mark keeps the commit that the work began at: rows that were removed later may be this
+    shard's, so that it is no longer done (:func:`_is_done`).
+    """
+    no_rows = store.format.schema().empty_table()
+    transaction = _done_name(work), work.commit
+    commit = Commit(lambda properties: store.table.append(no_rows, properties), transaction)
     store.table.commit(
-        f"can't be written to, and the shard {task.shard.name!r} was not marked as done",
-        lambda: None if _is_whole(store, task) else commit,
+        f"can't be written to, and the shard {work.shard.name!r} was not marked as done",
+        lambda: None if _is_done(store, work) else commit,
     )
 
 
-def _mark_name(task: Task) -> str:
-    return f"scored/{task.snapshot.teacher}/{task.snapshot.version}/{task.shard.name}"
+def _done_name(work: Work) -> str:
+    snapshot = work.snapshot
+    return f"scored/{snapshot.teacher}/{snapshot.version}/{work.shard.name}"
 
 
-def _reading(shard: Shard) -> Iterator[Any]:
+def _read_batches(shard: Shard) -> Iterator[Any]:
     try:
         yield from shard.batches()
     except Exception as error:
-        raise RuntimeError(f"the shard {shard.name!r} can't be read: {in_words(error)}") from error
+        raise RuntimeError(f"the shard {shard.name!r} can't be read: {describe(error)}") from error
 
 
 @contextlib.contextmanager
 def naming(shard: Shard) -> Iterator[None]:
-    """Say which shard it is that has wrong values."""
+    """Add a shard's name to a TypeError or ValueError."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -341,16 +354,17 @@ def naming(shard: Shard) -> Iterator[None]:
         raise kind(f"the shard {shard.name!r}: {error}") from error
 
 
-def _pickled(batch: Any) -> bytes | Exception:
+def _pickle(batch: Any) -> bytes | Exception:
     try:
         return pickle.dumps(batch)
     except Exception as error:
         return TypeError(
-            "a batch should be one that can be pickled, as a rank without a shard gets one of "
-            f"another rank's; received one that can't: {in_words(error)}: give every rank a shard"
+            "a batch should be one that can be pickled, since a rank without a shard gets a batch "
+            f"of another rank; received one that can't: {describe(error)}: give every rank a "
+            "shard"
         )
 
 
-def in_words(error: Exception | None) -> str:
-    """An error, as other ranks are told of it; nothing of none."""
+def describe(error: Exception | None) -> str:
+    """Return an error as text for other ranks; an empty string for None."""
     return f"{type(error).__name__}: {error}" if error is not None else ""

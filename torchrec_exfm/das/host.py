@@ -1,18 +1,19 @@
-"""A window once a host: a process of its own reads the store, all ranks map the files it makes.
+"""One reader process a host: it reads windows of the store into files that all ranks map.
 
-To read in another process keeps the training process's interpreter free, whatever the store does.
-The folder of a look-up, in a folder of the user's within that of the host:
+A separate process keeps the training process's interpreter free, even if the store hangs. Each
+look-up has a folder, within one of the user's, in the host's shared folder:
 
-| entry | |
+| entry | meaning |
 |---|---|
-| ``clients`` | locked, shared, by every process that looks up here |
-| ``reader`` | locked by the process that reads; whoever finds it free starts another |
-| ``K.WINDOW.TIME.wanted`` | a window of the Kth teacher is asked for, as of TIME or later |
-| ``K.WINDOW.TIME.ready`` | a folder: the window's index as of TIME, and ``window.json`` |
-| ``K.WINDOW.TIME.failed`` | why the window could not be read at TIME |
+| ``clients`` | shared lock of every process that looks up here |
+| ``reader`` | lock of the reader process; a client that can take it starts a new reader |
+| ``K.WINDOW.TIME.wanted`` | request for a window of the Kth teacher, read at TIME or later |
+| ``K.WINDOW.TIME.ready`` | folder with the window's index, read at TIME, and ``window.json`` |
+| ``K.WINDOW.TIME.failed`` | text of the error that reading the window at TIME raised |
 
-TIME is in nanoseconds of the host's monotonic clock. Entries appear whole, by renaming. The reader
-removes the folder when it has no clients; if it was killed too, the host's next look-up does.
+TIME is in nanoseconds of the host's monotonic clock. Answers are renamed into place, so that no
+client sees half of one. The reader removes the folder when it has no clients left. If the reader
+was killed too, the host's next look-up removes it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from torchrec_exfm.das.windows import IndexedWindow, Selection, read_window
 
 __all__ = ["HostReader", "default_folder", "serve"]
 
-_STARTS = 3  # of a reader, until it is given up
+_MAX_STARTS = 3  # of a reader without an answer in between, before an error is raised
 _IDLE_SECONDS = 0.02
-# The packages are folders alone, since all that they import takes seconds, and isn't needed.
+# Empty packages stand in for the real ones, whose imports (torch, TorchRec) take seconds.
 _SERVE = """
 import sys, types
 for name in ("torchrec_exfm", "torchrec_exfm.das"):
@@ -52,24 +53,24 @@ for name in ("torchrec_exfm", "torchrec_exfm.das"):
 from torchrec_exfm.das.host import serve
 serve()
 """
-_children: list[subprocess.Popen[bytes]] = []  # to be asked for their exit status, one day
+_children: list[subprocess.Popen[bytes]] = []  # kept to be polled: an unpolled child is a zombie
 
 
 def default_folder() -> Path:
-    """Memory that the host's processes share, or where it is small (in a container) a disk."""
+    """Return ``/dev/shm``, or the temporary folder where that is small, as in a container."""
     shared = Path("/dev/shm")
     large = shared.is_dir() and shutil.disk_usage(shared).total >= 2**30
     return shared if large else Path(tempfile.gettempdir())
 
 
 class HostReader:
-    """Asks the host's reader for windows, and starts it where there is none.
+    """A client of the host's reader process, which it starts if there is none.
 
     Args:
-        sources: for each teacher its store, and what of it is looked up.
-        folder: of the host, in memory or on a local disk.
-        max_windows: how many of each teacher the folder holds.
-        max_bytes: of all windows in the folder; None: what it has room for.
+        sources: for each teacher its store, and what is looked up in it.
+        folder: shared folder of the host, in memory or on a local disk.
+        max_windows: number of windows of each teacher that the folder holds.
+        max_bytes: size of all windows in the folder; None: as much as it has room for.
 
     Raises:
         StoreError: if the folder can't be used.
@@ -92,7 +93,7 @@ class HostReader:
         }
         digest = hashlib.blake2b(json.dumps(self._settings).encode(), digest_size=12).hexdigest()
         self._folder = folder.absolute() / f"torchrec_exfm-{os.getuid()}" / digest
-        self._as_of = time.monotonic_ns()
+        self._since_ns = time.monotonic_ns()
         self._starts = 0
         self._clients: IO[str] | None = None
         try:
@@ -104,122 +105,132 @@ class HostReader:
                 "be written"
             ) from error
 
-    def start(self, teacher: int, window: int, before: IndexedWindow | None = None) -> Awaited:
-        """Ask for a window of a teacher: as of now, if it is one that is known from ``before``."""
-        as_of = self._as_of if before is None else time.monotonic_ns()
-        return Awaited(self, teacher, window, as_of, before)
+    def start(self, teacher: int, window: int, before: IndexedWindow | None = None) -> Request:
+        """Request a window of a teacher; a window that is held already is read as of now."""
+        since_ns = self._since_ns if before is None else time.monotonic_ns()
+        return Request(self, teacher, window, since_ns, before)
 
     def forget(self) -> None:
-        """From now on, ask for windows as they are now."""
-        self._as_of = time.monotonic_ns()
+        """Accept no window that was read before now."""
+        self._since_ns = time.monotonic_ns()
 
     def close(self) -> None:
-        """Leave the folder: who is the last removes it, and the reader ends."""
+        """Leave the folder; the last client removes it, which ends the reader."""
         clients, self._clients = self._clients, None
-        if clients is not None:
+        if clients is not None:  # not left to the reader: it may hang in a store
             with clients, contextlib.suppress(FileNotFoundError):
-                if _locked(clients):
-                    _remove(self._folder)
+                if _try_lock(clients):
+                    _remove_folder(self._folder)
 
-    def ask(self, name: str, as_of: int) -> None:
-        """Let the reader know that a window is wanted as of a time."""
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed: look() sees to it
-            (self._folder / f"{name}.{as_of}.wanted").touch()
+    def request(self, name: str, since_ns: int) -> None:
+        """Request a window that is read no earlier than a time."""
+        # If the folder was removed, find_answer() makes it again, with this request.
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / f"{name}.{since_ns}.wanted").touch()
 
-    def look(self, name: str, as_of: int, before: IndexedWindow | None) -> IndexedWindow | None:
-        """The window of a name, if it is there as of a time.
+    def find_answer(
+        self, name: str, since_ns: int, before: IndexedWindow | None
+    ) -> IndexedWindow | None:
+        """Return a window that was read no earlier than a time; None: there is none yet.
 
         Raises:
-            StoreError: if it can't be read.
+            StoreError: if the window could not be read, or no reader can be started.
         """
         answers = [
             (int(entry.suffixes[-2][1:]), entry)
             for entry in self._folder.glob(f"{name}.*")
             if entry.suffix in (".ready", ".failed")
         ]
-        when, entry = max(answers, default=(0, self._folder))
-        with contextlib.suppress(FileNotFoundError):  # renamed, or the folder was removed
-            if when < as_of:
+        read_at_ns, entry = max(answers, default=(0, self._folder))
+        # The reader may rename an answer, and another process may remove the folder, meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if read_at_ns < since_ns:
                 self._start_reader()
                 return None
             self._starts = 0
             if entry.suffix == ".failed":
-                self.forget()  # to ask again is to ask anew
+                self.forget()  # so that the next request is not answered by this failure
                 raise StoreError(f"{entry.read_text()} (told by the host's reader)")
-            window = _open(entry)
-            same = before is not None and before.files == window.files
-            return replace(window, index=before.index) if before and same else window
+            window = _open_window(entry)
+            is_same = before is not None and before.files == window.files
+            return replace(window, index=before.index) if before and is_same else window
         if not self._folder.exists():
             self.close()
             self._join_clients()
-            self.ask(name, as_of)
+            self.request(name, since_ns)
         return None
 
     def _join_clients(self) -> None:
-        self._clients = _enter(self._folder)
-        weakref.finalize(self, self._clients.close)  # of a look-up that nobody closes
+        self._clients = _become_client(self._folder)
+        weakref.finalize(self, self._clients.close)  # unlock also if nobody calls close()
 
     def _start_reader(self) -> None:
-        """Start one, unless one has the lock; it is started with the lock, so that one starts."""
+        """Start a reader, unless the lock says that one is running.
+
+        The child inherits the locked file, so that no other process can start a second reader
+        before this one runs.
+        """
         with (self._folder / "reader").open("a") as lock:
-            if not _locked(lock):
+            if not _try_lock(lock):
                 return
             _children[:] = [child for child in _children if child.poll() is None]
-            if self._starts == _STARTS:
+            if self._starts == _MAX_STARTS:
                 self._starts = 0
                 raise StoreError(
-                    f"{self._folder}: the process that reads the store has ended {_STARTS} times: "
-                    "was it killed, or the host's memory used up? Its own words are in this "
-                    "process's error output"
+                    f"{self._folder}: the process that reads the store has ended {_MAX_STARTS} "
+                    "times: was it killed, or did the host run out of memory? See its messages in "
+                    "this process's error output"
                 )
             self._starts += 1
             child = subprocess.Popen(
                 [sys.executable, "-c", _SERVE, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 pass_fds=[lock.fileno()],
-                start_new_session=True,  # signals to the training's group are not for it
+                start_new_session=True,  # a Ctrl-C in the training's terminal should not kill it
                 env={
                     **os.environ,
                     "PYTHONSAFEPATH": "1",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                    "CUDA_VISIBLE_DEVICES": "",
+                    "CUDA_VISIBLE_DEVICES": "",  # a reader needs no GPU
                 },
             )
             _children.append(child)
             assert child.stdin is not None
+            # By a pipe, not as arguments, which all users can read: options may hold credentials.
+            # If the child has ended already, the pipe is broken, and a later call starts another.
             with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
-                told = {**self._settings, "folder": str(self._folder), "lock": lock.fileno()}
-                stdin.write(json.dumps(told).encode())
+                settings = {**self._settings, "folder": str(self._folder), "lock": lock.fileno()}
+                stdin.write(json.dumps(settings).encode())
 
 
-class Awaited:
-    """A window that was asked for, as a future: ``done`` looks for it."""
+class Request:
+    """A window that was requested, as a future; ``done`` looks for the answer."""
 
     def __init__(
         self,
         reader: HostReader,
         teacher: int,
         window: int,
-        as_of: int,
+        since_ns: int,
         before: IndexedWindow | None,
     ) -> None:
         name = f"{teacher}.{window}"
-        self._look = functools.partial(reader.look, name, as_of, before)
+        self._find_answer = functools.partial(reader.find_answer, name, since_ns, before)
         self._answer: IndexedWindow | StoreError | None = None
         if not self.done():
-            reader.ask(name, as_of)
+            reader.request(name, since_ns)
 
     def done(self) -> bool:
-        """Whether it is there, or can't be had."""
+        """Return whether the window was read, or failed."""
         if self._answer is None:
             try:
-                self._answer = self._look()
+                self._answer = self._find_answer()
             except StoreError as error:
                 self._answer = error
         return self._answer is not None
 
     def result(self) -> IndexedWindow:
-        """The window, when it is done; a StoreError if it can't be had."""
+        """Return the window, once ``done``; raise a StoreError if it could not be read."""
         if isinstance(self._answer, StoreError):
             raise self._answer
         assert self._answer is not None
@@ -227,31 +238,34 @@ class Awaited:
 
 
 def serve() -> None:
-    """Be the reader, of what the standard input says, until there are no clients."""
+    """Run the reader with the settings on standard input until there are no clients, and exit."""
     with contextlib.suppress(FileNotFoundError):  # the folder was removed
         _Server(**json.load(sys.stdin)).run()
-    os._exit(0)  # nothing is left to be done, and the library's threads may still wait for a store
+    os._exit(0)  # a normal exit may wait for the library's threads, which may wait for a store
 
 
 class _Server:
+    """The reader process: answers requests, the oldest first."""
+
     def __init__(
         self, folder: str, lock: int, sources: list[Any], max_windows: int, max_bytes: int | None
     ) -> None:
         self._folder, self._lock = Path(folder), lock
         self._sources = sources
         self._stores: dict[int, TeacherStore] = {}
-        for teacher in range(len(sources)):  # while nobody waits
-            with contextlib.suppress(StoreError):  # told to who asks for a window
+        for teacher in range(len(sources)):  # opened before the first request, to answer it sooner
+            with contextlib.suppress(StoreError):  # raised again, and answered, at a request
                 self._store(teacher)
         self._max_windows, self._max_bytes = max_windows, max_bytes
-        self._part = self._folder / "part"  # what is being made
-        # what a reader before this one has made, too; what was asked for last comes last
+        self._part = self._folder / "part"  # the answer in the making
+        # windows of an earlier reader, too; the least recently requested first
         self._held: dict[tuple[int, int], Path] = {}
         for _, teacher, window, path in sorted(self._entries(".ready")):
             self._held[teacher, window] = path
 
     def run(self) -> None:
-        while not self._abandoned():
+        """Answer requests until there are no clients."""
+        while not self._remove_if_abandoned():
             wanted = min(self._entries(".wanted"), default=None)
             if wanted is None:
                 time.sleep(_IDLE_SECONDS)
@@ -260,44 +274,47 @@ class _Server:
                 self._answer(teacher, window)
 
     def _entries(self, *suffixes: str) -> Iterator[tuple[int, int, int, Path]]:
+        """Yield the time, teacher, window and path of the folder's entries with these suffixes."""
         for entry in self._folder.iterdir():
             if entry.suffix in suffixes:
-                teacher, window, when = map(int, entry.stem.split("."))
-                yield when, teacher, window, entry
+                teacher, window, time_ns = map(int, entry.stem.split("."))
+                yield time_ns, teacher, window, entry
 
-    def _abandoned(self) -> bool:
+    def _remove_if_abandoned(self) -> bool:
+        """Remove the folder if it has no clients; return whether this reader should end."""
         if not os.path.samestat(os.fstat(self._lock), (self._folder / "reader").stat()):
-            return True  # the folder was made anew, and has another reader
+            return True  # a new folder of that name, which has a reader of its own
         with (self._folder / "clients").open() as clients:
-            if left := _locked(clients):
-                _remove(self._folder)
-        return left
+            if is_abandoned := _try_lock(clients):
+                _remove_folder(self._folder)
+        return is_abandoned
 
     def _answer(self, teacher: int, window: int) -> None:
-        """Read a window, or see that it is as it was, and say so; or say why it can't be read."""
-        as_of, key = time.monotonic_ns(), (teacher, window)
-        answer = self._folder / f"{teacher}.{window}.{as_of}.ready"
+        """Answer all requests for a window by now: by its index, or by why it can't be read."""
+        # The time before the read: a commit made meanwhile may be missing in what is read.
+        read_at_ns, key = time.monotonic_ns(), (teacher, window)
+        answer = self._folder / f"{teacher}.{window}.{read_at_ns}.ready"
         shutil.rmtree(self._part, ignore_errors=True)
         try:
-            old = self._held.get(key)
-            before = None if old is None else _open(old)
-            made = self._read(teacher, window, before)
-            same = before is not None and before.index is made.index
-            place = old if same and old else self._part
-            _describe(made, place)
-        except FileNotFoundError:
+            old_path = self._held.get(key)
+            before = None if old_path is None else _open_window(old_path)
+            indexed = self._read(teacher, window, before)
+            is_same = before is not None and before.index is indexed.index
+            path = old_path if is_same and old_path else self._part
+            _write_description(indexed, path)
+        except FileNotFoundError:  # the folder was removed: serve() ends
             raise
         except Exception as error:
             kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "
             answer = answer.with_suffix(".failed")
-            place = self._folder / "failure"
-            place.write_text(f"{kind}{error}")
+            path = self._folder / "failure"
+            path.write_text(f"{kind}{error}")
         else:
             self._held.pop(key, None)
             self._held[key] = answer
-        place.rename(answer)
-        for when, *of, entry in self._entries(".wanted", ".ready", ".failed"):
-            if (*of,) != key or when > as_of or entry == answer:
+        path.rename(answer)
+        for time_ns, *entry_key, entry in self._entries(".wanted", ".ready", ".failed"):
+            if (*entry_key,) != key or time_ns > read_at_ns or entry == answer:
                 continue
             if entry.suffix != ".ready":
                 entry.unlink()
@@ -307,12 +324,12 @@ class _Server:
     def _read(self, teacher: int, window: int, before: IndexedWindow | None) -> IndexedWindow:
         selection = Selection(**self._sources[teacher]["selection"])
 
-        def room(rows: int) -> Path:
+        def make_folder(rows: int) -> Path:
             self._make_room(teacher, window, index_bytes(rows, selection.width))
             self._part.mkdir()
             return self._part
 
-        return read_window(self._store(teacher), selection, window, before, room)
+        return read_window(self._store(teacher), selection, window, before, make_folder)
 
     def _store(self, teacher: int) -> TeacherStore:
         if teacher not in self._stores:
@@ -321,15 +338,18 @@ class _Server:
         return self._stores[teacher]
 
     def _make_room(self, teacher: int, window: int, size: int) -> None:
-        """Let the windows go that were asked for longest ago; who has them mapped keeps them."""
+        """Remove the least recently requested windows to make room for one of ``size`` bytes.
+
+        A process that has mapped a removed file keeps its memory until it drops the window.
+        """
         others = [key for key in self._held if key != (teacher, window)]
-        left = sum(of == teacher for of, _ in others)
+        num_held = sum(other == teacher for other, _ in others)
         limit = sys.maxsize if self._max_bytes is None else self._max_bytes
         for key in others:
-            full = size + sum(map(_size, self._held.values())) > limit
-            if full or (key[0] == teacher and left >= self._max_windows):
+            full = size + sum(map(_folder_bytes, self._held.values())) > limit
+            if full or (key[0] == teacher and num_held >= self._max_windows):
                 shutil.rmtree(self._held.pop(key))
-                left -= key[0] == teacher
+                num_held -= key[0] == teacher
         room = min(limit, shutil.disk_usage(self._folder).free)
         if size > room:
             raise StoreError(
@@ -338,25 +358,27 @@ class _Server:
             )
 
 
-def _describe(window: IndexedWindow, folder: Path) -> None:
-    told = {name: value for name, value in vars(window).items() if name != "index"}
-    text = json.dumps({**told, "width": window.index.width})
+def _write_description(window: IndexedWindow, folder: Path) -> None:
+    """Write all of a window but its index as ``window.json``."""
+    fields = {name: value for name, value in vars(window).items() if name != "index"}
+    text = json.dumps({**fields, "width": window.index.width})
     (folder / "window.new").write_text(text)
     (folder / "window.new").rename(folder / "window.json")
 
 
-def _open(folder: Path) -> IndexedWindow:
-    told = json.loads((folder / "window.json").read_text())
-    index = WindowIndex.open(folder, told.pop("width"))
-    return IndexedWindow(**{**told, "index": index, "files": tuple(told["files"])})
+def _open_window(folder: Path) -> IndexedWindow:
+    """Return a window whose index is mapped from a folder."""
+    fields = json.loads((folder / "window.json").read_text())
+    index = WindowIndex.open(folder, fields.pop("width"))
+    return IndexedWindow(**{**fields, "index": index, "files": tuple(fields["files"])})
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _locked(file: IO[str]) -> bool:
-    """Whether a file could be locked without waiting for others."""
+def _try_lock(file: IO[str]) -> bool:
+    """Lock a file exclusively, without waiting; return whether that succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -364,27 +386,33 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder whose clients' lock is held; those that come now find none of it."""
-    gone = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder; the caller holds the lock of its clients."""
+    # Renamed first: a process that comes meanwhile sees no folder, rather than half of one.
+    removed = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
-def _enter(folder: Path) -> IO[str]:
-    """Become a client of a folder, which is made anew if it has none; its lock."""
+def _become_client(folder: Path) -> IO[str]:
+    """Make a folder if there is none, and return its ``clients`` file with a shared lock.
+
+    Folders of other look-ups whose processes have all ended are removed.
+    """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Anyone can make a folder of this name in /dev/shm, and put in windows for us to train on.
     if folder.parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder.parent} is another user's")
     for other in folder.parent.iterdir():
         with contextlib.suppress(OSError), (other / "clients").open() as clients:
-            if _locked(clients):
-                _remove(other)
+            if _try_lock(clients):
+                _remove_folder(other)
     while True:
-        with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile: make it again
             folder.mkdir(mode=0o700, exist_ok=True)
             clients = (folder / "clients").open("a")
             fcntl.flock(clients, fcntl.LOCK_SH)
+            # While we waited for the lock, another process may have removed the file we opened.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(clients.fileno()), (folder / "clients").stat()):
                     return clients

@@ -1,4 +1,4 @@
-"""Files of examples joined with the store on DuckDB: ``python -m torchrec_exfm.das join``."""
+"""Join of example files with the store, on DuckDB: ``python -m torchrec_exfm.das join``."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tqdm import tqdm
 
 from torchrec_exfm.das.arrays import as_int64, as_seconds
 from torchrec_exfm.das.errors import StoreError
-from torchrec_exfm.das.join import WINNERS, Wanted, stored
+from torchrec_exfm.das.join import WINNERS, Query, outputs_source
 from torchrec_exfm.das.rules import BadRows, check_bad_rows
 from torchrec_exfm.das.schema import KEYS, TIMESTAMP
 from torchrec_exfm.das.store import TeacherStore
 
 __all__ = ["NOTE", "JoinReport", "join_files"]
 
-NOTE = b"torchrec_exfm.join"  # of a file that was made, among its metadata
+NOTE = b"torchrec_exfm.join"  # key in the metadata of a joined file: its origin and its counts
 _ORDER = "example_number"
 
 
 @dataclass
 class JoinReport:
-    """What became of a join, by teacher.
+    """Counts of a join, by teacher.
 
     Attributes:
-        examples: how many there are.
-        present: examples with an output.
-        left_out: rows of the store that break a rule, by the rule, in the windows that were read.
+        examples: number of examples.
+        present: examples with an output, by teacher.
+        left_out: rows that break a rule, in the windows that were read, by teacher and rule.
     """
 
     examples: int = 0
@@ -62,50 +62,51 @@ def join_files(
     max_age_seconds: float | None = None,
     embeddings: bool = False,
 ) -> JoinReport:
-    """Join Parquet files on DuckDB: each becomes one of its name, with its rows in their order.
+    """Join Parquet files with the store: each gives a file of its name, with the same row order.
 
-    A file is there whole or not at all, and one that is there is not made again. In memory are the
+    A file is written atomically, and a file that exists is not written again. Memory holds the
     outputs of the windows that a file touches, its ids and times, and one of its row groups.
 
     Args:
-        store: of the outputs.
+        store: the store of the outputs.
         examples: a glob pattern of local files, or a folder of ``*.parquet``.
-        folder: for the files that are made, and nothing else.
-        teachers: names; none: all.
-        example_id: the column of ids.
-        event_time: that of event times, timestamps or epoch seconds; None: ``event_seconds``, or
-            ``event_time`` where there is none.
+        folder: folder for the joined files, and nothing else.
+        teachers: names of teachers; empty: all.
+        example_id: column of ids.
+        event_time: column of event times, timestamps or epoch seconds; None: ``event_seconds`` if
+            it exists, else ``event_time``.
         bad_rows: as for :meth:`TeacherStore.read`.
-        memory_limit: of DuckDB, such as ``"4GB"``, beyond which it uses the disk; None: its own.
+        memory_limit: memory of DuckDB, such as ``"4GB"``, beyond which it uses the disk; None:
+            DuckDB's default.
         tasks: as for :func:`join_sql`.
-        snapshot: as there, of all teachers.
-        exclude: as there, of all teachers.
-        max_age_seconds: as there.
-        embeddings: as there.
+        snapshot: as for :func:`join_sql`, for all teachers.
+        exclude: as for :func:`join_sql`, for all teachers.
+        max_age_seconds: as for :func:`join_sql`.
+        embeddings: as for :func:`join_sql`.
 
     Raises:
-        ModuleNotFoundError: without DuckDB.
-        TypeError: for ids or times of another kind.
-        ValueError: for a wrong value; for examples, or a folder, that are not as they should be.
-        StoreError: if the store is damaged or refused for its rows, or DuckDB fails.
+        ModuleNotFoundError: if DuckDB is not installed.
+        TypeError: for ids or times of a wrong type.
+        ValueError: for a wrong value; for unfit example files; for a folder with other files.
+        StoreError: if the store is damaged or has rows that are refused, or DuckDB fails.
     """
     check_bad_rows(bad_rows)
     names = list(teachers) or store.teachers()
-    wanted = Wanted.of(store, names, tasks, snapshot, exclude, max_age_seconds, embeddings)
+    query = Query.check(store, names, tasks, snapshot, exclude, max_age_seconds, embeddings)
     paths = _paths(examples)
     folder.mkdir(parents=True, exist_ok=True)
-    known = {path.name for path in paths}
-    if others := [p.name for p in folder.iterdir() if p.name not in known and p.name[0] != "."]:
+    expected = {path.name for path in paths}
+    if others := [p.name for p in folder.iterdir() if p.name not in expected and p.name[0] != "."]:
         raise ValueError(
-            f"{folder}: should hold what this join makes, and nothing else; it has "
-            f"{sorted(others)[:5]}: choose another folder"
+            f"{folder}: should hold only the files of this join; it has {sorted(others)[:5]}: "
+            "choose another folder"
         )
     report = JoinReport(left_out={name: Counter() for name in names})
     with _engine(folder, memory_limit) as engine:
-        join = _Join(engine, store, wanted, bad_rows, example_id, event_time, report.left_out)
+        join = _Join(engine, store, query, bad_rows, example_id, event_time, report.left_out)
         for path in tqdm(paths, desc="join", unit="file", disable=None):
-            made_of = join.made_of(path)
-            counts = _counts(folder / path.name, made_of) or join.file(path, folder, made_of)
+            origin = join.origin(path)
+            counts = _read_counts(folder / path.name, origin) or join.run(path, folder, origin)
             report.examples += counts["examples"]
             report.present.update(counts["present"])
     return report
@@ -119,23 +120,23 @@ def _paths(examples: str) -> list[Path]:
             f"{examples}: should be Parquet files of examples, on this machine; there are none"
         )
     names = Counter(path.name for path in paths)
-    if twice := [path for path in paths if names[path.name] > 1]:
+    if repeated := [path for path in paths if names[path.name] > 1]:
         raise ValueError(
-            f"{examples}: the files should differ in name, as those that are made of them lie in "
-            f"one folder; received {[*map(str, twice[:4])]}: join folder by folder"
+            f"{examples}: the files should differ in name, since the joined files go into one "
+            f"folder; received {[*map(str, repeated[:4])]}: join folder by folder"
         )
     return paths
 
 
-def _counts(target: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file that is there says of its rows; None if there is none."""
+def _read_counts(target: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the counts in a joined file, if it exists; raise if it is of another join."""
     if not target.exists():
         return None
     note = json.loads((pq.read_schema(target).metadata or {}).get(NOTE, "{}"))
-    if note.get("made_of") != made_of:
+    if note.get("made_of") != origin:
         raise ValueError(
-            f"{target}: is there, and is not what this join would make: it is of other examples, "
-            "another store or other options; choose another folder, or remove it"
+            f"{target}: exists, and is not of this join: it has other examples, another store or "
+            "other options; choose another folder, or remove it"
         )
     counts: dict[str, Any] = note
     return counts
@@ -143,7 +144,7 @@ def _counts(target: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def _engine(folder: Path, memory_limit: str | None) -> Iterator[Any]:
-    """DuckDB, in memory, and beyond its limit in a folder that goes with it."""
+    """Open DuckDB in memory, with a temporary folder for what is beyond its memory limit."""
     try:
         import duckdb
     except ModuleNotFoundError as error:
@@ -160,7 +161,7 @@ def _engine(folder: Path, memory_limit: str | None) -> Iterator[Any]:
                 f"memory_limit should be as '4GB'; received {memory_limit!r} ({error})"
             ) from error
         try:
-            engine.execute("SET TimeZone = 'UTC'")
+            engine.execute("SET TimeZone = 'UTC'")  # the store's times lose their zone when read
             yield engine
         except duckdb.Error as error:
             raise StoreError(f"DuckDB can't join these examples ({error})") from error
@@ -170,48 +171,51 @@ def _engine(folder: Path, memory_limit: str | None) -> Iterator[Any]:
 
 @dataclass
 class _Join:
-    """The join of one file after the other, with the winners of windows that they share."""
+    """The join of one file after another, which keeps the winners of windows that they share."""
 
     engine: Any
     store: TeacherStore
-    wanted: Wanted
+    query: Query
     bad_rows: BadRows
     example_id: str
     event_time: str | None
     left_out: dict[str, Counter[str]]
-    held: set[int] = field(default_factory=set)
+    loaded: set[int] = field(default_factory=set)
 
-    def made_of(self, path: Path) -> dict[str, Any]:
-        """What decides what a file becomes, as JSON keeps it, but for the commit of the store."""
+    def origin(self, path: Path) -> dict[str, Any]:
+        """Return all that a joined file depends on, but for the store's commit.
+
+        The commit is left out, so that a job that was killed resumes although the store has grown.
+        """
         fields = {
             "store": self.store.url,
             "examples": [path.name, path.stat().st_size, self.example_id, self.event_time],
-            **asdict(self.wanted),
+            **asdict(self.query),
         }
-        decoded: dict[str, Any] = json.loads(json.dumps(fields))
+        decoded: dict[str, Any] = json.loads(json.dumps(fields))  # to compare with a file's note
         return decoded
 
-    def file(self, path: Path, folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
-        """Make the file of one; returns how many examples it has, and outputs are present."""
+    def run(self, path: Path, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
+        """Join a file; return its number of examples, and by teacher that of present outputs."""
         with pq.ParquetFile(path) as source:
             keys = self._keys(path, source)
-            self._hold(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())
+            self._load(np.unique(self.store.window_of(keys["event_seconds"].to_numpy())).tolist())
             self.engine.register("examples", keys)
-            select = self.wanted.joined("examples", "example_id", "event_seconds", None)
+            select = self.query.joined_sql("examples", "example_id", "event_seconds", None)
             joined = self.engine.sql(f"SELECT * FROM ({select}) ORDER BY {_ORDER}").to_arrow_table()
             self.engine.unregister("examples")
             present = {
                 teacher: len(joined) - joined[f"{teacher}_snapshot"].null_count
-                for teacher in self.wanted.teachers
+                for teacher in self.query.teachers
             }
             counts = {"examples": len(joined), "present": present}
-            note = {"made_of": made_of, "commit": self.store.table.version, **counts}
+            note = {"made_of": origin, "commit": self.store.table.version, **counts}
             _write(source, joined.drop_columns(keys.column_names), folder / path.name, note)
         pa.default_memory_pool().release_unused()
         return counts
 
     def _keys(self, path: Path, source: pq.ParquetFile) -> pa.Table:
-        """The examples' numbers, ids and times, checked."""
+        """Return the examples' numbers, ids and times, checked."""
         names = source.schema_arrow.names
         time = self.event_time or "event_seconds"
         if self.event_time is None and time not in names:
@@ -221,10 +225,10 @@ class _Join:
                 f"{path}: should have the columns {self.example_id} and {time}; it lacks {missing} "
                 f"and has {names}: name the columns of the ids and the times"
             )
-        added = [name for teacher in self.wanted.teachers for name in self.wanted.columns(teacher)]
-        if taken := sorted({*names} & {*added}):
+        added = [name for teacher in self.query.teachers for name in self.query.columns(teacher)]
+        if existing := sorted({*names} & {*added}):
             raise ValueError(
-                f"{path}: has columns {taken} already, which the join would add: rename them"
+                f"{path}: has columns {existing} already, which the join would add: rename them"
             )
         keys = source.read(columns=[self.example_id, time])
         ids = as_int64(f"{path}: {self.example_id}", keys[self.example_id])
@@ -233,69 +237,72 @@ class _Join:
         columns = [np.arange(len(ids)), ids, as_seconds(f"{path}: {time}", keys[time])]
         return pa.table(columns, names=[_ORDER, "example_id", "event_seconds"])
 
-    def _hold(self, windows: Sequence[int]) -> None:
-        """Have the winners of these windows in a table each, and of no others."""
-        for window in self.held.difference(windows):
+    def _load(self, windows: Sequence[int]) -> None:
+        """Make a table of the winners of each of these windows, and drop all others.
+
+        Without any, that is without examples, window 0 gives the columns.
+        """
+        for window in self.loaded.difference(windows):
             self.engine.execute(f"DROP TABLE winners_{window}")
-        for window in sorted({*windows, *([] if windows else [0])} - self.held):
-            self.engine.register("outputs", self._stored(window))
-            self._check(window)
+        for window in sorted({*windows, *([] if windows else [0])} - self.loaded):
+            self.engine.register("outputs", self._read_window(window))
+            self._check_rows(window)
             self.engine.execute(
-                f"CREATE TABLE winners_{window} AS {self.wanted.winners('outputs')}"
+                f"CREATE TABLE winners_{window} AS {self.query.winners_sql('outputs')}"
             )
             self.engine.unregister("outputs")
-        self.held = {*windows} or {0}
-        parts = " UNION ALL ".join(f"FROM winners_{window}" for window in sorted(self.held))
+        self.loaded = {*windows} or {0}
+        parts = " UNION ALL ".join(f"FROM winners_{window}" for window in sorted(self.loaded))
         self.engine.execute(f"CREATE OR REPLACE VIEW {WINNERS} AS {parts}")
 
-    def _stored(self, window: int) -> pa.Table:
-        """The rows of a window, of all teachers that are wanted."""
+    def _read_window(self, window: int) -> pa.Table:
+        """Return the rows of a window, of all selected teachers."""
         schema = self.store.format.schema()
-        left_out = {"teacher", "window", *KEYS, *([] if self.wanted.embeddings else ["embedding"])}
+        unused = {"teacher", "window", *KEYS, *([] if self.query.embeddings else ["embedding"])}
         columns = pa.schema(
             [
-                # without a zone DuckDB subtracts times thirty times as fast; it is set to UTC
+                # DuckDB subtracts times without a zone thirty times as fast; its zone is set to UTC
                 column.with_type(pa.timestamp("us")) if column.type == TIMESTAMP else column
                 for column in schema
-                if column.name not in left_out
+                if column.name not in unused
             ]
         )
         files, tables = self.store.read_files(
-            self.wanted.teachers, window, lambda file: self.store.table.read(file, columns)
+            self.query.teachers, window, lambda file: self.store.table.read(file, columns)
         )
         parts = [
-            _rows(file.partition[0], window, table)
+            _add_partition(file.partition[0], window, table)
             for file, table in zip(files, tables, strict=True)
         ]
-        return pa.concat_tables([_rows("", 0, columns.empty_table()), *parts])
+        return pa.concat_tables([_add_partition("", 0, columns.empty_table()), *parts])
 
-    def _check(self, window: int) -> None:
+    def _check_rows(self, window: int) -> None:
         """Refuse or count the rows of ``outputs`` that break a rule."""
-        rules = self.wanted.rules()
+        rules = self.query.rules()
         cases = " ".join(f"WHEN {rule} THEN {n}" for n, rule in enumerate(rules.values()))
-        query = f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {stored('outputs')}"
-        for teacher, rule, rows in self.engine.sql(f"{query} GROUP BY ALL ORDER BY ALL").fetchall():
+        sql = f"SELECT teacher, CASE {cases} END AS rule, count(*) FROM {outputs_source('outputs')}"
+        for teacher, rule, rows in self.engine.sql(f"{sql} GROUP BY ALL ORDER BY ALL").fetchall():
             if rule is None:
                 continue
-            words = list(rules)[rule]
+            text = list(rules)[rule]
             if self.bad_rows == "refuse":
                 raise StoreError(
-                    f"{self.store.table.url}: {rows} rows of {teacher} in window {window} {words}: "
+                    f"{self.store.table.url}: {rows} rows of {teacher} in window {window} {text}: "
                     "correct them, or join with bad_rows='quarantine' (--bad-rows quarantine) to "
                     "leave such rows out and count them"
                 )
-            self.left_out[teacher][words] += rows
+            self.left_out[teacher][text] += rows
 
 
-def _rows(teacher: str, window: int, table: pa.Table) -> pa.Table:
-    """A file's rows with the columns that are in its path."""
+def _add_partition(teacher: str, window: int, table: pa.Table) -> pa.Table:
+    """Return a data file's rows with the two columns that are in its path."""
     zeros = np.zeros(len(table), np.int8)
     table = table.append_column("teacher", pa.DictionaryArray.from_arrays(zeros, [teacher]))
     return table.append_column("window", pa.array(np.full(len(table), window)))
 
 
 def _write(source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str, Any]) -> None:
-    """Write the file's rows, a row group at a time, with columns that are added to them."""
+    """Write a file's rows with added columns, one row group at a time."""
     schema = source.schema_arrow
     metadata = {**(schema.metadata or {}), NOTE: json.dumps(note)}
     schema = pa.schema([*schema, *added.schema], metadata)
@@ -306,11 +313,11 @@ def _write(source: pq.ParquetFile, added: pa.Table, target: Path, note: dict[str
             columns = [*rows.columns, *added.slice(first, len(rows)).columns]
             sink.write_table(pa.Table.from_arrays(columns, schema=schema), len(rows) or None)
             first += len(rows)
-    os.replace(part, target)
+    os.replace(part, target)  # atomic: a killed job leaves a hidden .part, never half a file
 
 
 def _layout(source: pq.ParquetFile, added: Sequence[str]) -> dict[str, Any]:
-    """Compression and dictionaries of a file's columns, for another with columns added."""
+    """Return a file's compression and dictionaries by column; added columns use ZSTD."""
     metadata = source.metadata
     if not metadata.num_row_groups:
         return {}

@@ -1,7 +1,7 @@
-"""The teacher's own training forward as the source of its outputs: no extra pass at all.
+"""Log of teacher outputs from the teacher's own training forward, without an extra pass.
 
-What the forward says of a batch, it says before the update that learns from the batch: so the
-output of an example does not know its label, however far the teacher has been trained since.
+The forward computes a batch's outputs before the update that learns from the batch. So an example's
+output does not depend on its label, however far the teacher is trained later.
 
 B examples, T tasks, E width of an embedding.
 """
@@ -36,48 +36,51 @@ from torchrec_exfm.das.store import MAX_WINDOWS, TeacherStore
 
 __all__ = ["TeacherLogger"]
 
-_WINDOWS = 16  # whose logged ids are kept in memory
+_CACHED_WINDOWS = 16  # windows whose logged ids are kept in memory
 _Batch: TypeAlias = tuple[Any, Any, Tensor, dict[str, Any]]  # ids, times, outputs, keys
 
 
 class TeacherLogger:
-    """Logs what a teacher says in its training forward; each rank logs its own examples.
+    """Logger of a teacher's outputs in its training forward; each rank logs its own examples.
 
     Around a training loop::
 
         logger = TeacherLogger(store, "fm", ids=..., event_seconds=...)
         logger.attach(model)
-        ...                              # the training loop, as it was
+        ...                              # the training loop, unchanged
         logger.close()
 
-    Rows are gathered, and written in the background ``shard_rows`` at a time. Call :meth:`flush`
-    before each checkpoint of the training, so that no row is both before the checkpoint and not
-    in the store. **Each example is logged once**, the first time: a second epoch is not, as its
-    teacher has learned the labels; and where a run that was killed goes on from its checkpoint,
-    what it had logged after the checkpoint stays.
+    Rows are collected, and written in the background ``shard_rows`` at a time. Call :meth:`flush`
+    before each checkpoint of the training: a run that resumes from it then misses no row.
 
-    Each row carries the newest published snapshot as the version that the teacher has moved on
-    from (version 0 before the first), and ``logged``; its age is 0. What is logged of an example
-    knows no label of its own, but may know that of one that comes later in a student's order: where
-    that student is a teacher in turn, both have to go through the examples in one order.
+    **Each example is logged once**, the first time. A second epoch is not logged, since the teacher
+    has then learned the labels. If a killed run resumes from its checkpoint, the rows that it
+    logged after the checkpoint stay.
+
+    Each row is marked ``logged``, with age 0. Its version is that of the newest published snapshot,
+    which the teacher has been trained beyond; 0 before the first. A logged output does not depend
+    on its own example's label. It may depend on the label of an example that comes later in a
+    student's order. If that student is a teacher in turn, both have to see the examples in one
+    order.
 
     Args:
-        store: where to.
-        teacher: its name.
-        ids: takes the batch to its example ids, (B,) int64.
-        event_seconds: takes the batch to its event times, (B,) epoch seconds or timestamps.
-        keys: takes the batch to its keys by name, as for :meth:`TeacherStore.write`, (B,) each;
-            None: rows are written without.
-        outputs: takes what the model returns to logits (or predictions) of shape (B, T) or (B,);
-            the default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
-        embeddings: takes it to the teacher's embeddings, (B, E); None: rows are written without.
+        store: the store to write to.
+        teacher: the teacher's name.
+        ids: function from the batch to its example ids, (B,) int64.
+        event_seconds: function from the batch to its event times, (B,) epoch seconds or timestamps.
+        keys: function from the batch to its keys by name, as for :meth:`TeacherStore.write`, (B,)
+            each; None: rows are written without keys.
+        outputs: function from the model's result to logits (or predictions), (B, T) or (B,); the
+            default fits TorchRec's contract ``(loss, (loss, logits, labels))``.
+        embeddings: function from the model's result to the teacher's embeddings, (B, E); None: rows
+            are written without embeddings.
         tasks: as for :meth:`TeacherStore.write`.
         shard_rows: rows of one commit.
         bad_rows: as for :meth:`TeacherStore.write`.
 
     Attributes:
-        written: rows that this logger has put into the store.
-        logged_before: rows that it has not, since their examples had been logged before.
+        written: rows that this logger has written.
+        logged_before: rows that it left out because their examples had been logged before.
         quarantined: rows left out because they break a rule.
 
     Raises:
@@ -131,12 +134,12 @@ class TeacherLogger:
         self._handed_over: list[_Batch] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-logger")
         self._writing: Future[None] | None = None
-        # by window, the one used last last: the ids that are logged there, in order; files read
+        # by window, the least recently used first: its logged ids, sorted, and the files read
         self._logged: dict[int, tuple[Ints, set[str]]] = {}
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Log every training forward of a model, under DMP or not: ``model(batch)``."""
+        """Log every training forward ``model(batch)`` of a model, under DMP or not."""
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if module.training:
@@ -158,49 +161,49 @@ class TeacherLogger:
         embeddings: Tensor | None = None,
         keys: Mapping[str, Any] | None = None,
     ) -> None:
-        """Log the outputs of B examples; tensors may be on the device, and are not waited for.
+        """Log the outputs of B examples; tensors may be on a device, which is not waited for.
 
-        Embeddings (B, E), and keys by name, (B,) each, come with every call, or with none.
+        Pass embeddings (B, E), and keys by name, (B,) each, in every call or in none.
 
         Raises:
             StoreError: if an earlier shard could not be written.
-            TypeError: for ids, times and keys of another dtype.
-            ValueError: for bad rows in an earlier shard; for nulls; for another shape; for other
-                names of keys.
+            TypeError: for ids, times or keys of a wrong dtype.
+            ValueError: for bad rows in an earlier shard; for nulls; for a wrong shape; for other
+                names of keys than before.
         """
         values = self._store.format.joined(
             outputs, embeddings, outputs.shape[:1].numel(), self._tasks
         )
-        given = {} if keys is None else keys
-        check_key_names([*given])
-        kept = {name: _copy(name, given[name], as_int64) for name in given}
-        for _, _, before, kept_before in (self._rows or self._handed_over)[-1:]:
-            check_same_keys(kept, kept_before)
-            if before.shape[1] != values.shape[1]:
+        keys = {} if keys is None else keys
+        check_key_names([*keys])
+        key_columns = {name: _copy_column(name, keys[name], as_int64) for name in keys}
+        for _, _, last_values, last_keys in (self._rows or self._handed_over)[-1:]:
+            check_same_keys(key_columns, last_keys)
+            if last_values.shape[1] != values.shape[1]:
                 raise ValueError(
                     "embeddings should come with every call of log() or with none; received "
                     f"{'none' if embeddings is None else 'some'}: take another logger for these"
                 )
-        seconds = _copy("event_seconds", event_seconds, as_epoch)
-        self._rows.append((_copy("ids", ids, as_int64), seconds, values, kept))
+        seconds = _copy_column("event_seconds", event_seconds, as_epoch)
+        self._rows.append((_copy_column("ids", ids, as_int64), seconds, values, key_columns))
         self._count += len(outputs)
         if self._count >= self._shard_rows:
             self._hand_over()
 
     def flush(self) -> None:
-        """Write what was logged, and wait until it is in the store.
+        """Write the logged rows, and wait until they are in the store.
 
-        What could not be written is kept, and the next flush tries again.
+        Rows that could not be written are kept, and the next flush tries again.
 
         Raises:
             StoreError: if it can't be written.
             ValueError: for bad rows.
         """
         self._hand_over()
-        self._wait()
+        self._finish_write()
 
     def close(self) -> None:
-        """Flush, and detach from the models."""
+        """Detach from the models, and flush."""
         for handle in self._handles:
             handle.remove()
         self.flush()
@@ -212,37 +215,38 @@ class TeacherLogger:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _wait(self) -> None:
+    def _finish_write(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
                 writing.result()
-            except Exception:  # nothing is lost: the next flush tries again
+            except Exception:  # put the rows back, so that the next flush tries again
                 self._rows = self._handed_over + self._rows
                 self._count = sum(len(outputs) for _, _, outputs, _ in self._rows)
                 raise
 
     def _hand_over(self) -> None:
         check_process(self._process)
-        self._wait()
+        self._finish_write()
         if self._rows:
             self._handed_over, self._rows, self._count = self._rows, [], 0
-            ready = _event(self._handed_over[-1][2].device)
+            ready = _record_event(self._handed_over[-1][2].device)
             self._writing = self._writer.submit(self._write, self._handed_over, self._shards, ready)
             self._shards += 1
 
     def _write(self, rows: list[_Batch], shard: int, ready: torch.Event | None) -> None:
+        """Write a shard's new examples, in parts of as many windows as one write may have."""
         if ready is not None:
-            ready.synchronize()  # the writer's thread has a stream of its own
+            ready.synchronize()  # this thread's stream does not wait for that of training
         ids = np.concatenate([as_int64("ids", i, len(values)) for i, _, values, _ in rows])
         seconds = np.concatenate([as_epoch("event_seconds", s, len(v)) for _, s, v, _ in rows])
         columns = torch.cat([values for _, _, values, _ in rows]).cpu()
-        parts = [as_keys(kept, len(values)) for _, _, values, kept in rows]
+        parts = [as_keys(columns_of_keys, len(values)) for _, _, values, columns_of_keys in rows]
         keys = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        new = self._first_time(ids, seconds)
+        is_new = self._select_new(ids, seconds)
         _, places = np.unique(self._store.window_of(seconds), return_inverse=True)
-        for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):  # as much as a write takes
-            chosen = new & (places // MAX_WINDOWS == part)
+        for part in range(places.max(initial=-1) // MAX_WINDOWS + 1):
+            chosen = is_new & (places // MAX_WINDOWS == part)
             if chosen.any():
                 values = columns[torch.from_numpy(chosen)]
                 outputs, embeddings = values.tensor_split([len(self._tasks)], dim=1)
@@ -260,40 +264,40 @@ class TeacherLogger:
                 )
                 self.written += report.written
                 self.quarantined += sum(report.quarantined.values())
-        self.logged_before += len(ids) - int(new.sum())
+        self.logged_before += len(ids) - int(is_new.sum())
 
-    def _first_time(self, ids: Ints, seconds: Ints) -> Mask:
-        """Which examples (n,) come for the first time, here and in the store."""
+    def _select_new(self, ids: Ints, seconds: Ints) -> Mask:
+        """Return which examples (n,) come for the first time, here and in the store."""
         self._store.refresh()
-        new = np.zeros(len(ids), dtype=np.bool_)
-        distinct, first = np.unique(ids, return_index=True)  # sorted: searched for at a tenth
+        is_new = np.zeros(len(ids), dtype=np.bool_)
+        distinct, first = np.unique(ids, return_index=True)  # a search for sorted ids is faster
         windows = self._store.window_of(seconds[first])
         for window in np.unique(windows).tolist():
-            at = windows == window
-            new[first[at]] = ~among(distinct[at], self._logged_in(window))
-        return new
+            in_window = windows == window
+            is_new[first[in_window]] = ~among(distinct[in_window], self._logged_ids(window))
+        return is_new
 
-    def _logged_in(self, window: int) -> Ints:
-        """The ids that are logged in a window of the store, in rising order."""
-        nothing = np.empty(0, dtype=np.int64), set[str]()
-        ids, paths = self._logged.pop(window, nothing)
+    def _logged_ids(self, window: int) -> Ints:
+        """Return the ids that are logged in a window of the store, sorted."""
+        empty = np.empty(0, dtype=np.int64), set[str]()
+        ids, paths = self._logged.pop(window, empty)
         files = self._store.files(self.teacher, window)
-        if not paths <= {file.path for file in files}:  # compacted, or forgotten
-            ids, paths = nothing
+        if not paths <= {file.path for file in files}:  # compacted or forgotten: read all again
+            ids, paths = empty
         for file in files:
             if file.path not in paths:
                 rows = self._store.read_file(file)
                 ids = np.concatenate([ids, rows.example_id[rows.logged]])
-                ids = np.sort(ids, kind="stable")  # of runs in order: they are merged
+                ids = np.sort(ids, kind="stable")  # a stable sort merges these two sorted runs
                 paths.add(file.path)
         self._logged[window] = ids, paths
-        if len(self._logged) > _WINDOWS:
+        if len(self._logged) > _CACHED_WINDOWS:
             del self._logged[next(iter(self._logged))]
         return ids
 
 
-def _event(device: torch.device) -> torch.Event | None:
-    """Of all that an accelerator was given to do so far on this thread's stream."""
+def _record_event(device: torch.device) -> torch.Event | None:
+    """Record an event after the work queued on this thread's stream; None: on the CPU."""
     if device.type == "cpu":
         return None
     event: torch.Event = torch.get_device_module(device).Event()
@@ -301,6 +305,6 @@ def _event(device: torch.device) -> torch.Event | None:
     return event
 
 
-def _copy(what: str, values: Any, convert: Callable[[str, Any], Ints]) -> Any:
-    """So that a loader may use its buffers again; a tensor on a device is not waited for."""
+def _copy_column(what: str, values: Any, convert: Callable[[str, Any], Ints]) -> Any:
+    """Copy a column, since a loader may reuse its buffers; a device is not waited for."""
     return values.clone() if isinstance(values, Tensor) else convert(what, values).copy()

@@ -1,4 +1,4 @@
-"""What a memory keeps of a key, and the features that it gives.
+"""Format of a memory: the state and sequence that it keeps of a key, and the features they give.
 
 B examples, V numbers of an event, L events of a sequence.
 """
@@ -35,23 +35,24 @@ if TYPE_CHECKING:
 __all__ = ["MemoryFeatures", "MemoryFormat"]
 
 DAY_SECONDS = 86_400
-Columns: TypeAlias = Any  # a mapping, a DataFrame, an Arrow table: by name, each (n,)
+Columns: TypeAlias = Any  # a mapping, DataFrame or Arrow table of columns (n,) by name
 Resolution: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFormat:
-    """What a memory keeps: the same for a table, beside training and for serving.
+    """Settings of a memory, the same in a table, in training and in serving.
 
     Args:
-        name: begins the names of the features, such as ``"fm"`` or ``"label"``.
-        keys: each the names of one column or several, such as ``[["user_id"], ["user_id",
-            "item_id"]]``.
+        name: first part of the features' names, such as ``"fm"`` or ``"label"``.
+        keys: a list of keys, each a list of one or more columns, such as ``[["user_id"],
+            ["user_id", "item_id"]]``.
         width: V, numbers of an event.
-        length: L, events of a sequence; 0: aggregates alone.
-        half_life_seconds: an event of this age weighs half as much in the decayed mean.
-        delay_seconds: D: an event of time s is a feature of examples of times t > s + D.
-        resolution: of the vectors in sequences; ``"int8"`` and ``"int4"`` with a scale for each.
+        length: L, events of a sequence; 0: keep aggregates only.
+        half_life_seconds: the age at which an event weighs half as much in the decayed mean.
+        delay_seconds: D; examples of times t > s + D see an event of time s.
+        resolution: precision of the vectors in sequences; ``"int8"`` and ``"int4"`` keep a scale
+            with each vector.
 
     Raises:
         ValueError: for a wrong value.
@@ -66,15 +67,15 @@ class MemoryFormat:
     resolution: Resolution = "float32"
 
     def __post_init__(self) -> None:
-        given = self.keys
-        keys = tuple((key,) if isinstance(key, str) else tuple(key) for key in given)
+        received = self.keys
+        keys = tuple((key,) if isinstance(key, str) else tuple(key) for key in received)
         object.__setattr__(self, "keys", keys)
         for name in (self.name, *(column for key in keys for column in key)):
             check_name("a memory, and a column of its keys,", name)
-        if isinstance(given, str) or not all(keys) or len({*self.key_names}) < len(keys or "1"):
+        if isinstance(received, str) or not all(keys) or len({*self.key_names}) < len(keys or "1"):
             raise ValueError(
-                "keys should be a list of keys, each of one column or more, that differ in their "
-                f"names joined by '_'; received {given!r}"
+                "keys should be a list of keys, each a list of columns, whose names joined by '_' "
+                f"differ; received {received!r}"
             )
         for name, least in (("width", 1), ("length", 0), ("delay_seconds", 0)):
             value = getattr(self, name)
@@ -87,34 +88,34 @@ class MemoryFormat:
             raise ValueError(
                 f"half_life_seconds should be more than 0; received {self.half_life_seconds!r}"
             )
-        if self.resolution not in (known := get_args(Resolution)):
-            raise ValueError(f"resolution should be one of {known}; received {self.resolution!r}")
+        if self.resolution not in (names := get_args(Resolution)):
+            raise ValueError(f"resolution should be one of {names}; received {self.resolution!r}")
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """A name for each key: its columns' joined by ``_``."""
+        """Names of the keys: their columns joined by ``_``."""
         return tuple("_".join(key) for key in self.keys)
 
     def key_values(self, columns: Columns, rows: int | None = None) -> dict[str, Ints]:
-        """Return each key's values (B,): a column's own, or the hash of several (`hash_ids`)."""
+        """Return each key's values (B,): those of its column, or a hash of several (`hash_ids`)."""
         needed = {column for key in self.keys for column in key}
         names = column_names(columns) or []
         if not needed <= {*names}:
             raise ValueError(
                 f"the columns of the keys should be {sorted(needed)}; received {names}"
             )
-        values = {name: as_int64(name, columns[name], rows) for name in needed}
-        hashed = {}
+        arrays = {name: as_int64(name, columns[name], rows) for name in needed}
+        values = {}
         for name, key in zip(self.key_names, self.keys, strict=True):
-            parts = [values[column] for column in key]
+            parts = [arrays[column] for column in key]
             ids = parts[0] if len(parts) == 1 else hash_ids(*parts)
-            without = np.any([part == NO_KEY for part in parts], axis=0)
-            hashed[name] = np.where(without, NO_KEY, ids)
-        return hashed
+            has_none = np.any([part == NO_KEY for part in parts], axis=0)  # of any of its columns
+            values[name] = np.where(has_none, NO_KEY, ids)
+        return values
 
     @cached_property
     def event_dtype(self) -> np.dtype[Any]:
-        """An event of a sequence."""
+        """Dtype of an event in a sequence: its time, and its vector as encoded bytes."""
         size = embedding_bytes(self.width, self.resolution)
         return np.dtype([("seconds", "<i8"), ("vector", "u1", (size,))])
 
@@ -124,24 +125,26 @@ class MemoryFormat:
         return 3 + 3 * self.width
 
     def unpack(self, records: Sequence[bytes | None], seconds: Any) -> MemoryFeatures:
-        """Return the features of B keys' records, of :meth:`Memory.records`; None: no event.
+        """Return the features of B records of :meth:`Memory.records`; None: a key without events.
 
         Raises:
-            StoreError: for a record whose length is not that of its events.
+            StoreError: for a record of a wrong length.
         """
         t = as_seconds("seconds", seconds, len(records))
         head, size = 8 * self.state_width, self.event_dtype.itemsize
         empty = bytes(head)
         parts = [empty if record is None else record for record in records]
-        heads = bytearray().join([part[:head].ljust(head, b"\0") for part in parts])  # writable
+        # A bytearray, since an array of bytes would be read-only. A short record is padded, so that
+        # it is refused below with its row.
+        heads = bytearray().join([part[:head].ljust(head, b"\0") for part in parts])
         states = np.frombuffer(heads, "<f8").reshape(-1, self.state_width)
-        lengths = np.clip(states[:, 1], 0, self.length)  # 1: the count
-        received = np.array([len(part) for part in parts])
-        if len(damaged := np.flatnonzero(received != head + size * lengths)):
+        lengths = np.clip(states[:, 1], 0, self.length)  # column 1 is the count
+        sizes = np.array([len(part) for part in parts])
+        if len(damaged := np.flatnonzero(sizes != head + size * lengths)):
             row = damaged[0]
             raise StoreError(
                 f"records of the memory {self.name} should have {head} bytes, and {size} for each "
-                f"of the last {self.length} events; received {received[row]} bytes of "
+                f"of the last {self.length} events; received {sizes[row]} bytes of "
                 f"{states[row, 1]:g} events in row {row}, the first of {len(damaged)}: drop this "
                 "version of the memory, and publish it again"
             )
@@ -151,17 +154,20 @@ class MemoryFormat:
     def features(
         self, states: AnyArray, events: AnyArray, lengths: Ints, seconds: Ints
     ) -> MemoryFeatures:
-        """Return the features of B states, and of the events of each, the last first."""
+        """Return the features of B states and their sequences, at times ``seconds`` (B,).
+
+        ``events`` holds one sequence after another, each newest first, of ``lengths`` (B,).
+        """
         last_seconds, count, last, weight, decayed, sums = self.split(states)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where there is none
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as it should be, without events
             mean, decayed_mean = sums / count, decayed / weight
-        none = count == 0
-        days = np.where(none, np.nan, (seconds[:, None] - last_seconds) / DAY_SECONDS)
+        is_empty = count == 0
+        days = np.where(is_empty, np.nan, (seconds[:, None] - last_seconds) / DAY_SECONDS)
         ages = (np.repeat(seconds, lengths) - events["seconds"]) / DAY_SECONDS
         return MemoryFeatures(
             count=count[:, 0].astype(np.int64),
             mean=mean.astype(np.float32),
-            last=np.where(none, np.nan, last).astype(np.float32),
+            last=np.where(is_empty, np.nan, last).astype(np.float32),
             decayed_mean=decayed_mean.astype(np.float32),
             days_since=days[:, 0].astype(np.float32),
             lengths=lengths.astype(np.int32),
@@ -170,7 +176,7 @@ class MemoryFormat:
         )
 
     def split(self, states: AnyArray) -> list[AnyArray]:
-        """Return views of states (n, 3 + 3 V), one of each part of them."""
+        """Return views of the parts of states (n, 3 + 3 V), in the order of ``state_width``."""
         return np.split(states, np.cumsum([1, 1, self.width, 1, self.width]), axis=1)
 
     def dense(self, features: Mapping[str, MemoryFeatures]) -> Floats:
@@ -180,16 +186,17 @@ class MemoryFormat:
 
 @dataclass(frozen=True, eq=False)
 class MemoryFeatures:
-    """What a memory knows of one key of B examples; what it has no event for is NaN, count 0.
+    """A memory's features of one key of B examples; without events they are NaN, with count 0.
 
     Attributes:
-        count: int64 (B,), how many events there were.
-        mean, last: float32 (B, V), over all of them, and of the last.
-        decayed_mean: sum_i w_i v_i / sum_i w_i with w_i = 2^(-age_i / half-life).
-        days_since: float32 (B,), the age of the last, in days.
-        lengths: int32 (B,), at most L.
-        vectors: float32 (N, V), the last first, one example's after the other; N = sum of lengths.
-        ages_days: float32 (N,).
+        count: int64 (B,), number of events.
+        mean, last: float32 (B, V), mean of all events' vectors, and the last event's vector.
+        decayed_mean: float32 (B, V), sum_i w_i v_i / sum_i w_i with w_i = 2^(-age_i / half-life).
+        days_since: float32 (B,), age of the last event in days.
+        lengths: int32 (B,), lengths of the sequences, at most L.
+        vectors: float32 (N, V), the examples' sequences one after another, each newest first; N is
+            the sum of lengths.
+        ages_days: float32 (N,), the events' ages in days.
     """
 
     count: Ints
@@ -204,8 +211,8 @@ class MemoryFeatures:
     def dense(self) -> Floats:
         """Return dense features (B, 3 + 3 V), float32.
 
-        Whether there was an event, log(1 + count), log(1 + days since), mean, last, decayed mean;
-        0 where there was none.
+        They are whether there was an event, log(1 + count), log(1 + days since), mean, last and
+        decayed mean. All are 0 without an event.
         """
         columns = [self.count > 0, np.log1p(self.count), np.log1p(self.days_since)]
         parts = [*(column[:, None] for column in columns), self.mean, self.last, self.decayed_mean]
@@ -214,6 +221,7 @@ class MemoryFeatures:
 
     def jagged(self) -> JaggedTensor:
         """Return the sequences as a JaggedTensor: vectors (N, V), and ages in days as weights."""
+        # Imported here, as nothing else in a memory needs them.
         import torch
         from torchrec import JaggedTensor
 

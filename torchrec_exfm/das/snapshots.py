@@ -1,4 +1,4 @@
-"""Snapshots of a teacher: published whole or not at all, found by version and event time."""
+"""Snapshots of a teacher: published atomically, found by version and event time."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ __all__ = ["ForgetReport", "forget", "load_snapshot", "newest_snapshot", "publis
 def publish(
     store: TeacherStore, teacher: str, model: nn.Module | None, *, trained_through_seconds: int
 ) -> Snapshot:
-    """Publish the teacher as it is now, as the next version; called by all ranks.
+    """Publish the teacher's current parameters as its next version; called by all ranks.
 
-    Its parameters are written by torch.distributed.checkpoint, sharded as they are, and then one
-    commit makes the snapshot known: a process killed before leaves nothing that a reader sees.
-    No version is given twice, be its snapshot forgotten.
+    torch.distributed.checkpoint writes the parameters, sharded as they are. Then one commit
+    publishes the snapshot: a process killed before leaves nothing that a reader sees. A version is
+    never used twice, even if its snapshot was forgotten.
 
     Args:
-        store: where it is made known, and whose ``checkpoints`` its parameters go into.
-        teacher: its name.
-        model: the teacher, under DMP or not; None: there is no checkpoint to load (a teacher that
-            is kept elsewhere).
-        trained_through_seconds: the last event time that it was trained on, epoch seconds. Of two
-            snapshots the newer is that of the higher version, whichever was trained further.
+        store: the store to publish in; the parameters go into its ``checkpoints``.
+        teacher: the teacher's name.
+        model: the teacher, under DMP or not; None: publish without a checkpoint, for a teacher that
+            is kept elsewhere.
+        trained_through_seconds: the last event time that it was trained on, epoch seconds. The
+            newer of two snapshots is the one with the higher version, whichever was trained
+            further.
 
     Raises:
-        TypeError: for a time of another kind.
-        ValueError: for a wrong value; if the store knows no folder for checkpoints.
-        StoreError: if it can't be written.
+        TypeError: for a time of a wrong type.
+        ValueError: for a wrong value; if the store has no folder for checkpoints.
+        StoreError: if the store can't be written.
     """
     through = Snapshot(teacher, 0, trained_through_seconds).trained_through_seconds  # or fail now
+    # Rank 0 names the folder for all; the name is unique, so that two jobs never share one.
     name = on_rank_0(lambda: f"{int(time.time())}-{uuid.uuid4().hex[:12]}")
     if model is not None:
         save_checkpoint(checkpoint_folder(store, teacher, name), model.state_dict())
@@ -58,7 +60,7 @@ def publish(
 
 
 def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
-    """A teacher's snapshots, oldest version first."""
+    """Return a teacher's published snapshots, oldest version first."""
     store.registry.refresh()
     snapshots = (snapshot for snapshot, _ in entries(store) if snapshot.teacher == teacher)
     return sorted(snapshots, key=lambda snapshot: snapshot.version)
@@ -67,10 +69,12 @@ def published(store: TeacherStore, teacher: str) -> list[Snapshot]:
 def newest_snapshot(
     store: TeacherStore, teacher: str, *, before_seconds: int | None = None
 ) -> Snapshot | None:
-    """The newest snapshot, of those trained through times before ``before_seconds`` if given.
+    """Return the newest published snapshot; None: there is none.
+
+    With ``before_seconds`` only snapshots that were trained through an earlier time count.
 
     Raises:
-        TypeError: for a time of another kind.
+        TypeError: for a time of a wrong type.
         ValueError: for a time out of range.
     """
     if before_seconds is not None:
@@ -89,18 +93,18 @@ def load_snapshot(store: TeacherStore, snapshot: Snapshot, model: nn.Module) -> 
     Nothing is unpickled: only tensors are read, with ``weights_only=True``.
 
     Args:
-        store: where it is known, and whose ``checkpoints`` have its parameters.
+        store: the store that it was published in, with its parameters in ``checkpoints``.
         snapshot: one of :func:`published`.
-        model: of the same parameters, sharded in any way.
+        model: a model with the same parameters, sharded in any way.
 
     Raises:
-        StoreError: if it is not published, or was without a checkpoint.
-        FileNotFoundError: if its checkpoint is not there.
-        ValueError: if its checkpoint is damaged, or of other parameters than the model's; if the
-            store knows no folder for checkpoints.
+        StoreError: if the snapshot is not published, or has no checkpoint.
+        FileNotFoundError: if the checkpoint is missing.
+        ValueError: if the checkpoint is damaged, or has other parameters than the model; if the
+            store has no folder for checkpoints.
     """
     store.registry.refresh()
-    names = [name for known, name in entries(store) if known == snapshot]
+    names = [name for entry, name in entries(store) if entry == snapshot]
     if not names:
         raise StoreError(f"{store.registry.url}: {snapshot}, is not published there")
     if names[0] is None:
@@ -112,11 +116,11 @@ def load_snapshot(store: TeacherStore, snapshot: Snapshot, model: nn.Module) -> 
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What was forgotten.
+    """Counts of what was deleted.
 
     Attributes:
         rows: outputs that were deleted.
-        snapshots: published snapshots that were.
+        snapshots: published snapshots that were deleted.
     """
 
     rows: int
@@ -130,24 +134,27 @@ def forget(
     versions: Iterable[int] | None = None,
     before_seconds: int | None = None,
 ) -> ForgetReport:
-    """Delete versions of a teacher, or what it said of examples before a time.
+    """Delete versions of a teacher, or its outputs of examples before a time.
 
-    Of versions the outputs, the published snapshots and their checkpoints are deleted: their shards
-    may then be written again, by these names. Before a time it is the outputs in the windows that
-    have ended by then, of every version; snapshots stay. Files leave the disk with a vacuum
-    (``python -m torchrec_exfm.das compact URL --vacuum-hours H``), so that who reads an older
-    commit may go on. Killed meanwhile, it may be called again.
+    With ``versions`` their outputs, published snapshots and checkpoints are deleted. Shards of the
+    same names can then be written again. With ``before_seconds`` the outputs of every version are
+    deleted, in the windows that have ended by then; snapshots stay.
+
+    Data files stay on disk until a vacuum (``python -m torchrec_exfm.das compact URL
+    --vacuum-hours H``), so that readers of an older commit are not disturbed. A call that
+    was killed can be repeated.
 
     Args:
-        store: where they are.
-        teacher: its name.
-        versions: any, in any order; some may be unknown.
+        store: the store to delete from.
+        teacher: the teacher's name.
+        versions: versions in any order; unknown ones are ignored.
         before_seconds: event time, epoch seconds.
 
     Raises:
-        TypeError: for a time or a version of another kind.
-        ValueError: for a wrong value, or unless one of the two is given.
-        StoreError: if they can't be deleted.
+        TypeError: for a time or a version of a wrong type.
+        ValueError: for a wrong value; unless exactly one of ``versions`` and ``before_seconds`` is
+            given.
+        StoreError: if the store can't be written.
     """
     check_name("a teacher", teacher)
     if (versions is None) == (before_seconds is None):
@@ -159,38 +166,39 @@ def forget(
         window = as_second("before_seconds", before_seconds) // store.format.window_seconds
         rows = store.table.delete(f"teacher = '{teacher}' AND \"window\" < {window}")
         return ForgetReport(rows, 0)
-    numbers = sorted({_version(version) for version in ([] if versions is None else versions)})
+    numbers = sorted({_as_version(version) for version in ([] if versions is None else versions)})
     if not numbers:
         return ForgetReport(0, 0)
 
-    def published_ones() -> list[dict[str, Any]]:
+    def find_rows() -> list[dict[str, Any]]:
         store.registry.refresh()
         rows = rows_of_registry(store)
         return [row for row in rows if row["teacher"] == teacher and row["version"] in numbers]
 
     def folders() -> list[Path]:
-        names = [row["checkpoint"] for row in known]
+        names = [row["checkpoint"] for row in to_forget]
         return [checkpoint_folder(store, teacher, name) for name in names if name is not None]
 
-    known = published_ones()
-    folders()  # fails before anything is deleted
-    rows = store.table.delete(f"teacher = '{teacher}' AND ({_among('snapshot', numbers)})")
-    known = published_ones()  # with those published meanwhile
-    snapshots = store.registry.delete(f"teacher = '{teacher}' AND ({_among('version', numbers)})")
-    if left := [row for row in published_ones() if row in known]:
-        # the library looks for rows only where the log's statistics say they may be
+    to_forget = find_rows()
+    folders()  # a wrong folder of checkpoints raises here, before anything is deleted
+    rows = store.table.delete(f"teacher = '{teacher}' AND ({_sql_in('snapshot', numbers)})")
+    to_forget = find_rows()  # again, to include snapshots published meanwhile
+    snapshots = store.registry.delete(f"teacher = '{teacher}' AND ({_sql_in('version', numbers)})")
+    if left := [row for row in find_rows() if row in to_forget]:
+        # deltalake looks for rows only in files whose statistics in the log allow them
         raise StoreError(
             f"{store.registry.url}: still has what was to be forgotten, version "
             f"{left[0]['version']}: the statistics in its log are damaged; restore the log from a "
             "copy"
         )
+    # Checkpoints go last: if the process is killed before, no published snapshot lacks its own.
     for folder in folders():
         shutil.rmtree(folder, ignore_errors=True)
     return ForgetReport(rows, snapshots)
 
 
 def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
-    """The snapshots, each with the name of its checkpoint's folder."""
+    """Return all snapshots, each with the name of its checkpoint's folder (None: it has none)."""
     snapshots = []
     for row in rows_of_registry(store):
         seconds = row["trained_through"] // MICROSECONDS
@@ -201,22 +209,23 @@ def entries(store: TeacherStore) -> list[tuple[Snapshot, str | None]]:
 
 
 def rows_of_registry(store: TeacherStore) -> Iterator[dict[str, Any]]:
-    """What the registry says of each snapshot, right or wrong: times in microseconds; its file."""
+    """Yield the registry's rows, unchecked: times in microseconds, and the path of its file."""
     for file in store.registry.files():
         for row in store.registry.read(file, SNAPSHOTS).cast(SNAPSHOT_NUMBERS).to_pylist():
             yield {**row, "file": f"{store.registry.url}/{file.path}"}
 
 
 def checkpoint_folder(store: TeacherStore, teacher: str, name: str) -> Path:
-    """Where a checkpoint is, by a name that :func:`publish` makes."""
+    """Return the folder of a checkpoint, whose name should be one that :func:`publish` makes."""
     if store.checkpoints is None:
         raise ValueError(
             f"checkpoints should be a folder that all ranks share, as {store.url} is no local one; "
             "received None; open the store with TeacherStore(url, checkpoints=...)"
         )
     folder = store.checkpoints / teacher / name
-    plain = re.fullmatch(r"[0-9]+-[0-9a-f]+", name) is not None
-    if not plain or folder.resolve() != store.checkpoints.resolve() / teacher / name:
+    # The name comes from a table that others may write: "..", or a link, could lead anywhere.
+    is_plain = re.fullmatch(r"[0-9]+-[0-9a-f]+", name) is not None
+    if not is_plain or folder.resolve() != store.checkpoints.resolve() / teacher / name:
         raise StoreError(
             f"{store.registry.url}: the checkpoint {name!r} of {teacher} is refused: it may leave "
             "the folder of the checkpoints"
@@ -232,8 +241,9 @@ def _commit(
     def prepare() -> Commit:
         rows = rows_of_registry(store)
         known = [row["version"] for row in rows if row["teacher"] == teacher]
-        given = registry.transaction(f"snapshot/{teacher}") or 0  # also to one that was forgotten
-        versions.append(max([*known, given]) + 1)
+        # The registry lacks forgotten snapshots; the transaction keeps the last version of all.
+        last = registry.transaction(f"snapshot/{teacher}") or 0
+        versions.append(max([*known, last]) + 1)
         row = {
             "teacher": teacher,
             "version": versions[-1],
@@ -246,21 +256,21 @@ def _commit(
         return Commit(lambda properties: registry.append(data, properties), transaction)
 
     registry.commit("can't be written to, and nothing was", prepare)
-    if versions[-1] % 100 == 0:  # each has a file of its own: make them one
-        with contextlib.suppress(StoreError):  # the snapshot is published all the same
+    if versions[-1] % 100 == 0:  # every snapshot adds a file: merge them
+        with contextlib.suppress(StoreError):  # the snapshot is published already
             registry.compact()
     return Snapshot(teacher, versions[-1], trained_through_seconds)
 
 
-def _version(version: int) -> int:
+def _as_version(version: int) -> int:
     number = as_int(version)
     if isinstance(version, bool) or not 0 <= number < 2**40:
         raise TypeError(f"versions should be whole numbers in [0, 2^40); received {version!r}")
     return number
 
 
-def _among(column: str, numbers: list[int]) -> str:
-    """A predicate that is true for the numbers, which are in order: a comparison for each run."""
+def _sql_in(column: str, numbers: list[int]) -> str:
+    """Return a predicate that is true for sorted numbers: a comparison for each run of them."""
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     bounds = [(members[0][1], members[-1][1]) for members in (list(run) for _, run in runs)]
     return " OR ".join(f"({column} >= {low} AND {column} <= {high})" for low, high in bounds)

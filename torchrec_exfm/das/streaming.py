@@ -1,15 +1,18 @@
-"""A stream, window by window: each is evaluated as it is trained on, logged, scored, published.
+"""Training on a stream, span by span: evaluate while training, log, score and publish.
 
-Teacher, scorer and students go round the same windows, in processes of their own or one after the
-other in one. They meet only in a teacher store, by its outputs, snapshots and watermarks, so that
-each can be killed, started again or left out alone::
+A :class:`Window` is a span of the stream. Its bounds need not be those of the windows in a store,
+which are the unit that a store is read in.
+
+Teacher, scorer and students go through the same spans, each in a process of its own, or one after
+the other in one process. They exchange outputs, snapshots and watermarks through a teacher store
+only. So each can be killed, restarted or left out without the others::
 
     teacher   for window in train_teacher(pipeline, windows, store, "fm", logger=logger): ...
     scorer    for window in score_windows(teacher, windows, store, "fm", device=device): ...
     student   for window in train_windows(pipeline, wait_for_outputs(windows, lookup)): ...
 
-What ``progress`` returns was computed before the update, so that what ``step`` is given of a window
-is of a model that has not seen it.
+``progress`` returns what was computed before the update. So ``step`` receives outputs of a model
+that has not been trained on their examples.
 """
 
 from __future__ import annotations
@@ -49,17 +52,18 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a stream.
+    """A span of a training stream, of any length in event time.
 
     Args:
-        begin_seconds: of its event times, epoch seconds.
-        end_seconds: the first second after it.
-        data: for training this rank's batches, as many on every rank, which are taken when the
-            window's turn comes; for :func:`score_windows` this rank's shards (:class:`Shard`).
+        begin_seconds: first event time of the span, epoch seconds.
+        end_seconds: first second after the span.
+        data: for training, this rank's batches, which are iterated when the span's turn comes, and
+            are as many on every rank; for :func:`score_windows`, this rank's shards
+            (:class:`Shard`).
 
     Raises:
-        TypeError: for times of another kind.
-        ValueError: if it does not end after it begins; for times out of range.
+        TypeError: for times of a wrong type.
+        ValueError: if the span does not end after it begins; for times out of range.
     """
 
     begin_seconds: int
@@ -71,7 +75,7 @@ class Window:
         end = as_second("end_seconds", self.end_seconds)
         if begin >= end:
             raise ValueError(f"a window should end after it begins; received {begin} and {end}")
-        object.__setattr__(self, "begin_seconds", begin)  # an int, of numpy's and torch's too
+        object.__setattr__(self, "begin_seconds", begin)  # an int, also from numpy or torch
         object.__setattr__(self, "end_seconds", end)
 
 
@@ -83,23 +87,23 @@ def train_windows(
     metrics: ExFMMetrics | None = None,
     folder: Path | str | None = None,
 ) -> Iterator[Window]:
-    """Train on window after window, and yield each when it is done; called by all ranks.
+    """Train on one span after another, and yield each when it is done; called by all ranks.
 
-    A generator: nothing happens but in a ``for`` loop, whose body is what follows a window. With a
-    folder, the training is saved after the body (:func:`~torchrec_exfm.save_training`), and one
-    that was killed, or left by a ``break``, goes on with the window that it was in.
+    This is a generator: iterate it in a ``for`` loop, whose body runs after each span. With a
+    folder, the training is saved after the body (:func:`~torchrec_exfm.save_training`). A run that
+    was killed, or left by a ``break``, resumes with the span that it was in.
 
     Args:
-        pipeline: TorchRec's for a teacher, ``TrainPipelineExFM`` for a student.
-        windows: each begins where the one before ends; the same ones when it goes on.
-        step: takes what each ``progress`` returned, computed before the step's update.
-        metrics: saved and taken up with the training; updating them is ``step``'s.
-        folder: of the checkpoints; None: none are made.
+        pipeline: TorchRec's pipeline for a teacher, ``TrainPipelineExFM`` for a student.
+        windows: spans, each beginning where the one before ends; pass the same ones to resume.
+        step: function called with each result of ``progress``, computed before the step's update.
+        metrics: saved and restored with the training; ``step`` should update them.
+        folder: folder of the checkpoints; None: save none.
 
     Raises:
-        ValueError: if windows do not follow one another, or none begins where the training goes
-            on; for a checkpoint of another run; if the pipeline has batches in flight between two
-            windows.
+        ValueError: if spans have a gap or an overlap, or none begins where the training resumes;
+            for a checkpoint of another run; if the pipeline has batches in flight between two
+            spans.
     """
     position = load_training(folder, pipeline, metrics=metrics) if folder is not None else None
     if position is not None and position.keys() != {"before_seconds"}:
@@ -107,12 +111,13 @@ def train_windows(
             f"{folder} should be of a run of train_windows; received one at the position {position}"
         )
     before_seconds = position["before_seconds"] if position is not None else 0
-    for window in _in_order(windows, before_seconds):
+    for window in _check_order(windows, before_seconds):
         if window.end_seconds <= before_seconds:
             continue
-        for output in _outputs(pipeline, window.data):
+        for output in _run_batches(pipeline, window.data):
             step(output)
         yield window
+        # Saved after the loop's body: a run that was killed in the body repeats the span with it.
         if folder is not None:
             position = {"before_seconds": window.end_seconds}
             save_training(folder, pipeline, position=position, metrics=metrics)
@@ -129,17 +134,19 @@ def train_teacher(
     step: Callable[[Any], None] = lambda output: None,
     folder: Path | str | None = None,
 ) -> Iterator[Window]:
-    """:func:`train_windows` for a teacher: after each window what it said is logged, and published.
+    """Train a teacher by :func:`train_windows`; log its outputs and publish its snapshots.
 
-    Then the watermark of the teacher is brought to the window's end.
+    After a span the logger is flushed, a snapshot is published if it is due, and then the teacher's
+    watermark is advanced to the end of the span.
 
     Args:
-        pipeline: of the teacher, in which all that is published is trained.
+        pipeline: the teacher's pipeline, whose model is published.
         windows: as for :func:`train_windows`.
-        store: where it publishes, and the logger writes.
-        teacher: its name.
-        refresh: publishes after every so many windows.
-        logger: attached to the model; None: nothing is logged, a scorer sees to all.
+        store: the store to publish in, which the logger writes to.
+        teacher: the teacher's name.
+        refresh: publish a snapshot after every so many spans (``windows``).
+        logger: a logger attached to the model; None: log nothing, and leave all examples to a
+            scorer.
         step: as for :func:`train_windows`.
         folder: as for :func:`train_windows`.
 
@@ -151,22 +158,25 @@ def train_teacher(
     _check_count("refresh", refresh, 1)
     number = 0
 
-    def counted() -> Iterator[Window]:
+    def count_windows() -> Iterator[Window]:
         nonlocal number
         for window in windows:
-            number += 1  # of those that a run before this one trained on, too
+            # Spans that an earlier run trained on count too: a resumed run publishes at the same.
+            number += 1
             yield window
 
-    for window in train_windows(pipeline, counted(), step=step, folder=folder):
+    for window in train_windows(pipeline, count_windows(), step=step, folder=folder):
         if logger is not None:
             logger.flush()
-        last = window.end_seconds - 1
+        last_second = window.end_seconds - 1
         newest = on_rank_0(lambda: newest_snapshot(store, teacher))
-        known = newest is not None and newest.trained_through_seconds >= last  # and then killed
-        if number % refresh == 0 and not known:
+        # A run that was killed after it published this span trains on it again.
+        is_published = newest is not None and newest.trained_through_seconds >= last_second
+        if number % refresh == 0 and not is_published:
             model = pipeline_parts(pipeline).model
-            publish(store, teacher, model, trained_through_seconds=last)
-        _advance(store, teacher, window.end_seconds)
+            publish(store, teacher, model, trained_through_seconds=last_second)
+        # Last: who waits for the watermark then finds the outputs and the snapshot.
+        _advance_watermark(store, teacher, window.end_seconds)
         yield window
 
 
@@ -181,49 +191,50 @@ def score_windows(
     timeout_seconds: float = 600.0,
     **options: Any,
 ) -> Iterator[Window]:
-    """Score the students' examples of window after window by a teacher's snapshots, as they come.
+    """Score the students' examples span by span, by a teacher's snapshots as they are published.
 
-    A window's snapshot is the newest that was trained on none of the ``delay`` windows before it;
-    it is waited for until the teacher's watermark is there. A window that comes before the first
-    such snapshot is left without outputs. After each window the watermark of the
-    writer ``TEACHER/scores`` is brought to its end, and the window is yielded; windows that lie
-    before it at the start are passed over, so that a killed job goes on.
+    A span is scored by the newest snapshot that was trained neither on it nor on the ``delay``
+    spans before it. The job waits for the teacher's watermark, so that this snapshot is published.
+    A span before the first such snapshot gets no outputs.
+
+    After each span the watermark of the writer ``TEACHER/scores`` is advanced to its end, and the
+    span is yielded. A job that was killed resumes there: it skips the spans before that watermark.
 
     Args:
-        model: the teacher, whose parameters are overwritten by those of its snapshots.
-        windows: as for :func:`train_windows`, ``data`` this rank's :class:`Shard` s of
+        model: the teacher; its parameters are overwritten by those of its snapshots.
+        windows: as for :func:`train_windows`, with ``data`` this rank's shards (:class:`Shard`) of
             examples that the teacher does not log itself.
-        store: where snapshots are found, and outputs written.
-        teacher: its name.
-        device: where the model runs.
-        delay: for how many windows a snapshot is on its way from its teacher to here; of those
-            given: the first may have the newest snapshot before it.
+        store: the store to load snapshots from and to write outputs to.
+        teacher: the teacher's name.
+        device: the device that the model runs on.
+        delay: number of spans that a snapshot takes to get here from its teacher. It counts the
+            spans in ``windows`` only: the first may be scored by the newest snapshot before it.
         timeout_seconds: how long to wait for the teacher.
         options: as for :func:`score`.
 
     Raises:
-        ValueError: if windows do not follow one another, or none begins where the scoring goes on;
-            as :func:`score`; if ``delay`` is less than 0.
-        TimeoutError: if the teacher's watermark does not come in time.
+        ValueError: if spans have a gap or an overlap, or none begins where the scoring resumes; as
+            :func:`score`; if ``delay`` is less than 0.
+        TimeoutError: if the teacher's watermark does not advance in time.
     """
     _check_count("delay", delay, 0)
     check_duration("timeout_seconds", timeout_seconds)
     begins: deque[int] = deque(maxlen=delay + 1)
     loaded: Snapshot | None = None
     writer = f"{teacher}/scores"
-    before_seconds = on_rank_0(lambda: _watermark(store, writer)) or 0
-    for window in _in_order(windows, before_seconds):
+    before_seconds = on_rank_0(lambda: _read_watermark(store, writer)) or 0
+    for window in _check_order(windows, before_seconds):
         begins.append(window.begin_seconds)
         if window.end_seconds <= before_seconds:
             continue
-        _wait(store.url, lambda: store, teacher, begins[0], timeout_seconds)
+        _wait_for_watermark(store.url, lambda: store, teacher, begins[0], timeout_seconds)
         snapshot = on_rank_0(lambda: newest_snapshot(store, teacher, before_seconds=begins[0]))
         if snapshot is not None:
             if snapshot != loaded:
                 load_snapshot(store, snapshot, model)
             loaded = snapshot
             score(model, store, window.data, snapshot, device=device, **options)
-        _advance(store, writer, window.end_seconds)
+        _advance_watermark(store, writer, window.end_seconds)
         yield window
 
 
@@ -235,52 +246,57 @@ def wait_for_outputs(
     timeout_seconds: float = 600.0,
     on_late: Literal["raise", "mask"] = "raise",
 ) -> Iterator[Window]:
-    """The windows, each given out once its outputs are in the store; called by all ranks.
+    """Yield each span once its outputs are in the store; called by all ranks.
 
     Args:
-        windows: of a student.
-        lookup: that of its pipeline, which is told to read anew.
-        writers: whose watermarks to wait for; None: those of the look-up's teachers.
-        timeout_seconds: how long.
-        on_late: what to do then: ``"raise"``, or ``"mask"``: warn, and go on with what is there;
-            examples without an output are masked, and counted by the look-up.
+        windows: spans of a student's stream.
+        lookup: the look-up of the student's pipeline, which is refreshed before each span.
+        writers: names of the writers whose watermarks to wait for; None: the look-up's teachers.
+        timeout_seconds: how long to wait for each watermark.
+        on_late: what to do after that time: ``"raise"``; or ``"mask"``, to warn and continue with
+            the outputs that are there. The look-up masks and counts examples without one.
 
     Raises:
         ValueError: for another ``on_late``.
-        TimeoutError: if a watermark does not come in time.
+        TimeoutError: if a watermark does not advance in time and ``on_late`` is ``"raise"``.
 
     Warns:
-        TeacherMissingWarning: if it does not, and ``on_late`` is ``"mask"``.
+        TeacherMissingWarning: if a watermark does not advance in time and ``on_late`` is
+            ``"mask"``.
     """
     if on_late not in ("raise", "mask"):
         raise ValueError(f"on_late should be 'raise' or 'mask'; received {on_late!r}")
     check_duration("timeout_seconds", timeout_seconds)
     writers = lookup.teachers if writers is None else writers
     writers = (writers,) if isinstance(writers, str) else tuple(writers)
-    first = next(iter(lookup.stores.values()))
-    opened = functools.cache(copy.copy)  # when it is there
+    first_store = next(iter(lookup.stores.values()))
+    # Copies, since the look-up's threads use its own stores. Opened at the first use, within the
+    # wait, so that a store that is out of reach is waited for.
+    open_copy = functools.cache(copy.copy)
     for window in windows:
         for writer in writers:
-            store = lookup.stores.get(writer, first)
-            at = functools.partial(opened, store)
+            store = lookup.stores.get(writer, first_store)
+            opened = functools.partial(open_copy, store)
             try:
-                _wait(store.url, at, writer, window.end_seconds, timeout_seconds)
-            except TimeoutError as late:
+                _wait_for_watermark(store.url, opened, writer, window.end_seconds, timeout_seconds)
+            except TimeoutError as error:
                 if on_late == "raise":
                     raise
-                warnings.warn(f"{late}; training goes on", TeacherMissingWarning, stacklevel=2)
+                warnings.warn(f"{error}; training goes on", TeacherMissingWarning, stacklevel=2)
         lookup.refresh()
         yield window
 
 
-def _outputs(pipeline: TrainPipeline[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
-    """What the pipeline gives for each batch; at the end none is in flight."""
-    left = (batch for batch in batches)  # TorchRec begins anew with another iterator: a loader
-    _check_none_in_flight(pipeline)  # whose workers persist gives the same one each time
+def _run_batches(pipeline: TrainPipeline[Any, Any], batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the pipeline's result for each batch; no batch is in flight before and after."""
+    # TorchRec starts over only for another iterator object, and a data loader with persistent
+    # workers returns the same one each time: so wrap it.
+    iterator = (batch for batch in batches)
+    _check_none_in_flight(pipeline)
     take_next_iterator(pipeline)
     while True:
         try:
-            output = pipeline.progress(left)
+            output = pipeline.progress(iterator)
         except StopIteration:
             _check_none_in_flight(pipeline)
             return
@@ -292,7 +308,7 @@ def _check_none_in_flight(pipeline: TrainPipeline[Any, Any]) -> None:
     if in_flight:
         raise ValueError(
             "the pipeline should have trained on every batch at a window's end; received one with "
-            f"{in_flight} in flight: make it anew, with execute_all_batches=True"
+            f"{in_flight} in flight: make a new one, with execute_all_batches=True"
         )
 
 
@@ -301,8 +317,11 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} should be at least {least}, in windows; received {value}")
 
 
-def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window]:
-    """The windows, without a gap or an overlap: with what was done before a time, neither."""
+def _check_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window]:
+    """Yield the spans; raise if there is a gap or an overlap, between them or with an earlier run.
+
+    ``before_seconds`` is the time that an earlier run has done all before; 0: there was none.
+    """
     end = None
     for window in windows:
         if end is not None and window.begin_seconds != end:
@@ -310,53 +329,53 @@ def _in_order(windows: Iterable[Window], before_seconds: int) -> Iterator[Window
                 f"a window should begin where the one before ends, {utc(end)}; received one that "
                 f"begins {utc(window.begin_seconds)}"
             )
-        late = end is None and 0 < before_seconds < window.begin_seconds
-        if late or window.begin_seconds < before_seconds < window.end_seconds:
+        leaves_gap = end is None and 0 < before_seconds < window.begin_seconds
+        if leaves_gap or window.begin_seconds < before_seconds < window.end_seconds:
             raise ValueError(
-                f"a window should begin at {utc(before_seconds)}, where the run goes on; received "
-                f"one from {utc(window.begin_seconds)} to {utc(window.end_seconds)}: give it the "
-                "windows that it had, and those after them"
+                f"a window should begin at {utc(before_seconds)}, where the run resumes; received "
+                f"one from {utc(window.begin_seconds)} to {utc(window.end_seconds)}: pass the same "
+                "windows as before, and those after them"
             )
         end = window.end_seconds
         yield window
 
 
-def _advance(store: TeacherStore, writer: str, before_seconds: int) -> None:
-    gather_from_ranks(None)  # all of them have written
+def _advance_watermark(store: TeacherStore, writer: str, before_seconds: int) -> None:
+    gather_from_ranks(None)  # a barrier: a watermark promises the rows of all ranks
     on_rank_0(lambda: store.advance_watermark(writer, before_seconds))
 
 
-def _watermark(store: TeacherStore, writer: str) -> int | None:
-    """The newest."""
+def _read_watermark(store: TeacherStore, writer: str) -> int | None:
+    """Return a writer's watermark at the newest commit; None: it has none."""
     store.refresh()
     return store.watermark(writer)
 
 
-def _wait(
+def _wait_for_watermark(
     url: str,
     opened: Callable[[], TeacherStore],
     writer: str,
     before_seconds: int,
     timeout_seconds: float,
 ) -> None:
-    """Until a watermark is there; else a TimeoutError, the same on every rank."""
+    """Wait until a watermark reaches a time; raise the same TimeoutError on every rank if not."""
     deadline = time.monotonic() + timeout_seconds
 
-    def look() -> str | None:
-        """What is wrong so far; the store may be out of reach for a while."""
+    def describe_lag() -> str | None:
+        """Return what is missing so far; None: the watermark is there."""
         try:
-            watermark = _watermark(opened(), writer)
-        except StoreError as error:
+            watermark = _read_watermark(opened(), writer)
+        except StoreError as error:  # the store may be out of reach for a while: keep waiting
             return f"could not be read: {error}"
         if (watermark or 0) >= before_seconds:
             return None
         return f"is {'not there' if watermark is None else utc(watermark)}: is its job running?"
 
-    while (wrong := on_rank_0(look)) is not None:
-        if on_rank_0(lambda: time.monotonic() > deadline):
+    while (lag := on_rank_0(describe_lag)) is not None:
+        if on_rank_0(lambda: time.monotonic() > deadline):  # rank 0's clock decides for all
             raise TimeoutError(
                 f"{url}: {writer} should have its outputs of events before "
                 f"{utc(before_seconds)} in the store; after {timeout_seconds:g} s its watermark "
-                f"{wrong}"
+                f"{lag}"
             )
         time.sleep(_POLL_SECONDS)
