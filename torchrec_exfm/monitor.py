@@ -204,7 +204,7 @@ class RunMonitor:
 
     @property
     def examples(self) -> int:
-        """The examples of all ranks up to the last writing: the x-axis of the curves."""
+        """The x-axis of the curves, in examples of all ranks up to the last writing."""
         return self._examples or 0
 
     def close(self) -> None:
