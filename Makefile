@@ -61,8 +61,8 @@ nightly: venv
 	$(PIP) install -q --no-deps --upgrade --target .venv/torchx-nightly torchx-nightly==2026.10.26
 	PYTHONPATH=.venv/torchx-nightly $(PY) -m pytest tests/test_torchx.py
 
-# The TorchX components on a real Slurm, which runs on this machine until the tests end: about five
-# minutes. Needs root, and installs Debian's slurm-wlm if it is missing.
+# The TorchX components on a real Slurm, which runs on this machine until the tests end: some minutes,
+# two of which Slurm waits before a restart. Needs root; installs Debian's slurm-wlm if it is missing.
 slurm: venv
 	.ci/slurm $(PY) -m pytest $(PYTEST_ARGS) tests/test_slurm.py
 
