@@ -1,4 +1,4 @@
-# make test | lint | demo | retrieval | docs | works | notebooks | nightly | spark | package | faults | bench | quality | gpu | clean
+# make test | lint | demo | retrieval | docs | works | notebooks | nightly | slurm | spark | package | faults | bench | quality | gpu | clean
 #
 # Each but the last two sees to .venv before anything else: makes it where it is missing or half
 # made, brings it up to date where pyproject.toml is newer, and mends it where torch, FBGEMM and
@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q --no-compile
 SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 
 .NOTPARALLEL:
-.PHONY: test lint demo retrieval docs works notebooks nightly spark package faults bench quality gpu clean venv install
+.PHONY: test lint demo retrieval docs works notebooks nightly slurm spark package faults bench quality gpu clean venv install
 
 test: venv
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -61,6 +61,11 @@ notebooks: venv
 nightly: venv
 	$(PIP) install -q --no-deps --upgrade --target .venv/torchx-nightly torchx-nightly==2026.10.26
 	PYTHONPATH=.venv/torchx-nightly $(PY) -m pytest tests/test_torchx.py
+
+# The TorchX components on a real Slurm, which runs on this machine until the tests end: some minutes,
+# two of which Slurm waits before a restart. Needs root; installs Debian's slurm-wlm if it is missing.
+slurm: venv
+	.ci/slurm $(PY) -m pytest $(PYTEST_ARGS) tests/test_slurm.py
 
 # The join and the memory on Spark, which needs Java; SPARK=4.3.0 picks another version. Spark
 # unpacks into .venv.

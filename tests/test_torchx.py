@@ -34,7 +34,7 @@ every = pytest.mark.parametrize("component", [exfm.score, exfm.train, exfm.strea
 def test_torchx_reads_signature_and_help(component: Callable[..., specs.AppDef]) -> None:
     assert validate(COMPONENTS, component.__name__) == []
     text, helps = get_fn_docstring(component)
-    assert text.startswith(("A scoring job", "Students", "A teacher"))
+    assert text.startswith(("Score the examples", "Train one student", "Run a teacher"))
     assert all(line.strip() and "\n" not in line for line in helps.values())
 
 

@@ -1,1 +1,1 @@
-"""Components for TorchX, in files of their own: see `exfm.py`."""
+"""TorchX components, one module each: see `exfm.py`."""
