@@ -43,7 +43,7 @@ COLORS = {
 def start() -> torch.device:
     """Make this process the only rank of a job, set the size of pictures, and return the device."""
     plt.rcParams.update(
-        {"figure.dpi": 70, "figure.figsize": (9.0, 3.2), "figure.constrained_layout.use": True}
+        {"figure.dpi": 64, "figure.figsize": (9.0, 3.2), "figure.constrained_layout.use": True}
     )
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
     return demo.set_up()
