@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 examples/stream_minimal.py --role scorer &
     torchrun --nproc-per-node 2 examples/stream_minimal.py --role student --student A
 
-Start them in any order, on any number of ranks. One that was killed resumes when it is started
-again. ``torchx run torchx_components/exfm.py:stream`` starts all of them as one job. On the CPU; a
-device is set up as in train_minimal.py. The teacher alone knows the feature "page".
+Start them in any order, on one rank or several. A role that was killed resumes when it is started
+again. ``torchx run torchx_components/exfm.py:stream`` starts all of them as one job. This runs on
+the CPU; train_minimal.py sets up a GPU. Only the teacher knows the feature "page".
 """
 
 import argparse
@@ -27,13 +27,13 @@ from torchrec_exfm import ExFMMetrics, ExFMWrapper, RunMonitor, TrainPipelineExF
 
 NAMES, ROWS, SIZE = ["user", "item", "page"], 500, 128
 BEGIN, SECONDS, CPU = 1_760_000_400, 3600, torch.device("cpu")  # a window is an hour
-EXAMPLES = torch.arange(4096)  # of a window; the teacher trains on three of four
+EXAMPLES = torch.arange(4096)  # of each window; the teacher trains on three of four
 LOGGED, SCORED = EXAMPLES[EXAMPLES % 4 > 0], EXAMPLES[::4]
 
 
 @dataclass
 class Examples(Batch):
-    example_ids: torch.Tensor  # these two stay on the host: the store goes by them
+    example_ids: torch.Tensor  # both stay on the host, where the store is written and read
     event_seconds: torch.Tensor
 
     def to(self, device, non_blocking=False):
@@ -41,7 +41,7 @@ class Examples(Batch):
 
 
 def batches(examples, window):
-    """Yield some of a window's examples in batches; made up, the same ones at every call."""
+    """Yield some of a window's examples in batches; made up, the same at every call."""
     appeal = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(0))
     random = torch.Generator().manual_seed(window)
     ids = torch.randint(ROWS, (3, len(EXAMPLES)), generator=random)
@@ -85,10 +85,10 @@ def scorer(store, mine, options):
     model, _ = distribute(NAMES)
 
     def shards(window):
-        parts = enumerate(SCORED.chunk(4))  # as many for any number of ranks
+        parts = enumerate(SCORED.chunk(4))  # the same shards for any number of ranks
         return [das.Shard(f"{window}/{i}", partial(batches, p, window)) for i, p in parts][mine]
 
-    stream = windows(1, options.windows, shards)  # no snapshot is older than window 0
+    stream = windows(1, options.windows, shards)  # window 0 has no snapshot before it
     yield from das.score_windows(model, stream, store, "fm", device=CPU, progress=False)
 
 
@@ -100,7 +100,7 @@ def student(store, mine, options):
     stream = windows(1, options.windows, partial(batches, EXAMPLES[mine]))
     stream = das.wait_for_outputs(stream, lookup, ["fm", "fm/scores"])
     folder = options.folder / options.student
-    with RunMonitor(pipeline, metrics) as monitor:  # its line on the console has the coverage
+    with RunMonitor(pipeline, metrics) as monitor:  # prints NE and coverage
         yield from das.train_windows(
             pipeline, stream, step=monitor.step, metrics=metrics, folder=folder
         )
@@ -111,15 +111,16 @@ ROLES = {"teacher": teacher, "scorer": scorer, "student": student}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--role", choices=ROLES, required=True)
-    parser.add_argument("--student", default="A", help="whose part this process plays")
+    parser.add_argument("--student", default="A", help="its name, and its folder")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("results/stream"))
     options = parser.parse_args()
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     store = das.TeacherStore.create(options.folder / "store", window_seconds=SECONDS)
-    mine = slice(dist.get_rank(), None, dist.get_world_size())  # of what all ranks share
+    mine = slice(dist.get_rank(), None, dist.get_world_size())  # this rank's part
     for window in ROLES[options.role](store, mine, options):
+        number = (window.begin_seconds - BEGIN) // SECONDS
         if dist.get_rank() == 0:
-            print(f"{options.role}: done with window {window.begin_seconds}", flush=True)
+            print(f"{options.role}: done with window {number}", flush=True)
     dist.destroy_process_group()

@@ -20,10 +20,10 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 
 import torchrec_exfm as exfm
 
-NAMES, ROWS, SIZE = ["user", "item"], 500, 256  # SIZE examples of a rank in a step
+NAMES, ROWS, SIZE = ["user", "item"], 500, 256  # a rank has SIZE examples a step
 TEACHERS, NOISE = ["large", "small"], torch.tensor([0.2, 1.0])
 TERMS = [
-    exfm.DistillationTerm(teacher="large"),  # a head of its own learns from this teacher
+    exfm.DistillationTerm(teacher="large"),  # a distillation head learns from this teacher
     exfm.DistillationTerm(teacher="small", weight=0.5),
     # the serving head learns from the adapter, as far as the teacher leads
     exfm.DistillationTerm(teacher="large", adapted=True, serving=True, margin=0.25),
@@ -70,7 +70,7 @@ def main(steps, folder):
     checkpoints = folder / "checkpoints"
     position = exfm.load_training(checkpoints, pipeline, metrics=metrics) or {"steps": 0}
     loader = batches(position["steps"], steps)
-    with exfm.RunMonitor(pipeline, metrics) as monitor:  # its line on the console has NE
+    with exfm.RunMonitor(pipeline, metrics) as monitor:  # prints NE and coverage
         for step in range(position["steps"] + 1, steps + 1):
             monitor.step(pipeline.progress(loader))
             if step % 100 == 0 or step == steps:
