@@ -71,33 +71,34 @@ def distribute(names, wrap=lambda module: module):
     return model, torch.optim.Adam(dense.values(), lr=1e-3)
 
 
-def teacher(store, mine, options):
+def teacher(store, rank_slice, options):
     model, optimizer = distribute(NAMES)
     pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
-    stream = windows(0, options.windows, partial(batches, LOGGED[mine]))
+    stream = windows(0, options.windows, partial(batches, LOGGED[rank_slice]))
     with das.TeacherLogger(store, "fm") as logger:
         logger.attach(model)
         folder = options.folder / "teacher"  # of its checkpoints
         yield from das.train_teacher(pipeline, stream, store, "fm", logger=logger, folder=folder)
 
 
-def scorer(store, mine, options):
+def scorer(store, rank_slice, options):
     model, _ = distribute(NAMES)
 
     def shards(window):
         parts = enumerate(SCORED.chunk(4))  # the same shards for any number of ranks
-        return [das.Shard(f"{window}/{i}", partial(batches, p, window)) for i, p in parts][mine]
+        named = [das.Shard(f"{window}/{i}", partial(batches, p, window)) for i, p in parts]
+        return named[rank_slice]
 
     stream = windows(1, options.windows, shards)  # window 0 has no snapshot before it
     yield from das.score_windows(model, stream, store, "fm", device=CPU, progress=False)
 
 
-def student(store, mine, options):
+def student(store, rank_slice, options):
     model, optimizer = distribute(NAMES[:2], partial(ExFMWrapper, tap="model.over_arch"))
     lookup = das.TeacherLookup(store, "fm")
     pipeline = TrainPipelineExFM(model, optimizer, CPU, teacher=lookup)
     metrics = ExFMMetrics(batch_size=SIZE, device=CPU)
-    stream = windows(1, options.windows, partial(batches, EXAMPLES[mine]))
+    stream = windows(1, options.windows, partial(batches, EXAMPLES[rank_slice]))
     stream = das.wait_for_outputs(stream, lookup, ["fm", "fm/scores"])
     folder = options.folder / options.student
     with RunMonitor(pipeline, metrics) as monitor:  # prints NE and coverage
@@ -118,8 +119,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     store = das.TeacherStore.create(options.folder / "store", window_seconds=SECONDS)
-    mine = slice(dist.get_rank(), None, dist.get_world_size())  # this rank's part
-    for window in ROLES[options.role](store, mine, options):
+    rank_slice = slice(dist.get_rank(), None, dist.get_world_size())
+    for window in ROLES[options.role](store, rank_slice, options):
         number = (window.begin_seconds - BEGIN) // SECONDS
         if dist.get_rank() == 0:
             print(f"{options.role}: done with window {number}", flush=True)

@@ -63,7 +63,7 @@ RICH_SPARSE = (*LEAN_SPARSE, "department", "brand", "product_type", *DEMOGRAPHIC
 HISTORY_KEYS = ("product", "category", "manufacturer")
 RICH_DENSE = (
     *LEAN_DENSE,
-    *(f"{key}_log_{what}" for key in HISTORY_KEYS for what in ("count", "days")),
+    *(f"{key}_log_{kind}" for key in HISTORY_KEYS for kind in ("count", "days")),
 )
 
 SEEN_KEYS = (
@@ -74,7 +74,7 @@ SEEN_KEYS = (
 )
 STRONG_DENSE = (
     *LEAN_DENSE,
-    *(f"{'_'.join(key)}_{what}" for key in SEEN_KEYS for what in ("log_seen", "log_odds")),
+    *(f"{'_'.join(key)}_{kind}" for key in SEEN_KEYS for kind in ("log_seen", "log_odds")),
 )
 
 NEVER_DAYS = 366.0

@@ -39,13 +39,13 @@ class ItemToItem:
         a . b = `SHARPNESS` (x W)_j / √n + log(1 + how often movie j is liked).
 
     Attributes:
-        of_liked: F, float32 (V, RANK).
-        of_next: G, float32 (V, RANK).
+        liked_factors: F, float32 (V, RANK).
+        next_factors: G, float32 (V, RANK).
         counts: how often a movie is liked, (V,).
     """
 
-    of_liked: Array
-    of_next: Array
+    liked_factors: Array
+    next_factors: Array
     counts: Array
 
     @classmethod
@@ -71,11 +71,11 @@ class ItemToItem:
         shares = np.repeat(1 / np.sqrt(np.maximum(lengths, 1)), lengths).astype(np.float32)
         liked = csr_matrix((shares, movies, bounds), (len(rows), len(self.counts)))
         ones = np.ones((len(rows), 1), np.float32)
-        return np.hstack([SHARPNESS * (liked @ self.of_liked), ones])
+        return np.hstack([SHARPNESS * (liked @ self.liked_factors), ones])
 
     def movies(self, ids: Array) -> Array:
         """Return b for some movies, float32 (B, E)."""
-        return np.hstack([self.of_next[ids], np.log1p(self.counts[ids, None])])
+        return np.hstack([self.next_factors[ids], np.log1p(self.counts[ids, None])])
 
 
 @dataclass(frozen=True)

@@ -147,45 +147,45 @@ def vectors(towers: TwoTower, pairs: Pairs, rows: Array, side: int) -> Array:
     return torch.cat(parts).numpy()
 
 
-def find(towers: TwoTower, pairs: Pairs, queries: Queries, most: int) -> Array:
+def find(towers: TwoTower, pairs: Pairs, queries: Queries, count: int) -> Array:
     """Find movies for each query by the towers, (Q, K) ids."""
     users = vectors(towers, pairs, queries.rows, 0)
     movies = vectors(towers, pairs, queries.movie_rows, 1)
-    return search(users, movies, queries, most)
+    return search(users, movies, queries, count)
 
 
-def search(users: Array, movies: Array, queries: Queries, most: int) -> Array:
+def search(users: Array, movies: Array, queries: Queries, count: int) -> Array:
     """Find the movies with the highest products, best first, (Q, K) ids; -1 where none is left.
 
     Args:
         users: vectors of the queries' users, (Q, D).
         movies: vectors of ``queries.movies``, (M, D).
         queries: whose seen movies are left out.
-        most: K.
+        count: K.
     """
     index = faiss.IndexIDMap(faiss.IndexFlatIP(movies.shape[1]))
     index.add_with_ids(np.ascontiguousarray(movies, np.float32), queries.movies)
-    deepest = min(len(movies), most + max(map(len, queries.seen)))
+    deepest = min(len(movies), count + max(map(len, queries.seen)))
     _, movie_ids = index.search(np.ascontiguousarray(users, np.float32), deepest)
-    return unseen(movie_ids, queries.seen, most)
+    return unseen(movie_ids, queries.seen, count)
 
 
-def unseen(found: Array, seen: Sequence[Array], most: int) -> Array:
+def unseen(movie_ids: Array, seen: Sequence[Array], count: int) -> Array:
     """Return the first K unseen ids of each row, (Q, K); -1 where none is left."""
-    unseen_ids = np.full((len(found), most), -1, np.int64)
-    for row, (ids, known) in enumerate(zip(found, seen, strict=True)):
-        new = ids[~np.isin(ids, known)][:most]
+    unseen_ids = np.full((len(movie_ids), count), -1, np.int64)
+    for row, (ids, seen_ids) in enumerate(zip(movie_ids, seen, strict=True)):
+        new = ids[~np.isin(ids, seen_ids)][:count]
         unseen_ids[row, : len(new)] = new
     return unseen_ids
 
 
-def measure(found: Array, relevant: Sequence[Array]) -> dict[str, float]:
+def measure(movie_ids: Array, relevant: Sequence[Array]) -> dict[str, float]:
     """Return Recall@10, Recall@100 and NDCG@10, means over queries.
 
     Recall@K is the number of relevant movies among the first K over the number of relevant ones;
     NDCG@10 has gains of 1 and discounts log2(1 + rank).
     """
-    hits = np.stack([np.isin(ids, movies) for ids, movies in zip(found, relevant, strict=True)])
+    hits = np.stack([np.isin(ids, movies) for ids, movies in zip(movie_ids, relevant, strict=True)])
     wanted = np.array([len(movies) for movies in relevant])
     discounts = 1 / np.log2(np.arange(2, 12))
     best = np.cumsum(discounts)[np.minimum(wanted, 10) - 1]
