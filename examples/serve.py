@@ -1,11 +1,11 @@
-"""A trained student in five kinds of files, each read back and compared with the student.
+"""Write a trained student to five kinds of files, read each back, and compare it with the student.
 
     python examples/serve.py FOLDER
 
-Nothing but ``trained`` needs torchrec_exfm: a process that serves does without it.
+Only ``train`` needs torchrec_exfm; a serving process does not.
 """
 
-# Without `from __future__ import annotations`, of which TorchRec's tracer makes wrong TorchScript.
+# No `from __future__ import annotations`: TorchRec's tracer makes wrong TorchScript of it.
 import argparse
 import copy
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ def dlrm() -> DLRM:
 
 
 class Flat(nn.Module):
-    """A DLRM that takes tensors alone: dense features, and the ids and lengths of the sparse."""
+    """A DLRM on plain tensors: dense features, and ids and lengths of the sparse features."""
 
     def __init__(self, model: DLRM) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ def inputs(batch: Batch) -> Inputs:
     return batch.dense_features, sparse.values(), sparse.lengths()
 
 
-def program(model: Flat, example: Inputs) -> ExportedProgram:
-    """For batches of any size; without the option, of 2 and more."""
+def export_program(model: Flat, example: Inputs) -> ExportedProgram:
+    """Export for batches of any size, also of one example, which needs the option below."""
     size = Dim("size", min=1)
     shapes = ({0: size}, {0: Dim.DYNAMIC}, {0: len(model.keys) * size})
     with symbolic_shapes.patch(backed_size_oblivious=True):
@@ -62,12 +62,12 @@ def program(model: Flat, example: Inputs) -> ExportedProgram:
 
 
 def compile_to(path: str, model: Flat, example: Inputs) -> None:
-    """With AOTInductor, which calls a C++ compiler: some seconds, and minutes for many tables."""
-    torch._inductor.aoti_compile_and_package(program(model, example), package_path=path)
+    """Compile by AOTInductor, which calls a C++ compiler: seconds, or minutes for many tables."""
+    torch._inductor.aoti_compile_and_package(export_program(model, example), package_path=path)
 
 
-def quantized(model: Flat) -> torch.jit.ScriptModule:
-    """With int8 tables. Traced, as torch.jit.script takes nothing of TorchRec's own forward."""
+def quantize(model: Flat) -> torch.jit.ScriptModule:
+    """Quantize the tables to int8; trace, as torch.jit.script does not take TorchRec's forward."""
     int8 = quantize_inference_model(copy.deepcopy(model))
     tracer = Tracer(leaf_modules=["IntNBitTableBatchedEmbeddingBagsCodegen"])
     return torch.jit.script(GraphModule(int8, tracer.trace(int8)))
@@ -79,17 +79,17 @@ def read_eager(path: str) -> Flat:
     return Flat(model).eval()
 
 
-# Of each file: write(path, model, example), and read(path), which gives what is called. Where
-# torch.jit.script does not take a model, as DLRM_DCN, script what TorchRec's tracer makes of it.
+# For each file: write(path, model, example) and read(path), which returns a callable. Where
+# torch.jit.script does not take a model (DLRM_DCN), script the GraphModule of TorchRec's tracer.
 WAYS: dict[str, tuple[Callable[[str, Flat, Inputs], Any], Callable[[str], Any]]] = {
     "eager.pt": (lambda p, m, _: torch.save(m.model.state_dict(), p), read_eager),
     "torchscript.pt": (lambda p, m, _: torch.jit.script(m).save(p), torch.jit.load),
     "torch_export.pt2": (
-        lambda p, m, example: torch.export.save(program(m, example), p),
+        lambda p, m, example: torch.export.save(export_program(m, example), p),
         lambda p: torch.export.load(p).module(),
     ),
     "aot_inductor.pt2": (compile_to, torch._inductor.aoti_load_package),
-    "quantized.pt": (lambda p, m, _: quantized(m).save(p), torch.jit.load),
+    "quantized.pt": (lambda p, m, _: quantize(m).save(p), torch.jit.load),
 }
 
 
@@ -99,8 +99,8 @@ def random_batches(size: int, count: int = 1) -> Iterable[Batch]:
     )
 
 
-def trained() -> DLRM:
-    """After some steps beside a teacher, whose logits are made up here."""
+def train() -> DLRM:
+    """Train a student for some steps with a teacher, whose logits are made up here."""
     from torchrec_exfm import ExFMBatch, ExFMWrapper, TeacherOutputs, export_student
 
     wrapper = ExFMWrapper(DLRMTrain(dlrm()), tap="model.over_arch")
@@ -114,15 +114,15 @@ def trained() -> DLRM:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    student = Flat(trained()).eval()
+    student = Flat(train()).eval()
     requests = [inputs(batch) for size in (8, 1, 100) for batch in random_batches(size)]
     with torch.no_grad():
         for file, (write, read) in WAYS.items():
             path = folder / file
             write(str(path), student, requests[0])
             served = read(str(path))
-            off = max((served(*some) - student(*some)).abs().max() for some in requests)
-            print(f"{file:17}{path.stat().st_size:>10,} bytes, logits off by at most {off:.1g}")
+            error = max((served(*r) - student(*r)).abs().max() for r in requests)
+            print(f"{file:17}{path.stat().st_size:>10,} bytes, logits off by at most {error:.1g}")
 
 
 if __name__ == "__main__":

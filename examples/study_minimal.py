@@ -1,10 +1,10 @@
-"""A study of a small student: does a teacher pay for it, and with which setting?
+"""Study a small student: does a teacher pay for it, and with which setting?
 
     python -m torchrec_exfm.study examples/study_minimal.py --seeds 3
 
-What the command needs is here: `tap`, `make_student` and `stream`; put yours in their places. The
-stream is made up, so that there is something to find: the appeal of users and items drifts, which
-the student has to follow from clicks, while the teacher knows the odds but for some noise.
+The command needs `tap`, `make_student` and `stream`; put yours in their place. The stream is made
+up: the appeal of users and items drifts, and the student has to follow it from clicks. The teacher
+knows the odds, but for some noise.
 """
 
 import torch
@@ -19,11 +19,11 @@ from torchrec_exfm import ExFMBatch, TeacherOutputs
 
 NAMES, ROWS, BATCHES, SIZE = ["user", "item"], 500, 240, 256
 
-tap = "model.over_arch"  # the submodule whose input serving head and distillation heads share
+tap = "model.over_arch"  # the submodule whose input the serving and distillation heads share
 
 
 def make_student():
-    """A training module as TorchRec's: forward(batch) -> (loss, (loss, logits, labels))."""
+    """Return a module like TorchRec's: forward(batch) -> (loss, (loss, logits, labels))."""
     tables = [EmbeddingBagConfig(ROWS, 8, name=name, feature_names=[name]) for name in NAMES]
     bags = EmbeddingBagCollection(tables)
     apply_optimizer_in_backward(RowWiseAdagrad, bags.parameters(), {"lr": 0.1})
@@ -31,9 +31,9 @@ def make_student():
 
 
 def stream():
-    """Batches in time order, the same ones at every call, with the teacher's logits.
+    """Yield batches in time order, the same at every call, with the teacher's logits.
 
-    Where a store has those, yield the batch alone, and let a function `make_teacher` of this module
+    If a store has the logits, yield the batch alone, and define `make_teacher` in this module to
     return `TeacherLookup(store, "fm")`.
     """
     random = torch.Generator().manual_seed(0)

@@ -168,7 +168,7 @@ def test_item_to_item_weights_are_the_least_squares(
         weights[rest, movie] = np.linalg.solve(
             x.T @ x + 0.7 * np.eye(MOVIES - 1), x.T @ likes[:, movie]
         )
-    np.testing.assert_allclose(model.of_liked @ model.of_next.T, weights, atol=1e-4)
+    np.testing.assert_allclose(model.liked_factors @ model.next_factors.T, weights, atol=1e-4)
     rows = np.arange(end, RATINGS)
     scores = model.users(all_pairs, rows) @ model.movies(np.arange(MOVIES)).T
     for row, actual in zip(rows, scores, strict=True):

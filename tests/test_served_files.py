@@ -114,7 +114,7 @@ def folder(
     folder = tmp_path_factory.mktemp("served")
     torch.save(requests, folder / "requests.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "trained", lambda: export_student(trained.wrapper).model)
+        patch.setattr(serve, "train", lambda: export_student(trained.wrapper).model)
         if not HAS_COMPILER:
             patch.delitem(serve.WAYS, COMPILED)
         serve.main(folder)

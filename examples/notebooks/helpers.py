@@ -1,4 +1,4 @@
-"""A few small functions that the notebooks share, which put the promo_response example on the path.
+"""What the notebooks share: the modules of the examples, colors, and a few small functions.
 
 B examples, T tasks.
 """
@@ -12,41 +12,58 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import data
 import numpy as np
 import numpy.typing as npt
 import torch
-from main import set_up
 from matplotlib import pyplot as plt
 
 from torchrec_exfm.das import Window, train_windows
 
+# The examples are scripts, not packages: their modules import one another by their bare names.
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(EXAMPLES / "promo_response"), str(EXAMPLES / "retrieval")]
+
+import data  # noqa: E402
+import main as demo  # noqa: E402
+import models  # noqa: E402, F401  (for the notebooks)
+import stream as example  # noqa: E402, F401
+
 Array = npt.NDArray[Any]
+
+COLORS = {
+    "student alone": "#7f7f7f",
+    "AH": "#1f77b4",
+    "AH + SA": "#ff7f0e",
+    "teacher": "black",
+    "teacher on the serving head": "#d62728",
+    "label memory": "#2ca02c",
+}
 
 
 def start() -> torch.device:
-    """Make this process the only rank of a job, as without torchrun; set small pictures."""
+    """Make this process the only rank of a job, set the size of pictures, and return the device."""
     plt.rcParams.update(
-        {"figure.dpi": 70, "figure.figsize": (9.0, 3.2), "figure.constrained_layout.use": True}
+        {"figure.dpi": 64, "figure.figsize": (9.0, 3.2), "figure.constrained_layout.use": True}
     )
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-    return set_up()
+    return demo.set_up()
 
 
 def examples_of(stream: data.Stream, departments: Sequence[str], weeks: range) -> data.Stream:
-    """The examples of some departments and weeks, in time order."""
+    """Return the examples of some departments and weeks, in time order."""
     codes = [stream.verticals.index(name) for name in departments]
     rows = np.isin(stream.vertical, codes) & (stream.week >= weeks.start)
     return stream.select(np.flatnonzero(rows & (stream.week < weeks.stop)))
 
 
 def train(pipeline: Any, feed: Iterator[tuple[slice, Any]], shape: tuple[int, ...]) -> Array:
-    """One pass; what the model says of each example before the update that learns from it.
+    """Train for one pass; return each example's outputs from before its own update.
 
-    Of the given shape, (B,) or (B, T); NaN for the last examples, which fill no batch.
+    They have the given shape, (B,) or (B, T), and are NaN for the last examples, which fill no
+    batch.
     """
     logits = np.full(shape, np.nan, np.float32)
-    loaded: deque[slice] = deque()  # rows of the batches that the pipeline has on their way
+    loaded: deque[slice] = deque()  # rows of the batches in flight
 
     def batches() -> Iterator[Any]:
         for rows, batch in feed:
@@ -63,28 +80,28 @@ def train(pipeline: Any, feed: Iterator[tuple[slice, Any]], shape: tuple[int, ..
 
 
 def normalized_entropy(logits: Array, labels: Array) -> float:
-    """Log-loss over that of the mean label, of the examples that have a logit; lower is better."""
-    there = ~np.isnan(logits)
-    z, y = logits[there].astype(np.float64), labels[there].astype(np.float64)
+    """Return the log-loss over that of the mean label, of examples with a logit."""
+    present = ~np.isnan(logits)
+    z, y = logits[present].astype(np.float64), labels[present].astype(np.float64)
     rate = y.mean()
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
     return float((np.logaddexp(0, z) - y * z).mean() / entropy)
 
 
 def calibration(logits: Array, labels: Array) -> float:
-    """Mean prediction over mean label, of the examples that have a logit; 1 is best."""
-    there = ~np.isnan(logits)
-    probabilities = 1 / (1 + np.exp(-logits[there].astype(np.float64)))
-    return float(probabilities.mean() / labels[there].mean())
+    """Return the mean prediction over the mean label, of examples with a logit; 1 is best."""
+    present = ~np.isnan(logits)
+    probabilities = 1 / (1 + np.exp(-logits[present].astype(np.float64)))
+    return float(probabilities.mean() / labels[present].mean())
 
 
 def without_path(text: object, url: str) -> str:
-    """A message about a store, with the store's name in the place of its folder."""
+    """Return a message about a store with the store's name in place of its path."""
     return str(text).replace(url, Path(url).name)
 
 
 def das(command: str, url: str) -> None:
-    """Run ``python -m torchrec_exfm.das`` on a store, and print what it prints."""
+    """Run ``python -m torchrec_exfm.das`` on a store and print its output."""
     done = subprocess.run(
         [sys.executable, "-m", "torchrec_exfm.das", command, url], capture_output=True, text=True
     )

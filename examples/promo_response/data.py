@@ -3,7 +3,7 @@
 An example is (a household's trip to a store, a product promoted in that store that week); its label
 says whether the product is in the trip's basket. Exposure is assumed, not observed. Each positive
 brings ten negatives, drawn uniformly and without repeats from what the same store promoted in the
-same week and the basket does not hold. Trips without a positive are not in the stream: of all
+same week and the basket does not hold. Trips without a positive are left out: of all
 (trip, promoted product) pairs 327,041 of 567,375,914 are positive, 0.058 %, and among the trips in
 the stream 327,041 of 323,047,821, 0.101 %.
 
@@ -63,7 +63,7 @@ RICH_SPARSE = (*LEAN_SPARSE, "department", "brand", "product_type", *DEMOGRAPHIC
 HISTORY_KEYS = ("product", "category", "manufacturer")
 RICH_DENSE = (
     *LEAN_DENSE,
-    *(f"{key}_log_{what}" for key in HISTORY_KEYS for what in ("count", "days")),
+    *(f"{key}_log_{kind}" for key in HISTORY_KEYS for kind in ("count", "days")),
 )
 
 SEEN_KEYS = (
@@ -74,14 +74,14 @@ SEEN_KEYS = (
 )
 STRONG_DENSE = (
     *LEAN_DENSE,
-    *(f"{'_'.join(key)}_{what}" for key in SEEN_KEYS for what in ("log_seen", "log_odds")),
+    *(f"{'_'.join(key)}_{kind}" for key in SEEN_KEYS for kind in ("log_seen", "log_odds")),
 )
 
 NEVER_DAYS = 366.0
 """Days since the last purchase that stand for 'no purchase yet': longer than the data last."""
 
 PRIOR_EXAMPLES = 10.0
-"""How many examples of the mean rate an empty history of labels counts for."""
+"""The number of examples at the mean rate that an empty history of labels counts for."""
 
 FORMAT_VERSION = 2
 _NEGATIVES = 10
@@ -126,11 +126,11 @@ class Stream:
 
     @property
     def group(self) -> Array:
-        """The trip of each example, equal for those that were in view together, int64 (B,)."""
+        """The trip of each example, equal for examples in view together, int64 (B,)."""
         return self.example_id >> _PRODUCT_BITS
 
     def select(self, rows: Array | slice) -> Stream:
-        """The examples at `rows` (a mask, positions or a slice), in that order."""
+        """Return the examples at `rows` (a mask, positions or a slice), in that order."""
         return Stream(
             **{name: getattr(self, name)[rows] for name in _COLUMNS},
             sparse={name: ids[rows] for name, ids in self.sparse.items()},
@@ -153,7 +153,7 @@ class Tables(NamedTuple):
 
 
 def load_stream(cache: Path | None = None, *, seed: int = 0, progress: bool = True) -> Stream:
-    """The stream from the cache folder, built and cached there the first time.
+    """Load the stream from the cache folder; build and cache it there the first time.
 
     Args:
         cache: folder to keep the built stream in; by default `torchrec_exfm` in
@@ -182,9 +182,9 @@ def load_stream(cache: Path | None = None, *, seed: int = 0, progress: bool = Tr
 
 @dataclass
 class StreamBatch(Batch):
-    """TorchRec's batch, and which examples it holds.
+    """TorchRec's batch with the ids and times of its examples.
 
-    The two more columns stay on the host, where look-ups and logs want them; no model reads them.
+    The two added columns stay on the host, for look-ups and logs; no model reads them.
 
     Attributes:
         example_ids: int64 (B,).
@@ -219,7 +219,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[slice, StreamBatch]]:
-    """One rank's part of each global batch, in time order, with its rows in the stream.
+    """Yield one rank's part of each global batch, in time order, with its rows in the stream.
 
     `batch_size` counts the examples of all ranks together. Rank r gets the r-th of `world_size`
     equal, contiguous slices of every global batch, b = batch_size / world_size examples: dense
@@ -273,7 +273,7 @@ def _batches(
 
 
 def _one_id_each(names: list[str], ids: Array) -> KeyedJaggedTensor:
-    """A KeyedJaggedTensor of F features with one id an example, from ids (F, B) int64."""
+    """Make a KeyedJaggedTensor of F features with one id an example, from ids (F, B) int64."""
     features, size = ids.shape
     return KeyedJaggedTensor(
         keys=names,
@@ -295,7 +295,7 @@ def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Array]) ->
 
 
 def read_tables() -> Tables:
-    """The raw tables from the installed data package, which is not imported.
+    """Read the raw tables from the installed data package, without importing it.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -317,10 +317,10 @@ def build_stream(
     negatives_per_positive: int = _NEGATIVES,
     report: Callable[[str], None] = lambda stage: None,
 ) -> Stream:
-    """The stream of the given tables; a function of the rows' values and the seed alone.
+    """Build the stream from tables; it depends on the rows' values and the seed alone.
 
     A basket that leaves too few promoted products gets all of them as negatives. The order of the
-    tables' rows does not matter. `report` is told the name of each stage as it begins.
+    tables' rows does not matter. `report` is called with the name of each stage as it begins.
     """
     report("coding purchases")
     words = vocabularies(tables)
@@ -369,7 +369,7 @@ _SOURCES = {
 
 
 def vocabularies(tables: Tables) -> dict[str, pl.Series]:
-    """The sorted distinct values of each coded feature.
+    """Return the sorted distinct values of each coded feature.
 
     A value's id is its position; missing and unknown values share the id after the last.
     """
@@ -378,14 +378,14 @@ def vocabularies(tables: Tables) -> dict[str, pl.Series]:
 
 
 def code(column: pl.Series, words: pl.Series) -> Array:
-    """The id of each value, int32, in [0, len(words)]."""
+    """Return the id of each value, int32, in [0, len(words)]."""
     ids = pl.Series(range(len(words)), dtype=pl.Int32)
     coded = column.replace_strict(words, ids, default=len(words), return_dtype=pl.Int32)
     return np.asarray(coded.to_numpy())
 
 
 def code_purchases(transactions: pl.DataFrame, words: Mapping[str, pl.Series]) -> pl.DataFrame:
-    """One row per basket and product, with ids, epoch seconds, and the weekday and hour on site.
+    """Code purchases: a row per basket and product, with ids, seconds, local weekday and hour.
 
     The clock of the data is UTC; promotion weeks turn at midnight in the eastern United States,
     which is taken as the stores' time. Products missing from the products table are dropped.
@@ -422,11 +422,11 @@ class Promoted(NamedTuple):
     grid: tuple[int, int, int]
 
     def keys(self, store: Array, week: Array, product: Array | int) -> Array:
-        """Keys of the given triples, promoted or not, int64."""
+        """Return the keys of triples, promoted or not, int64."""
         return np.ravel_multi_index((store, week, np.broadcast_to(product, store.shape)), self.grid)
 
     def ranges(self, store: Array, week: Array) -> tuple[Array, Array]:
-        """First row, and row after the last, of what each store promoted in the week."""
+        """Return the first row, and the row after the last, of each store's week."""
         last_product = self.grid[2] - 1
         begin = np.searchsorted(self.key, self.keys(store, week, 0))
         end = np.searchsorted(self.key, self.keys(store, week, last_product), side="right")
@@ -434,7 +434,7 @@ class Promoted(NamedTuple):
 
 
 def code_promotions(promotions: pl.DataFrame, words: Mapping[str, pl.Series]) -> Promoted:
-    """The distinct promotions in known stores, with ids.
+    """Return the distinct promotions in known stores, with ids.
 
     Of several places of one product in one store and week, the last in sorted order counts, so "0"
     (no place) counts only where it stands alone.
@@ -481,7 +481,7 @@ def draw_examples(
     negatives_per_positive: int,
     seed: int,
 ) -> Sample:
-    """All promoted purchases, and negatives for each basket that has any.
+    """Draw negatives for each basket with promoted purchases; return both.
 
     A negative is promoted in the trip's store and week, not in its basket, and drawn once.
 
@@ -509,7 +509,7 @@ def draw_examples(
 
 
 def draw_free(rng: np.random.Generator, taken: Array, free: int, count: int) -> Array:
-    """`count` distinct positions, uniform among the `free` ones that are not in sorted `taken`.
+    """Draw `count` distinct positions, uniform among the `free` ones not in sorted `taken`.
 
     The r-th free position is r plus the number of taken ones before it.
     """
@@ -521,19 +521,19 @@ def draw_free(rng: np.random.Generator, taken: Array, free: int, count: int) -> 
 def _positives(
     purchases: pl.DataFrame, trips: pl.DataFrame, promoted: Promoted
 ) -> tuple[Array, Array]:
-    """Trip and slot of each promoted purchase, sorted by both."""
+    """Return trip and slot of each promoted purchase, sorted by both."""
     rows = trips.select("basket_id").with_row_index("trip")
     bought = purchases.join(rows, on="basket_id")
     keys = promoted.keys(*(bought[name].to_numpy() for name in ("store", "week", "product")))
     slot = np.searchsorted(promoted.key, keys)
-    found = np.take(promoted.key, slot, mode="clip") == keys
-    trip, slot = bought["trip"].to_numpy().astype(np.int64)[found], slot[found]
+    matches = np.take(promoted.key, slot, mode="clip") == keys
+    trip, slot = bought["trip"].to_numpy().astype(np.int64)[matches], slot[matches]
     order = np.lexsort((slot, trip))
     return trip[order], slot[order]
 
 
 def example_ids(basket_id: Array, product_id: Array) -> Array:
-    """basket_id * 2**25 + product_id, int64: one number for each pair, whatever the other rows.
+    """Return basket_id * 2**25 + product_id, int64: unique, whatever the other rows are.
 
     Raises:
         ValueError: ids that do not fit into 38 and 25 bits.
@@ -559,7 +559,7 @@ def _sparse_features(
     product, household = promoted.product[slot], trip_of["household"]
     products = _code_attributes(tables.products, "product", words)
     people = _code_attributes(tables.demographics, "household", words)
-    found = {
+    features = {
         **{name: trip_of[name] for name in ("household", "store", "weekday", "hour")},
         "product": product,
         "display": promoted.display[slot],
@@ -567,13 +567,13 @@ def _sparse_features(
         **{name: ids[product] for name, ids in products.items()},
         **{name: ids[household] for name, ids in people.items()},
     }
-    return {name: found[name] for name in RICH_SPARSE}
+    return {name: features[name] for name in RICH_SPARSE}
 
 
 def _code_attributes(
     table: pl.DataFrame, key: str, words: Mapping[str, pl.Series]
 ) -> dict[str, Array]:
-    """For each other coded column of a table: its id by the id of the key, missing where absent."""
+    """Map the ids of a key to the ids of each other coded column; missing where absent."""
     at = code(table[f"{key}_id"], words[key])
     attributes = {}
     for name, (_, column) in _SOURCES.items():
@@ -585,7 +585,7 @@ def _code_attributes(
 
 
 def _clock(sparse: Mapping[str, Array]) -> dict[str, Array]:
-    """Sine and cosine of the hour and the weekday, each float32 (B,)."""
+    """Return sine and cosine of the hour and the weekday, each float32 (B,)."""
     dense = {}
     for name, period in (("hour", 24), ("weekday", 7)):
         angle = sparse[name].astype(np.float32) * np.float32(2 * np.pi / period)
@@ -599,7 +599,7 @@ def _history(
     sparse: Mapping[str, Array],
     time: Array,
 ) -> dict[str, Array]:
-    """log1p of the count of, and of the days since, the household's earlier purchases.
+    """Return log1p of the count of the household's earlier purchases, and of the days since.
 
     One pair for the product, its category and its manufacturer each, float32 (B,). Without an
     earlier purchase the count is 0 and the days are `NEVER_DAYS`.
@@ -625,7 +625,7 @@ def _history(
 def earlier_purchases(
     group: Array, time: Array, asked_group: Array, asked_time: Array
 ) -> tuple[Array, Array]:
-    """Number of purchases of a group strictly before a time, and days since the last of them.
+    """Count a group's purchases strictly before a time; return days since the last as well.
 
     Args:
         group: group of each purchase, int64 (P,).
@@ -648,7 +648,7 @@ def earlier_purchases(
 
 
 def _seen(sparse: Mapping[str, Array], time: Array, label: Array) -> dict[str, Array]:
-    """log1p of the count of earlier examples with the same ids, and how often they were positive.
+    """Return log1p of the count of earlier examples with the same ids, and their log-odds.
 
     One pair for each of `SEEN_KEYS`, float32 (B,); the second as the log-odds over those of the
     sampled rate, which stands for `PRIOR_EXAMPLES` more examples: 0 where there is none yet.
@@ -669,7 +669,7 @@ def _seen(sparse: Mapping[str, Array], time: Array, label: Array) -> dict[str, A
 
 
 def earlier_labels(group: Array, time: Array, label: Array) -> tuple[Array, Array]:
-    """Number of examples of the same group strictly before each example, and of positives there.
+    """Count examples of the same group strictly before each example, and positives among them.
 
     Args:
         group: group of each example, int64 (B,).
@@ -691,9 +691,9 @@ def earlier_labels(group: Array, time: Array, label: Array) -> tuple[Array, Arra
 
 
 def save(stream: Stream, folder: Path) -> None:
-    """Write a stream as one .npy file per column; the folder appears whole or not at all.
+    """Write a stream as one .npy file per column; the folder appears complete or not at all.
 
-    A folder that is there already is kept.
+    An existing folder is kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
@@ -708,7 +708,7 @@ def save(stream: Stream, folder: Path) -> None:
 
 
 def rename(draft: Path, folder: Path) -> None:
-    """Let a folder appear whole; one that another process has made since is kept."""
+    """Rename a folder into place; keep one that another process has made meanwhile."""
     try:
         draft.rename(folder)
     except OSError:
@@ -717,7 +717,7 @@ def rename(draft: Path, folder: Path) -> None:
 
 
 def load(folder: Path) -> Stream:
-    """A stream that `save` wrote, memory-mapped and read-only."""
+    """Load a stream that `save` wrote, memory-mapped and read-only."""
     meta = json.loads((folder / "meta.json").read_text())
     fields: dict[str, Any] = {"sparse": {}, "dense": {}}
     for path in sorted(folder.glob("*.npy")):
@@ -732,7 +732,7 @@ def load(folder: Path) -> Stream:
 
 
 def _columns(stream: Stream) -> dict[str, Array]:
-    """Every array of a stream by its name in the cache."""
+    """Return every array of a stream by its name in the cache."""
     return {
         **{name: getattr(stream, name) for name in _COLUMNS},
         **{f"sparse.{name}": ids for name, ids in stream.sparse.items()},

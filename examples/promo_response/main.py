@@ -1,17 +1,17 @@
-"""External distillation on a real stream, from the raw data to a table of what it brings.
+"""External distillation on a real stream, from the raw data to a table of results.
 
     python examples/promo_response/main.py
 
-1. A teacher with rich features goes once through all verticals in time order; a logger writes what
-   it says in its own training forward, before each update, into a teacher store.
-2. Students with lean features go through one vertical each in time order and look the teacher's
-   outputs up in the store. In the first vertical there is one for each arm: without a teacher,
-   with the teacher on the serving head, with an auxiliary head (AH), and with the serving head
-   learning from the student adapter beside it, as far as the teacher leads (AH + SA); then again
-   with a teacher whose logits are off by +1.
-3. Every figure is of examples scored before they were trained on, over the last half of the year.
+1. A teacher with rich features trains once on all verticals in time order. A logger writes the
+   outputs of its training forward, from before each update, to a teacher store.
+2. Students with lean features train on one vertical each, in time order, and look up the teacher's
+   outputs. The first vertical has a student for each arm: without a teacher, with the teacher on
+   the serving head, with an auxiliary head (AH), and with a student adapter as well, from which the
+   serving head learns as far as the teacher leads (AH + SA). Then again with a teacher whose logits
+   are off by +1.
+3. Every figure is of examples scored before they were trained on, in the last half of the year.
 
-Runs alone or on several ranks (torchrun), on CPU or CUDA.
+Runs on one rank or several (torchrun), on CPU or CUDA.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ TEACHER: dict[str, Any] = {"width": 16, "cross_layers": 2, "over_arch": (128, 64
 STUDENT: dict[str, Any] = {"width": 32, "cross_layers": 1, "over_arch": (64, 32)}
 TEACHER_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.3}
 
-TAP = "model.over_arch.model.1"  # the last layer: the heads share all of the network below it
+TAP = "model.over_arch.model.1"  # the last layer: the heads share the network below it
 TERM = DistillationTerm(weight=1.0, beta=3.0)
-SERVING_TERM = DistillationTerm(serving=True, weight=TERM.weight * TERM.beta)  # the same pull below
+# its gradient below the tap is as strong as that of TERM
+SERVING_TERM = DistillationTerm(serving=True, weight=TERM.weight * TERM.beta)
 TERMS = {
     "serving head": [SERVING_TERM],
     "AH": [TERM],
@@ -76,11 +77,11 @@ TERMS = {
 ARMS = ("none", *TERMS)
 
 Pipeline = TrainPipelineSparseDist[Any, Any]
-Feed = Iterator[tuple[slice, Any]]  # rows of the stream, and their batch or outputs
+Feed = Iterator[tuple[slice, Any]]  # rows of the stream, with their batch or outputs
 
 
 def main() -> None:
-    """Run every arm; write the table, the same as JSON, and a picture."""
+    """Run every arm; write the table, JSON, and a picture."""
     options = parse_options()
     device = set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
@@ -90,18 +91,18 @@ def main() -> None:
     logits, teacher_speed = teach(stream, store, options, device)
     results = []
     for name, rows in parts.items():
-        vertical, said = stream.select(rows), logits[torch.from_numpy(rows)]
-        figures = evaluate(vertical, said)
+        vertical, outputs = stream.select(rows), logits[torch.from_numpy(rows)]
+        figures = evaluate(vertical, outputs)
         results.append(report.Result(name, "teacher", "fresh", *figures, teacher_speed))
         settings = [(arm, TEACHER_NAME) for arm in ("none", "AH")]
         if name == options.verticals[0]:
-            log_biased(store, vertical, said)
+            log_biased(store, vertical, outputs)
             settings = [(arm, TEACHER_NAME) for arm in ARMS]
             settings += [(arm, BIASED_NAME) for arm in ARMS if arm != "none"]
         for arm, teacher in settings:
-            said, speed = train_student(vertical, store, teacher, arm, options, device)
+            outputs, speed = train_student(vertical, store, teacher, arm, options, device)
             kind = "fresh" if teacher == TEACHER_NAME else f"biased by {BIAS:+g}"
-            results.append(report.Result(name, arm, kind, *evaluate(vertical, said), speed))
+            results.append(report.Result(name, arm, kind, *evaluate(vertical, outputs), speed))
     if dist.get_rank() == 0:
         report.write(results, options)
     dist.destroy_process_group()
@@ -110,7 +111,7 @@ def main() -> None:
 def teach(
     stream: data.Stream, store: TeacherStore, options: argparse.Namespace, device: torch.device
 ) -> tuple[Tensor, float]:
-    """One pass of the teacher, logged; its logits, for its own figures, and examples a second."""
+    """Train the teacher for one logged pass; return its logits and its examples per second."""
     torch.manual_seed(options.seed)
     features = data.RICH_SPARSE, data.RICH_DENSE
     module = models.ranker(*features, stream.cardinalities, **TEACHER)
@@ -123,14 +124,14 @@ def teach(
 
 
 def log_biased(store: TeacherStore, vertical: data.Stream, logits: Tensor) -> None:
-    """A second teacher in the store: what the first said of a vertical, off by `BIAS`."""
+    """Write a second teacher to the store: the first one's logits for a vertical, plus `BIAS`."""
     if dist.get_rank() == 0:
-        there = ~logits.isnan().numpy()
+        present = ~logits.isnan().numpy()
         store.write(
             Snapshot(BIASED_NAME, version=0, trained_through_seconds=0),
-            vertical.example_id[there],
-            logits[there] + BIAS,
-            vertical.time[there],
+            vertical.example_id[present],
+            logits[present] + BIAS,
+            vertical.time[present],
             logged=True,
         )
     dist.barrier()
@@ -144,7 +145,7 @@ def train_student(
     options: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Tensor, float]:
-    """One pass through the vertical; the logits before each update, and examples a second."""
+    """Train for one pass of the vertical; return logits from before each update, and the speed."""
     torch.manual_seed(options.seed)
     features = data.LEAN_SPARSE, data.LEAN_DENSE
     module: Any = models.ranker(*features, vertical.cardinalities, **STUDENT)
@@ -166,13 +167,13 @@ def train_student(
 
 
 def terms_of(arm: str, options: argparse.Namespace) -> list[DistillationTerm]:
-    """What an arm distils, with the weight of the serving head's term out of the options."""
+    """Return the terms of an arm; the options set the weight of the serving head's term."""
     weight = options.serving_head_weight
     return [replace(term, weight=weight) if term == SERVING_TERM else term for term in TERMS[arm]]
 
 
 def new_store(folder: Path) -> TeacherStore:
-    """An empty store, the same on all ranks."""
+    """Make an empty store, shared by all ranks."""
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         TeacherStore.create(folder, window_seconds=WEEK_SECONDS)
@@ -181,7 +182,7 @@ def new_store(folder: Path) -> TeacherStore:
 
 
 def check_verticals(stream: data.Stream, names: Sequence[str]) -> None:
-    """End with a sentence if there is no such vertical."""
+    """Raise SystemExit unless all names are verticals of the stream."""
     for name in names:
         if name not in stream.verticals:
             raise SystemExit(
@@ -190,12 +191,12 @@ def check_verticals(stream: data.Stream, names: Sequence[str]) -> None:
 
 
 def rows_of(stream: data.Stream, name: str) -> Any:
-    """The rows of a vertical, as a mask (B,)."""
+    """Return the rows of a vertical as a mask (B,)."""
     return stream.vertical == stream.verticals.index(name)
 
 
 def run(name: str, pipeline: Pipeline, feed: Feed, stream: data.Stream) -> tuple[Tensor, float]:
-    """Train through the feed; every example's logit before its update, NaN where there is none."""
+    """Train on the feed; return logits from before each update (NaN where none), and the speed."""
     logits = torch.full((len(stream),), torch.nan)
     started = time.perf_counter()
     with tqdm(total=len(stream), desc=name, unit="rows", disable=dist.get_rank() != 0) as bar:
@@ -209,7 +210,7 @@ def run(name: str, pipeline: Pipeline, feed: Feed, stream: data.Stream) -> tuple
 
 
 def progress(pipeline: Pipeline, feed: Feed, stream: data.Stream) -> Feed:
-    """Train week by week; the pipeline's outputs, each with the rows of its batch."""
+    """Train week by week; yield the pipeline's outputs, each with the rows of its batch."""
     loaded: deque[slice] = deque()
     outputs: list[Any] = []
     for _ in train_windows(pipeline, weekly(stream, feed, loaded), step=outputs.append):
@@ -219,46 +220,46 @@ def progress(pipeline: Pipeline, feed: Feed, stream: data.Stream) -> Feed:
 
 
 def weekly(stream: data.Stream, feed: Feed, loaded: deque[slice]) -> Iterator[Window]:
-    """The batches of a feed by the week in which they end, on every rank the same."""
+    """Group the batches of a feed by the week in which they end, the same on every rank."""
     world_size = dist.get_world_size()
 
     def week(part: tuple[slice, Any]) -> int:
         rows, size = part[0], part[0].stop - part[0].start
         return int(stream.week[rows.start + (world_size - dist.get_rank()) * size - 1])
 
-    def batches(of_week: Feed) -> Iterator[Any]:
-        for rows, batch in of_week:
+    def batches(feed_of_week: Feed) -> Iterator[Any]:
+        for rows, batch in feed_of_week:
             loaded.append(rows)
             yield batch
 
     begin = 0
-    for number, of_week in itertools.groupby(feed, week):
+    for number, feed_of_week in itertools.groupby(feed, week):
         last = np.searchsorted(stream.week, number, side="right") - 1
         end = int(stream.time[last]) + 1
-        yield Window(begin, end, batches(of_week))
+        yield Window(begin, end, batches(feed_of_week))
         begin = end
 
 
 def evaluate(stream: data.Stream, logits: Tensor) -> tuple[float, float, float]:
-    """NE, AUC and calibration of the examples scored in the second half of the year."""
-    counted = torch.from_numpy(stream.week >= FIRST_WEEK) & ~logits.isnan()
-    labels = torch.from_numpy(stream.label[counted.numpy()])
+    """Return NE, AUC and calibration of the examples scored in the second half of the year."""
+    scored = torch.from_numpy(stream.week >= FIRST_WEEK) & ~logits.isnan()
+    labels = torch.from_numpy(stream.label[scored.numpy()])
     part = slice(dist.get_rank(), None, dist.get_world_size())
     metrics = ExFMMetrics(
         batch_size=len(labels[part]), device=torch.device("cpu"), window_size=len(labels)
     )
-    metrics.update((torch.tensor(0.0), logits[counted][part], labels[part]))
+    metrics.update((torch.tensor(0.0), logits[scored][part], labels[part]))
     figures = metrics.compute()
     return figures["ne/label"], figures["auc/label"], figures["calibration/label"]
 
 
 def ranks() -> dict[str, int]:
-    """This rank and the number of ranks, as `data.batches` takes them."""
+    """Return this rank and the number of ranks, as `data.batches` takes them."""
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
 
 
 def set_up() -> torch.device:
-    """Join the ranks that torchrun started, or be the only one; the device to run on."""
+    """Join the ranks that torchrun started, or be the only one; return the device to run on."""
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu")
@@ -272,7 +273,7 @@ def set_up() -> torch.device:
             backend, init_method=f"file://{meeting_point}", rank=0, world_size=1
         )
     if not cuda:
-        torch.set_num_threads(1)  # for layers this small; more cores serve as more ranks
+        torch.set_num_threads(1)  # layers are small: more cores are better used by more ranks
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -280,7 +281,7 @@ def set_up() -> torch.device:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--verticals",

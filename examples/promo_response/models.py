@@ -1,4 +1,4 @@
-"""Teacher and students of the promotion-response stream, and how they are put on the ranks."""
+"""Teacher and students of the promotion-response stream, and their distribution over ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 def tables(
     names: Sequence[str], cardinalities: Mapping[str, int], width: int
 ) -> EmbeddingBagCollection:
-    """One table for each sparse feature, to be materialised by DistributedModelParallel."""
+    """Make a table for each sparse feature, on meta until DistributedModelParallel allocates it."""
     return EmbeddingBagCollection(
         [
             EmbeddingBagConfig(
@@ -46,7 +46,7 @@ def ranker(
     cross_layers: int,
     over_arch: Sequence[int],
 ) -> DLRMTrain:
-    """A DLRM with deep cross interactions (DCN v2), in TorchRec's training wrapper."""
+    """Make a DLRM with deep cross interactions (DCN v2), in TorchRec's training wrapper."""
     return DLRMTrain(
         DLRM_DCN(
             tables(sparse_names, cardinalities, width),
@@ -62,7 +62,7 @@ def ranker(
 def distribute(
     module: nn.Module, device: torch.device, *, learning_rate: float, table_learning_rate: float
 ) -> tuple[DistributedModelParallel, KeyedOptimizerWrapper]:
-    """Shard the tables over the ranks with a fused optimizer, and give the dense part's own."""
+    """Shard the tables with a fused optimizer; return the model and its dense optimizer."""
     collections = [m for m in module.modules() if isinstance(m, EmbeddingBagCollection)]
     constraints = {}
     for collection in collections:

@@ -1,15 +1,15 @@
-"""A scoring job on a real stream: a teacher that is half a year old scores what came after.
+"""A scoring job on a real stream: a teacher of the first half of a year scores the second half.
 
     torchrun --nproc-per-node 2 examples/promo_response/score.py
 
-1. A teacher with rich features goes through the first half of the year, and is published: its
+1. A teacher with rich features trains on the first half of the year and is published: its
    checkpoint, and the event time that it was trained through.
-2. The job takes the newest snapshot that has not seen the examples, and scores those of the second
-   half that any of three students has, each once, shard by shard. It can be stopped at any moment
-   and started again.
-3. Each student looks its examples up; how good the outputs are, and how old, is printed.
+2. The job takes the newest snapshot that has not seen the examples. It scores those of the second
+   half that any of three students has, each once, shard by shard. Stopped at any moment, it resumes
+   when it is started again.
+3. Each student looks up its examples; the quality and the age of the outputs are printed.
 
-Runs alone as well (python in place of torchrun), on CPU or CUDA.
+Runs on one rank as well (python in place of torchrun), on CPU or CUDA.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BATCH, SHARD = 2**13, 2**15  # examples
 
 
 def main() -> None:
-    """Train and publish the teacher unless it is, score, look up."""
+    """Train and publish the teacher if that is not done yet, then score and look up."""
     options = parse_options()
     device = demo.set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
@@ -55,8 +55,8 @@ def main() -> None:
         demo.run("teacher", pipeline, feed, first)
         pipeline.detach()
         publish(store, TEACHER_NAME, teacher, trained_through_seconds=int(first.time.max()))
-    of_any = second_half(stream, sum(STUDENTS.values(), ()))
-    report = score(teacher, store, shards(of_any), TEACHER_NAME, device=device)
+    examples = second_half(stream, sum(STUDENTS.values(), ()))
+    report = score(teacher, store, shards(examples), TEACHER_NAME, device=device)
     if dist.get_rank() == 0:
         print(report)
     for name, verticals in STUDENTS.items():
@@ -74,21 +74,21 @@ def main() -> None:
 
 
 def second_half(stream: data.Stream, verticals: tuple[str, ...]) -> data.Stream:
-    """The examples of some departments in the second half of the year."""
+    """Return the examples of some departments in the second half of the year."""
     rows = np.logical_or.reduce([demo.rows_of(stream, name) for name in verticals])
     return stream.select(rows & (stream.week >= demo.FIRST_WEEK))
 
 
 def shards(part: data.Stream) -> list[Shard]:
-    """This rank's, of examples in order of time; they are the same for any number of ranks."""
+    """Return this rank's shards; all ranks' together are the same for any number of ranks."""
 
     def shard(first: int) -> Shard:
         rows = part.select(slice(first, first + SHARD))
 
         def batches() -> Iterator[data.StreamBatch]:
             for start in range(0, len(rows), BATCH):
-                some = rows.select(slice(start, start + BATCH))
-                yield next(data.batches(some, data.RICH_SPARSE, data.RICH_DENSE, len(some)))[1]
+                batch = rows.select(slice(start, start + BATCH))
+                yield next(data.batches(batch, data.RICH_SPARSE, data.RICH_DENSE, len(batch)))[1]
 
         return Shard(f"week {rows.week[0]}, {first}", batches, int(rows.time[0]))
 
@@ -97,19 +97,19 @@ def shards(part: data.Stream) -> list[Shard]:
 
 
 def look_up(store: TeacherStore, part: data.Stream) -> tuple[Tensor, TeacherLookup]:
-    """The outputs of a student's examples, NaN where there is none, as its training sees them."""
+    """Return a student's outputs as its training sees them, NaN where there is none."""
     lookup = TeacherLookup(store, TEACHER_NAME)
     outputs = torch.full((len(part),), torch.nan)
     for first in range(0, len(part), BATCH):
         rows = slice(first, first + BATCH)
         ids, seconds = (torch.from_numpy(np.array(c[rows])) for c in (part.example_id, part.time))
-        found = lookup(SimpleNamespace(example_ids=ids, event_seconds=seconds))
-        outputs[rows] = found.values.flatten().where(found.presence.flatten(), torch.nan)
+        looked_up = lookup(SimpleNamespace(example_ids=ids, event_seconds=seconds))
+        outputs[rows] = looked_up.values.flatten().where(looked_up.presence.flatten(), torch.nan)
     return outputs, lookup
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder of the built stream")

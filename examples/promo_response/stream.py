@@ -1,16 +1,16 @@
-"""The promotion-response stream as it is in production: teacher, scorer and students, week by week.
+"""The promotion-response stream as in production: teacher, scorer and students, week by week.
 
     python examples/promo_response/stream.py  # one after the other
     torchx run -s local_cwd torchx_components/exfm.py:stream -j 1x1 --students "DRUG GM,MEAT" \
         --script examples/promo_response/stream.py  # side by side
 
-1. The teacher trains on three quarters of the households, logs what it says of them before each
+1. The teacher trains on three quarters of the households, logs its outputs from before each
    update, and publishes itself every few weeks.
 2. The scorer takes a snapshot that is some weeks old, and scores the students' other examples.
 3. Each student trains on a week as soon as its outputs are in the store.
 
-They meet only in the store: each can be killed and started again, and whichever is ahead, the
-figures are the same up to rounding. Each runs alone or on several ranks (torchrun), on CPU or CUDA.
+They meet only in the store. Each can be killed and started again. Whichever is ahead, the figures
+are the same up to rounding. Each runs on one rank or several (torchrun), on CPU or CUDA.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ TERMS = [DistillationTerm(), DistillationTerm(adapted=True, serving=True, margin
 
 
 def main() -> None:
-    """Play the role that was asked for, or all of them."""
+    """Run one role, or all of them in turn."""
     options = parse_options()
     device = demo.set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
@@ -81,11 +81,11 @@ def main() -> None:
 def run_teacher(
     stream: data.Stream, store: TeacherStore, options: argparse.Namespace, device: torch.device
 ) -> None:
-    """Train, log and publish."""
+    """Train, log and publish the teacher."""
     model, optimizer = teacher_of(stream, options, device)
     pipeline: Any = TrainPipelineSparseDist(model, optimizer, device)
-    of_week = partial(batches, RICH, demo.BATCH)
-    windows = weeks(stream, options.weeks, seen_by_teacher(stream), of_week)
+    make_batches = partial(batches, RICH, demo.BATCH)
+    windows = weeks(stream, options.weeks, seen_by_teacher(stream), make_batches)
     with TeacherLogger(store, TEACHER_NAME) as logger:
         logger.attach(model)
         for window in train_teacher(
@@ -103,10 +103,10 @@ def run_teacher(
 def run_scorer(
     stream: data.Stream, store: TeacherStore, options: argparse.Namespace, device: torch.device
 ) -> None:
-    """Score what the teacher does not train on."""
+    """Score the students' examples that the teacher does not train on."""
     model, _ = teacher_of(stream, options, device)
-    of_students = np.logical_or.reduce([demo.rows_of(stream, name) for name in options.students])
-    rest = of_students & ~seen_by_teacher(stream)
+    wanted = np.logical_or.reduce([demo.rows_of(stream, name) for name in options.students])
+    rest = wanted & ~seen_by_teacher(stream)
     for window in score_windows(
         model,
         weeks(stream, options.weeks, rest, scoring_job.shards),
@@ -127,7 +127,7 @@ def run_student(
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Train on each week once its outputs are there."""
+    """Train a student on each week once its outputs are in the store."""
     torch.manual_seed(options.seed)
     module = models.ranker(*LEAN, stream.cardinalities, **demo.STUDENT)
     wrapper = ExFMWrapper(module, tap=demo.TAP, terms=TERMS)
@@ -137,9 +137,9 @@ def run_student(
     adapter = StudentAdapter()
     pipeline = TrainPipelineExFM(model, optimizer, device, teacher=lookup, adapter=adapter)
     metrics = ExFMMetrics(batch_size=STUDENT_BATCH // dist.get_world_size(), device=device)
-    of_week = partial(batches, LEAN, STUDENT_BATCH)
+    make_batches = partial(batches, LEAN, STUDENT_BATCH)
     windows = wait_for_outputs(
-        weeks(stream, options.weeks, demo.rows_of(stream, name), of_week),
+        weeks(stream, options.weeks, demo.rows_of(stream, name), make_batches),
         lookup,
         [TEACHER_NAME, f"{TEACHER_NAME}/scores"],
         timeout_seconds=options.timeout_seconds,
@@ -157,14 +157,14 @@ def run_student(
 def teacher_of(
     stream: data.Stream, options: argparse.Namespace, device: torch.device
 ) -> tuple[nn.Module, Any]:
-    """The teacher as it begins, and its optimizer."""
+    """Return a new teacher and its optimizer."""
     torch.manual_seed(options.seed)
     module = models.ranker(*RICH, stream.cardinalities, **demo.TEACHER)
     return models.distribute(module, device, **demo.TEACHER_RATES)
 
 
 def seen_by_teacher(stream: data.Stream) -> data.Array:
-    """Which examples (B,) the teacher trains on: those of three quarters of the households."""
+    """Return a mask (B,) of what the teacher trains on: three quarters of the households."""
     return stream.sparse["household"] % 4 > 0
 
 
@@ -172,49 +172,51 @@ def weeks(
     stream: data.Stream,
     between: Sequence[int],
     rows: data.Array,
-    of_part: Callable[[data.Stream], Iterable[Any]],
+    make_data: Callable[[data.Stream], Iterable[Any]],
 ) -> Iterator[Window]:
-    """A window for each week between two, with what is made of those of its rows (a mask)."""
+    """Yield a window for each week between two, with data made of its rows in the mask."""
     first = np.flatnonzero(np.diff(stream.week, prepend=0))
     begins = [*stream.time[first].tolist(), int(stream.time[-1]) + 1]
     for week, (begin, end) in zip(stream.week[first], itertools.pairwise(begins), strict=True):
         if between[0] <= week <= between[1]:
-            of_week = slice(*np.searchsorted(stream.time, [begin, end]))
-            yield Window(begin, end, of_part(stream.select(of_week).select(rows[of_week])))
+            week_rows = slice(*np.searchsorted(stream.time, [begin, end]))
+            yield Window(begin, end, make_data(stream.select(week_rows).select(rows[week_rows])))
 
 
 def batches(
     features: tuple[Sequence[str], Sequence[str]], batch_size: int, part: data.Stream
 ) -> Iterator[Any]:
-    """This rank's batches of all examples of a part; the last one is smaller."""
+    """Yield this rank's batches of all examples of a part; the last one is smaller."""
     size = len(part) // dist.get_world_size() * dist.get_world_size()
     for first in range(0, size, batch_size):
-        of_all = part.select(slice(first, min(first + batch_size, size)))
-        yield next(data.batches(of_all, *features, len(of_all), **demo.ranks()))[1]
+        all_ranks = part.select(slice(first, min(first + batch_size, size)))
+        yield next(data.batches(all_ranks, *features, len(all_ranks), **demo.ranks()))[1]
 
 
 def day_of(window: Window) -> str:
-    """The last day of a window."""
+    """Return the last day of a window."""
     return time.strftime("%Y-%m-%d", time.gmtime(window.end_seconds - 1))
 
 
 def say(words: str) -> None:
-    """A line, of one rank."""
+    """Print a line on rank 0."""
     if dist.get_rank() == 0:
         print(words, flush=True)
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line; --student stands for one of --students."""
+    """Read the command line; --student picks one of --students."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--role", choices=("teacher", "scorer", "student", "all"), default="all")
     parser.add_argument("--students", nargs="+", default=STUDENTS, help="their departments")
-    parser.add_argument("--student", help="the one whose part this process plays")
+    parser.add_argument("--student", help="the one that this process trains")
     parser.add_argument("--weeks", type=int, nargs=2, default=(1, 53), metavar=("FIRST", "LAST"))
     parser.add_argument("--refresh", type=int, default=2, help="weeks between two snapshots")
-    parser.add_argument("--delay", type=int, default=1, help="weeks of a snapshot's way")
-    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="to wait for others")
-    parser.add_argument("--curves", type=Path, help="folder of the students' on TensorBoard")
+    parser.add_argument("--delay", type=int, default=1, help="weeks until a snapshot scores")
+    parser.add_argument(
+        "--timeout-seconds", type=float, default=600.0, help="how long to wait for others"
+    )
+    parser.add_argument("--curves", type=Path, help="folder of the students' TensorBoard curves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder of the built stream")
     parser.add_argument("--out", type=Path, default=Path("results/promo_response_stream"))

@@ -1,10 +1,10 @@
-"""One student of the promotion-response stream, taught from a teacher store that is there.
+"""Train one student of the promotion-response stream from an existing teacher store.
 
     python examples/promo_response/main.py  # writes the store
     python examples/promo_response/train.py --vertical MEAT-PCKGD
 
-A student is named by its vertical, so that `torchx_components/exfm.py:train` starts several. Runs
-alone or on several ranks (torchrun), on CPU or CUDA.
+A student is named by its vertical, so that `torchx_components/exfm.py:train` can start several.
+Runs on one rank or several (torchrun), on CPU or CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchrec_exfm.das import TeacherStore
 
 
 def main() -> None:
-    """Train the student, and print how good it was before each update."""
+    """Train the student; print its figures, scored before each update."""
     options = parse_options()
     device = demo.set_up()
     stream = data.load_stream(options.cache, progress=dist.get_rank() == 0)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line; the student's settings are those of `main.py`."""
+    """Read the command line; the student's settings are those of `main.py`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("results/promo_response/store"))
     parser.add_argument("--teacher", default=demo.TEACHER_NAME, help="its name in the store")

@@ -1,8 +1,8 @@
 """MovieLens-1M as pairs of a user and a movie that they like, for retrieval.
 
-A pair is a rating; a liked one, of four stars or more, is a positive. Ratings are in the order of
-time, which is cut once: what is before the cut is there to learn from, and whoever likes a movie
-before it and another after it is a query of the evaluation.
+A pair is a rating; a liked one, of four stars or more, is a positive. Ratings are in time order.
+Training uses those before a cut. A user who likes a movie before the cut and another after it is
+a query of the evaluation.
 
 Shapes: N ratings, B of them in a batch, Q queries, M movies that were rated before the cut.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-# After the script's own folder; with it come the stream, its rankers and their features.
+# `sources` has the stream, its rankers and their features; the script's own folder comes first.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from sources import data, movielens
@@ -33,18 +33,18 @@ Array = npt.NDArray[Any]
 USER = ("user", *movielens.USER_ATTRIBUTES)
 MOVIE = ("movie", "release_year", "genres")
 PARTS = 10
-"""Equal parts of the stream: the teacher is fitted anew after each; cuts are between two."""
+"""Equal parts of the stream. The teacher is fitted anew after each; a cut is between two."""
 
 
 class Bags(NamedTuple):
-    """Ids of several rows: those of row i are ``values[begin[i]:end[i]]``."""
+    """Ids of several rows; those of row i are ``values[begin[i]:end[i]]``."""
 
     values: Array
     begin: Array
     end: Array
 
     def take(self, rows: Array) -> tuple[Array, Array]:
-        """The ids of some rows, one row after the other, and the number of ids by row."""
+        """Return the ids of some rows, one row after the other, and the number of ids by row."""
         lengths = self.end[rows] - self.begin[rows]
         shift = self.begin[rows] - np.cumsum(lengths) + lengths
         places = np.repeat(shift, lengths) + np.arange(lengths.sum())
@@ -59,8 +59,8 @@ class PairBatch(Pipelineable):
         features: of `USER` and `MOVIE`.
         labels: 1 throughout, float32 (B,).
         item_ids: the movies, int64 (B,).
-        log_q: log(1 + how often the movie was liked before), float32 (B,).
-        rows: int64 (B,), of the N ratings; it stays on the host.
+        log_q: log(1 + number of earlier likes of the movie), float32 (B,).
+        rows: positions among the N ratings, int64 (B,); they stay on the host.
     """
 
     features: KeyedJaggedTensor
@@ -85,7 +85,7 @@ class PairBatch(Pipelineable):
 
 @dataclass(frozen=True)
 class Pairs:
-    """All ratings in the order of time.
+    """All ratings in time order.
 
     Attributes:
         user, movie: ids, int64 (N,).
@@ -107,15 +107,15 @@ class Pairs:
     cardinalities: Mapping[str, int]
 
     def cut(self, part: int) -> int:
-        """The first row of a part."""
+        """Return the first row of a part."""
         return part * len(self.time) // PARTS
 
     def liked_rows(self, first: int, end: int) -> Array:
-        """The liked among some rows."""
+        """Return the liked rows of a range."""
         return first + np.flatnonzero(self.liked[first:end])
 
     def batch(self, rows: Array, names: Sequence[str]) -> PairBatch:
-        """Some rows with the features of the given names."""
+        """Make a batch of some rows, with the features of the given names."""
         values, lengths = zip(*(self.features[name].take(rows) for name in names), strict=True)
         columns = self.liked.astype(np.float32)[rows], self.movie[rows], self.log_q[rows], rows
         ids, counts = (torch.from_numpy(np.concatenate(parts)) for parts in (values, lengths))
@@ -123,20 +123,20 @@ class Pairs:
         return PairBatch(features, *map(torch.from_numpy, columns))
 
     def batches(self, rows: Array, batch_size: int) -> Iterator[PairBatch]:
-        """Full batches of some rows in their order; the rest of the rows is left out."""
+        """Yield full batches of some rows in their order; leave out the rest."""
         for first in range(0, len(rows) - batch_size + 1, batch_size):
             yield self.batch(rows[first : first + batch_size], (*USER, *MOVIE))
 
     def shuffled(self, parts: int, seed: int) -> Array:
-        """The liked rows of the first parts: part by part, in random order within a part."""
+        """Return the liked rows of the first parts: part by part, shuffled within a part."""
         random = np.random.default_rng(seed)
         bounds = [self.cut(part) for part in range(parts + 1)]
         rows = [self.liked_rows(*part) for part in itertools.pairwise(bounds)]
-        return np.concatenate([random.permutation(of_part) for of_part in rows])
+        return np.concatenate([random.permutation(part) for part in rows])
 
 
 def pairs_of(stream: data.Stream) -> Pairs:
-    """The ratings of a stream."""
+    """Read the ratings of a stream as pairs."""
     user, movie = (np.asarray(stream.sparse[name]).astype(np.int64) for name in ("user", "movie"))
     time, liked = np.asarray(stream.time), np.asarray(stream.label) == 1
     row = np.arange(len(time))
@@ -144,8 +144,8 @@ def pairs_of(stream: data.Stream) -> Pairs:
     columns = {name: np.asarray(stream.sparse[name]) for name in (*USER, *MOVIE[:2])}
     ids = {name: Bags(values, row, row + 1) for name, values in columns.items()}
     flags = np.stack([stream.dense[f"is_{genre}"] for genre in movielens.GENRES], axis=1)
-    of_row, genres = np.nonzero(flags)
-    bounds = np.searchsorted(of_row, np.arange(len(time) + 1))
+    flag_rows, genres = np.nonzero(flags)
+    bounds = np.searchsorted(flag_rows, np.arange(len(time) + 1))
     features = {**ids, "genres": Bags(genres, bounds[:-1], bounds[1:])}
     sizes = {**stream.cardinalities, "genres": len(movielens.GENRES)}
     history = _history(user, movie, time, liked)
@@ -161,12 +161,12 @@ def _history(user: Array, movie: Array, time: Array, liked: Array) -> Bags:
 
 
 class Queries(NamedTuple):
-    """Who wants what after a cut, of the movies that were there before it.
+    """Users who like movies after a cut, and the movies that existed before it.
 
     Attributes:
         rows: the user's first rating after the cut, (Q,): its features and its history.
-        relevant: for each query the movies that the user likes after the cut.
-        seen: for each query the movies that the user has rated before it, which are not searched.
+        relevant: the movies that each query's user likes after the cut.
+        seen: the movies that each query's user has rated before it; they are not searched.
         movies: ids of the movies that can be found, (M,).
         movie_rows: the last rating of each before the cut, (M,), for its features.
     """
@@ -179,7 +179,7 @@ class Queries(NamedTuple):
 
 
 def queries_of(pairs: Pairs, first: int, end: int) -> Queries:
-    """The queries of the ratings from a cut to an end."""
+    """Return the queries of the ratings from a cut to an end."""
     before, after = np.arange(first), np.arange(first, end)
     liked_before, liked_after = (rows[pairs.liked[rows]] for rows in (before, after))
     users = np.intersect1d(pairs.user[liked_before], pairs.user[liked_after])
@@ -193,7 +193,7 @@ def queries_of(pairs: Pairs, first: int, end: int) -> Queries:
 
 
 def _movies_by_user(pairs: Pairs, rows: Array, users: Array) -> list[Array]:
-    """The movies of the given rows, for each of the users (sorted)."""
+    """Split the movies of some rows by user (sorted)."""
     rows = rows[np.isin(pairs.user[rows], users)]
     rows = rows[np.argsort(pairs.user[rows], kind="stable")]
     bounds = np.searchsorted(pairs.user[rows], users)

@@ -1,10 +1,10 @@
-"""What two teachers say of each liked pair before they learn from it, kept once for all students.
+"""Two teachers, whose outputs for each liked pair are logged before they learn from it.
 
-* The ranker of the benchmarks scores pairs, from features of user and movie together, so that it
-  has no vector for either: a logit for each pair, from its training forward, before the update.
-* The item-to-item model has a weight for each two movies, and knows all that a user has liked so
-  far. Fitted anew after each tenth of the stream, it says of the pairs of the next tenth what its
-  score is made of: an embedding [a, b], the user's half from what was liked before the pair.
+* The ranker of the benchmarks scores pairs, from features of user and movie together, and has no
+  vector for either. It gives a logit for each pair, from its training forward, before the update.
+* The item-to-item model has a weight for each pair of movies, and knows all that a user has liked
+  so far. It is fitted anew after each tenth of the stream. For the pairs of the next tenth it gives
+  the factors of its score, an embedding [a, b]; a comes from what was liked before the pair.
 
 Shapes: N ratings, B of them, V movies, Q queries, E width of a half.
 """
@@ -39,18 +39,18 @@ class ItemToItem:
         a . b = `SHARPNESS` (x W)_j / √n + log(1 + how often movie j is liked).
 
     Attributes:
-        of_liked: F, float32 (V, RANK).
-        of_next: G, float32 (V, RANK).
+        liked_factors: F, float32 (V, RANK).
+        next_factors: G, float32 (V, RANK).
         counts: how often a movie is liked, (V,).
     """
 
-    of_liked: Array
-    of_next: Array
+    liked_factors: Array
+    next_factors: Array
     counts: Array
 
     @classmethod
     def fit(cls, pairs: Pairs, end: int) -> ItemToItem:
-        """Of the liked pairs before a row."""
+        """Fit the model to the liked pairs before a row."""
         rows = pairs.liked_rows(0, end)
         size = pairs.user.max() + 1, pairs.cardinalities["movie"]
         ones = np.ones(len(rows), np.float32)
@@ -59,28 +59,28 @@ class ItemToItem:
         inverse = np.linalg.inv(gram + RIDGE * np.eye(len(gram), dtype=np.float32))
         weights = -inverse / inverse.diagonal()
         np.fill_diagonal(weights, 0)
-        torch.manual_seed(0)  # of the random projection that the factors begin with
+        torch.manual_seed(0)  # svd_lowrank begins with a random projection
         left, sizes, right = torch.svd_lowrank(torch.from_numpy(weights), RANK, niter=4)
         factors = ((side * sizes.sqrt()).numpy() for side in (left, right))
         return cls(*factors, np.asarray(likes.sum(0)).ravel())
 
     def users(self, pairs: Pairs, rows: Array) -> Array:
-        """a of the users of some rows, from their histories, float32 (B, E)."""
+        """Return a for the users of some rows, from their histories, float32 (B, E)."""
         movies, lengths = pairs.history.take(rows)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         shares = np.repeat(1 / np.sqrt(np.maximum(lengths, 1)), lengths).astype(np.float32)
         liked = csr_matrix((shares, movies, bounds), (len(rows), len(self.counts)))
         ones = np.ones((len(rows), 1), np.float32)
-        return np.hstack([SHARPNESS * (liked @ self.of_liked), ones])
+        return np.hstack([SHARPNESS * (liked @ self.liked_factors), ones])
 
     def movies(self, ids: Array) -> Array:
-        """b of some movies, float32 (B, E)."""
-        return np.hstack([self.of_next[ids], np.log1p(self.counts[ids, None])])
+        """Return b for some movies, float32 (B, E)."""
+        return np.hstack([self.next_factors[ids], np.log1p(self.counts[ids, None])])
 
 
 @dataclass(frozen=True)
 class Logged:
-    """The teachers' outputs by rating; NaN where there is none.
+    """The teachers' outputs by rating, NaN where there is none.
 
     Attributes:
         logits: of the ranker, float32 (N,).
@@ -91,27 +91,27 @@ class Logged:
     embeddings: Array
 
     def __call__(self, batch: PairBatch) -> TeacherOutputs:
-        """Those of a batch."""
+        """Return the outputs of a batch."""
         rows = batch.rows.numpy()
         logits, embeddings = (
             torch.from_numpy(column[rows]).float() for column in (self.logits, self.embeddings)
         )
-        there = ~embeddings.isnan().any(1)
+        presence = ~embeddings.isnan().any(1)
         return TeacherOutputs(
-            logits, ~logits.isnan(), embeddings=embeddings, embedding_presence=there
+            logits, ~logits.isnan(), embeddings=embeddings, embedding_presence=presence
         )
 
     def without_users(self) -> Logged:
-        """The same with no user known: the popularity of the movies alone is left."""
+        """Return a copy without the user's half, so that only the popularity of movies is left."""
         embeddings = self.embeddings.copy()
         embeddings[:, : embeddings.shape[1] // 2 - 1] *= 0
         return replace(self, embeddings=embeddings)
 
 
 def log_embeddings(pairs: Pairs, parts: int) -> Array:
-    """[a, b] of the liked pairs of all parts but the first, by the model of the parts before.
+    """Return [a, b] for the liked pairs of all parts but the first, by the model of earlier parts.
 
-    There is none where the user has liked nothing before, or nobody has liked the movie.
+    It is NaN where the user has liked nothing before, or nobody has liked the movie.
     """
     embeddings = np.full((len(pairs.time), 2 * (RANK + 1)), np.nan, np.float16)
     for part in range(1, parts):
@@ -119,9 +119,9 @@ def log_embeddings(pairs: Pairs, parts: int) -> Array:
         rows = pairs.liked_rows(pairs.cut(part), pairs.cut(part + 1))
         known = (pairs.history.end > pairs.history.begin)[rows]
         rows = rows[known & (model.counts[pairs.movie[rows]] > 0)]
-        for some in np.array_split(rows, 20):  # as histories are long
-            both = model.users(pairs, some), model.movies(pairs.movie[some])
-            embeddings[some] = np.hstack(both)
+        for piece in np.array_split(rows, 20):  # histories are long: not all at once
+            halves = model.users(pairs, piece), model.movies(pairs.movie[piece])
+            embeddings[piece] = np.hstack(halves)
     return embeddings
 
 
@@ -129,7 +129,7 @@ FEATURES = movielens.RICH_SPARSE, movielens.RICH_DENSE
 
 
 def train_ranker(stream: Any, end: int) -> tuple[Any, Array]:
-    """The ranker after one pass up to a row, and its logits before each update, (N,)."""
+    """Train the ranker for one pass up to a row; return it and its logits, (N,)."""
     torch.manual_seed(0)
     module = models.ranker(*FEATURES, stream.cardinalities, **demo.TEACHER)
     model, optimizer = models.distribute(module, CPU, **demo.TEACHER_RATES)
@@ -141,19 +141,19 @@ def train_ranker(stream: Any, end: int) -> tuple[Any, Array]:
 
 
 def rank_all(model: Any, stream: Any, queries: Queries, cut: int) -> Array:
-    """All movies for each query by the ranker's logits at the cut, best first, (Q, M) ids."""
+    """Rank all movies for each query by the logits at the cut, best first, (Q, M) ids."""
     users, movies = len(queries.rows), len(queries.movies)
-    of_user = np.repeat(queries.rows, movies)
-    asked = _pairs_at(stream, of_user, np.tile(queries.movie_rows, users), cut)
+    user_rows = np.repeat(queries.rows, movies)
+    asked = _pairs_at(stream, user_rows, np.tile(queries.movie_rows, users), cut)
     logits = score(model, parameters(model), asked, FEATURES)
     order = np.argsort(-logits.reshape(users, movies), axis=1, kind="stable")
     return queries.movies[order]
 
 
-def _pairs_at(stream: Any, of_user: Array, of_movie: Array, cut: int) -> Any:
-    """Pairs of one row's user and another's movie, as they are at the time of the cut."""
-    asked, movies = stream.select(of_user), stream.select(of_movie)
-    past, now = stream.select(slice(0, cut)), stream.select(np.full(len(of_user), cut))
+def _pairs_at(stream: Any, user_rows: Array, movie_rows: Array, cut: int) -> Any:
+    """Pair one row's user with another's movie, with features as of the cut."""
+    asked, movies = stream.select(user_rows), stream.select(movie_rows)
+    past, now = stream.select(slice(0, cut)), stream.select(np.full(len(user_rows), cut))
     sparse = {name: now.sparse[name] for name in ("weekday", "hour")}
     sparse |= {name: movies.sparse[name] for name in ("movie", "genre", "release_year")}
     sparse = asked.sparse | sparse
@@ -161,7 +161,7 @@ def _pairs_at(stream: Any, of_user: Array, of_movie: Array, cut: int) -> Any:
         key: np.concatenate([past.sparse[key], sparse[key]]) for key in ("user", "movie", "genre")
     }
     time = np.concatenate([past.time, now.time])
-    label = np.concatenate([past.label, np.zeros(len(of_user), np.float32)])
+    label = np.concatenate([past.label, np.zeros(len(user_rows), np.float32)])
     history = movielens._history(keys, time, label)
     dense = {name: values[cut:] for name, values in history.items()}
     dense |= {name: now.dense[name] for name in movielens.LEAN_DENSE}

@@ -1,6 +1,6 @@
-"""Two towers over TorchRec's tables, their training, and an exact index of what they return.
+"""Two towers over TorchRec's tables, their training, and an exact index of their vectors.
 
-Shapes: B pairs, D width of a vector, Q queries, M movies, K movies that are found.
+Shapes: B pairs, D width of a vector, Q queries, M movies, K movies found.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ TAP = OutputsOf("two_tower.query_proj", "two_tower.candidate_proj")
 
 
 class Normalize(nn.Module):
-    """Vectors of length 1."""
+    """Scale vectors to length 1."""
 
     def forward(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1)
 
 
 class TwoTower(nn.Module):
-    """A user's vector u and a movie's v, (B, D) each: u . v says how they go together.
+    """A user's vector u and a movie's v, (B, D) each; the score is u . v.
 
-    Each has a network of its own, on the embeddings of its features side by side.
+    Each tower has its own network, on the concatenated embeddings of its features.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ def _network(widths: Sequence[int]) -> nn.Sequential:
 
 
 class TwoTowerTrainTask(nn.Module):
-    """In-batch softmax: of the batch's movies, which is the one that the user likes?
+    """In-batch softmax: which of the batch's movies does the user like?
 
-    The loss is the mean of -log p_ii, where p_ij is in proportion to exp(u_i . v_j / τ) / Q_j. Q
-    is how often a movie comes; further pairs of the movie i are no candidates of pair i.
+    The loss is the mean of -log p_ii, where p_ij is in proportion to exp(u_i . v_j / τ) / Q_j. Q is
+    the frequency of a movie. Other pairs of the same movie are no candidates of pair i.
     """
 
     def __init__(self, two_tower: TwoTower, tau: float) -> None:
@@ -93,8 +93,8 @@ class TwoTowerTrainTask(nn.Module):
     def forward(self, batch: PairBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         query, candidate = self.two_tower(batch.features)
         scores = query @ candidate.t() / self.tau
-        again = (batch.item_ids == batch.item_ids.unsqueeze(1)).fill_diagonal_(False)
-        log_p = (scores - batch.log_q).masked_fill(again, -torch.inf).log_softmax(1)
+        repeated = (batch.item_ids == batch.item_ids.unsqueeze(1)).fill_diagonal_(False)
+        log_p = (scores - batch.log_q).masked_fill(repeated, -torch.inf).log_softmax(1)
         loss = -log_p.diagonal().mean()
         return loss, (loss.detach(), scores.detach().diagonal(), batch.labels)
 
@@ -108,7 +108,7 @@ def train(
     terms: Sequence[DistillationTerm] = (),
     teacher: Callable[[PairBatch], TeacherOutputs] | None = None,
 ) -> TwoTower:
-    """One pass over some rows; the towers as they are served.
+    """Train for one pass over some rows; return the towers as they are served.
 
     Args:
         pairs: where the rows are from.
@@ -116,7 +116,7 @@ def train(
         student: `STUDENT`, or other settings.
         seed: of the parameters.
         terms: what is distilled; none: TorchRec's own pipeline.
-        teacher: takes a batch to the outputs logged for it.
+        teacher: maps a batch to the outputs logged for it.
     """
     torch.manual_seed(seed)
     tower = TwoTower(pairs.cardinalities, width=student["width"], layers=student["layers"])
@@ -137,7 +137,7 @@ def train(
 
 
 def vectors(towers: TwoTower, pairs: Pairs, rows: Array, side: int) -> Array:
-    """The vectors of some rows' users (side 0) or movies (side 1), float32."""
+    """Return the vectors of some rows' users (side 0) or movies (side 1), float32."""
     towers.eval()
     with torch.no_grad():
         parts = [
@@ -147,45 +147,45 @@ def vectors(towers: TwoTower, pairs: Pairs, rows: Array, side: int) -> Array:
     return torch.cat(parts).numpy()
 
 
-def find(towers: TwoTower, pairs: Pairs, queries: Queries, most: int) -> Array:
-    """The movies that the towers find for each query, (Q, K) ids."""
+def find(towers: TwoTower, pairs: Pairs, queries: Queries, count: int) -> Array:
+    """Find movies for each query by the towers, (Q, K) ids."""
     users = vectors(towers, pairs, queries.rows, 0)
     movies = vectors(towers, pairs, queries.movie_rows, 1)
-    return search(users, movies, queries, most)
+    return search(users, movies, queries, count)
 
 
-def search(users: Array, movies: Array, queries: Queries, most: int) -> Array:
-    """The movies of the highest products, best first, (Q, K) ids, -1 where there are no more.
+def search(users: Array, movies: Array, queries: Queries, count: int) -> Array:
+    """Find the movies with the highest products, best first, (Q, K) ids; -1 where none is left.
 
     Args:
         users: vectors of the queries' users, (Q, D).
         movies: vectors of ``queries.movies``, (M, D).
         queries: whose seen movies are left out.
-        most: K.
+        count: K.
     """
     index = faiss.IndexIDMap(faiss.IndexFlatIP(movies.shape[1]))
     index.add_with_ids(np.ascontiguousarray(movies, np.float32), queries.movies)
-    deepest = min(len(movies), most + max(map(len, queries.seen)))
-    _, found = index.search(np.ascontiguousarray(users, np.float32), deepest)
-    return unseen(found, queries.seen, most)
+    deepest = min(len(movies), count + max(map(len, queries.seen)))
+    _, movie_ids = index.search(np.ascontiguousarray(users, np.float32), deepest)
+    return unseen(movie_ids, queries.seen, count)
 
 
-def unseen(found: Array, seen: Sequence[Array], most: int) -> Array:
-    """The first K of each row of ids that are not among the row's seen ones, (Q, K)."""
-    kept = np.full((len(found), most), -1, np.int64)
-    for row, (ids, known) in enumerate(zip(found, seen, strict=True)):
-        new = ids[~np.isin(ids, known)][:most]
-        kept[row, : len(new)] = new
-    return kept
+def unseen(movie_ids: Array, seen: Sequence[Array], count: int) -> Array:
+    """Return the first K unseen ids of each row, (Q, K); -1 where none is left."""
+    unseen_ids = np.full((len(movie_ids), count), -1, np.int64)
+    for row, (ids, seen_ids) in enumerate(zip(movie_ids, seen, strict=True)):
+        new = ids[~np.isin(ids, seen_ids)][:count]
+        unseen_ids[row, : len(new)] = new
+    return unseen_ids
 
 
-def measure(found: Array, relevant: Sequence[Array]) -> dict[str, float]:
-    """Recall@10, Recall@100 and NDCG@10, means over queries.
+def measure(movie_ids: Array, relevant: Sequence[Array]) -> dict[str, float]:
+    """Return Recall@10, Recall@100 and NDCG@10, means over queries.
 
     Recall@K is the number of relevant movies among the first K over the number of relevant ones;
     NDCG@10 has gains of 1 and discounts log2(1 + rank).
     """
-    hits = np.stack([np.isin(ids, wanted) for ids, wanted in zip(found, relevant, strict=True)])
+    hits = np.stack([np.isin(ids, movies) for ids, movies in zip(movie_ids, relevant, strict=True)])
     wanted = np.array([len(movies) for movies in relevant])
     discounts = 1 / np.log2(np.arange(2, 12))
     best = np.cumsum(discounts)[np.minimum(wanted, 10) - 1]
