@@ -20,7 +20,7 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 
 import torchrec_exfm as exfm
 
-NAMES, ROWS, SIZE = ["user", "item"], 500, 256  # a rank has SIZE examples a step
+NAMES, ROWS, SIZE, TAP = ["user", "item"], 500, 256, "model.over_arch.model.1"
 TEACHERS, NOISE = ["large", "small"], torch.tensor([0.2, 1.0])
 TERMS = [
     exfm.DistillationTerm(teacher="large"),  # a distillation head learns from this teacher
@@ -49,7 +49,7 @@ def make_pipeline(device):
     bags = EmbeddingBagCollection(tables, device=torch.device("meta"))  # sharded, then allocated
     optim.apply_optimizer_in_backward(optim.RowWiseAdagrad, bags.parameters(), {"lr": 0.1})
     student = DLRMTrain(DLRM(bags, 1, [16], [32, 1]))
-    wrapper = exfm.ExFMWrapper(student, tap="model.over_arch", terms=TERMS, teachers=TEACHERS)
+    wrapper = exfm.ExFMWrapper(student, tap=TAP, terms=TERMS, teachers=TEACHERS)
     plan = EmbeddingShardingPlanner().collective_plan(wrapper)
     model = DistributedModelParallel(wrapper, device=device, plan=plan)
     dense = dict(optim.optimizers.in_backward_optimizer_filter(model.named_parameters()))
