@@ -93,7 +93,7 @@ def write_shards(barrier: Any, url: str, first_id: int, prefix: str) -> list[boo
 
 def test_two_writers_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    committed = forked.at_once(
+    committed = forked.run_together(
         write_shards, (store.url, 0, "first "), (store.url, 2**62, "second ")
     )
     assert committed == [[True] * SHARDS] * 2
@@ -104,7 +104,9 @@ def test_two_writers_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
 
 def test_the_same_shards_from_two_writers_at_once_are_there_once(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    committed = forked.at_once(write_shards, (store.url, 0, "shard "), (store.url, 0, "shard "))
+    committed = forked.run_together(
+        write_shards, (store.url, 0, "shard "), (store.url, 0, "shard ")
+    )
     assert [sum(pair) for pair in zip(*committed, strict=True)] == [1] * SHARDS
     assert list(dd.by_id(store)) == list(range(10 * SHARDS))
     assert store.table.version == SHARDS
@@ -130,13 +132,13 @@ def create(barrier: Any, folder: Path, tasks: tuple[str, ...]) -> list[str]:
 
 
 def test_a_store_made_by_two_at_once_is_made_once(tmp_path: Path) -> None:
-    outcomes = forked.at_once(create, (tmp_path, ("a",)), (tmp_path, ("a",)))
+    outcomes = forked.run_together(create, (tmp_path, ("a",)), (tmp_path, ("a",)))
     assert outcomes == [["a"] * 10] * 2
     assert [TeacherStore(tmp_path / str(number)).refresh() for number in range(10)] == [0] * 10
 
 
 def test_two_formats_at_once_are_told(tmp_path: Path) -> None:
-    outcomes = forked.at_once(create, (tmp_path, ("a",)), (tmp_path, ("b",)))
+    outcomes = forked.run_together(create, (tmp_path, ("a",)), (tmp_path, ("b",)))
     for number, pair in enumerate(zip(*outcomes, strict=True)):
         (task,) = TeacherStore(tmp_path / str(number)).tasks
         assert sorted(pair) == [task, "refused"]
@@ -153,7 +155,7 @@ def publish_several(barrier: Any, url: str, through: int) -> list[int]:
 
 def test_versions_published_at_once_differ(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    versions = forked.at_once(publish_several, (store.url, 1_000), (store.url, 2_000))
+    versions = forked.run_together(publish_several, (store.url, 1_000), (store.url, 2_000))
     assert sorted(versions[0] + versions[1]) == [1, 2, 3, 4, 5, 6]
     throughs = {each.version: each.trained_through_seconds for each in published(store, "fm")}
     for first, of_one in zip((1_000, 2_000), versions, strict=True):

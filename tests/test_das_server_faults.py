@@ -174,7 +174,7 @@ def check_scoring(attempts: Attempts, whole: Attempts) -> None:
     rows = attempts.rows()
     assert sum(attempts.rows_by_transaction().values()) == len(rows) == jobs.ROWS
     assert_same(rows, whole.rows(), outputs=False)
-    fault_jobs.assert_said(rm.two_task_student(), rows)
+    fault_jobs.assert_within_rounding(rm.two_task_student(), rows)
 
 
 def check_teacher_logging(attempts: Attempts, whole: Attempts) -> None:

@@ -22,7 +22,7 @@ def test_what_float32_may_say(resolution: Resolution) -> None:
         batches = (data.batch(rows) for rows in torch.arange(fault_jobs.ROWS).split(1_000))
         outputs = torch.cat([teacher(batch)[1][1] for batch in batches])
     stored = StoreFormat(resolution=resolution).round(outputs.numpy())
-    reference.assert_said(stored, expected, resolution)
+    reference.assert_within_rounding(stored, expected, resolution)
 
     wrong = stored.copy()
     steps = 2.0**-6 * abs(wrong[7, 1])  # two of bfloat16, at least
@@ -30,5 +30,5 @@ def test_what_float32_may_say(resolution: Resolution) -> None:
     others = np.roll(stored, 1, axis=0)
     for each in wrong, others, np.full_like(stored, np.nan):
         with pytest.raises(AssertionError):
-            reference.assert_said(each, expected, resolution)
+            reference.assert_within_rounding(each, expected, resolution)
     assert (expected.error / expected.size).max() < 1e-4

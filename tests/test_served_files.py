@@ -192,7 +192,7 @@ def test_compiled_outputs_are_those_of_the_student_up_to_rounding(
     _, outputs = answers[COMPILED]
     for request, output in zip(requests, outputs, strict=True):
         batch = labelled(request)
-        reference.assert_said(
+        reference.assert_within_rounding(
             output.numpy(),
             reference.logits_alone(trained.bare.model, batch.dense_features, batch.sparse_features),
         )
