@@ -74,7 +74,7 @@ class Finding(NamedTuple):
     """
 
     kind: str
-    what: str
+    description: str
     place: str
     step: int
 
@@ -150,7 +150,7 @@ class _Block:
         self.stream = stream
         self.allocation = allocation
         self.reference = reference
-        self.told = {stream}
+        self.recorded_streams = {stream}
         self.untold: dict[int, tuple[int, str]] = {}  # stream: last kernel, its description
 
 
@@ -172,12 +172,12 @@ class Simulation:
         self._backward_stream: Stream | None = None  # of the last kernel of backward
         self._thread = threading.get_ident()
 
-    def found(self, *kinds: str) -> list[Finding]:
+    def findings_of(self, *kinds: str) -> list[Finding]:
         """What was found of some kinds."""
         return [finding for finding in self.findings if finding.kind in kinds]
 
-    def report(self, kind: str, what: str) -> None:
-        self.findings.append(Finding(kind, what, _place(), self.step))
+    def report(self, kind: str, description: str) -> None:
+        self.findings.append(Finding(kind, description, _place(), self.step))
 
     def current_stream(self, _: Any = None) -> Stream:
         node = torch._C._current_autograd_node()
@@ -204,7 +204,7 @@ class Simulation:
             node = nodes.pop()
             if node is not None and "stream" not in node.metadata:
                 node.metadata["stream"] = stream
-                nodes += [each for each, _ in node.next_functions]
+                nodes += [parent for parent, _ in node.next_functions]
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -227,8 +227,8 @@ class Simulation:
         self.report("wait", "synchronize")
         self.sanitizer._handle_device_synchronization()
 
-    def wait_on_host(self, stream: Stream, what: str) -> None:
-        self.report("wait", what)
+    def wait_on_host(self, stream: Stream, description: str) -> None:
+        self.report("wait", description)
         self.sanitizer._handle_stream_synchronization(stream.id)
 
     def name_streams(self, owner: object) -> None:
@@ -282,17 +282,17 @@ class Simulation:
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         if not self.on_device(tensor):
             raise RuntimeError("record_stream of memory of the host")
-        self._blocks[_key(tensor)].told.add(stream.id)
+        self._blocks[_key(tensor)].recorded_streams.add(stream.id)
 
     def run(self, operator: Any, arguments: Any, keywords: Any, outputs: Any) -> None:
         """Launch an operator on the current stream, if it has to do with device memory."""
         name, kinds = _parameters(operator)
         read, written, on_host, has_device = set(), set(), [], False
-        given = itertools.chain(
+        inputs = itertools.chain(
             zip(kinds.values(), arguments, strict=False),
             ((kinds[keyword], value) for keyword, value in keywords.items()),
         )
-        for kind, value in given:
+        for kind, value in inputs:
             for tensor in _tensors(value):
                 key = _key(tensor)
                 if key in self._blocks:
@@ -309,7 +309,9 @@ class Simulation:
             return
         if on_host:
             self.report("mixed", f"{name}, {on_host}")
-        written |= {self._allocate(each) for each in _tensors(outputs) if not self.on_device(each)}
+        written |= {
+            self._allocate(tensor) for tensor in _tensors(outputs) if not self.on_device(tensor)
+        }
         self._launch(name, read=read, written=written)
         if name in READ_BY_HOST or _indexes_by_booleans(name, arguments):
             self.wait_on_host(self.current_stream(), name)
@@ -324,7 +326,7 @@ class Simulation:
         waits_for = dict(self.sanitizer.syncs.current_sync_states[self.nccl.id])
         self.collectives.append(Collective(name, issuer.name, waits_for, self.step))
         for key in set.union(*keys):  # NCCL's process group keeps them until they are waited for
-            self._blocks[key].told.add(self.nccl.id)
+            self._blocks[key].recorded_streams.add(self.nccl.id)
         self._launch(name, read=keys[0], written=keys[1], stream=self.nccl)
         return self.nccl.record_event()
 
@@ -339,7 +341,7 @@ class Simulation:
             self._blocks.pop(_key(tensor), None)
 
     def _copy_into(self, target: Tensor, source: Tensor) -> None:
-        read, written = ({_key(each)} & self._blocks.keys() for each in (source, target))
+        read, written = ({_key(tensor)} & self._blocks.keys() for tensor in (source, target))
         if not read:
             self._check_pinned(source)
         self._launch("aten::copy_", read=read, written=written)
@@ -369,7 +371,7 @@ class Simulation:
             self.report("race", " | ".join(accesses))
         for key in read | written:
             block = self._blocks[key]
-            if stream.id not in block.told:
+            if stream.id not in block.recorded_streams:
                 block.untold[stream.id] = self.sanitizer.seq_num, described
 
     def _allocate(self, tensor: Tensor) -> int:
@@ -403,7 +405,7 @@ class Simulation:
         if not isinstance(block, _Block):
             return
         for stream, (kernel, described) in block.untold.items():
-            if stream in block.told:
+            if stream in block.recorded_streams:
                 continue
             if not self.sanitizer.syncs.is_ordered_after(block.stream, kernel, stream):
                 self.report("untold", f"{described} | {block.allocation}")
@@ -562,8 +564,8 @@ def _collective(simulation: Simulation, name: str, function: Any) -> Callable[..
 
     @functools.wraps(function)
     def issued(*arguments: Any, **keywords: Any) -> Any:
-        given = signature.bind(*arguments, **keywords).arguments
-        event = simulation.collective(name, _tensors(given[first]), _tensors([*given.values()]))
+        bound = signature.bind(*arguments, **keywords).arguments
+        event = simulation.collective(name, _tensors(bound[first]), _tensors([*bound.values()]))
         work = function(*arguments, **keywords)
         if event is not None and work is None:
             event.wait()
@@ -594,7 +596,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if not isinstance(value, (list, tuple)):
         return []
-    return [tensor for each in value for tensor in _tensors(each)]
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rank_checks_metrics as of_metrics
+import rank_checks_metrics as metrics_checks
 import torch
 from costs import Costs
 from models import CPU, make_teacher
@@ -125,7 +125,9 @@ def test_the_auc_is_that_of_the_pairs_in_any_order(weighted: bool) -> None:
     weights = (
         torch.randint(1, 5, (2000,), generator=generator) / 4.0 if weighted else labels * 0 + 1
     )
-    expected = of_metrics.area_by_pairs(*(x.double().numpy() for x in (logits, labels, weights)))
+    expected = metrics_checks.area_by_pairs(
+        *(x.double().numpy() for x in (logits, labels, weights))
+    )
     orders = [torch.randperm(2000, generator=generator) for _ in range(3)]
     orders += [labels.argsort(), labels.argsort(descending=True)]
     found = set()
@@ -288,6 +290,6 @@ def test_what_is_on_an_accelerator_is_not_looked_at(monkeypatch: pytest.MonkeyPa
     with Costs() as costs:
         metrics.update((LOSS, torch.arange(6.0), labels, weights))
     assert not costs.syncs
-    expected = of_metrics.binary_figures(np.arange(2.0), np.array([0.0, 1.0]), np.ones(2))
+    expected = metrics_checks.binary_figures(np.arange(2.0), np.array([0.0, 1.0]), np.ones(2))
     found = {name.replace("label", "click"): value for name, value in metrics.compute().items()}
     assert found == pytest.approx(expected, rel=1e-6)

@@ -16,7 +16,7 @@ from typing import Any
 import das_data as dd
 import numpy as np
 import pytest
-import rank_checks_metrics as of_metrics
+import rank_checks_metrics as metrics_checks
 import rank_models as rm
 import torch
 from costs import Costs
@@ -73,7 +73,7 @@ class Run:
     """A training with two teachers and two tasks, which records each step."""
 
     def __init__(self) -> None:
-        self.data = of_metrics.clicked(rm.global_data(steps=STEPS))
+        self.data = metrics_checks.clicked(rm.global_data(steps=STEPS))
         self.wrapper = rm.wrapped(terms=TERMS)
         optimizer = torch.optim.SGD(self.wrapper.parameters(), lr=0.2)
         self.pipeline = TrainPipelineExFM(
@@ -95,7 +95,7 @@ class Run:
             batch, adapter = self.data[len(self.outputs)], copy.deepcopy(self.pipeline.adapter)
             assert adapter is not None
             self.adapter.append(
-                of_metrics.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
+                metrics_checks.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
             )
             output = self.pipeline.progress(self._batches)
             loss, logits, labels = (value.clone() for value in output)
@@ -117,8 +117,8 @@ class Run:
         """Return the scalars after step ``end``, where the last writing was after ``begin``."""
         interval = slice(begin, end)
         return {
-            **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
-            **of_metrics.expected_losses(TERMS, self.terms[interval], self.data[interval]),
+            **metrics_checks.expected_metrics(self.outputs[:end], self.data[:end]),
+            **metrics_checks.expected_losses(TERMS, self.terms[interval], self.data[interval]),
             "student_loss": sum(self.student[interval]) / (end - begin),
             "adapter_loss": sum(self.adapter[interval]) / (end - begin),
             "teacher_failures": 0,
@@ -495,7 +495,7 @@ def test_outputs_by_name() -> None:
     with RunMonitor(pipeline, metrics, progress=False) as monitor:
         output = pipeline.progress(batches())
         monitor.step(output)
-    expected = of_metrics.binary_figures(
+    expected = metrics_checks.binary_figures(
         output["score"].double().flatten().numpy(), np.array(clicked), np.ones(8)
     )
     for name, value in expected.items():
