@@ -110,7 +110,7 @@ def make_store(folder: Path) -> TeacherStore:
 def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> Any:
     """Run a job as one of its ranks; the ranks of an attempt meet by its number."""
     logging.disable(logging.WARNING)
-    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())  # by default a semaphore, which a killed process leaves behind
     torch.set_num_threads(1)
     meeting = (folder / f"meeting-{attempt}").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)

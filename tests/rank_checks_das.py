@@ -168,7 +168,7 @@ def check_damage_on_one_rank_is_refused_on_all(rank: int, world_size: int) -> No
             if rank == 0:
                 file.write_bytes(content)
             dist.barrier()
-        if rank == 0:  # what only the last rank reads, and torch.load refuses
+        if rank == 0:  # a file that only the last rank reads, and torch.load refuses
             file = folder / f"__{world_size - 1}_0.distcp"
             file.write_bytes(bytes(file.stat().st_size))
         dist.barrier()

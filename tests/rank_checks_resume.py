@@ -40,7 +40,7 @@ from torchrec_exfm.checkpoint import load_checkpoint, read_metadata, save_checkp
 from torchrec_exfm.wrapper import find_wrapper
 
 TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
-WAYS: dict[str, dict[str, Any]] = {  # of sharding, and of updating the tables and the rest
+WAYS: dict[str, dict[str, Any]] = {  # sharding, and optimizers of tables and dense parts
     "SGD": {"lr": 0.2},
     "Adagrad": {
         "sharding": "column_wise",
@@ -80,7 +80,7 @@ class Run(NamedTuple):
         groups = {id(group): group for group in (*fused.param_groups, *dense.param_groups)}
         for group in groups.values():
             group["lr"] *= 0.99
-        fused.step()  # which tells the tables their rate
+        fused.step()  # passes the learning rate on to the tables
         return [*(value.clone() for value in output), torch.rand(2)]
 
     def everything(self) -> list[Any]:
@@ -119,7 +119,7 @@ def new_run(
 ) -> Run:
     wrapper = rm.wrapped(rm.two_task_student(seed), terms=terms, seed=seed + 1)
     trainee = rm.sharded(wrapper, world_size, **((WAYS | ON_CUDA)[way] | changes))
-    if way != "SGD":  # where it is of the dense parameters alone
+    if way != "SGD":  # its optimizer holds the dense parameters alone
         combined = CombinedOptimizer([trainee.model.fused_optimizer, trainee.optimizer])
         trainee = trainee._replace(optimizer=combined)
     adapter = adapter or rm.two_task_adapter(seed + 2)

@@ -65,7 +65,7 @@ SERVING = (
     DistillationTerm(teacher="a", adapted=True, serving=True, weight=0.6),
     DistillationTerm(teacher="b", tasks=("click",), serving=True, alpha=1.2),
 )
-MARGINS = (  # wide enough that a teacher who is informed has part of its weight
+MARGINS = (  # wide enough that an informed teacher has only a part of its weight
     DistillationTerm(teacher="a", adapted=True, serving=True, weight=0.6, margin=1.5),
     DistillationTerm(
         teacher="b", tasks=("click",), serving=True, weight=3.0, alpha=1.2, margin=0.9
