@@ -1,4 +1,4 @@
-"""RunMonitor: each point of each curve against its own reference, the console line, the cost."""
+"""RunMonitor: every point of every curve against a reference, the console line, the cost."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_scalars_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adapted_run(labels: Tensor) -> tuple[TrainPipelineExFM, ExFMMetrics]:
-    """One teacher, whose adapter learns from these labels; the student has its own."""
+    """Return a run of one teacher whose adapter learns from these labels."""
     terms = DistillationTerm(), DistillationTerm(adapted=True)
     return small_run(*terms, adapter=StudentAdapter(), labels=lambda batch: labels)
 
@@ -246,7 +246,7 @@ def test_watching_the_adapter_changes_nothing() -> None:
 
 
 def test_watching_the_adapter_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the checks of labels, which look at values on the CPU alone."""
+    """Only the checks of labels read values, and only on the CPU."""
     monkeypatch.setattr(tasks_module, "_check_values", lambda *_: None)
     costs = {}
     for watched in (True, False):
@@ -332,7 +332,7 @@ def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
 def small_run(
     *terms: DistillationTerm, teacher: Any = None, **options: Any
 ) -> tuple[TrainPipelineExFM, ExFMMetrics]:
-    """One teacher, one task, batches of 8."""
+    """Return a run of one teacher and one task with batches of 8."""
     wrapper = ExFMWrapper(dlrm_train(), tap="model.over_arch", terms=terms or (DistillationTerm(),))
     pipeline = TrainPipelineExFM(
         wrapper,
@@ -408,7 +408,7 @@ def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[list[str], RunMonitor]:
-    """Return each drawing of the line, in seven steps with a writing each, and the monitor."""
+    """Return the drawings of the line in seven steps, each written, and the monitor."""
     pipeline, metrics = small_run()
     feed = batches()
     options = {"every_steps": 1, "total_examples": 8 * STEPS, **options}

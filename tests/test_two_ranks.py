@@ -157,7 +157,7 @@ def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
 
 @pytest.mark.ways
 def test_torchrecs_compiled_pipeline_takes_the_mixin() -> None:
-    """On one rank: compiling takes long."""
+    """Only on one rank, as compilation takes long."""
     processes = Ranks(1)
     try:
         processes.run(pipelines.check_mixin_equals_train_pipeline_exfm, "compiled")
