@@ -1,4 +1,4 @@
-"""What tests of several files share: the S3 server, and a rank."""
+"""Fixtures that several files share: the S3 server, and a process group of one rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of a folder of the test's own."""
+    """The URL of a folder of the test's own."""
     server.set_faults()
     server.requests()
     yield f"{server.url}/" + re.sub(r"\W", "-", request.node.name)
@@ -28,14 +28,14 @@ def url(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    import torch.distributed as dist  # seconds, which most of the tests do without
+    import torch.distributed as dist  # takes seconds to import, and most tests do without
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-# Two processes share the tests, a file at a time: those that take minutes begin first.
+# Two processes share the tests, one file at a time: those that take minutes go first.
 LONG = (
     "test_two_ranks.py",
     "test_quality.py",

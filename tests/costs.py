@@ -1,4 +1,4 @@
-"""Counts of what code does, which no machine changes: operations, bytes, waits, collectives."""
+"""Machine-independent costs of code: operations, bytes, waits, collectives."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Costs(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.operations[function.overloadpacket.__name__] += 1
-        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        inputs = {storage.data_ptr() for storage in _storages((args, kwargs))}
         for storage in _storages(result):
-            if storage.data_ptr() not in given:  # else a view, or an operation in place
-                self._storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
+            if storage.data_ptr() not in inputs:  # else a view, or an operation in place
+                self._storages[storage.data_ptr()] = storage  # keeps the address from reuse
         return result
 
     @property
@@ -67,7 +67,7 @@ class Costs(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[UntypedStorage]:
-    """The memory of the tensors in nested containers; those on the meta device have none."""
+    """Return the storages of tensors in nested containers; meta tensors have none."""
     leaves = tree_leaves(tree)
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_meta)
     return [tensor.untyped_storage() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Small stores, bad rows planted past the rules, and damage, for the tests of the teacher store."""
+"""Small stores, rows that break the rules, and damage, for the tests of the teacher store."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def snapshot(version: int = 1, through: int = 1_000, teacher: str = "fm") -> Sna
 
 
 def new_store(folder: Path, **options: Any) -> TeacherStore:
-    """Of float32 and windows of an hour, unless the options say otherwise."""
+    """Create a store of float32 and windows of an hour, unless the options say otherwise."""
     return TeacherStore.create(
         folder, **{"window_seconds": WINDOW, "resolution": "float32", **options}
     )
 
 
 def small_store(folder: Path, rows: int = 3) -> TeacherStore:
-    """One file: examples 0, 1 ... of window 2, an output of 0.5, 1.5 ... of each."""
+    """Create a store of one file: examples 0, 1 ... of window 2, with outputs 0.5, 1.5 ...."""
     store = new_store(folder)
     ids = np.arange(rows)
     store.write(snapshot(), ids, ids + np.float32(0.5), AT + ids)
@@ -40,7 +40,7 @@ def small_store(folder: Path, rows: int = 3) -> TeacherStore:
 
 
 def all_rows(store: TeacherStore, teacher: str = "fm", keys: Sequence[str] = ()) -> Rows:
-    """What a teacher said, as of the newest commit, in order of the ids."""
+    """Return a teacher's rows as of the newest commit, sorted by id."""
     store.refresh()
     parts = [store.read(teacher, window, keys=keys)[0] for window in store.windows(teacher)]
     rows = Rows.concatenate(parts, len(store.tasks), num_keys=len(keys))
@@ -48,14 +48,14 @@ def all_rows(store: TeacherStore, teacher: str = "fm", keys: Sequence[str] = ())
 
 
 def by_id(store: TeacherStore, teacher: str = "fm") -> dict[int, list[float]]:
-    """The outputs of each example, each of which must be there once."""
+    """Return the outputs of each example, and require a single row for each."""
     rows = all_rows(store, teacher)
     assert len(set(rows.example_id.tolist())) == len(rows)
     return dict(zip(rows.example_id.tolist(), rows.outputs.tolist(), strict=True))
 
 
 def plain_rows(store: TeacherStore, n: int = 1, **columns: Any) -> pa.Table:
-    """Rows of window 2 with the store's columns; the given ones may break every rule."""
+    """Return rows of window 2 with the store's schema; ``columns`` may break every rule."""
     values: dict[str, Any] = {
         "example_id": list(range(n)),
         **{name: [0.0] * n for name in store.format.outputs},
@@ -81,7 +81,7 @@ def plain_rows(store: TeacherStore, n: int = 1, **columns: Any) -> pa.Table:
 
 
 def plant(store: TeacherStore, n: int = 1, **columns: Any) -> None:
-    """Add rows as another program would, without the store's rules."""
+    """Append rows as another program would, without the store's checks."""
     write_deltalake(store.table.url, plain_rows(store, n, **columns), mode="append")
     store.refresh()
 
@@ -96,17 +96,17 @@ def log_file(store: TeacherStore, version: int) -> Path:
 
 
 def edit_log(store: TeacherStore, version: int, action: str, edit: Callable[[Any], Any]) -> None:
-    """Change the actions of a kind ("add", "metaData" ...) in one commit."""
+    """Edit the actions of one kind ("add", "metaData" ...) in one commit."""
     path = log_file(store, version)
     actions = [json.loads(line) for line in path.read_text().splitlines()]
-    for each in actions:
-        if action in each:
-            edit(each[action])
-    path.write_text("".join(json.dumps(each) + "\n" for each in actions))
+    for record in actions:
+        if action in record:
+            edit(record[action])
+    path.write_text("".join(json.dumps(record) + "\n" for record in actions))
 
 
 def sentence(error: BaseException) -> str:
-    """The text of an error, which must be one line."""
+    """Return the text of an error, and require it to be one line."""
     text = str(error)
     assert text and "\n" not in text, text
     return text

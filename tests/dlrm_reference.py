@@ -1,8 +1,8 @@
-"""What a DLRM in float32 may say of each example: float64 values, and a bound on the rounding.
+"""A DLRM's outputs in float64, with a bound on the rounding of float32.
 
-Where an example lies in a batch, and a batch in memory, may change the last bits of a product of
-matrices. So outputs that were computed in other batches are not compared with one another: each is
-held against the value that is its own, within what float32 and the store's resolution may add.
+An example's place in a batch, and the batch's place in memory, may change the last bits of a matrix
+product. So outputs of different batches are not compared with one another. Each is compared with
+its float64 value, within the roundings of float32 and of the store's resolution.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ BFLOAT16_DIGITS = 8  # of the mantissa, the leading one included
 
 
 class Bounded(NamedTuple):
-    """Float64 values, and how far from them float32 may come, in whatever order it adds."""
+    """Float64 values, and how far float32 may be from them, in any order of addition."""
 
     value: Tensor
     error: Tensor
 
     @property
     def size(self) -> Tensor:
-        """What no float32 value is larger than."""
+        """The largest magnitude that float32 may reach."""
         return self.value.abs() + self.error
 
 
 @torch.no_grad()
 def logits_alone(model: DLRM, dense: Tensor, features: KeyedJaggedTensor) -> Bounded:
-    """A DLRM's logits (n, T) of examples with dense features (n, D) and ids of one table each."""
+    """Return a DLRM's logits (n, T) for dense features (n, D) and ids of one table each."""
     bottom = Bounded(dense.double(), torch.zeros_like(dense, dtype=torch.float64))
     for layer in _linears(model.dense_arch):
         bottom = _relu(_linear(layer, bottom))
@@ -46,24 +46,24 @@ def logits_alone(model: DLRM, dense: Tensor, features: KeyedJaggedTensor) -> Bou
     return _linear(last, top)
 
 
-def assert_said(
+def assert_within_rounding(
     outputs: npt.NDArray[np.float32], expected: Bounded, resolution: str = "float32"
 ) -> None:
-    """Stored outputs (n, T) lie where rounding can bring them, and nowhere else."""
-    value, error, size = (each.numpy() for each in (*expected, expected.size))
+    """Require stored outputs (n, T) to be within rounding of the expected ones."""
+    value, error, size = (tensor.numpy() for tensor in (*expected, expected.size))
     bound = error + _half_a_step(size) * (resolution == "bfloat16")
     off = np.abs(outputs.astype(np.float64) - value)
     assert (off <= bound).all(), f"{(off > bound).sum()} of {off.size}, by {(off / bound).max()}"
 
 
 def _half_a_step(size: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of bfloat16, as large as it is at values of that size."""
+    """Return half a step of bfloat16 at values of these sizes."""
     step: npt.NDArray[np.float64] = np.ldexp(1.0, np.frexp(size)[1] - BFLOAT16_DIGITS)
     return step / 2
 
 
 def _gamma(terms: int) -> float:
-    """What rounding adds to a sum of products, of their sum without signs (Higham, 3.1)."""
+    """Bound a sum of products' rounding, relative to the sum of their magnitudes (Higham, 3.1)."""
     return terms * UNIT / (1 - terms * UNIT)
 
 
@@ -83,7 +83,7 @@ def _relu(x: Bounded) -> Bounded:
 
 
 def _pooled(tables: EmbeddingBagCollection, features: KeyedJaggedTensor) -> Bounded:
-    """The sums (n, F, D) of the rows that the ids of each feature ask for."""
+    """Return each feature's pooled rows (n, F, D)."""
     sums = []
     for config in tables.embedding_bag_configs():
         ids, lengths = (part := features[config.feature_names[0]]).values(), part.lengths()
@@ -98,14 +98,14 @@ def _pooled(tables: EmbeddingBagCollection, features: KeyedJaggedTensor) -> Boun
 
 
 def _interactions(bottom: Bounded, pooled: Bounded) -> Bounded:
-    """The dense part (n, D) beside the products of all pairs of it and the pooled rows."""
+    """Return the dense part (n, D) and the dot products of all pairs of it and the pooled rows."""
     value, size = (
-        torch.cat([of_dense[:, None], of_rows], dim=1)
-        for of_dense, of_rows in ((bottom.value, pooled.value), (bottom.size, pooled.size))
+        torch.cat([dense[:, None], rows], dim=1)
+        for dense, rows in ((bottom.value, pooled.value), (bottom.size, pooled.size))
     )
     pairs = torch.triu_indices(value.shape[1], value.shape[1], offset=1)
     products, sizes, exact = (
-        (each @ each.mT)[:, pairs[0], pairs[1]] for each in (value, size, value.abs())
+        (vectors @ vectors.mT)[:, pairs[0], pairs[1]] for vectors in (value, size, value.abs())
     )
     error = (1 + _gamma(value.shape[-1])) * sizes - exact
     return Bounded(

@@ -1,4 +1,4 @@
-"""A two-rank training of which one rank loses its teacher: torchrun tests/failing_rank.py."""
+"""A two-rank training in which one rank loses its teacher: torchrun tests/failing_rank.py."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ class Data:
         )
 
 
-def assert_said(teacher: DLRMTrain, rows: Rows) -> None:
-    """What was scored is what the teacher says of each example alone, up to rounding."""
+def assert_within_rounding(teacher: DLRMTrain, rows: Rows) -> None:
+    """Require scored outputs to equal the teacher's, computed per example, up to rounding."""
     data = Data()
     ids, order = data.ids.sort()
     wanted = torch.tensor(rows.example_id)
@@ -87,17 +87,17 @@ def assert_said(teacher: DLRMTrain, rows: Rows) -> None:
     assert torch.equal(data.ids[at], wanted)
     batch = data.batch(at)
     expected = reference.logits_alone(teacher.model, batch.dense_features, batch.sparse_features)
-    reference.assert_said(rows.outputs, expected)
+    reference.assert_within_rounding(rows.outputs, expected)
 
 
 def keys_of(batch: rm.Columns) -> dict[str, Tensor]:
-    """Of each example keys that tell it from the others, one of them null for the first."""
+    """Return keys that identify each example; the first example has one null."""
     items = torch.where(batch.event_seconds == START, -(2**63), START - batch.event_seconds)
     return {"item_id": items, "user_id": batch.example_ids * 7}
 
 
 def assert_keys(rows: Rows) -> None:
-    """The columns ``KEYS`` of each example, and of no other."""
+    """Require each row to have the ``KEYS`` columns of its own example."""
     seconds = rows.event_time // dd.US
     items = np.where(seconds == START, -(2**63), START - seconds)
     np.testing.assert_array_equal(rows.keys, np.stack([rows.example_id * 7, items], axis=1))
@@ -108,9 +108,9 @@ def make_store(folder: Path) -> TeacherStore:
 
 
 def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> Any:
-    """A job as one of its ranks; those of an attempt meet by its number."""
+    """Run a job as one of its ranks; the ranks of an attempt meet by its number."""
     logging.disable(logging.WARNING)
-    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())  # by default a semaphore, which a killed process leaves behind
     torch.set_num_threads(1)
     meeting = (folder / f"meeting-{attempt}").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
@@ -120,12 +120,12 @@ def run(job: Job, rank: int, world_size: int, folder: Path, attempt: int) -> Any
 
 
 def on_ranks(job: Job, world_size: int, folder: Path, attempt: int) -> list[Forked]:
-    """A job as all of its ranks, each a process of its own."""
+    """Start a job's ranks, each in a process of its own."""
     return [Forked(run, job, rank, world_size, folder, attempt) for rank in range(world_size)]
 
 
 def scoring(rank: int, world_size: int, folder: Path) -> None:
-    """Scores shards of unequal lengths, of which each rank has every other."""
+    """Score shards of unequal lengths, distributed over the ranks in turn."""
     teacher = rm.sharded(rm.two_task_student(), world_size).model
     shards = shards_of(Data(), torch.arange(ROWS).split(LENGTHS * (ROWS // sum(LENGTHS))))
     report = score(
@@ -142,7 +142,7 @@ def scoring(rank: int, world_size: int, folder: Path) -> None:
 
 
 def shards_of(data: Data, parts: Sequence[Tensor], size: int = SCORED_AT_ONCE) -> list[Shard]:
-    """A shard of each part of the positions, by the number of the first."""
+    """Return one shard per part of the positions, named by its first position."""
 
     def batches(positions: Tensor) -> Iterator[rm.Columns]:
         return (data.batch(at) for at in positions.split(size))
@@ -151,7 +151,7 @@ def shards_of(data: Data, parts: Sequence[Tensor], size: int = SCORED_AT_ONCE) -
 
 
 def training(rank: int, world_size: int, folder: Path) -> None:
-    """Trains a teacher that logs, from its last checkpoint on."""
+    """Train a teacher that logs, from its last checkpoint on."""
     data = Data()
     trainee = rm.sharded(rm.two_task_student(), world_size)
     first = resumed(rank, folder, trainee.model.state_dict())
@@ -171,7 +171,7 @@ def training(rank: int, world_size: int, folder: Path) -> None:
 
 
 def checkpoint(rank: int, folder: Path, steps: int, state: Mapping[str, Any]) -> None:
-    """Each rank saves what it has; then all of it is the last checkpoint at once."""
+    """Save every rank's state, then make all of it the last checkpoint in one step."""
     torch.save(rm.snapshot(state), folder / f"checkpoint-{steps}-{rank}.pt")
     dist.barrier()
     if rank == 0:
@@ -180,7 +180,7 @@ def checkpoint(rank: int, folder: Path, steps: int, state: Mapping[str, Any]) ->
 
 
 def resumed(rank: int, folder: Path, state: Mapping[str, Any]) -> int:
-    """Load the last checkpoint, if there is one; the number of steps before it."""
+    """Load the last checkpoint, if there is one; return the number of steps before it."""
     if not (folder / "latest").exists():
         return 0
     steps = int((folder / "latest").read_text())
@@ -197,7 +197,7 @@ def resumed(rank: int, folder: Path, state: Mapping[str, Any]) -> int:
 
 @contextlib.contextmanager
 def full_disk(limit: int) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes."""
+    """Limit the size of any file that this process writes, in bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -207,7 +207,7 @@ def full_disk(limit: int) -> Iterator[None]:
 
 
 def write_to_a_full_disk(folder: Path, rows: int, name: str, limit: int) -> None:
-    """One error, nothing of the shard; and when there is room again, all of it once."""
+    """A full disk is one error and stores nothing; with room again, the shard is stored once."""
     store = dd.small_store(folder)
     ids = np.arange(100, 100 + rows)
     shard = (dd.snapshot(), ids, ids.astype(np.float32), dd.AT + ids)
@@ -224,7 +224,7 @@ def write_to_a_full_disk(folder: Path, rows: int, name: str, limit: int) -> None
 
 
 def write_where_a_log_checkpoint_does_not_fit(folder: Path) -> None:
-    """The log sums itself up after some commits: one that is there is not said to have failed."""
+    """A stored commit is never reported as failed, even if the log's checkpoint does not fit."""
     every = {"delta.checkpointInterval": "3"}
     made = dd.small_store(folder)
     dd.edit_log(made, 0, "metaData", lambda data: data["configuration"].update(every))
@@ -247,7 +247,7 @@ def write_where_a_log_checkpoint_does_not_fit(folder: Path) -> None:
 
 
 def log_to_a_full_disk(folder: Path) -> None:
-    """A training that is told, waits for room and flushes again has lost no row."""
+    """A training that catches the error, waits for room and flushes again loses no row."""
     store = dd.new_store(folder)
     logger = TeacherLogger(store, "fm", shard_rows=1_000)
     ids = torch.arange(5_000)

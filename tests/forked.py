@@ -40,7 +40,7 @@ class Forked:
         self._connection.recv()
 
     def result(self) -> Any:
-        """What the function returns.
+        """Wait for the function, and return its result.
 
         Raises:
             AssertionError: with the traceback, or if the process was lost or too slow.
@@ -56,18 +56,18 @@ class Forked:
         return answer
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """Send SIGKILL if the process still runs."""
         self.process.kill()
         self.process.join()
 
 
-def at_once(function: Callable[..., Any], *arguments: tuple[Any, ...]) -> list[Any]:
-    """What a function returns for each tuple of arguments, all of them at the same time.
+def run_together(function: Callable[..., Any], *arguments: tuple[Any, ...]) -> list[Any]:
+    """Run a function in one process per tuple of arguments, all together; return the results.
 
-    The function gets a barrier first, to wait at when it is ready.
+    Its first argument is a barrier, to wait at when it is ready.
     """
     barrier = CONTEXT.Barrier(len(arguments))
-    processes = [Forked(function, barrier, *each) for each in arguments]
+    processes = [Forked(function, barrier, *run_arguments) for run_arguments in arguments]
     try:
         return [process.result() for process in processes]
     finally:

@@ -1,4 +1,4 @@
-"""Random stores, what TeacherLookup finds in them, and the same out of a join, for its tests."""
+"""Random stores, and a comparison of a join with TeacherLookup, for the tests of joins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS = ("click", "watch-time.s")
 IDS = 40
 WINDOWS = range(2, 6)
 
-# how a join may be asked for: arguments of both
+# arguments of a join and of a look-up
 CHOICES: list[dict[str, Any]] = [
     {},
     {"snapshot": 2},
@@ -32,26 +32,26 @@ CHOICES: list[dict[str, Any]] = [
 
 
 def random_store(folder: Path, random: Generator) -> TeacherStore:
-    """Rows in several windows of several versions, scored and logged, and bad rows planted."""
+    """Create a store: several windows and versions, scored and logged rows, and bad rows."""
     store = new_store(folder, tasks=TASKS)
     seconds = event_seconds(random)
     for teacher, version in itertools.product(TEACHERS, (1, 2, 3)):
-        for _ in range(random.integers(1, 4)):  # the same again: what was scored last counts
+        for _ in range(random.integers(1, 4)):  # rows are repeated: the last scored counts
             logged = bool(random.integers(0, 2))
             ids = random.permutation(IDS)[: random.integers(1, IDS)]
-            # what was logged may be of a teacher that has learned from the example since
+            # a logged row's teacher may have learned from the example since
             through = int(random.integers(0, (6 if logged else 2) * WINDOW))
             known = TASKS if random.random() < 0.7 else TASKS[:1]
             outputs = random.normal(size=(len(ids), len(known))).astype(np.float32)
-            said = Snapshot(teacher, version, through)
-            store.write(said, ids, outputs, seconds[ids], tasks=known, logged=logged)
+            snapshot = Snapshot(teacher, version, through)
+            store.write(snapshot, ids, outputs, seconds[ids], tasks=known, logged=logged)
     plant_bad_rows(store, seconds, random)
     store.refresh()
     return store
 
 
 def event_seconds(random: Generator) -> Any:
-    """That of each id: many at the borders of windows."""
+    """Return an event time for each id, many at the borders of windows."""
     seconds = random.integers(WINDOWS[0] * WINDOW, (WINDOWS[-1] + 1) * WINDOW, IDS)
     borders = random.integers(WINDOWS[0] + 1, WINDOWS[-1] + 1, IDS) * WINDOW
     kinds = random.integers(0, 4, IDS)
@@ -59,7 +59,7 @@ def event_seconds(random: Generator) -> Any:
 
 
 def plant_bad_rows(store: TeacherStore, seconds: Any, random: Generator) -> None:
-    """Rows of a newer version, which would count if they broke no rule, and some that do count."""
+    """Plant rows of a newer version: some break a rule; the others count."""
     for teacher in TEACHERS:
         ids = random.permutation(IDS)[:10]
         times = seconds[ids].copy()
@@ -84,7 +84,7 @@ def plant_bad_rows(store: TeacherStore, seconds: Any, random: Generator) -> None
 
 
 def random_examples(store: TeacherStore, random: Generator) -> pa.Table:
-    """Examples in any order, some twice, some with no output, some in another window."""
+    """Return examples in any order: some twice, some without output, some in another window."""
     ids = random.integers(0, IDS + 10, 3 * IDS)
     known = np.append(event_seconds_of(store), np.full(10, 3 * WINDOW))
     seconds = known[ids]
@@ -94,7 +94,7 @@ def random_examples(store: TeacherStore, random: Generator) -> pa.Table:
 
 
 def event_seconds_of(store: TeacherStore) -> Any:
-    """That of each id, out of the store's good rows."""
+    """Return each id's event time in the store's good rows."""
     seconds = np.full(IDS, 4 * WINDOW)
     for teacher in store.teachers():
         for window in store.windows(teacher):
@@ -104,7 +104,7 @@ def event_seconds_of(store: TeacherStore) -> Any:
 
 
 def looked_up(store: TeacherStore, examples: pa.Table, choice: dict[str, Any]) -> dict[str, Any]:
-    """What TeacherLookup finds, as the columns of a join: None where it finds nothing."""
+    """Return the outputs of TeacherLookup as columns of a join, None where there are none."""
     functions: Any = {
         "ids": lambda batch: batch["example_id"].to_numpy(),
         "event_seconds": lambda batch: batch["event_seconds"].to_numpy(),
@@ -113,29 +113,31 @@ def looked_up(store: TeacherStore, examples: pa.Table, choice: dict[str, Any]) -
     with TeacherLookup(
         store, TEACHERS, bad_rows="quarantine", max_windows=windows, **functions, **choice
     ) as lookup:
-        found = lookup(examples)
+        outputs = lookup(examples)
     columns: dict[str, Any] = {}
-    assert found.age_seconds is not None
+    assert outputs.age_seconds is not None
     for m, teacher in enumerate(TEACHERS):
         for t, task in enumerate(lookup.tasks):
-            columns[f"{teacher}_{task}"] = masked(found.values[:, m, t], found.presence[:, m, t])
-        age_seconds = masked(found.age_seconds[:, m], found.presence[:, m].any(1))
+            columns[f"{teacher}_{task}"] = masked(
+                outputs.values[:, m, t], outputs.presence[:, m, t]
+            )
+        age_seconds = masked(outputs.age_seconds[:, m], outputs.presence[:, m].any(1))
         columns[f"{teacher}_age_seconds"] = age_seconds
     return columns
 
 
 def masked(values: Any, presence: Any) -> list[Any]:
     pairs = zip(values.tolist(), presence.tolist(), strict=True)
-    return [value if there else None for value, there in pairs]
+    return [value if present else None for value, present in pairs]
 
 
-def check(found: dict[str, Any], store: TeacherStore, examples: pa.Table, choice: Any) -> None:
-    """The columns of a join are what a look-up finds.
+def check(joined: dict[str, Any], store: TeacherStore, examples: pa.Table, choice: Any) -> None:
+    """Require the columns of a join to equal a look-up's outputs.
 
-    But for the age of a row whose outputs are all null, of which a look-up says nothing.
+    The age of a row whose outputs are all null is left out: a look-up has none.
     """
     expected = looked_up(store, examples, choice)
-    columns = {name: found[name] for name in expected}
+    columns = {name: joined[name] for name in expected}
     for teacher in TEACHERS:
         outputs = [columns[f"{teacher}_{task}"] for task in choice.get("tasks", TASKS)]
         null = [all(output is None for output in row) for row in zip(*outputs, strict=True)]

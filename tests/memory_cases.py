@@ -1,4 +1,4 @@
-"""Random events, examples and stores, and the check of a memory in SQL, for its tests."""
+"""Random events, examples and stores, and the check of a memory in SQL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMATS = [
 
 
 def key_columns(random: Generator, n: int) -> dict[str, list[int | None]]:
-    """One user has half of the rows, and some have none."""
+    """Return random keys: one user has half of the rows, and some keys are missing."""
     users = np.where(random.random(n) < 0.5, 1, random.integers(-3, 5, n))
     columns = {"user_id": users, "item_id": random.integers(2**62, 2**62 + 4, n)}
     absent = random.random((2, n)) < 0.1
@@ -39,7 +39,7 @@ def key_columns(random: Generator, n: int) -> dict[str, list[int | None]]:
 
 
 def random_tables(random: Generator, n: int = 200) -> tuple[pa.Table, pa.Table]:
-    """Events and examples: many of one second, some twice, some without a key or a value."""
+    """Return events and examples: many share a second, some repeat, some lack a key or a value."""
     values = random.normal(size=n).astype(np.float32).tolist()
     values[:5] = None, float("nan"), float("inf"), float("-inf"), None
     events = {
@@ -62,7 +62,7 @@ def random_tables(random: Generator, n: int = 200) -> tuple[pa.Table, pa.Table]:
 
 
 def random_store(folder: Path, random: Generator, ids: int = 150) -> TeacherStore:
-    """Rows of two teachers in several windows of several versions, scored and logged."""
+    """Create a store: two teachers, several windows and versions, scored and logged rows."""
     store = new_store(
         folder, tasks=("click", "watch-time.s"), embedding_width=2, embedding_resolution="float16"
     )
@@ -94,7 +94,7 @@ def random_store(folder: Path, random: Generator, ids: int = 150) -> TeacherStor
 def events_of(
     store: TeacherStore, task: int, exclude: int | None = None, *, embeddings: bool = False
 ) -> list[dict[str, Any]]:
-    """The events of teacher fm by a dict of all rows, in order of time and id."""
+    """Return the events of teacher fm, computed with a dict of all rows, by time and id."""
     won: dict[int, tuple[Any, dict[str, Any]]] = {}
     for window in store.windows("fm"):
         rows, _ = store.read("fm", window, keys=KEYS, embeddings=embeddings)
@@ -127,7 +127,7 @@ def check(
     event_seconds: str = "event_seconds",
     value: str = "value",
 ) -> None:
-    """Columns from an engine are what the reference has, up to the rounding of float64."""
+    """Require an engine's columns to equal the reference, up to the rounding of float64."""
     names = sorted({name for key in format.keys for name in key})
     present = [
         event
@@ -159,7 +159,7 @@ def check(
 
 
 def flat(feature: Any) -> Any:
-    """Vectors of one number as that number."""
+    """Replace vectors of one number by that number."""
     if not isinstance(feature, list):
         return feature
     return [entry[0] if isinstance(entry, list) else entry for entry in feature]

@@ -1,4 +1,4 @@
-"""What a memory knows, one example and one event at a time, to hold the others against."""
+"""A reference of the memory: one example and one event at a time."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NUM_DENSE = 5
 def tables(
     num: int = NUM_TABLES, rows: int = ROWS, dim: int = DIM, *, device: torch.device = CPU
 ) -> EmbeddingBagCollection:
-    """Tables ``t0`` ... of ``rows`` rows, one feature ``f0`` ... each."""
+    """Return tables ``t0`` ... of ``rows`` rows, with one feature ``f0`` ... each."""
     return EmbeddingBagCollection(
         device=device,
         tables=[
@@ -103,7 +103,7 @@ def deepfm_train(seed: int = 0, *, device: torch.device = CPU) -> DeepFMTrain:
 
 
 class HandBatch(Pipelineable):
-    """A user's own batch: no name in common with TorchRec's."""
+    """A user's own batch, with no attribute name of TorchRec's."""
 
     def __init__(self, ids: KeyedJaggedTensor, numbers: Tensor, clicked: Tensor) -> None:
         self.ids = ids
@@ -137,7 +137,7 @@ class HandScore(nn.Module):
 
 
 class HandTrain(nn.Module):
-    """A user's own model and training module in one; its head is called by keyword."""
+    """A user's own training module; it calls its serving head by keyword."""
 
     def __init__(self, *, device: torch.device = CPU) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def hand_train(seed: int = 0, *, device: torch.device = CPU) -> HandTrain:
 
 
 def make_ids(generator: torch.Generator, size: int, *, one_id: bool) -> KeyedJaggedTensor:
-    """Ids of ``f0`` ...: one an example, or 0 to 3."""
+    """Return ids of features ``f0`` ...: one per example, or 0 to 3."""
     shape = (NUM_TABLES * size,)
     lengths = torch.ones(shape, dtype=torch.long)
     if not one_id:
@@ -171,7 +171,7 @@ def make_ids(generator: torch.Generator, size: int, *, one_id: bool) -> KeyedJag
 
 
 def make_batch(seed: int = 0, size: int = 8, *, one_id: bool = False) -> Batch:
-    """TorchRec's own batch, with labels in {0, 1}, the first two of them different."""
+    """Return a TorchRec batch; labels are 0 or 1, and the first two differ."""
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         dense_features=torch.randn(size, NUM_DENSE, generator=generator),
@@ -198,7 +198,7 @@ def _labels(generator: torch.Generator, size: int) -> Tensor:
 def make_teacher(
     seed: int = 0, size: int = 8, *, teachers: int = 1, tasks: int = 1, missing: float = 0.0
 ) -> TeacherOutputs:
-    """Normal logits, each missing (and NaN there) with the given probability."""
+    """Return normal logits; each is missing (NaN) with probability ``missing``."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, teachers, tasks, generator=generator)
     presence = torch.rand(size, teachers, tasks, generator=generator) >= missing
@@ -206,7 +206,7 @@ def make_teacher(
 
 
 class Student(NamedTuple):
-    """A student for the tests: ``factory(seed, device=...)``, its tap, ``make_batch(seed, size)``.
+    """A student under test: ``factory(seed, device=...)``, its tap, ``make_batch(seed, size)``.
 
     ``head`` is the prefix of the parameters after the tap, in the student's own names.
     """
@@ -221,7 +221,7 @@ class Student(NamedTuple):
 
 
 def students() -> dict[str, Student]:
-    """Every kind of student that the package promises to take unchanged."""
+    """Return every kind of student that the package supports unchanged."""
     return {
         "dlrm": Student(dlrm_train, "model.over_arch", make_batch),
         "dlrm_dcn": Student(dlrm_dcn_train, "model.over_arch", make_batch),

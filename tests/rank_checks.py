@@ -73,7 +73,7 @@ def assert_weight_zero_is_plain(
     plain_type: type[Any],
     exfm_type: type[Any],
 ) -> None:
-    """Train a student in a pipeline, and beside terms of weight 0 in one with teachers."""
+    """Require a student in a plain pipeline to equal one with teachers and terms of weight 0."""
     student = students()[name]
     bare = rm.sharded(student.factory(), world_size, fused=torch.optim.Adagrad)
     plain = plain_type(bare.model, bare.optimizer, device())
@@ -133,7 +133,7 @@ def _pipelined(
     trace: bool = True,
     **options: Any,
 ) -> Any:
-    """Outputs, weights, and the adapter's weights."""
+    """Train in the pipeline; return outputs, weights, and the adapter's weights."""
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size, sharding=sharding)
     options = {"teacher": rm.teacher_for(terms), "adapter": _adapter_of(terms), **options}
     options["groups"] = lambda batch: batch.groups
@@ -157,7 +157,7 @@ def looped(
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Any:
-    """As ``_pipelined``, with no pipeline: counts over all ranks are taken from the global data.
+    """As ``_pipelined``, in a plain loop, with the counts over all ranks from the global data.
 
     The student's forward runs ``around``, as under autocast; a scaler scales the loss.
     """
@@ -202,17 +202,17 @@ def _group(world_size: int) -> dist.ProcessGroup | None:
 def check_ranks_agree_with_one(
     rank: int, world_size: int, sharding: str, optimizer: str, kind: str
 ) -> None:
-    """Ranks with very different presence train as one process on all the data would."""
+    """Ranks with very different presence train like one process on all data."""
     rule = getattr(torch.optim, optimizer)
     options = {"lr": 0.2} if optimizer == "SGD" else {"lr": 0.05, "eps": 1e-3}
     data = rm.global_data()
     _agree(rank, world_size, kind, data, rm.two_task_student, sharding, rule, **options)
 
 
-def check_labels_and_weights(rank: int, world_size: int, what: str, kind: str) -> None:
-    """Missing labels, and weights, as one process on all data with the examples cut out."""
-    data = rm.lacking(rm.global_data(), what)
-    weights = (lambda batch: batch.weights) if "weights" in what else None
+def check_labels_and_weights(rank: int, world_size: int, case: str, kind: str) -> None:
+    """Missing labels and weights train like one process on all data without those examples."""
+    data = rm.lacking(rm.global_data(), case)
+    weights = (lambda batch: batch.weights) if "weights" in case else None
     outputs = _agree(rank, world_size, kind, data, rm.labelled_student, weights=weights, lr=0.2)
     assert len(outputs) == len(data) and all(output[0].isfinite() for output in outputs)
 
@@ -228,7 +228,7 @@ def _agree(
     weights: Callable[[Any], Tensor] | None = None,
     **options: Any,
 ) -> list[Any]:
-    """Train on all ranks and by hand, and compare; what the ranks' pipeline returned."""
+    """Compare training on all ranks with training by hand; return the pipeline's outputs."""
     terms = TERMS[kind]
     adapter = _adapter_of(terms)
     wrapper = rm.wrapped(student(), terms=terms)
@@ -256,7 +256,7 @@ def _agree(
 
 
 def check_nothing_to_learn_moves_no_adapter(rank: int, world_size: int, fused: bool) -> None:
-    """A step without any label on any rank: not even the momentum of the optimizer moves it."""
+    """A step without labels on any rank leaves the adapter alone, even its optimizer's momentum."""
     data = rm.global_data(steps=4)
     nothing = torch.full_like(data[2].labels, float("nan"))
     data[2] = rm.Columns(**(data[2].columns | {"labels": nothing}))
@@ -330,14 +330,16 @@ def check_changed_ids_are_told(rank: int, world_size: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         traced = _run(ShiftedDLRM, rank, world_size, trace=True)
-    told = [str(one.message) for one in caught if one.category is NotPipelinedWarning]
-    assert len(told) == 1, told
-    assert "embedding_bag_collection" in told[0] and "NOT pipelined" in told[0]
+    messages = [
+        str(warning.message) for warning in caught if warning.category is NotPipelinedWarning
+    ]
+    assert len(messages) == 1, messages
+    assert "embedding_bag_collection" in messages[0] and "NOT pipelined" in messages[0]
     rm.assert_same(traced, _run(ShiftedDLRM, rank, world_size, trace=False))
 
 
 def check_tables_left_whole_are_told(rank: int, world_size: int) -> None:
-    """As where the plan was made of the bare model, and names nothing of the wrapped one."""
+    """A plan of the bare model shards nothing of the wrapped one: a warning names the tables."""
     model = DistributedModelParallel(rm.wrapped(), device=device(), plan=ShardingPlan({}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(NotPipelinedWarning, match=r"embedding_bag_collection'\] are not sharded"):
@@ -380,7 +382,7 @@ def check_costs_of_a_step(rank: int, world_size: int) -> None:
 
 
 def check_order_of_all_reduces(rank: int, world_size: int) -> None:
-    """The count's overlaps the student's forward, the margins' the backward."""
+    """The counts' all-reduce overlaps the student's forward, the margins' the backward."""
     student, order = students()["dlrm"], list[str]()
     terms = (DistillationTerm(adapted=True, serving=True, margin=0.1),)
     trainee = rm.sharded(ExFMWrapper(student.factory(), tap=student.tap, terms=terms), world_size)
@@ -422,7 +424,7 @@ def check_a_forward_around_the_wrapper_is_refused(rank: int, world_size: int) ->
 
 
 class _Told:
-    """A collective that goes on; its start and the wait for it are told."""
+    """A pending collective that records its start and the wait for it."""
 
     def __init__(self, work: dist.Work, order: list[str]) -> None:
         self._work, self._order = work, order
@@ -434,7 +436,7 @@ class _Told:
 
 
 def _costs(pipeline: TrainPipelineSparseDist[Any, Any], rank: int, supervised: bool) -> Costs:
-    """Of the third of five steps."""
+    """Return the costs of the third of five steps."""
     batches = iter(rm.random_batches(students()["dlrm"], rank, supervised=supervised))
     for _ in range(2):
         pipeline.progress(batches)
@@ -468,7 +470,7 @@ def check_absent_teacher(rank: int, world_size: int) -> None:
 
 
 def check_adapter_is_shared(rank: int, world_size: int) -> None:
-    """From another start on each rank, the adapter is rank 0's start and stays the same."""
+    """Adapters that start differently become rank 0's on every rank, and stay equal."""
     trainee = rm.sharded(rm.wrapped(terms=BOTH), world_size)
     adapter = rm.two_task_adapter(seed=10 + rank)
     pipeline = rm.pipeline_of(trainee, teacher=rm.logged, adapter=adapter)
@@ -483,7 +485,7 @@ def check_adapter_is_shared(rank: int, world_size: int) -> None:
 
 
 def check_adapter_learns_from_labels_alone(rank: int, world_size: int) -> None:
-    """The student can't be felt in the adapter, nor the adapter's loss in the student."""
+    """Neither the student changes the adapter, nor the adapter's loss the student."""
     with_one = _pipelined(rank, world_size)
     heavy = [DistillationTerm(teacher="a", adapted=True, weight=50.0, beta=9.0)]
     with_another = _pipelined(rank, world_size, heavy)
@@ -492,7 +494,7 @@ def check_adapter_learns_from_labels_alone(rank: int, world_size: int) -> None:
 
 
 def check_student_does_not_feel_the_adapters_loss(rank: int, world_size: int) -> None:
-    """An adapter that can't move: whatever its labels, the student is the same."""
+    """With an adapter that can't move, the student does not depend on the adapter's labels."""
     runs = []
     for learns in (False, True):
         for labels in (lambda batch: batch.labels, lambda batch: 1 - batch.labels):
@@ -513,7 +515,7 @@ def _teacher_model(world_size: int) -> nn.Module:
 
 
 def _live(world_size: int) -> LiveTeacher:
-    """One large model for both teachers: b says half of what a says."""
+    """Return one large model for both teachers: b's outputs are half of a's."""
 
     def logits(output: Any) -> Tensor:
         values: Tensor = output[1][1]
@@ -524,7 +526,7 @@ def _live(world_size: int) -> LiveTeacher:
 
 
 def check_live_teacher(rank: int, world_size: int) -> None:
-    """Asked while training or before it, the teacher teaches the same, and does not learn."""
+    """A live teacher teaches the same as outputs computed before, and does not learn."""
     teacher = _live(world_size)
     before = rm.snapshot(teacher.model.state_dict())
     answered = [teacher(batch.to(device())) for batch in rm.parts(rank, world_size)]
@@ -555,7 +557,7 @@ def _trained(world_size: int, batches: Iterable[Any], teacher: Any) -> Any:
 
 
 def check_ways_of_bringing_outputs(rank: int, world_size: int) -> None:
-    """In the batches, out of their columns, or asked at the step: all the same."""
+    """Outputs in the batches, in their columns or from a source teach the same."""
     batches = rm.parts(rank, world_size)
     columns = _trained(world_size, batches, rm.logged)
     loaded = [ExFMBatch(batch, rm.logged(batch)) for batch in batches]
@@ -575,7 +577,7 @@ class _Replay(LiveTeacher):
 
 
 def check_wrong_set_ups_are_refused(rank: int, world_size: int) -> None:
-    """Each by an error that says what was expected."""
+    """Each wrong set-up raises an error that says what was expected."""
     trainee = rm.sharded(rm.wrapped(), world_size)
     adapting = rm.sharded(rm.wrapped(terms=BOTH), world_size)
     batches = rm.parts(rank, world_size)
@@ -654,14 +656,14 @@ def check_without_dmp(rank: int, world_size: int, parallel: bool) -> None:
 
 
 def check_pinned_batches(rank: int, world_size: int) -> None:
-    """Copied while earlier steps run, the batches arrive as they were."""
+    """Batches that are copied while earlier steps run arrive unchanged."""
     pinned = [batch.pin_memory() for batch in rm.parts(rank, world_size)]
     expected = _trained(world_size, rm.parts(rank, world_size), rm.logged)
     rm.assert_same(_trained(world_size, pinned, rm.logged), expected)
 
 
 def check_fails_on_the_last_rank(rank: int, world_size: int) -> None:
-    """Fails there, while the others wait for it: for the test of the harness itself."""
+    """Fail on the last rank while the others wait for it, to test the harness itself."""
     if rank == world_size - 1:
         raise ArithmeticError("on purpose")
     dist.barrier()
@@ -675,12 +677,14 @@ def _present(batches: Iterable[rm.Columns]) -> list[rm.Columns]:
 
 
 def check_ranks_without_ddp_are_told(rank: int, world_size: int) -> None:
-    """Sharded over two ranks, the dense part left to each."""
+    """A dense part without DDP on two ranks is a warning."""
     wrapper = rm.wrapped()
     model = DistributedModelParallel(wrapper, device=device(), init_data_parallel=False)
     optimizer = torch.optim.SGD(wrapper.auxiliary_head.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         TrainPipelineExFM(model, optimizer, device(), teacher=rm.logged)
-    told = [str(warning.message) for warning in caught if "without Distrib" in str(warning.message)]
-    assert len(told) == (world_size > 1)
+    messages = [
+        str(warning.message) for warning in caught if "without Distrib" in str(warning.message)
+    ]
+    assert len(messages) == (world_size > 1)

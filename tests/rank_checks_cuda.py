@@ -1,4 +1,4 @@
-"""Checks of the step on a CUDA device: no wait is added, no stream reads what another writes.
+"""Checks of the step on a CUDA device: no added wait, no race between streams.
 
 Those without a stream in them run on the CPU as well.
 """
@@ -51,7 +51,7 @@ class SlowTeacher:
 
 
 def check_no_wait_is_added(rank: int, world_size: int) -> None:
-    """As many waits for the device in a step as TorchRec's own pipeline has, and no more."""
+    """A step waits for the device as often as TorchRec's own pipeline does."""
     student = students()["dlrm"]
     bare = rm.sharded(student.factory(), world_size)
     plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
@@ -64,11 +64,11 @@ def check_no_wait_is_added(rank: int, world_size: int) -> None:
 
 
 def _waits(pipeline: TrainPipelineSparseDist[Any, Any], batches: list[Any]) -> int:
-    """Of the steps after the first two."""
+    """Count the waits for the device in the steps after the first two."""
     feed = iter(batch.pin_memory() for batch in batches)
     for _ in range(2):
         pipeline.progress(feed)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -76,7 +76,7 @@ def _waits(pipeline: TrainPipelineSparseDist[Any, Any], batches: list[Any]) -> i
                 pipeline.progress(feed)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in told)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def check_no_copy_is_pageable(rank: int, world_size: int) -> None:
@@ -106,7 +106,7 @@ def _pageable_copies(pipeline: TrainPipelineSparseDist[Any, Any], batches: list[
 
 
 def check_late_copies_are_waited_for(rank: int, world_size: int, way: str) -> None:
-    """Batches and outputs that are copied late teach what they teach in time.
+    """Batches and outputs that are copied late teach the same as those copied in time.
 
     Each copy comes behind a delay on its stream, the step's kernels behind another, and as each
     batch is asked for, memory that was given back is filled with NaN from both streams.
@@ -135,7 +135,7 @@ def _delayed(move: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _poisoned(pipeline: TrainPipelineSparseDist[Any, Any], batches: list[Any]) -> Iterator[Any]:
-    """The batches, and NaN in what memory is free as each is asked for."""
+    """Yield the batches; before each, fill free memory with NaN."""
     parts = [part for batch in batches for part in (batch.dense_features, batch.values)]
     shapes = {tuple(part.shape) for part in parts}
     for batch in batches:
@@ -148,7 +148,7 @@ def _poisoned(pipeline: TrainPipelineSparseDist[Any, Any], batches: list[Any]) -
 
 
 def check_torchrecs_own(rank: int, world_size: int) -> None:
-    """TorchRec's pipeline without a teacher: the control of whatever watches streams."""
+    """TorchRec's pipeline without a teacher: the control of the checks that watch streams."""
     runs = []
     for pin in (False, True):
         student = students()["dlrm"]
@@ -163,7 +163,7 @@ def check_torchrecs_own(rank: int, world_size: int) -> None:
 def check_with_a_group(
     rank: int, world_size: int, check: Callable[..., None], *arguments: Any
 ) -> None:
-    """A check in which a rank that is alone all-reduces as several do."""
+    """Run a check in which a single rank all-reduces as several do."""
     all_reduce = mock.Mock(wraps=dist.all_reduce)
     group = mock.patch("torchrec_exfm.pipeline.data_parallel_group", lambda _: dist.group.WORLD)
     with group, mock.patch.object(dist, "all_reduce", all_reduce):

@@ -24,7 +24,7 @@ from torchrec_exfm.checkpoint import load_checkpoint, save_checkpoint
 
 
 def check_checkpoint_across_ranks(rank: int, world_size: int, sharding: str, other: str) -> None:
-    """From these ranks into other shards on them, into one process, and from that one back."""
+    """A checkpoint loads into other shardings, into one process, and back on these ranks."""
     saved = rm.sharded(rm.two_task_student(), world_size, sharding=sharding).model.state_dict()
     loaded = _other_student(world_size, other)
     assert rm.differs(rm.snapshot(loaded), rm.snapshot(_student_of(world_size, other)))
@@ -46,7 +46,7 @@ def check_checkpoint_across_ranks(rank: int, world_size: int, sharding: str, oth
 
 
 def _student_of(world_size: int, sharding: str) -> dict[str, Any]:
-    """The weights that are saved, in other shards."""
+    """Return the state that is saved, in a given sharding."""
     student = rm.two_task_student()
     state: dict[str, Any] = rm.sharded(student, world_size, sharding=sharding).model.state_dict()
     return state
@@ -59,23 +59,23 @@ def _other_student(world_size: int, sharding: str) -> dict[str, Any]:
 
 
 def _through_one_process(folder: Path) -> None:
-    """Without torch.distributed, as far as the checkpoint can tell."""
-    whole = rm.two_task_student(seed=3).state_dict()
+    """Load and save as a process without torch.distributed."""
+    weights = rm.two_task_student(seed=3).state_dict()
     with mock.patch.object(dist, "is_initialized", lambda: False):
-        load_checkpoint(folder / "ranks", whole)
-        rm.assert_same(whole, rm.two_task_student().state_dict())
-        by_dcp = {key: torch.zeros_like(value) for key, value in whole.items()}
+        load_checkpoint(folder / "ranks", weights)
+        rm.assert_same(weights, rm.two_task_student().state_dict())
+        by_dcp = {key: torch.zeros_like(value) for key, value in weights.items()}
         dcp.load(by_dcp, checkpoint_id=folder / "ranks", no_dist=True)
-        rm.assert_same(by_dcp, whole)
-        save_checkpoint(folder / "one", whole)
+        rm.assert_same(by_dcp, weights)
+        save_checkpoint(folder / "one", weights)
 
 
 def check_checkpoint_of_dtensors(rank: int, world_size: int) -> None:
-    """Of uneven shards, with a rank that has none, and with a copy on each rank."""
+    """DTensors of uneven shards, with a rank that has none, and with a copy per rank."""
     mesh = init_device_mesh(device().type, (world_size,))
     placements = {"rows": Shard(0), "row": Shard(0), "copies": Replicate()}
     generator = torch.Generator().manual_seed(0)
-    wholes = {
+    tensors = {
         "rows": torch.randn(5, 3, generator=generator),
         "row": torch.randn(1, 4, generator=generator),
         "copies": torch.randn(4, generator=generator),
@@ -87,17 +87,17 @@ def check_checkpoint_of_dtensors(rank: int, world_size: int) -> None:
             for key, value in values.items()
         }
 
-    saved = distributed(wholes)
-    loaded = distributed({key: torch.zeros_like(whole) for key, whole in wholes.items()})
+    saved = distributed(tensors)
+    loaded = distributed({key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
     with rm.shared_folder() as name:
         save_checkpoint(Path(name) / "new", saved)
         load_checkpoint(Path(name) / "new", loaded)
-    for key, whole in wholes.items():
-        rm.assert_same(loaded[key].full_tensor().cpu(), whole)
+    for key, tensor in tensors.items():
+        rm.assert_same(loaded[key].full_tensor().cpu(), tensor)
 
 
 def check_checkpoint_errors_reach_every_rank(rank: int, world_size: int) -> None:
-    """What goes wrong on the last rank alone."""
+    """An error of the last rank alone is raised on every rank."""
     last = rank == world_size - 1
     with rm.shared_folder() as name:
         folder = Path(name) / "new"
@@ -125,7 +125,7 @@ def check_checkpoint_errors_reach_every_rank(rank: int, world_size: int) -> None
 
 
 def seal(folder: Path) -> None:
-    """Let the digests in metadata.json fit the files; every rank must call it."""
+    """Recompute the digests in metadata.json from the files; every rank must call it."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         document = json.loads((folder / "metadata.json").read_text())
         for name, record in document["files"].items():
@@ -144,8 +144,8 @@ def check_damage_on_one_rank_is_refused_on_all(rank: int, world_size: int) -> No
     loaded = _other_student(world_size, "row_wise")
     before = rm.snapshot(loaded)
 
-    def refused(told: str) -> None:
-        with pytest.raises(ValueError, match=told):
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             load_checkpoint(folder, loaded)
         rm.assert_same(rm.snapshot(loaded), before)
 
@@ -155,20 +155,20 @@ def check_damage_on_one_rank_is_refused_on_all(rank: int, world_size: int) -> No
         files = sorted(folder.iterdir())
         assert len(files) == world_size + 2
         for index, file in enumerate(files):
-            whole = file.read_bytes()
+            content = file.read_bytes()
             dist.barrier()
             if rank == 0:
-                bit = 8 * (len(whole) // (index + 2))
-                flipped = bytearray(whole)
+                bit = 8 * (len(content) // (index + 2))
+                flipped = bytearray(content)
                 flipped[bit // 8] ^= 1 << index
                 file.write_bytes(flipped)
             dist.barrier()
             refused(r"SHA-256|be JSON")
             dist.barrier()
             if rank == 0:
-                file.write_bytes(whole)
+                file.write_bytes(content)
             dist.barrier()
-        if rank == 0:  # what only the last rank reads, and torch.load refuses
+        if rank == 0:  # a file that only the last rank reads, and torch.load refuses
             file = folder / f"__{world_size - 1}_0.distcp"
             file.write_bytes(bytes(file.stat().st_size))
         dist.barrier()
@@ -177,8 +177,8 @@ def check_damage_on_one_rank_is_refused_on_all(rank: int, world_size: int) -> No
 
 
 def check_a_failed_save_is_removed_on_every_rank(rank: int, world_size: int) -> None:
-    """Where the last rank alone can't write."""
-    state = {f"{each}": torch.zeros(100 * (each + 1)) for each in range(world_size)}
+    """A save that fails on the last rank alone is removed on every rank."""
+    state = {f"{number}": torch.zeros(100 * (number + 1)) for number in range(world_size)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with rm.shared_folder() as name:
         if rank == world_size - 1:

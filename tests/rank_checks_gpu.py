@@ -1,4 +1,4 @@
-"""Checks of what `make gpu` measures, at the sizes of its trial without a GPU."""
+"""Checks of the measurements of `make gpu`, at the sizes of its trial without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 def check_measure(rank: int, world_size: int, name: str) -> None:
-    """Each arm, or run, has all the figures of the others, and a row in the table."""
+    """Each arm or run has the same figures, and a row in the table."""
     import gpu_measures
 
     some, makers = ("plain", "recipe, look-up"), gpu_measures.makers  # all of them take long
@@ -37,7 +37,7 @@ def check_measure(rank: int, world_size: int, name: str) -> None:
 
 
 def check_counts(rank: int, world_size: int) -> None:
-    """What a profile on a GPU holds is counted once, and by kind."""
+    """Each event of a GPU profile is counted once, by kind."""
     import gpu_measures
 
     def event(name: str, on_device: bool = True, annotation: bool = False) -> Any:

@@ -32,7 +32,7 @@ STEPS = 5
 
 
 def _outputs(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
-    """(G, T) logits (predictions of the regression) and labels of each step."""
+    """Return the logits (the regression's predictions) and labels (G, T) of each step."""
     generator = torch.Generator().manual_seed(4)
     outputs = []
     for _ in range(steps):
@@ -53,16 +53,16 @@ def _metrics(world_size: int, **options: int) -> ExFMMetrics:
     )
 
 
-def _part(whole: Tensor, rank: int, world_size: int) -> Tensor:
-    return whole.chunk(world_size)[rank].to(device())
+def _part(tensor: Tensor, rank: int, world_size: int) -> Tensor:
+    return tensor.chunk(world_size)[rank].to(device())
 
 
 def _fed(
     metrics: ExFMMetrics, outputs: Sequence[tuple[Tensor, ...]], rank: int, world_size: int
 ) -> ExFMMetrics:
     parts = rm.parts(rank, world_size, steps=len(outputs))
-    for of_step, batch in zip(outputs, parts, strict=True):
-        shares = (_part(whole, rank, world_size) for whole in of_step)
+    for step_outputs, batch in zip(outputs, parts, strict=True):
+        shares = (_part(tensor, rank, world_size) for tensor in step_outputs)
         metrics.update((torch.zeros(()), *shares), rm.logged(batch).to(device()))
     return metrics
 
@@ -70,15 +70,15 @@ def _fed(
 def check_metrics(rank: int, world_size: int) -> None:
     """Every metric, of two tasks and two teachers, over all ranks."""
     outputs = _outputs()
-    found = _fed(_metrics(world_size), outputs, rank, world_size).compute()
+    metrics = _fed(_metrics(world_size), outputs, rank, world_size).compute()
     expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    assert metrics == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def expected_metrics(
     outputs: Sequence[tuple[Tensor, ...]], data: list[rm.Columns]
 ) -> dict[str, float]:
-    """In float64, from the logits, labels, weights and batches of all ranks at each step."""
+    """Return the metrics in float64 of all ranks' logits, labels, weights and batches."""
     logits, labels, *weights = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     weight = weights[0] if weights else torch.ones_like(labels)
     click, stay = (values.numpy() for values in _by_task(logits, labels, weight))
@@ -86,12 +86,12 @@ def expected_metrics(
 
 
 def _by_task(*columns: Tensor) -> Tensor:
-    """(T, 3, B) logits, labels and weights in float64."""
+    """Return logits, labels and weights (T, 3, B) in float64."""
     return torch.stack([column.double() for column in columns]).movedim(-1, 0)
 
 
 def binary_figures(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, float]:
-    """NE, AUC and calibration of logits, labels (NaN: none) and weights."""
+    """Return NE, AUC and calibration of logits, labels (NaN if missing) and weights."""
     z, y, w = (values[~np.isnan(y)] for values in (z, y, w))
     p = 1 / (1 + np.exp(-z))
     undefined = {"ne/click": np.nan, "auc/click": np.nan, "calibration/click": np.nan}
@@ -101,16 +101,16 @@ def binary_figures(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, flo
     if not (w * (1 - y)).any():
         return {**undefined, "calibration/click": calibration}
     rate = (w * y).sum() / w.sum()
-    of_rate = -(w * (y * np.log(rate) + (1 - y) * np.log(1 - rate))).sum()
+    constant_loss = -(w * (y * np.log(rate) + (1 - y) * np.log(1 - rate))).sum()
     return {
-        "ne/click": (w * (np.logaddexp(0, z) - y * z)).sum() / of_rate,
+        "ne/click": (w * (np.logaddexp(0, z) - y * z)).sum() / constant_loss,
         "auc/click": area_by_pairs(z, y, w),
         "calibration/click": calibration,
     }
 
 
 def area_by_pairs(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
-    """The weight of the pairs of a positive and a negative that are in order, and half the ties."""
+    """Return the AUC: the share of pairs of a positive and a negative in order, ties as half."""
     weight = np.outer(w * y, w * (1 - y))
     above = z[:, None] - z[None, :]
     return float((weight * ((above > 0) + 0.5 * (above == 0))).sum() / weight.sum())
@@ -123,7 +123,7 @@ def mean_squared_error(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
 
 
 def _reach(data: list[rm.Columns]) -> dict[str, float]:
-    """Coverage, and the mean age of the examples with an output."""
+    """Return the coverage, and the mean age of the examples with an output."""
     if not data:
         return {}
     presence = torch.cat([batch.presence for batch in data]).numpy()
@@ -139,31 +139,31 @@ def _reach(data: list[rm.Columns]) -> dict[str, float]:
 MISSING = ("first", "second", "both", "batch", "rank", "everything")  # labels of tasks, and others
 
 
-def check_missing_labels(rank: int, world_size: int, which: str) -> None:
-    """Labels that are NaN are left out of their task, whichever they are; not of the coverage."""
+def check_missing_labels(rank: int, world_size: int, case: str) -> None:
+    """NaN labels are left out of their task's figures, but not of the coverage."""
     outputs, half = _outputs(), rm.GLOBAL_SIZE // 2
     for step, (_, labels) in enumerate(outputs):
         some = torch.rand(len(labels), generator=torch.Generator().manual_seed(step)) < 0.3
-        if which in ("first", "both"):
+        if case in ("first", "both"):
             labels[some, 0] = torch.nan
-        if which in ("second", "both"):
+        if case in ("second", "both"):
             labels[some.flip(0), 1] = torch.nan
-        if which == "everything" or (which == "batch" and step == 0):
+        if case == "everything" or (case == "batch" and step == 0):
             labels.fill_(torch.nan)
-        if which == "rank":
+        if case == "rank":
             labels[half:] = torch.nan  # all that the second of two ranks sees
     metrics = _fed(_metrics(world_size), outputs, rank, world_size)
     expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
-    assert np.isnan(expected["ne/click"]) == (which == "everything")
+    assert np.isnan(expected["ne/click"]) == (case == "everything")
     assert metrics.compute() == pytest.approx(expected, rel=1e-6, abs=0, nan_ok=True)
     more = [(logits, labels.nan_to_num(0.0).round()) for logits, labels in _outputs()]
-    found = _fed(metrics, more, rank, world_size).compute()
+    computed = _fed(metrics, more, rank, world_size).compute()
     expected = expected_metrics([*outputs, *more], 2 * rm.global_data(steps=STEPS))
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    assert computed == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def check_weights(rank: int, world_size: int) -> None:
-    """Of fractions, on top of missing labels, with ties between and within the ranks."""
+    """Fractional weights with missing labels, and ties between and within the ranks."""
     generator = torch.Generator().manual_seed(8)
     outputs = []
     for logits, labels in _outputs():
@@ -173,46 +173,46 @@ def check_weights(rank: int, world_size: int) -> None:
     expected = expected_metrics(outputs, rm.global_data(steps=STEPS))
     unweighted = expected_metrics([pair[:2] for pair in outputs], rm.global_data(steps=STEPS))
     assert abs(expected["auc/click"] - unweighted["auc/click"]) > 1e-3
-    found = _fed(_metrics(world_size), outputs, rank, world_size).compute()
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    computed = _fed(_metrics(world_size), outputs, rank, world_size).compute()
+    assert computed == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def check_undefined_metrics(rank: int, world_size: int) -> None:
-    """NaN until there are positives and negatives on any rank, and MSE until there is a label."""
+    """Metrics are NaN until some rank has positives and negatives; MSE until it has a label."""
     metrics = _metrics(world_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics' of no update
         names = {name for name, value in metrics.compute().items() if np.isnan(value)}
     assert names == {"ne/click", "auc/click", "calibration/click", "mse/stay"}
 
-    def found(click: float, stay: float) -> set[str]:
-        """What is NaN after a step in which the last rank alone has labels."""
+    def nan_names(click: float, stay: float) -> set[str]:
+        """Return the names that are NaN after a step in which the last rank alone has labels."""
         labels = torch.tensor([[click, stay]] if rank == world_size - 1 else [[torch.nan] * 2])
         metrics.update((torch.zeros(()), torch.ones(1, 2).to(device()), labels.to(device())))
         return {name for name, value in metrics.compute().items() if np.isnan(value)}
 
-    assert found(torch.nan, torch.nan) == names
-    assert found(0.0, torch.nan) == names
-    assert found(torch.nan, 5.0) == names - {"mse/stay"}
-    assert found(1.0, 5.0) == set()
+    assert nan_names(torch.nan, torch.nan) == names
+    assert nan_names(0.0, torch.nan) == names
+    assert nan_names(torch.nan, 5.0) == names - {"mse/stay"}
+    assert nan_names(1.0, 5.0) == set()
 
 
 def check_window_of_auc(rank: int, world_size: int) -> None:
-    """The AUC is of the last examples, the others are of all."""
+    """The AUC covers the last examples, the other metrics all."""
     outputs = _outputs()
     window = 2 * rm.GLOBAL_SIZE
-    found = _fed(_metrics(world_size, window_size=window), outputs, rank, world_size).compute()
+    computed = _fed(_metrics(world_size, window_size=window), outputs, rank, world_size).compute()
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*outputs[-2:], strict=True))
     area = area_by_pairs(logits[:, 0], labels[:, 0], np.ones(window))
-    assert found["auc/click"] == pytest.approx(area, rel=1e-6)
+    assert computed["auc/click"] == pytest.approx(area, rel=1e-6)
     everything = _fed(_metrics(world_size), outputs, rank, world_size).compute()
-    assert found.keys() == everything.keys()
-    assert found.pop("auc/click") != everything.pop("auc/click")
-    assert found == everything
+    assert computed.keys() == everything.keys()
+    assert computed.pop("auc/click") != everything.pop("auc/click")
+    assert computed == everything
 
 
 def check_metrics_of_one_task(rank: int, world_size: int) -> None:
-    """Logits of shape (B,), no teacher: metrics but no coverage, for none was given."""
+    """Logits of shape (B,) without a teacher give metrics, but no coverage."""
     metrics = ExFMMetrics(batch_size=8, device=device())
     logits, labels = torch.tensor([2.0, -1.0]), torch.tensor([1, 0])
     metrics.update((torch.zeros(()), logits.to(device()), labels.to(device())))
@@ -230,9 +230,9 @@ def check_metrics_in_training(rank: int, world_size: int) -> None:
     batches = iter(rm.parts(rank, world_size, steps=STEPS))
     for _ in range(STEPS):
         metrics.update(pipeline.progress(batches), wrapper.last_teacher)
-    found = metrics.compute()
+    computed = metrics.compute()
     expected = _reach(rm.global_data(steps=STEPS))
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert {key: computed[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def check_uneven_batches(rank: int, world_size: int) -> None:
@@ -242,10 +242,10 @@ def check_uneven_batches(rank: int, world_size: int) -> None:
     outputs[-1] = (logits[: rm.GLOBAL_SIZE // 2], labels[: rm.GLOBAL_SIZE // 2])
     metrics = _metrics(world_size)
     for logits, labels in outputs:
-        shares = (_part(whole, rank, world_size) for whole in (logits, labels))
+        shares = (_part(tensor, rank, world_size) for tensor in (logits, labels))
         metrics.update((torch.zeros(()), *shares))
-    found = metrics.compute()
-    assert found == pytest.approx(expected_metrics(outputs, []), rel=1e-6)
+    computed = metrics.compute()
+    assert computed == pytest.approx(expected_metrics(outputs, []), rel=1e-6)
 
 
 def check_wrong_shapes_are_refused(rank: int, world_size: int) -> None:
@@ -276,7 +276,7 @@ def check_names_of_tasks(rank: int, world_size: int) -> None:
 
 
 def clicked(data: list[rm.Columns]) -> list[rm.Columns]:
-    """The batches with clicks that are 0 or 1."""
+    """Round the clicks of the batches to 0 or 1."""
     for batch in data:
         batch.columns["labels"] = batch.labels.clone()
         batch.labels[:, 0].round_()
@@ -286,25 +286,25 @@ def clicked(data: list[rm.Columns]) -> list[rm.Columns]:
 def expected_losses(
     terms: Sequence[DistillationTerm], losses: list[Tensor], data: list[rm.Columns]
 ) -> dict[str, float]:
-    """The mean of each term over the steps that had an output for it, of (K,) losses a step."""
+    """Return the mean of each term over the steps with an output for it; losses are (K,) a step."""
     expected = {}
     for k, term in enumerate(terms):
         columns = [[task.name for task in rm.TASKS].index(task) for task in term.tasks or ()]
         m = rm.TEACHERS.index(term.teacher)
-        of_steps = [
-            float(of_step[k])
-            for of_step, batch in zip(losses, data, strict=True)
+        step_losses = [
+            float(term_losses[k])
+            for term_losses, batch in zip(losses, data, strict=True)
             if bool(batch.presence[:, m, columns or slice(None)].any())
         ]
-        if of_steps:
-            expected[f"distillation_loss/{term.name}"] = sum(of_steps) / len(of_steps)
+        if step_losses:
+            expected[f"distillation_loss/{term.name}"] = sum(step_losses) / len(step_losses)
     return expected
 
 
 def expected_adapter_loss(
     adapter: StudentAdapter, teacher: TeacherOutputs, labels: Tensor
 ) -> float:
-    """L_SA by NumPy in float64: over teachers the sum of the mean over the tasks of rm.TASKS."""
+    """Return L_SA by NumPy in float64: the sum over teachers of the mean over tasks."""
     values = teacher.values.double().numpy()
     values[..., 0] = values[..., 0].clip(-15, 15)
     presence, y = teacher.presence.numpy(), labels.double().numpy()
@@ -322,7 +322,7 @@ def expected_adapter_loss(
 
 
 def check_monitor(rank: int, world_size: int) -> None:
-    """What is said is of all ranks, and rank 0 alone says it."""
+    """The monitor's scalars cover all ranks, and rank 0 alone reports them."""
     # here, so that a machine without TensorBoard can run the other checks
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -353,8 +353,8 @@ def check_monitor(rank: int, world_size: int) -> None:
                 terms.append(torch.stack(rm.on_every_rank(wrapper.last_losses)).double().mean(0))
         dist.barrier()
         events = EventAccumulator(folder).Reload()
-    found = monitor.scalars()
-    assert found.pop("examples_per_second") > 0
+    scalars = monitor.scalars()
+    assert scalars.pop("examples_per_second") > 0
     expected = {
         **expected_metrics(outputs, data),
         **expected_losses(kinds, terms[3:], data[3:]),
@@ -362,7 +362,7 @@ def check_monitor(rank: int, world_size: int) -> None:
         "adapter_loss": sum(adapted[3:]) / 2,
         "teacher_failures": STEPS * world_size,
     }
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    assert scalars == pytest.approx(expected, rel=1e-6, abs=0)
     for name, value in expected.items():
         points = events.Scalars(name)
         assert points[-1].step == 100 + STEPS * rm.GLOBAL_SIZE
@@ -373,7 +373,7 @@ def check_monitor(rank: int, world_size: int) -> None:
 
 
 def check_a_monitor_that_cannot_write(rank: int, world_size: int) -> None:
-    """What rank 0 can't open is an error on every rank; none is left waiting."""
+    """A folder that rank 0 can't open is an error on every rank; none is left waiting."""
     pipeline = rm.pipeline_of(rm.sharded(rm.wrapped(), world_size), teacher=rm.logged)
     with rm.shared_folder() as folder:
         file = Path(folder) / "file"

@@ -69,7 +69,7 @@ def mixed(base: type[Any]) -> type[Any]:
 
 
 def check_mixin_of_weight_zero_is_plain(rank: int, world_size: int, name: str) -> None:
-    """With w = 0, and an adapter beside it, equal to the bit to the pipeline without the mixin."""
+    """With w = 0 and an adapter, the mixin equals the pipeline without it, to the bit."""
     terms = [
         DistillationTerm(weight=0.0),
         DistillationTerm(weight=0.0, adapted=True, serving=True, margin=0.5),
@@ -113,7 +113,7 @@ def _trained(
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the collectives that this rank issues, in order."""
+    """Records the collectives that this rank issues, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Collectives(TorchDispatchMode):
 
 
 def check_collectives_do_not_depend_on_a_ranks_teacher(rank: int, world_size: int) -> None:
-    """Their order is that of the other ranks where a teacher fails, or has nothing to say."""
+    """The order of collectives is the same on a rank whose teacher fails or has no output."""
     orders = []
     for fails_at in ((), (0, 1, 3, 5) if rank == 0 else ()):
         terms = checks.TERMS["margins"]
@@ -153,7 +153,7 @@ def check_collectives_do_not_depend_on_a_ranks_teacher(rank: int, world_size: in
 
 
 def check_two_forwards_of_a_batch(rank: int, world_size: int) -> None:
-    """The second learns from the inputs of the first; the running means are those of one rank."""
+    """A second forward uses the first one's inputs; the running means are those of one rank."""
     terms = (DistillationTerm(teacher="a", serving=True, margin=1.5),)
     trainee = rm.sharded(rm.wrapped(terms=terms), world_size)
     head = find_wrapper(trainee.model).auxiliary_head
@@ -178,7 +178,7 @@ def check_two_forwards_of_a_batch(rank: int, world_size: int) -> None:
 
 
 class LookUp:
-    """Finds outputs in a thread, but those of some batches."""
+    """Looks up outputs on a thread, and fails for some batches."""
 
     def __init__(self, function: Callable[[Any], TeacherOutputs], fails_at: Sequence[int]) -> None:
         self._thread = ThreadPoolExecutor(1)

@@ -1,4 +1,4 @@
-"""Checks of training that goes on from a checkpoint as if it had not stopped."""
+"""Checks of training that resumes from a checkpoint as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from torchrec_exfm.checkpoint import load_checkpoint, read_metadata, save_checkp
 from torchrec_exfm.wrapper import find_wrapper
 
 TERMS = (*rm.HEADS, *rm.ADAPTED, *rm.MARGINS)
-WAYS: dict[str, dict[str, Any]] = {  # of sharding, and of updating the tables and the rest
+WAYS: dict[str, dict[str, Any]] = {  # sharding, and optimizers of tables and dense parts
     "SGD": {"lr": 0.2},
     "Adagrad": {
         "sharding": "column_wise",
@@ -67,7 +67,7 @@ ON_CUDA = {"Adam": {"fused": torch.optim.Adam, "dense": torch.optim.Adam, "lr": 
 
 
 class Run(NamedTuple):
-    """A training with a schedule of its rates, and its metrics."""
+    """A training with a schedule of its learning rates, and its metrics."""
 
     trainee: rm.Trainee
     pipeline: TrainPipelineExFM
@@ -80,29 +80,30 @@ class Run(NamedTuple):
         groups = {id(group): group for group in (*fused.param_groups, *dense.param_groups)}
         for group in groups.values():
             group["lr"] *= 0.99
-        fused.step()  # which tells the tables their rate
+        fused.step()  # passes the learning rate on to the tables
         return [*(value.clone() for value in output), torch.rand(2)]
 
     def everything(self) -> list[Any]:
-        """A copy of the weights, the optimizers' state, the rates and the metrics."""
+        """Return a copy of the weights, the optimizers' state, the rates and the metrics."""
         pipeline, fused = self.pipeline, self.trainee.model.fused_optimizer
         assert pipeline.adapter is not None and pipeline.adapter_optimizer is not None
         optimizers = (fused, self.trainee.optimizer, pipeline.adapter_optimizer)
-        found = [optimizer.state_dict()["state"] for optimizer in optimizers]
-        found += [self.trainee.model.state_dict(), pipeline.adapter.state_dict()]
+        states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        states += [self.trainee.model.state_dict(), pipeline.adapter.state_dict()]
         groups = itertools.chain(*(optimizer.param_groups for optimizer in optimizers))
         rates = [group["lr"] for group in groups]
         steps = [
-            [int(counter) for counter in fused_steps(each)] for _, each in single_optimizers(fused)
+            [int(counter) for counter in fused_steps(optimizer)]
+            for _, optimizer in single_optimizers(fused)
         ]
         metrics = self.metrics.compute().items()
-        there = {key: value for key, value in metrics if not math.isnan(value)}
-        return [*map(_copied, found), rates, steps, there]
+        defined = {key: value for key, value in metrics if not math.isnan(value)}
+        return [*map(_copied, states), rates, steps, defined]
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, ShardedTensor):
         return [shard.tensor.clone() for shard in value.local_shards()]
     return value.detach().clone() if isinstance(value, Tensor) else value
@@ -118,7 +119,7 @@ def new_run(
 ) -> Run:
     wrapper = rm.wrapped(rm.two_task_student(seed), terms=terms, seed=seed + 1)
     trainee = rm.sharded(wrapper, world_size, **((WAYS | ON_CUDA)[way] | changes))
-    if way != "SGD":  # where it is of the dense parameters alone
+    if way != "SGD":  # its optimizer holds the dense parameters alone
         combined = CombinedOptimizer([trainee.model.fused_optimizer, trainee.optimizer])
         trainee = trainee._replace(optimizer=combined)
     adapter = adapter or rm.two_task_adapter(seed + 2)
@@ -134,7 +135,7 @@ def new_run(
 
 
 def check_resumed_equals_straight(rank: int, world_size: int, way: str) -> None:
-    """Saved at some steps, and gone on from the last of them in new objects, to the bit."""
+    """A training that is saved and resumed in new objects equals a straight one, to the bit."""
     batches = rm.parts(rank, world_size)
     torch.manual_seed(rank)
     straight = new_run(world_size, way)
@@ -157,15 +158,15 @@ def check_resumed_equals_straight(rank: int, world_size: int, way: str) -> None:
 
         resumed = new_run(world_size, way, seed=5)
         torch.manual_seed(99)
-        found = load_training(folder, resumed.pipeline, metrics=resumed.metrics)
-        assert found == {"step": 4, "epoch": 7}
+        position = load_training(folder, resumed.pipeline, metrics=resumed.metrics)
+        assert position == {"step": 4, "epoch": 7}
         iterator = iter(batches[4:])
         rm.assert_same([resumed.step(iterator) for _ in batches[4:]], expected[4:])
         rm.assert_same(resumed.everything(), straight.everything())
 
 
 def check_resumed_before_the_first_step(rank: int, world_size: int) -> None:
-    """Nothing is left of what the new objects were; without a checkpoint they are as they were."""
+    """Loading replaces all state of new objects; without a checkpoint it changes nothing."""
     batches = rm.parts(rank, world_size)
     run = new_run(world_size, "RowWiseAdagrad")
     resumed = new_run(world_size, "RowWiseAdagrad", seed=5)
@@ -177,10 +178,10 @@ def check_resumed_before_the_first_step(rank: int, world_size: int) -> None:
         save_training(folder, run.pipeline, position={"step": 0}, metrics=run.metrics)
         assert load_training(folder, resumed.pipeline) == {"step": 0}
         outputs = []
-        for each in (run, resumed):
+        for candidate in (run, resumed):
             iterator = iter(batches)
             torch.manual_seed(rank)
-            outputs.append([each.step(iterator) for _ in batches])
+            outputs.append([candidate.step(iterator) for _ in batches])
         rm.assert_same(*outputs)
         rm.assert_same(resumed.everything(), run.everything())
 
@@ -205,7 +206,7 @@ def check_resumed_without_dmp(rank: int, world_size: int) -> None:
 
 
 def assert_goes_on(first: Any, second: Any, batches: Sequence[rm.Columns]) -> None:
-    """One pipeline trains to the end, and is saved on its way; the other goes on from there."""
+    """Require the second pipeline, resumed from a save of the first, to end the same."""
     iterator = iter(batches)
     with rm.shared_folder() as folder:
         for _ in range(3):
@@ -227,7 +228,7 @@ def check_a_resumed_teacher_equals_straight(rank: int, world_size: int) -> None:
     def everything(trainee: rm.Trainee) -> list[Any]:
         optimizers = trainee.model.fused_optimizer, trainee.optimizer
         states = [optimizer.state_dict()["state"] for optimizer in optimizers]
-        return [_copied(each) for each in (trainee.model.state_dict(), *states)]
+        return [_copied(state) for state in (trainee.model.state_dict(), *states)]
 
     trainee, first = new(seed=0)
     resumed, second = new(seed=5)
@@ -236,7 +237,7 @@ def check_a_resumed_teacher_equals_straight(rank: int, world_size: int) -> None:
 
 
 def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
-    """The newest are kept; one that is not complete is passed over, and deleted in the end."""
+    """The newest checkpoints are kept; an incomplete one is ignored, and deleted later."""
     run = new_run(world_size, "SGD")
     with rm.shared_folder() as name:
         folder = Path(name)
@@ -245,9 +246,9 @@ def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
             new = save_training(folder, run.pipeline, position={"step": step}, **options)
             assert new.parent == folder
             dist.barrier()
-            found = sorted(path.name for path in folder.iterdir())
+            names = sorted(path.name for path in folder.iterdir())
             dist.barrier()
-            return found
+            return names
 
         assert save(10) == ["1"]
         assert save(20) == ["1", "2"]
@@ -287,10 +288,10 @@ def check_checkpoints_of_a_run(rank: int, world_size: int) -> None:
 
 
 def check_links_and_files_among_checkpoints(rank: int, world_size: int) -> None:
-    """What has a number and is no folder is not loaded from, written to, deleted or in the way."""
+    """Links and files named by a number are not loaded, written to, deleted or in the way."""
     run = new_run(world_size, "SGD")
     with rm.shared_folder() as name:
-        outside, folder, link = (Path(name) / each for each in ("outside", "run", "link"))
+        outside, folder, link = (Path(name) / part for part in ("outside", "run", "link"))
         save_training(outside, run.pipeline, position={"step": 7})
         if rank == 0:
             folder.mkdir()
@@ -311,26 +312,26 @@ def check_links_and_files_among_checkpoints(rank: int, world_size: int) -> None:
         assert numbers == [2, 5, 6]
         assert load_training(link, run.pipeline) == {"step": 2}
         dist.barrier()
-        found = {path.name for path in folder.iterdir()}
-        assert found == {"1", "3", "4", "6", "9", "9" * 255, "٣"}
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"1", "3", "4", "6", "9", "9" * 255, "٣"}
         assert {path.name: path.read_bytes() for path in (outside / "1").iterdir()} == before
 
 
 def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
-    """What is no tensor, with digests that fit it: before anything is changed, on any rank."""
+    """Wrong values with matching digests are refused before any rank changes anything."""
     way = "RowWiseAdagrad"
     run = new_run(world_size, way)
     run.step(iter(rm.parts(rank, world_size)))
     other = new_run(world_size, way, seed=5)
     before = other.everything()
 
-    def refused(told: str, change: Any) -> None:
+    def refused(message: str, change: Any) -> None:
         change_tensors(folder / "1", change)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_training(folder, other.pipeline, metrics=other.metrics)
         rm.assert_same(other.everything(), before)
 
-    def of_values(change: Any) -> Any:
+    def change_values(change: Any) -> Any:
         def changed(tensors: dict[str, Tensor]) -> None:
             values = json.loads(bytes(tensors["values"].tolist()))
             tensors["values"] = torch.tensor(list(json.dumps(change(values)).encode())).byte()
@@ -345,12 +346,12 @@ def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
             record[path[-1]] = value
             return values
 
-        return of_values(change)
+        return change_values(change)
 
     with rm.shared_folder() as name:
         folder = Path(name)
         save_training(folder, run.pipeline, position={"step": 1}, metrics=run.metrics)
-        mine = f"rank{world_size - 1}/"  # wrong on one rank
+        prefix = f"rank{world_size - 1}/"  # wrong on one rank
         saved = change_tensors(folder / "1", lambda tensors: None)
         numbers = json.loads(bytes(saved["values"].tolist()))["numbers"]
         fused = next(key for key in numbers if key.startswith("fused"))
@@ -358,13 +359,13 @@ def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
         state = next(key for key in saved if key.startswith("dense"))
         wrong = "hold values of a training; received others"
         deep = torch.tensor(list(b"[" * 100_000)).byte()
-        for told, change in [
-            (wrong, of_values(lambda values: [])),
+        for message, change in [
+            (wrong, change_values(lambda values: [])),
             *(
-                (wrong, of_values(lambda v, key=key: v.pop(key) and v))
+                (wrong, change_values(lambda v, key=key: v.pop(key) and v))
                 for key in ("names", "ranks")
             ),
-            (wrong, of_values(lambda v: {key: v[key] for key in v if key != "states"})),
+            (wrong, change_values(lambda v: {key: v[key] for key in v if key != "states"})),
             (wrong, put("position", value={"step": "7"})),
             (wrong, put("position", value=[7])),
             (wrong, put("names", "tasks", value="click")),
@@ -385,40 +386,44 @@ def check_wrong_values_are_refused(rank: int, world_size: int) -> None:
             ("JSON as values", lambda t: t.update(values=torch.ones(2).bfloat16())),
             (
                 "state of random numbers",
-                lambda t: [t.pop(key) for key in list(t) if key.startswith(mine)],
+                lambda t: [t.pop(key) for key in list(t) if key.startswith(prefix)],
             ),
-            ("state of random numbers", lambda t: t.pop(mine + "random")),
-            ("state of random numbers", lambda t: t.update({mine + "random": torch.ones(7)})),
-            ("state of random numbers", lambda t: t[mine + "random"].fill_(1)),
-            ("state should be that of metrics", lambda t: t.pop(mine + "metrics/sums")),
+            ("state of random numbers", lambda t: t.pop(prefix + "random")),
+            ("state of random numbers", lambda t: t.update({prefix + "random": torch.ones(7)})),
+            ("state of random numbers", lambda t: t[prefix + "random"].fill_(1)),
+            ("state should be that of metrics", lambda t: t.pop(prefix + "metrics/sums")),
             (
                 "hold metrics with '.*sizes' of",
                 lambda t: t.update(
-                    {key: t[key][None] for key in t if key.startswith(mine) and "sizes" in key}
+                    {key: t[key][None] for key in t if key.startswith(prefix) and "sizes" in key}
                 ),
             ),
             (
                 "hold metrics with '.*' of",
-                lambda t: [t[key].sub_(1) for key in t if key.startswith(mine) and "sizes" in key],
+                lambda t: [
+                    t[key].sub_(1) for key in t if key.startswith(prefix) and "sizes" in key
+                ],
             ),
             (
                 "hold metrics with '.*updates' of",
                 lambda t: t.update(
-                    {key: torch.ones(3) for key in t if key.startswith(mine) and "updates" in key}
+                    {key: torch.ones(3) for key in t if key.startswith(prefix) and "updates" in key}
                 ),
             ),
         ]:
-            refused(told, lambda t, change=change: (t.clear(), t.update(_copied(saved)), change(t)))
+            refused(
+                message, lambda t, change=change: (t.clear(), t.update(_copied(saved)), change(t))
+            )
         change_tensors(folder / "1", lambda t: (t.clear(), t.update(_copied(saved))))
         position = load_training(folder, other.pipeline, metrics=other.metrics)
         assert position == {"step": 1}
 
 
 def change_tensors(folder: Path, change: Any) -> dict[str, Tensor]:
-    """Let one process write a checkpoint again, with other tensors; what there are now."""
+    """Let one process rewrite a checkpoint with changed tensors; return them."""
     saved = {
-        key: torch.zeros(each.size, dtype=each.properties.dtype)
-        for key, each in read_metadata(folder).state_dict_metadata.items()
+        key: torch.zeros(record.size, dtype=record.properties.dtype)
+        for key, record in read_metadata(folder).state_dict_metadata.items()
     }
     with mock.patch.object(dist, "is_initialized", lambda: False):
         load_checkpoint(folder, saved)
@@ -432,20 +437,20 @@ def change_tensors(folder: Path, change: Any) -> dict[str, Tensor]:
 
 
 def check_flipped_bits_of_values(rank: int, world_size: int) -> None:
-    """Of 200 in what is no tensor none is loaded in silence, and none loaded half."""
+    """Each of 200 flipped bits in the values is an error, and changes nothing."""
     run, other = new_run(world_size, "SGD"), new_run(world_size, "SGD", seed=5)
     before = other.everything()
     with rm.shared_folder() as name:
         folder = Path(name)
         save_training(folder, run.pipeline, position={"step": 1})
         (place,) = read_metadata(folder / "1").storage_data["values"]
-        whole = place.path.read_bytes()
+        content = place.path.read_bytes()
         dist.barrier()
         generator = random.Random(0)
         for count in range(200):
             bit = generator.randrange(8 * place.offset, 8 * (place.offset + place.length))
             if rank == 0:
-                flipped = bytearray(whole)
+                flipped = bytearray(content)
                 flipped[bit // 8] ^= 1 << bit % 8
                 place.path.write_bytes(flipped)
             dist.barrier()
@@ -458,15 +463,15 @@ def check_flipped_bits_of_values(rank: int, world_size: int) -> None:
 
 
 def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> None:
-    """With what differs, and before anything is changed."""
+    """The error says what differs, and nothing is changed."""
     batches = iter(rm.parts(rank, world_size))
     way = "RowWiseAdagrad"
     run = new_run(world_size, way)
     run.step(batches)
 
-    def refused(other: Run, told: str) -> None:
+    def refused(other: Run, message: str) -> None:
         before = other.everything()
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_training(folder, other.pipeline, metrics=other.metrics)
         rm.assert_same(other.everything(), before)
 
@@ -509,7 +514,7 @@ def check_a_checkpoint_of_another_run_is_refused(rank: int, world_size: int) -> 
 
 
 def check_metrics_start_anew(rank: int, world_size: int) -> None:
-    """Where none were saved."""
+    """Metrics that were not saved start from zero, with a warning."""
     run, other = new_run(world_size, "SGD"), new_run(world_size, "SGD")
     other.step(iter(rm.parts(rank, world_size)))
     expected = other.metrics.compute()
@@ -519,6 +524,6 @@ def check_metrics_start_anew(rank: int, world_size: int) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             load_training(folder, fresh.pipeline, metrics=other.metrics)
-        told = [str(each.message) for each in caught if each.filename == __file__]
-        assert len(told) == 1 and told[0].startswith("the metrics start anew")
+        messages = [str(warning.message) for warning in caught if warning.filename == __file__]
+        assert len(messages) == 1 and messages[0].startswith("the metrics start anew")
     assert other.metrics.compute() == expected

@@ -1,4 +1,4 @@
-"""Checks of what comes after a step: export, checkpoints, evaluation, other options."""
+"""Checks of export, checkpoints, evaluation and the pipeline's options."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def _training(
 def _logits(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
         _, (_, logits, _) = model(batch)
-    found: Tensor = logits
-    return found
+    student_logits: Tensor = logits
+    return student_logits
 
 
 def check_export(rank: int, world_size: int, sharding: str) -> None:
-    """Amid training: the bare student, with the sharded one's outputs, and nothing disturbed."""
+    """An export during training gives the sharded student's outputs, and disturbs nothing."""
     trainee, pipeline = _training(world_size, sharding)
     batches = iter(rm.parts(rank, world_size))
     for _ in range(3):
@@ -87,12 +87,12 @@ def check_export(rank: int, world_size: int, sharding: str) -> None:
         assert list(exported.state_dict()) == list(plain.state_dict())
         assert not any(module.training for module in exported.modules())
         rm.assert_same(rm.snapshot(exported.state_dict()), at_export)
-        found = [_logits(exported, batch) for batch in rm.parts(rank, world_size)]
-        rm.assert_near(found, expected)
+        actual = [_logits(exported, batch) for batch in rm.parts(rank, world_size)]
+        rm.assert_near(actual, expected)
 
 
 def check_export_in_pieces(rank: int, world_size: int, sharding: str) -> None:
-    """The memory of one copy on rank 0, and of a piece beside it and on the others."""
+    """An export needs memory for one copy on rank 0, and for a piece on every rank."""
     torch.manual_seed(0)
     rows = 2_001  # odd, and much more than the dense layers
     collection = EmbeddingBagCollection(
@@ -102,49 +102,51 @@ def check_export_in_pieces(rank: int, world_size: int, sharding: str) -> None:
         ]
     )
     student = DLRMTrain(DLRM(collection, NUM_DENSE, [6, rm.DIM], [5, len(rm.TASKS)]))
-    whole = rm.snapshot(student.state_dict())
-    size = sum(tensor.nbytes for (tensor,) in whole.values())
+    expected = rm.snapshot(student.state_dict())
+    size = sum(tensor.nbytes for (tensor,) in expected.values())
     model = rm.sharded(rm.wrapped(student, terms=TERMS), world_size, sharding=sharding).model
     with Costs() as costs, mock.patch.object(_gather, "PIECE_BYTES", size // 100):
         exported = export_student(model)
     assert costs.bytes - (size if rank == 0 else 0) < 0.1 * size
     if exported is not None:
-        rm.assert_same(rm.snapshot(exported.state_dict()), whole)
+        rm.assert_same(rm.snapshot(exported.state_dict()), expected)
 
 
 def check_gathered_dtensors(rank: int, world_size: int) -> None:
-    """Of torch and of TorchRec, whose placements call a table on one rank a replica on all."""
-    whole = torch.arange(70.0).view(7, 10).half()
+    """DTensors of torch, and of TorchRec, which marks a table on one rank as replicated."""
+    expected = torch.arange(70.0).view(7, 10).half()
     kinds = (Replicate(), Shard(0), Shard(1))
     meshes = [init_device_mesh(device().type, shape) for shape in ((world_size, 1), (world_size,))]
     for mesh in meshes:
         for placements in itertools.product(kinds, repeat=mesh.ndim):
-            _assert_gathered(distribute_tensor(whole.to(device()), mesh, placements), whole)
-        _assert_gathered(_torchrec_dtensor(whole, mesh, rank, [(world_size - 1, 0, 10)]), whole)
+            _assert_gathered(distribute_tensor(expected.to(device()), mesh, placements), expected)
+        _assert_gathered(
+            _torchrec_dtensor(expected, mesh, rank, [(world_size - 1, 0, 10)]), expected
+        )
         blocks = [(0, 0, 3), (world_size - 1, 3, 4), (0, 4, 10)]
-        _assert_gathered(_torchrec_dtensor(whole, mesh, rank, blocks), whole)
-    lacking = _torchrec_dtensor(whole, meshes[-1], rank, [(0, 0, 3)])
+        _assert_gathered(_torchrec_dtensor(expected, mesh, rank, blocks), expected)
+    uneven = _torchrec_dtensor(expected, meshes[-1], rank, [(0, 0, 3)])
     with pytest.raises(AssertionError):  # on every rank
-        _assert_gathered(lacking, whole)
+        _assert_gathered(uneven, expected)
 
 
 def _torchrec_dtensor(
-    whole: Tensor, mesh: DeviceMesh, rank: int, blocks: list[tuple[int, int, int]]
+    tensor: Tensor, mesh: DeviceMesh, rank: int, blocks: list[tuple[int, int, int]]
 ) -> DTensor:
-    """Column-wise: of a rank, the columns from the one to before the other."""
-    mine = [(start, end) for owner, start, end in blocks if owner == rank]
-    shards = [whole[:, start:end].contiguous().to(device()) for start, end in mine]
-    local = LocalShardsWrapper(shards, [(0, start) for start, _ in mine])
-    size = {"shape": whole.shape, "stride": whole.stride()}
+    """Return TorchRec's column-wise DTensor; ``blocks`` are (rank, first column, end)."""
+    columns = [(start, end) for owner, start, end in blocks if owner == rank]
+    shards = [tensor[:, start:end].contiguous().to(device()) for start, end in columns]
+    local = LocalShardsWrapper(shards, [(0, start) for start, _ in columns])
+    size = {"shape": tensor.shape, "stride": tensor.stride()}
     return DTensor.from_local(local, mesh, run_check=False, **size)
 
 
-def _assert_gathered(tensor: DTensor, whole: Tensor) -> None:
-    target = torch.empty_like(whole) if dist.get_rank() == 0 else None
+def _assert_gathered(tensor: DTensor, expected: Tensor) -> None:
+    target = torch.empty_like(expected) if dist.get_rank() == 0 else None
     with mock.patch.object(_gather, "PIECE_BYTES", 48):  # two rows of ten, or more of a shard
         _gather.gather_to_rank_0(tensor, target)
     if target is not None:
-        rm.assert_same(target, whole)
+        rm.assert_same(target, expected)
 
 
 def _logits_of_trainee_after(steps: int, rank: int, world_size: int, sharding: str) -> list[Tensor]:
@@ -162,7 +164,7 @@ def _evaluated(model: nn.Module, rank: int, world_size: int) -> list[Tensor]:
 
 
 def check_checkpoint(rank: int, world_size: int, sharding: str, other: str) -> None:
-    """A checkpoint of the student is one of the bare student, and the other way round."""
+    """Checkpoints of the wrapped and of the bare student are interchangeable."""
     trainee, pipeline = _training(world_size, sharding)
     rm.drained(pipeline, rm.parts(rank, world_size))
     model = pipeline.detach()
@@ -190,7 +192,7 @@ def _copied_through_disk(source: dict[str, Any], target: dict[str, Any]) -> None
 
 
 def check_resumed_training(rank: int, world_size: int) -> None:
-    """From a checkpoint of model and adapter, training goes on as if it had not stopped."""
+    """Training resumes from a checkpoint of model and adapter as if it had not stopped."""
     batches = rm.parts(rank, world_size)
     straight, pipeline = _training(world_size)
     expected = rm.drained(pipeline, batches)
@@ -210,8 +212,8 @@ def check_resumed_training(rank: int, world_size: int) -> None:
 
 
 def _zeros() -> dict[str, Tensor]:
-    whole = rm.wrapped(terms=TERMS).state_dict()
-    return {key: torch.zeros_like(value) for key, value in whole.items()}
+    state = rm.wrapped(terms=TERMS).state_dict()
+    return {key: torch.zeros_like(value) for key, value in state.items()}
 
 
 def check_student(rank: int, world_size: int, name: str) -> None:
@@ -239,7 +241,7 @@ def check_student(rank: int, world_size: int, name: str) -> None:
 
 
 def _may_rest(key: str) -> bool:
-    """Whether a parameter may see no gradient: what follows a ReLU that is shut."""
+    """Return whether a parameter may get no gradient, as behind a ReLU that is shut."""
     return key.endswith("bias")
 
 
@@ -323,7 +325,7 @@ def _evaluated_by_pipeline(trainee: rm.Trainee, batches: list[Any]) -> list[Tens
 
 
 def check_evaluation_in_the_pipeline(rank: int, world_size: int) -> None:
-    """Batches that pass while the model is in evaluation leave nothing in the training."""
+    """Batches that pass in evaluation mode leave no trace in the training."""
     batches = rm.parts(rank, world_size)
     trained_on = [*batches[:2], *batches[4:]]
     undisturbed, pipeline = _training(world_size)
@@ -344,7 +346,7 @@ def check_evaluation_in_the_pipeline(rank: int, world_size: int) -> None:
 
 
 def check_sharded_student_is_refused(rank: int, world_size: int) -> None:
-    """A wrapper around tables that are sharded already."""
+    """A wrapper around tables that are already sharded is refused."""
     student = students()["dlrm"]
     trainee = rm.sharded(student.factory(), world_size)
     with pytest.raises(ValueError, match="before DistributedModelParallel"):

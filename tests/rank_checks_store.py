@@ -55,7 +55,7 @@ TRAINED_THROUGH = START - 1
 
 
 def data(steps: int = STEPS) -> list[rm.Columns]:
-    """Batches of all ranks, with ids above 2^53, times, and each teacher there for all tasks."""
+    """Return global batches with ids above 2^53 and times; a teacher has all tasks or none."""
     batches = []
     for step, batch in enumerate(rm.global_data(steps)):
         rows = torch.arange(rm.GLOBAL_SIZE) + step * rm.GLOBAL_SIZE
@@ -83,7 +83,7 @@ def parts(rank: int, world_size: int) -> list[rm.Columns]:
 
 
 def new_store(folder: Path, **options: Any) -> TeacherStore:
-    """The same for all ranks, made by the first."""
+    """Create a store on rank 0, and open it on every rank."""
     if dist.get_rank() == 0:
         options = {
             "tasks": task_names(),
@@ -100,16 +100,16 @@ def task_names() -> tuple[str, ...]:
 
 
 def fill(store: TeacherStore) -> None:
-    """What the columns say, teacher by teacher, written by the first rank."""
+    """Write the outputs of the columns on rank 0, teacher by teacher."""
     if dist.get_rank() == 0:
         for k, teacher in enumerate(rm.TEACHERS):
             for batch in data():
-                there = batch.presence[:, k].all(-1)
+                presence = batch.presence[:, k].all(-1)
                 store.write(
                     Snapshot(teacher, 3, TRAINED_THROUGH),
-                    batch.example_ids[there],
-                    batch.values[there, k],
-                    batch.event_seconds[there],
+                    batch.example_ids[presence],
+                    batch.values[presence, k],
+                    batch.event_seconds[presence],
                 )
     dist.barrier()
 
@@ -123,7 +123,7 @@ def trained(world_size: int, batches: list[rm.Columns], **options: Any) -> Any:
 
 
 def check_store_equals_columns(rank: int, world_size: int) -> None:
-    """Looked up, the outputs teach what they teach as columns of the batches: to the bit."""
+    """Looked-up outputs teach the same as columns of the batches, to the bit."""
     batches = parts(rank, world_size)
     columns = trained(world_size, batches, teacher=rm.logged)
     with rm.shared_folder() as name:
@@ -131,21 +131,21 @@ def check_store_equals_columns(rank: int, world_size: int) -> None:
         fill(store)
         lookup = TeacherLookup(store, rm.TEACHERS)
         for batch in batches:
-            found, expected = lookup(batch), rm.logged(batch)
-            assert torch.equal(found.values, expected.values)
-            assert torch.equal(found.presence, expected.presence)
+            outputs, expected = lookup(batch), rm.logged(batch)
+            assert torch.equal(outputs.values, expected.values)
+            assert torch.equal(outputs.presence, expected.presence)
             here = expected.presence.any(-1)
-            assert found.age_seconds is not None and expected.age_seconds is not None
-            assert torch.equal(found.age_seconds[here], expected.age_seconds[here])
+            assert outputs.age_seconds is not None and expected.age_seconds is not None
+            assert torch.equal(outputs.age_seconds[here], expected.age_seconds[here])
         rm.assert_same(trained(world_size, batches, teacher=lookup), columns)
         for option in ("enable_inplace_copy_batch", "enqueue_batch_after_forward"):
-            again = trained(world_size, batches, teacher=lookup, **{option: True})
-            rm.assert_same(again, columns)
+            looked_up = trained(world_size, batches, teacher=lookup, **{option: True})
+            rm.assert_same(looked_up, columns)
         rm.assert_same(trained(world_size, batches, teacher=lookup, trace=False), columns)
 
 
 def check_ranks_of_a_host_share_its_windows(rank: int, world_size: int) -> None:
-    """Mapped by all ranks, as torchrun's environment has it, outputs teach what columns teach."""
+    """Windows mapped by all ranks of a host, as under torchrun, teach the same as columns."""
     batches = parts(rank, world_size)
     columns = trained(world_size, batches, teacher=rm.logged)
     with rm.shared_folder() as name, pytest.MonkeyPatch.context() as patch:
@@ -165,7 +165,7 @@ def check_ranks_of_a_host_share_its_windows(rank: int, world_size: int) -> None:
 
 
 def check_store_with_evaluation_between(rank: int, world_size: int) -> None:
-    """Batches loaded in evaluation and trained on, and the other way round."""
+    """Batches may be loaded in evaluation and trained on, and the other way round."""
     batches = parts(rank, world_size)
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
@@ -174,26 +174,26 @@ def check_store_with_evaluation_between(rank: int, world_size: int) -> None:
         for teacher in (rm.logged, TeacherLookup(store, rm.TEACHERS)):
             trainee = rm.sharded(rm.wrapped(), world_size)
             pipeline = rm.pipeline_of(trainee, teacher=teacher)
-            iterator, kept = iter(batches), []
+            iterator, steps = iter(batches), []
             for step in range(STEPS):
                 trainee.model.train(step not in (1, 2, 4))
                 with torch.set_grad_enabled(trainee.model.training):
                     if teacher is rm.logged and trainee.model.training:
                         _attach_columns(pipeline)
-                    kept.append([value.clone() for value in pipeline.progress(iterator)])
-            outputs[teacher is rm.logged] = kept, rm.snapshot(trainee.model.state_dict())
+                    steps.append([value.clone() for value in pipeline.progress(iterator)])
+            outputs[teacher is rm.logged] = steps, rm.snapshot(trainee.model.state_dict())
         rm.assert_same(outputs[False], outputs[True])
 
 
 def _attach_columns(pipeline: TrainPipelineExFM) -> None:
-    """What a batch that was loaded in evaluation lacks."""
+    """Attach the outputs that a batch loaded in evaluation lacks."""
     if pipeline.batches and not isinstance(pipeline.batches[0], ExFMBatch):
         batch = pipeline.batches[0]
         pipeline.batches[0] = ExFMBatch(batch, rm.logged(batch))
 
 
 def check_a_failing_store_ends_training(rank: int, world_size: int) -> None:
-    """With a sentence that names the file, on every rank, and not with a hang."""
+    """A failing store is an error on every rank that names the file, and no hang."""
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
         fill(store)
@@ -212,7 +212,7 @@ FAILURES = ("gone", "damaged", "function")
 
 
 def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure: str) -> None:
-    """Masked, failures leave the student's own training to the bit, and are told and counted."""
+    """Masked failures leave the student's training equal to the bit, and are counted."""
     batches = parts(rank, world_size)
     bare = rm.sharded(rm.two_task_student(), world_size)
     plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
@@ -224,8 +224,8 @@ def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             outputs = rm.drained(pipeline, batches)
-        told = [str(w.message) for w in caught if "training goes on without" in str(w.message)]
-        assert len(told) == 1 and pipeline.teacher_failures == STEPS
+        messages = [str(w.message) for w in caught if "training goes on without" in str(w.message)]
+        assert len(messages) == 1 and pipeline.teacher_failures == STEPS
         state = rm.snapshot(student_state_dict(trainee.model))
         rm.assert_same((outputs, state), expected)
         with pytest.raises((StoreError, RuntimeError, ConnectionError)):
@@ -235,7 +235,7 @@ def check_training_goes_on_without_a_teacher(rank: int, world_size: int, failure
 
 
 def failing(folder: Path, failure: str, rank: int) -> Any:
-    """A teacher that can't be had."""
+    """Return a teacher whose outputs can't be read."""
     if failure == "function":
         return mock.Mock(side_effect=ConnectionError("no route"), spec=rm.logged)
     store = new_store(folder)
@@ -251,7 +251,7 @@ def failing(folder: Path, failure: str, rank: int) -> Any:
 
 
 def check_a_teacher_that_fails_now_and_then(rank: int, world_size: int) -> None:
-    """On one rank alone: as if the outputs of those batches had been absent there."""
+    """Failures on one rank alone equal absent outputs of those batches there."""
     batches = parts(rank, world_size)
     fails = [rank == 0 and step in (1, 2, 4) for step in range(STEPS)]
 
@@ -276,7 +276,7 @@ def check_a_teacher_that_fails_now_and_then(rank: int, world_size: int) -> None:
 
 
 def check_a_failed_teacher_is_left_alone_for_a_while(rank: int, world_size: int) -> None:
-    """It is asked once in that time, not at every batch."""
+    """A failed teacher is asked once in that time, not at every batch."""
     teacher = mock.Mock(side_effect=ConnectionError("no route"), spec=rm.logged)
     trainee = rm.sharded(rm.wrapped(), world_size)
     pipeline = rm.pipeline_of(trainee, teacher=teacher, on_teacher_error="mask")
@@ -296,8 +296,8 @@ def check_a_failed_teacher_is_left_alone_for_a_while(rank: int, world_size: int)
             rm.pipeline_of(trainee, **options)
 
 
-def whole() -> rm.Columns:
-    """All examples of the data as one batch, each feature with one id."""
+def all_examples() -> rm.Columns:
+    """Return all examples as one batch, with one id per feature."""
     batches = data()
     columns = {
         name: torch.cat([batch.columns[name] for batch in batches])
@@ -308,8 +308,8 @@ def whole() -> rm.Columns:
     return rm.Columns(**columns, sparse=ids)
 
 
-def taken(examples: rm.Columns, rows: Tensor) -> rm.Columns:
-    """The teacher's batch of some examples."""
+def batch_of(examples: rm.Columns, rows: Tensor) -> rm.Columns:
+    """Return the teacher's batch of some examples."""
     columns = {name: column[rows] for name, column in examples.columns.items()}
     sparse = columns.pop("sparse")
     names = [f"f{i}" for i in range(rm.NUM_TABLES)]
@@ -322,11 +322,11 @@ LENGTHS = (3, 40, 1, 17, 35)  # of shards, which lie in windows of 20 examples
 
 
 def shards_of(examples: rm.Columns, lengths: Sequence[int] = LENGTHS) -> list[Shard]:
-    """The examples in shards of so many, by their number, in batches of 5."""
+    """Return the examples as numbered shards of given lengths, in batches of 5."""
 
     def shard(number: int, rows: Tensor) -> Shard:
         def batches() -> Iterator[rm.Columns]:
-            return (taken(examples, part) for part in rows.split(5))
+            return (batch_of(examples, part) for part in rows.split(5))
 
         return Shard(f"{number}", batches, int(examples.event_seconds[rows[0]]))
 
@@ -339,7 +339,7 @@ def keys_of(batch: rm.Columns) -> dict[str, Tensor]:
 
 
 def assert_keys(store: TeacherStore, examples: Sequence[rm.Columns]) -> None:
-    """Those that are stored, of each example once, are its own."""
+    """Require one row per example, with the example's own keys."""
     names = ["user_id", "category_id", "item_id"]
     store.refresh()
     parts = [store.read("a", window, keys=names)[0] for window in store.windows("a")]
@@ -359,7 +359,7 @@ def never_opened(shards: list[Shard]) -> list[Shard]:
 
 
 def stored(store: TeacherStore, teacher: str) -> dict[int, list[float]]:
-    """The outputs by id; each id once."""
+    """Return the stored outputs by id, and require each id once."""
     store.refresh()
     parts = [store.read(teacher, window)[0] for window in store.windows(teacher)]
     ids = np.concatenate([part.example_id for part in parts]).tolist()
@@ -371,10 +371,10 @@ def teacher_model(world_size: int, seed: int) -> nn.Module:
     return rm.sharded(rm.two_task_student(seed), world_size, sharding="mixed").model
 
 
-def said_by(seed: int, examples: rm.Columns) -> dict[int, list[float]]:
-    """What a teacher says of all examples, without ranks, pipeline or store."""
+def expected_outputs(seed: int, examples: rm.Columns) -> dict[int, list[float]]:
+    """Return a teacher's outputs of all examples, without ranks, pipeline or store."""
     model = rm.two_task_student(seed).to(device())
-    batch = taken(examples, torch.arange(len(examples.labels))).to(device())
+    batch = batch_of(examples, torch.arange(len(examples.labels))).to(device())
     with torch.no_grad():
         logits = model(batch)[1][1]
     return dict(zip(examples.example_ids.tolist(), logits.cpu().tolist(), strict=True))
@@ -387,45 +387,49 @@ def assert_near(actual: dict[int, list[float]], expected: dict[int, list[float]]
 
 
 def check_each_example_is_scored_once(rank: int, world_size: int) -> None:
-    """Whatever the shards, on ranks of which one has most, or all; then there is nothing to do."""
-    examples = whole()
+    """Each example is scored once, however shards lie on ranks; a second run does nothing."""
+    examples = all_examples()
     n = len(examples.labels)
     shards = shards_of(examples)
     model = teacher_model(world_size, seed=4)
     rows = []
     model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].labels)))
     options: Any = {"device": device(), "shard_rows": 7, "progress": False, "keys": keys_of}
-    for mine in shards[rank:], shards if rank == world_size - 1 else []:
+    for rank_shards in shards[rank:], shards if rank == world_size - 1 else []:
         with rm.shared_folder() as name:
             store = new_store(Path(name) / "store")
             snapshot = Snapshot("a", 1, TRAINED_THROUGH)
             rows.clear()
             model.train()
-            report = score(model, store, iter(mine), snapshot, **options)
+            report = score(model, store, iter(rank_shards), snapshot, **options)
             assert model.training
             assert report.scored == n
-            given = [sum(rows), sum(LENGTHS[int(shard.name)] for shard in mine)]
-            total = torch.tensor(given, device=device())
+            counts = [sum(rows), sum(LENGTHS[int(shard.name)] for shard in rank_shards)]
+            total = torch.tensor(counts, device=device())
             dist.all_reduce(total)
             assert total[0] == total[1] + report.fillers
             assert (report.fillers > 0) == (world_size > 1)
-            assert_near(stored(store, "a"), said_by(4, examples))
+            assert_near(stored(store, "a"), expected_outputs(4, examples))
             assert_keys(store, [examples])
 
-            again = score(model, store, never_opened(mine), snapshot, **options)
-            assert (again.skipped, again.shards, again.fillers) == (total_of(mine), 0, 0)
-            assert again.scored == again.stored_before == 0
+            repeated = score(model, store, never_opened(rank_shards), snapshot, **options)
+            assert (repeated.skipped, repeated.shards, repeated.fillers) == (
+                total_shards(rank_shards),
+                0,
+                0,
+            )
+            assert repeated.scored == repeated.stored_before == 0
 
 
-def total_of(mine: Sequence[Any]) -> int:
-    """On all ranks."""
-    return sum(gather_from_ranks(len(mine)))
+def total_shards(rank_shards: Sequence[Any]) -> int:
+    """Return the number of shards on all ranks."""
+    return sum(gather_from_ranks(len(rank_shards)))
 
 
 def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> None:
-    """Given up as their file was lost, or forgotten: those alone go through the teacher."""
-    examples = whole()
-    mine = shards_of(examples)[rank::world_size]
+    """Rows that were given up or forgotten, and only those, are scored again."""
+    examples = all_examples()
+    rank_shards = shards_of(examples)[rank::world_size]
     model = teacher_model(world_size, seed=4)
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
@@ -434,12 +438,12 @@ def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> Non
 
         def scored(shards: list[Shard]) -> ScoringReport:
             report = score(model, store, shards, snapshot, keys=keys_of, **options)
-            assert_near(stored(store, "a"), said_by(4, examples))
+            assert_near(stored(store, "a"), expected_outputs(4, examples))
             assert_keys(store, [examples])
             dist.barrier()  # rank 0 changes the store next, which the others still read
             return report
 
-        scored(mine)
+        scored(rank_shards)
 
         def lose() -> int:
             file = store.files("a", store.windows("a")[1])[0]
@@ -448,19 +452,19 @@ def check_rows_that_are_gone_are_scored_again(rank: int, world_size: int) -> Non
             return file.rows or 0
 
         lost = on_rank_0(lose)
-        report = scored(mine)
+        report = scored(rank_shards)
         assert (report.scored, report.shards, report.skipped) == (lost, 1, len(LENGTHS) - 1)
         assert len(examples.labels) - 2 * 7 < report.scored + report.stored_before
-        assert scored(never_opened(mine)).skipped == len(LENGTHS)
+        assert scored(never_opened(rank_shards)).skipped == len(LENGTHS)
         on_rank_0(lambda: forget(store, "a", versions=[1]))
-        assert scored(mine).scored == len(examples.labels)
+        assert scored(rank_shards).scored == len(examples.labels)
         on_rank_0(lambda: forget(store, "a", versions=[7]))  # which it does not have
-        assert scored(mine).scored == 0
+        assert scored(rank_shards).scored == 0
 
 
 def check_a_shard_that_two_ranks_have(rank: int, world_size: int) -> None:
-    """Both score it, and its rows are there once."""
-    examples = whole()
+    """Two ranks score the same shard, and its rows are stored once."""
+    examples = all_examples()
     model = teacher_model(world_size, seed=4)
     options: Any = {"device": device(), "shard_rows": 7, "progress": False}
     with rm.shared_folder() as name:
@@ -469,12 +473,12 @@ def check_a_shard_that_two_ranks_have(rank: int, world_size: int) -> None:
         report = score(model, store, shards_of(examples), snapshot, **options)
         assert report.scored == len(examples.labels)
         assert report.stored_before == (world_size - 1) * report.scored
-        assert_near(stored(store, "a"), said_by(4, examples))
+        assert_near(stored(store, "a"), expected_outputs(4, examples))
 
 
 def check_scores_are_those_of_the_batches(rank: int, world_size: int) -> None:
-    """To the bit what the teacher says of the same batches, without pipeline, shards and store."""
-    examples = whole()
+    """Scores equal the teacher's outputs of the same batches, to the bit."""
+    examples = all_examples()
     model = teacher_model(world_size, seed=4)
     (shard,) = shards_of(examples, [len(examples.labels)])  # the same for all ranks
 
@@ -488,9 +492,10 @@ def check_scores_are_those_of_the_batches(rank: int, world_size: int) -> None:
         snapshot = Snapshot("a", 1, TRAINED_THROUGH)
         options: Any = {"device": device(), "shard_rows": 7, "progress": False}
         score(model, store, [replace(shard, batches=aligned)], snapshot, **options)
-        said = stored(store, "a")
+        outputs_by_id = stored(store, "a")
         assert torch.equal(
-            torch.tensor([said[id_] for id_ in examples.example_ids.tolist()]), expected.cpu()
+            torch.tensor([outputs_by_id[id_] for id_ in examples.example_ids.tolist()]),
+            expected.cpu(),
         )
 
 
@@ -498,54 +503,54 @@ WIDTH = 5  # of the layer before the logits
 
 
 def hidden_layer(model: nn.Module) -> nn.Module:
-    """Which the model's forward does not return."""
+    """Return a layer whose output the model's forward does not return."""
     return next(m for name, m in model.named_modules() if name.endswith("over_arch.model.0"))
 
 
 def embeddings_of(store: TeacherStore, examples: rm.Columns) -> dict[int, list[float]]:
-    """Those that are stored, of all examples."""
-    found = TeacherLookup(store, "a", embeddings=True, max_windows=100)(examples)
-    assert found.embeddings is not None and found.embedding_presence is not None
-    assert found.embedding_presence.all()
-    return dict(zip(examples.example_ids.tolist(), found.embeddings[:, 0].tolist(), strict=True))
+    """Return the stored embeddings of all examples by id."""
+    outputs = TeacherLookup(store, "a", embeddings=True, max_windows=100)(examples)
+    assert outputs.embeddings is not None and outputs.embedding_presence is not None
+    assert outputs.embedding_presence.all()
+    return dict(zip(examples.example_ids.tolist(), outputs.embeddings[:, 0].tolist(), strict=True))
 
 
 def check_embeddings_are_scored(rank: int, world_size: int, resolution: str) -> None:
-    """From a hook: as a model on no ranks has them."""
-    examples = whole()
+    """Embeddings from a hook equal those of an unsharded model."""
+    examples = all_examples()
     model, bare = teacher_model(world_size, seed=4), rm.two_task_student(4).to(device())
-    kept: list[Tensor] = []
-    for each in (model, bare):
-        hidden_layer(each).register_forward_hook(lambda *call: kept.append(call[-1]))
+    hidden_outputs: list[Tensor] = []
+    for teacher in (model, bare):
+        hidden_layer(teacher).register_forward_hook(lambda *call: hidden_outputs.append(call[-1]))
     options: Any = {"device": device(), "shard_rows": 7, "progress": False}
-    mine = shards_of(examples)[rank::world_size]
+    rank_shards = shards_of(examples)[rank::world_size]
     with rm.shared_folder() as name:
-        of_embeddings = {"embedding_width": WIDTH, "embedding_resolution": resolution}
-        store = new_store(Path(name) / "store", **of_embeddings)
+        embedding_options = {"embedding_width": WIDTH, "embedding_resolution": resolution}
+        store = new_store(Path(name) / "store", **embedding_options)
         snapshot = Snapshot("a", 1, TRAINED_THROUGH)
-        embeddings = {"embeddings": lambda output: kept.pop()}
-        score(model, store, mine, snapshot, **embeddings, **options)
-        assert not kept
-        assert_near(stored(store, "a"), said_by(4, examples))
+        embeddings = {"embeddings": lambda output: hidden_outputs.pop()}
+        score(model, store, rank_shards, snapshot, **embeddings, **options)
+        assert not hidden_outputs
+        assert_near(stored(store, "a"), expected_outputs(4, examples))
         rows = torch.arange(len(examples.labels))
         with torch.no_grad():
-            bare(taken(examples, rows).to(device()))
-        (hidden,) = kept
-        found = torch.tensor(list(embeddings_of(store, examples).values()))
+            bare(batch_of(examples, rows).to(device()))
+        (hidden,) = hidden_outputs
+        stored_embeddings = torch.tensor(list(embeddings_of(store, examples).values()))
         # half of the last bit of float16, half a step of int8; and what ranks differ by, as above
         size = hidden.cpu().abs()
         largest = size.amax(1, keepdim=True)
         bound = size * 2.0**-11 + 2.0**-25 if resolution == "float16" else largest / 254
-        assert ((found - hidden.cpu()).abs() <= bound + 1e-5 * largest + 1e-6).all()
+        assert ((stored_embeddings - hidden.cpu()).abs() <= bound + 1e-5 * largest + 1e-6).all()
         wrong = {"embeddings": lambda output: output[1]}  # of the tasks' width
         other = Snapshot("a", 2, TRAINED_THROUGH)
         with pytest.raises(ValueError, match=r"embeddings should be of shape \(\d, 5\) .*, 2\)"):
-            score(model, store, mine, other, **wrong, **options)
+            score(model, store, rank_shards, other, **wrong, **options)
 
 
 def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
-    """What is wrong with the only shard, of the last rank, stops all, and they say which it was."""
-    examples = whole()
+    """An error in the last rank's only shard stops all ranks, and names that rank."""
+    examples = all_examples()
     last = rank == world_size - 1
     model = teacher_model(world_size, seed=4)
     shards = shards_of(examples)
@@ -553,20 +558,20 @@ def check_wrong_scoring_is_refused(rank: int, world_size: int) -> None:
     snapshot = Snapshot("a", 1, TRAINED_THROUGH)
 
     def torn() -> Iterator[rm.Columns]:
-        yield taken(examples, torch.arange(5))
+        yield batch_of(examples, torch.arange(5))
         raise OSError("the file is torn")
 
     def refused(
         error: type[Exception],
         match: str,
-        of_last: Shard,
+        last_shard: Shard,
         teacher: str | Snapshot = "a",
         keys: Callable[[rm.Columns], Any] | None = None,
     ) -> None:
-        mine = [of_last] if last else []
+        rank_shards = [last_shard] if last else []
         elsewhere = rf"^rank {world_size - 1} stopped, and all ranks with it: .*{match}"
         with pytest.raises(error if last else RuntimeError, match=match if last else elsewhere):
-            score(model, store, mine, teacher, device=device(), keys=keys, progress=False)
+            score(model, store, rank_shards, teacher, device=device(), keys=keys, progress=False)
 
     def some_without(batch: rm.Columns) -> dict[str, Tensor]:
         names = ("user_id", "item_id") if batch.example_ids[0] == examples.example_ids[0] else ()
@@ -596,11 +601,11 @@ def stored_nothing(store: TeacherStore) -> bool:
 
 
 def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> None:
-    """Of published snapshots, each shard is scored by the newest that has not seen it.
+    """Each shard is scored by the newest published snapshot that does not leak.
 
-    One rank has nothing for the first of them.
+    One rank has no shard for the first snapshot.
     """
-    examples = whole()
+    examples = all_examples()
     middle = int(examples.event_seconds[len(examples.labels) // 2]) // WINDOW * WINDOW
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
@@ -609,17 +614,19 @@ def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> 
             made = publish(store, "a", model, trained_through_seconds=seconds)
             assert made == Snapshot("a", seed - 3, seconds)
         dist.barrier()
-        assert [each.version for each in published(store, "a")] == [1, 2, 3]
+        assert [snapshot.version for snapshot in published(store, "a")] == [1, 2, 3]
         assert newest_snapshot(store, "a") == Snapshot("a", 3, middle + 10**6)
         assert newest_snapshot(store, "a", before_seconds=middle) == Snapshot("a", 2, middle - 1)
         model = teacher_model(world_size, seed=9)
-        mine = shards_of(examples, (40, 8, 48))[rank::world_size]
-        report = score(model, store, mine, "a", device=device(), progress=False)
+        rank_shards = shards_of(examples, (40, 8, 48))[rank::world_size]
+        report = score(model, store, rank_shards, "a", device=device(), progress=False)
         assert (report.shards, report.scored) == (3, len(examples.labels))
-        again = score(model, store, never_opened(mine), "a", device=device(), progress=False)
-        assert (again.shards, again.skipped) == (0, 3)
-        expected = said_by(4, examples)
-        newer = said_by(5, examples)
+        repeated = score(
+            model, store, never_opened(rank_shards), "a", device=device(), progress=False
+        )
+        assert (repeated.shards, repeated.skipped) == (0, 3)
+        expected = expected_outputs(4, examples)
+        newer = expected_outputs(5, examples)
         for key, seconds in zip(
             examples.example_ids.tolist(), examples.event_seconds.tolist(), strict=True
         ):
@@ -633,7 +640,7 @@ def check_the_newest_snapshot_that_does_not_leak(rank: int, world_size: int) -> 
 
 
 def check_logging_the_training_forward(rank: int, world_size: int) -> None:
-    """What training says of each example before it learns from it, and no extra pass."""
+    """Logged outputs are the training forward's before the update, without an extra pass."""
     batches = parts(rank, world_size)
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store")
@@ -649,39 +656,41 @@ def check_logging_the_training_forward(rank: int, world_size: int) -> None:
         dist.barrier()
         logits = torch.cat([logits for _, logits, _ in outputs]).cpu()
         ids = torch.cat([batch.example_ids for batch in batches])
-        found = stored(store, "a")
-        assert len(found) == STEPS * rm.GLOBAL_SIZE
-        assert [found[key] for key in ids.tolist()] == logits.tolist()
+        outputs_by_id = stored(store, "a")
+        assert len(outputs_by_id) == STEPS * rm.GLOBAL_SIZE
+        assert [outputs_by_id[key] for key in ids.tolist()] == logits.tolist()
         assert_keys(store, data())
         for window in store.windows("a"):
             rows, _ = store.read("a", window)
             assert rows.logged.all() and not rows.age_seconds.any()
 
         trainee.model.eval()
-        again = rm.sharded(rm.two_task_student(7), world_size)
-        other: Any = TrainPipelineSparseDist(again.model, again.optimizer, device())
+        restarted = rm.sharded(rm.two_task_student(7), world_size)
+        other: Any = TrainPipelineSparseDist(restarted.model, restarted.optimizer, device())
         with TeacherLogger(store, "a") as logger:
-            logger.attach(again.model)
+            logger.attach(restarted.model)
             rm.drained(other, batches)
         assert logger.written == 0 and logger.logged_before == len(ids)
         dist.barrier()
-        assert stored(store, "a") == found
+        assert stored(store, "a") == outputs_by_id
 
 
 def check_embeddings_are_logged(rank: int, world_size: int) -> None:
-    """Those that the training forward has had, to the bit of float16."""
+    """Logged embeddings are the training forward's, to the bit of float16."""
     batches = parts(rank, world_size)
     with rm.shared_folder() as name:
         store = new_store(Path(name) / "store", embedding_width=WIDTH)
         trainee = rm.sharded(rm.two_task_student(), world_size)
-        kept: list[Tensor] = []
-        hidden_layer(trainee.model).register_forward_hook(lambda *call: kept.append(call[-1]))
+        hidden_outputs: list[Tensor] = []
+        hidden_layer(trainee.model).register_forward_hook(
+            lambda *call: hidden_outputs.append(call[-1])
+        )
         pipeline: Any = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
-        with TeacherLogger(store, "a", embeddings=lambda output: kept[-1]) as logger:
+        with TeacherLogger(store, "a", embeddings=lambda output: hidden_outputs[-1]) as logger:
             logger.attach(trainee.model)
             rm.drained(pipeline, batches)
         dist.barrier()
-        assert len(kept) == STEPS
-        for batch, hidden in zip(batches, kept, strict=True):
-            found = torch.tensor(list(embeddings_of(store, batch).values()))
-            assert torch.equal(found, hidden.detach().cpu().half().float())
+        assert len(hidden_outputs) == STEPS
+        for batch, hidden in zip(batches, hidden_outputs, strict=True):
+            stored_embeddings = torch.tensor(list(embeddings_of(store, batch).values()))
+            assert torch.equal(stored_embeddings, hidden.detach().cpu().half().float())

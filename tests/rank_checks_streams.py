@@ -43,7 +43,7 @@ Teacher = Callable[[Any], TeacherOutputs]
 
 
 class LookUp:
-    """Finds outputs on a thread of its own."""
+    """Looks up outputs on a thread of its own."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
@@ -54,7 +54,7 @@ class LookUp:
 
 
 def failing(teacher: Teacher) -> Teacher:
-    """A teacher that fails at every other batch."""
+    """Let a teacher fail at every other batch."""
     asked = 0
 
     def answer(batch: Any) -> TeacherOutputs:
@@ -68,7 +68,7 @@ def failing(teacher: Teacher) -> Teacher:
 
 
 def live_teacher(simulation: Simulation) -> LiveTeacher:
-    """A model on the device that answers for both teachers."""
+    """Return a model on the device that serves as both teachers."""
     model = rm.two_task_student(seed=5)
     simulation.adopt(model)
 
@@ -79,13 +79,13 @@ def live_teacher(simulation: Simulation) -> LiveTeacher:
 
 
 def pipeline_class(base: str) -> type[Any]:
-    """The mixin over one of TorchRec's pipelines."""
+    """Return the mixin over one of TorchRec's pipelines."""
     return type(f"ExFM{base}", (exfm_pipeline.ExFMSteps, getattr(train_pipelines, base)), {})
 
 
 @contextlib.contextmanager
 def exfm_set_up() -> Iterator[None]:
-    """One rank runs the collectives of several; a teacher that failed is asked at once again."""
+    """Let one rank run the collectives of several, and retry a failed teacher at once."""
 
     def every_rank(model: nn.Module) -> Any:
         return dist.group.WORLD
@@ -116,7 +116,7 @@ def train(
     simulation: Simulation | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """What ``progress`` returns over the epochs; in a simulation the loader pins its batches."""
+    """Return the outputs of all epochs; in a simulation the loader pins its batches."""
     if simulation is not None:
         simulation.name_streams(pipeline)
         simulation.findings.clear()  # those of the set-up
@@ -134,23 +134,29 @@ def train(
 
 
 def assert_nothing_found(simulation: Simulation, base: str = CONTROL) -> None:
-    """No race, no memory freed too early, no copy that the host waits for, no added wait."""
-    found = simulation.found("race", "pageable", "untold")
+    """Require no race, no memory freed too early, no copy that waits, no added wait."""
+    findings = simulation.findings_of("race", "pageable", "untold")
     if base == "TrainPipelineFusedSparseDist":
-        # it looks up on a stream that it does not name for what it looked up
-        found = [each for each in found if each.kind != "untold" or _is_ours(each)]
+        # it looks up on a stream, and does not call record_stream for the result
+        findings = [
+            finding for finding in findings if finding.kind != "untold" or _is_ours(finding)
+        ]
     # it looks for probabilities at batches 1, 2, 4, 8, ...
-    added = [each for each in simulation.found("wait", "mixed", "literal") if _is_ours(each)]
-    found += [each for each in added if each.step & (each.step - 1)]
-    assert not found, "\n".join(map(str, [len(found), *found]))
+    added = [
+        finding
+        for finding in simulation.findings_of("wait", "mixed", "literal")
+        if _is_ours(finding)
+    ]
+    findings += [finding for finding in added if finding.step & (finding.step - 1)]
+    assert not findings, "\n".join(map(str, [len(findings), *findings]))
 
 
 def _is_ours(finding: Finding) -> bool:
-    return "torchrec_exfm/" in finding.place or "torchrec_exfm/" in finding.what
+    return "torchrec_exfm/" in finding.place or "torchrec_exfm/" in finding.description
 
 
 def check_torchrecs_own(rank: int, world_size: int, base: str, is_sharded: bool) -> None:
-    """TorchRec's own pipelines, the control: nothing is found but the reads that they make."""
+    """TorchRec's own pipelines, the control: no finding except their own reads of values."""
     trainee = trainee_of(rm.two_task_student(), is_sharded=is_sharded)
     with simulated() as simulation:
         simulation.adopt(trainee.model)
@@ -158,9 +164,13 @@ def check_torchrecs_own(rank: int, world_size: int, base: str, is_sharded: bool)
         pipeline = kind(trainee.model, trainee.optimizer, DEVICE)
         train(pipeline, batches_of(), simulation)
         assert_nothing_found(simulation, base)
-    waits = [each for each in simulation.found("wait") if each.what != "synchronize"]
-    assert all(each.place.startswith(WAITING_FILES) for each in waits), waits
-    synchronizes = len(simulation.found("wait")) > len(waits)
+    waits = [
+        finding
+        for finding in simulation.findings_of("wait")
+        if finding.description != "synchronize"
+    ]
+    assert all(finding.place.startswith(WAITING_FILES) for finding in waits), waits
+    synchronizes = len(simulation.findings_of("wait")) > len(waits)
     assert synchronizes == (base == "TrainPipelineSemiSync")
     distributes_ahead = (
         is_sharded and base != "TrainPipelineBase"
@@ -171,7 +181,7 @@ def check_torchrecs_own(rank: int, world_size: int, base: str, is_sharded: bool)
 def check_exfm(
     rank: int, world_size: int, source: str, terms: str, model: str, extra: str = ""
 ) -> None:
-    """The product's pipeline adds nothing to what the control has.
+    """The product's pipeline adds no finding to the control's.
 
     ``source`` is how the outputs come; ``model`` is "sharded", "unsharded" or "untraced"; ``extra``
     is nothing, "in place" or "evaluated".
@@ -208,7 +218,7 @@ def _pipeline(
 
 
 def _evaluation(pipeline: Any) -> Callable[[], None]:
-    """Evaluate in the model that the pipeline gives back, then train on."""
+    """Detach the model, evaluate it, then train on."""
     batch = batches_of(1, seed=9)[0]
 
     def evaluate() -> None:
@@ -222,7 +232,7 @@ def _evaluation(pipeline: Any) -> Callable[[], None]:
 
 
 def check_mixin(rank: int, world_size: int, base: str) -> None:
-    """Over any of TorchRec's pipelines nothing is found, and the results are the same bits."""
+    """Over any of TorchRec's pipelines there is no finding, and results are equal to the bit."""
     trainee = trainee_of(rm.wrapped(terms=(*rm.HEADS, *rm.MARGINS)))
     with simulated() as simulation, exfm_set_up():
         simulation.adopt(trainee.model)
@@ -235,7 +245,7 @@ def check_mixin(rank: int, world_size: int, base: str) -> None:
 
 @functools.cache
 def _results() -> Any:
-    """Those of TrainPipelineExFM, without a simulation."""
+    """Return the results of TrainPipelineExFM without a simulation."""
     trainee = trainee_of(rm.wrapped(terms=(*rm.HEADS, *rm.MARGINS)))
     with exfm_set_up():
         pipeline = _pipeline(TrainPipelineExFM, trainee, "margins", HOST, teacher=rm.informed)
@@ -260,17 +270,24 @@ def check_next_batch_is_not_held_up(rank: int, world_size: int, is_exfm: bool) -
 
         with mock.patch.object(trainee.optimizer, "step", stepped):
             train(pipeline, batches_of(), simulation)
-    starts = [each for each in simulation.collectives if each.issuer == "_data_dist_stream"]
-    overlapped = [each for each in starts if each.step % STEPS == 2]  # with step 1 of an epoch
+    starts = [
+        collective
+        for collective in simulation.collectives
+        if collective.issuer == "_data_dist_stream"
+    ]
+    # with step 1 of an epoch
+    overlapped = [collective for collective in starts if collective.step % STEPS == 2]
     assert len(overlapped) == EPOCHS
     for start in overlapped:
         assert start.waits_for[simulation.default.id] <= before_optimizer[start.step - 1], start
-    reduced = [each for each in simulation.collectives if each.name == "all_reduce"]
+    reduced = [
+        collective for collective in simulation.collectives if collective.name == "all_reduce"
+    ]
     assert is_exfm == bool(reduced)
 
 
 def check_faults_are_found(rank: int, world_size: int) -> None:
-    """Each kind of fault, in the fewest lines that have it; and as few lines without it."""
+    """Each kind of fault is found in a minimal example, and not in the corrected one."""
 
     def kinds(program: Callable[[Any], Any]) -> set[str]:
         with simulated() as simulation:

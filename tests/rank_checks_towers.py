@@ -92,21 +92,21 @@ def wrapped(terms: Sequence[DistillationTerm] = TERMS) -> ExFMWrapper:
 
 
 def global_data() -> list[rm.Columns]:
-    """As those of ``rank_models``, of one task and teacher, with embeddings; lopsided too."""
+    """Return data as in ``rank_models``, for one task and teacher, with lopsided embeddings."""
     generator = torch.Generator().manual_seed(11)
     batches = []
     for step, batch in enumerate(rm.global_data()):
-        there = torch.rand(rm.GLOBAL_SIZE, generator=generator) < 0.6
+        embedding_presence = torch.rand(rm.GLOBAL_SIZE, generator=generator) < 0.6
         if step % 3 == 0:
-            there[rm.GLOBAL_SIZE // 2 :] = False
+            embedding_presence[rm.GLOBAL_SIZE // 2 :] = False
         embeddings = torch.randn(rm.GLOBAL_SIZE, EMBEDDING, generator=generator)
         weights = torch.randint(0, 4, (rm.GLOBAL_SIZE,), generator=generator) / 2
         columns = {
             "labels": batch.labels[:, 0].round(),
             "values": batch.values[:, 0, 0].contiguous(),
             "presence": batch.presence[:, 0, 0].contiguous(),
-            "embeddings": embeddings.masked_fill(~there.unsqueeze(1), float("nan")),
-            "embedding_presence": there,
+            "embeddings": embeddings.masked_fill(~embedding_presence.unsqueeze(1), float("nan")),
+            "embedding_presence": embedding_presence,
             "weights": weights,
             "items": torch.randint(6, (rm.GLOBAL_SIZE,), generator=generator),
             "log_q": torch.randn(rm.GLOBAL_SIZE, generator=generator),
@@ -135,23 +135,23 @@ def _pipelined(rank: int, world_size: int, **options: Any) -> tuple[Any, rm.Trai
 
 
 def check_two_towers_agree_with_one(rank: int, world_size: int) -> None:
-    """All terms on all ranks, as one process in float64 whose candidates are those of a rank."""
+    """All terms on all ranks train like one process in float64 with each rank's candidates."""
     wrapper = wrapped()
-    whole = copy.deepcopy(wrapper.student).double()
-    for module in whole.modules():
+    reference = copy.deepcopy(wrapper.student).double()
+    for module in reference.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     heads = copy.deepcopy(wrapper.auxiliary_head.term_losses).double()
-    optimizer = torch.optim.SGD([*whole.parameters(), *heads.parameters()], lr=0.2)
+    optimizer = torch.optim.SGD([*reference.parameters(), *heads.parameters()], lr=0.2)
     for batch in global_data():
-        query, item = whole.two_tower(batch.sparse_features)
+        query, item = reference.two_tower(batch.sparse_features)
         logits = (query * item).sum(1)
         loss = F.binary_cross_entropy_with_logits(logits, batch.labels.double())
         added = _by_hand(torch.cat([query, item], dim=1), heads, batch, world_size)
         optimizer.zero_grad()
         (loss + added).backward()
         optimizer.step()
-    weights = {f"student.{key}": value for key, value in whole.state_dict().items()}
+    weights = {f"student.{key}": value for key, value in reference.state_dict().items()}
     for key, value in heads.state_dict().items():
         weights[f"exfm.auxiliary_head.term_losses.{key}"] = value
     outputs, trainee = _pipelined(rank, world_size)
@@ -191,7 +191,7 @@ def _by_hand(shared: Tensor, heads: Any, batch: rm.Columns, world_size: int) -> 
 
 
 def check_pipelined_towers_equal_plain(rank: int, world_size: int) -> None:
-    """The same outputs and weights from the pipeline, without tracing, and from a loop by hand."""
+    """The pipeline without tracing gives the outputs and weights of a loop by hand."""
     outputs, pipelined = _pipelined(rank, world_size)
     untraced, plain = _pipelined(rank, world_size, trace=False)
     expected = rm.snapshot(pipelined.model.state_dict())
@@ -221,7 +221,7 @@ def check_pipelined_towers_equal_plain(rank: int, world_size: int) -> None:
 
 
 def check_towers_of_weight_zero_are_plain(rank: int, world_size: int) -> None:
-    """To the bit; and what is exported are the student's own towers, by their own keys."""
+    """With w = 0 towers train plainly, to the bit; the export has their own keys."""
     batches = [rm.part_of(batch, rank, world_size) for batch in global_data()]
     bare = rm.sharded(student(), world_size)
     plain = TrainPipelineSparseDist(bare.model, bare.optimizer, device())
@@ -242,19 +242,19 @@ def check_towers_of_weight_zero_are_plain(rank: int, world_size: int) -> None:
         assert exported.state_dict().keys() == student().state_dict().keys()
         items = exported.two_tower.candidate_proj
         assert not items._forward_hooks
-        own = trainee.model.state_dict()
+        state = trainee.model.state_dict()
         for key, value in items.state_dict().items():
             key = f"student.two_tower.candidate_proj.{key}"
-            assert torch.equal(value, own[key].cpu())
+            assert torch.equal(value, state[key].cpu())
 
 
 def check_stored_embeddings_equal_columns(rank: int, world_size: int) -> None:
-    """From a store as float16, some of them without one, as if they were columns; to the bit."""
+    """Embeddings of a float16 store, some absent, teach the same as columns, to the bit."""
     data = []
     for step, batch in enumerate(global_data()):
         ids = 100 * step + torch.arange(rm.GLOBAL_SIZE)
-        there = batch.presence & batch.embedding_presence
-        keys = {"example_ids": ids, "event_seconds": 1_000 + ids, "embedding_presence": there}
+        presence = batch.presence & batch.embedding_presence
+        keys = {"example_ids": ids, "event_seconds": 1_000 + ids, "embedding_presence": presence}
         embeddings = batch.embeddings.half().float()
         data.append(rm.Columns(**(batch.columns | keys | {"embeddings": embeddings})))
 
@@ -264,9 +264,9 @@ def check_stored_embeddings_equal_columns(rank: int, world_size: int) -> None:
                 f"{folder}/store", resolution="float32", embedding_width=EMBEDDING
             )
             for batch in data:
-                for given in (True, False):
-                    rows = batch.presence & (batch.embedding_presence == given)
-                    embeddings = batch.embeddings[rows] if given else None
+                for has_embedding in (True, False):
+                    rows = batch.presence & (batch.embedding_presence == has_embedding)
+                    embeddings = batch.embeddings[rows] if has_embedding else None
                     columns = batch.example_ids[rows], batch.values[rows], batch.event_seconds[rows]
                     store.write(Snapshot("fm", 1, 10), *columns, embeddings=embeddings)
         dist.barrier()

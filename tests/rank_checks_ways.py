@@ -1,6 +1,6 @@
-"""Checks of ways to train that are not the pipelines' own, each run by every rank of one or two.
+"""Checks of other ways to train than the pipelines, each run by every rank of one or two.
 
-Each compares with a run that is checked elsewhere: a loop by hand, or ``TrainPipelineExFM``.
+Each compares with a run that other checks cover: a loop by hand, or ``TrainPipelineExFM``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TERMS = checks.TERMS["margins"]  # heads, heads on the adapter's outputs, and ma
 
 
 class Scaling(TrainPipelineSparseDist[Any, Any]):
-    """A user's own pipeline for float16: the loss is scaled, the step is the scaler's."""
+    """A user's own pipeline for float16, with a gradient scaler."""
 
     scaler: torch.amp.GradScaler
     scales: list[float]
@@ -83,7 +83,7 @@ def _pipeline(
 
 
 def _result(pipeline: Any, outputs: list[Any]) -> Any:
-    """Outputs, weights, and the adapter's weights."""
+    """Return outputs, weights, and the adapter's weights."""
     adapter = [weight.detach().clone() for weight in pipeline.adapter.parameters()]
     return outputs, rm.snapshot(pipeline.model.state_dict()), adapter
 
@@ -93,7 +93,7 @@ def _run(pipeline: Any, batches: Iterable[Any]) -> Any:
 
 
 def _run_within(around: Callable[[], Any], pipeline: Any, batches: Sequence[Any]) -> Any:
-    """As ``_run``, each step ``around``; autocast keeps cast weights until it ends."""
+    """As ``_run``, with each step inside ``around``; autocast keeps cast weights until it ends."""
     outputs, loader = [], iter(batches)
     for _ in batches:
         with around():
@@ -106,7 +106,7 @@ def _autocast(dtype: torch.dtype) -> Any:
 
 
 def check_autocast(rank: int, world_size: int, way: str) -> None:
-    """In bfloat16, around a step or the student alone: as by hand, and not as without it."""
+    """Autocast around a step or the student equals a loop by hand, and differs from float32."""
 
     def around() -> Any:
         return _autocast(torch.bfloat16)
@@ -128,7 +128,7 @@ def check_autocast(rank: int, world_size: int, way: str) -> None:
 
 
 def check_gradient_scaler(rank: int, world_size: int) -> None:
-    """In float16, with a scale that grows until a step is skipped: as by hand.
+    """A gradient scaler in float16, whose scale grows until it skips a step, equals a loop.
 
     The tables are data-parallel: a fused optimizer takes the scaled gradients as they are.
     """
@@ -154,22 +154,22 @@ def check_gradient_scaler(rank: int, world_size: int) -> None:
 
 
 def check_precision_settings_stay(rank: int, world_size: int) -> None:
-    """Whatever the user has set, TF32 among it, is left alone."""
+    """The user's precision settings, such as TF32, stay as they are."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = torch.get_float32_matmul_precision()
     try:
         for precision in ("high", "highest"):
             torch.set_float32_matmul_precision(precision)
-            allowed = [each.allow_tf32 for each in backends]
+            allowed = [backend.allow_tf32 for backend in backends]
             _run(_pipeline(_trainee(world_size)), rm.parts(rank, world_size, steps=2))
             assert torch.get_float32_matmul_precision() == precision
-            assert [each.allow_tf32 for each in backends] == allowed
+            assert [backend.allow_tf32 for backend in backends] == allowed
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def check_compiled(rank: int, world_size: int, part: str, backend: str, base: str) -> None:
-    """A compiled part with the tap in it: equal to the bit, but for inductor's own sums."""
+    """A compiled part that holds the tap trains equally to the bit, except for inductor's sums."""
     batches = rm.parts(rank, world_size)
     expected = _run(_pipeline(_trainee(world_size), base), batches)
     trainee, counter = _trainee(world_size), CompileCounterWithBackend(backend)
@@ -244,23 +244,23 @@ def _evaluate(pipeline: Any, trainee: rm.Trainee, batches: list[Any]) -> None:
 
 
 def check_loaders_in_turns(rank: int, world_size: int, name: str) -> None:
-    """A step of each of two loaders in turns: as one loader of the batches as they were taken."""
-    taken: list[Any] = []
-    loaders = [_told(rm.parts(rank, world_size, seed=seed), taken) for seed in (0, 9)]
+    """Steps of two loaders in turns equal one loader of the same batches in that order."""
+    batches: list[Any] = []
+    loaders = [_recorded(rm.parts(rank, world_size, seed=seed), batches) for seed in (0, 9)]
     in_turns = _stepped(_pipeline(_trainee(world_size), name), loaders * 2)
-    one = iter(list(taken))
-    rm.assert_same(in_turns, _stepped(_pipeline(_trainee(world_size), name), [one] * 4))
+    loader = iter(list(batches))
+    rm.assert_same(in_turns, _stepped(_pipeline(_trainee(world_size), name), [loader] * 4))
 
 
 def _stepped(pipeline: Any, loaders: Sequence[Iterator[Any]]) -> Any:
-    """A step of each loader."""
+    """Take a step of each loader."""
     outputs = [[value.clone() for value in pipeline.progress(loader)] for loader in loaders]
     return _result(pipeline, outputs)
 
 
-def _told(batches: Iterable[Any], taken: list[Any]) -> Iterator[Any]:
+def _recorded(batches: Iterable[Any], record: list[Any]) -> Iterator[Any]:
     for batch in batches:
-        taken.append(batch)
+        record.append(batch)
         yield batch
 
 
@@ -278,7 +278,7 @@ def check_batch_sizes_by_feature(rank: int, world_size: int) -> None:
 
 
 def _distinct(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """Each feature's different bags, and where they belong."""
+    """Return the features with each distinct bag once, and inverse indices."""
     distinct: list[list[tuple[int, ...]]] = []
     places = []
     for key in features.keys():  # noqa: SIM118  # it is no mapping
@@ -290,13 +290,13 @@ def _distinct(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         features.keys(),
         torch.tensor(list(itertools.chain(*bags))),
         lengths=torch.tensor([len(bag) for bag in bags]),
-        stride_per_key_per_rank=[[len(of_feature)] for of_feature in distinct],
+        stride_per_key_per_rank=[[len(positions)] for positions in distinct],
         inverse_indices=(features.keys(), torch.tensor(places)),
     )
 
 
 def check_a_loop_of_ones_own(rank: int, world_size: int) -> None:
-    """Feed and Steps around a loop without a pipeline, as under StagedTrainPipeline."""
+    """Feed and Steps work in a loop without a pipeline as under StagedTrainPipeline."""
     batches = rm.parts(rank, world_size)
     expected = _run(_pipeline(_trainee(world_size)), batches)
 
@@ -326,7 +326,7 @@ def check_a_loop_of_ones_own(rank: int, world_size: int) -> None:
 
 
 class PaddedTrain(rm.LabelledTrain):
-    """Its loss has a fixed denominator, so that a batch without examples has one of 0."""
+    """A loss with a fixed denominator: that of a batch without examples is 0."""
 
     size = rm.GLOBAL_SIZE
 
@@ -343,7 +343,7 @@ def _padded_student(size: int) -> nn.Module:
 
 
 def check_batches_without_examples(rank: int, world_size: int, name: str) -> None:
-    """The last rank has fewer batches, and empty ones then: as one process on what there is."""
+    """A rank that pads with empty batches trains like one process on the examples that exist."""
     data, adapter = rm.global_data(), rm.two_task_adapter()
     wrapper = rm.wrapped(_padded_student(rm.GLOBAL_SIZE), terms=TERMS)
     reference = ByHand(wrapper, adapter, torch.optim.SGD, adapter_lr=0.1, lr=0.2)
@@ -371,7 +371,7 @@ def _empty(batch: rm.Columns) -> rm.Columns:
 
 
 def check_uneven_batches_end(rank: int, world_size: int, is_exfm: bool) -> None:
-    """The rank with a batch more waits until the group's time is up, with and without the mixin."""
+    """A rank with one batch more waits for the group's timeout, with and without the mixin."""
     group = dist.new_group(timeout=timedelta(seconds=2))
     in_group = functools.partial(
         DistributedModelParallel, env=ShardingEnv.from_process_group(group)
@@ -390,16 +390,16 @@ def check_uneven_batches_end(rank: int, world_size: int, is_exfm: bool) -> None:
 
 
 def check_fsdp(rank: int, world_size: int, way: str) -> None:
-    """FSDP2 for the dense part: as under DDP, which averages the gradients in another order."""
+    """FSDP2 for the dense part trains as DDP does, up to the order of averaging."""
     expected = _run(_pipeline(_trainee(world_size)), rm.parts(rank, world_size))
     pipeline = _pipeline(_fully_sharded(way, world_size))
     outputs, _, adapter = _run(pipeline, rm.parts(rank, world_size))
-    whole = {
+    weights = {
         key: [value.full_tensor()] if isinstance(value, DTensor) else rm.snapshot({key: value})[key]
         for key, value in pipeline.model.state_dict().items()
     }
     assert any(isinstance(value, DTensor) for value in pipeline.model.state_dict().values())
-    torch.testing.assert_close((outputs, whole, adapter), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((outputs, weights, adapter), expected, rtol=1e-6, atol=1e-6)
 
 
 def _fully_sharded(way: str, world_size: int) -> rm.Trainee:

@@ -1,7 +1,7 @@
-"""What the checks on ranks share: sharded models, global data cut by rank, comparisons.
+"""Helpers of the checks on ranks: sharded models, global data split by rank, comparisons.
 
-The data of a step is the same whatever the number of ranks: GLOBAL_SIZE examples, of which rank r
-of W has the r-th W-th.
+The data of a step does not depend on the number of ranks: GLOBAL_SIZE examples, split into equal
+consecutive parts, one per rank.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SERVING = (
     DistillationTerm(teacher="a", adapted=True, serving=True, weight=0.6),
     DistillationTerm(teacher="b", tasks=("click",), serving=True, alpha=1.2),
 )
-MARGINS = (  # wide enough that a teacher who is informed has part of its weight
+MARGINS = (  # wide enough that an informed teacher has only a part of its weight
     DistillationTerm(teacher="a", adapted=True, serving=True, weight=0.6, margin=1.5),
     DistillationTerm(
         teacher="b", tasks=("click",), serving=True, weight=3.0, alpha=1.2, margin=0.9
@@ -87,7 +87,7 @@ SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel", "mixed")
 
 
 class Columns(Pipelineable):
-    """A user's own batch, with the teachers' outputs logged as columns."""
+    """A user's own batch, with teacher outputs as columns."""
 
     def __init__(self, **columns: Any) -> None:
         self.columns = columns
@@ -112,12 +112,12 @@ class Columns(Pipelineable):
 
 
 def logged(batch: Columns) -> TeacherOutputs:
-    """The teachers' outputs out of their columns."""
+    """Return the teacher outputs in a batch's columns."""
     return TeacherOutputs(batch.values, batch.presence, batch.age_seconds)
 
 
 def informed(batch: Columns) -> TeacherOutputs:
-    """The outputs of teachers who know the labels better than the logged ones, and the student."""
+    """Return outputs of teachers that lead both the logged ones and the student."""
     labels = batch.labels.nan_to_num(0.5)
     truth = torch.stack([labels[:, 0].logit(eps=0.1), labels[:, 1]], dim=1)
     values = truth.unsqueeze(1) + 0.1 * batch.values
@@ -125,12 +125,12 @@ def informed(batch: Columns) -> TeacherOutputs:
 
 
 def teacher_for(terms: Sequence[DistillationTerm]) -> Callable[[Columns], TeacherOutputs]:
-    """One that leads the student, if there is a term that asks for it."""
+    """Return a source of outputs: of teachers that lead, if some term has a margin."""
     return informed if any(term.margin for term in terms) else logged
 
 
 def lopsided(step: int, generator: torch.Generator) -> Tensor:
-    """(G, M, T) presence that differs between the halves of the data, and so between two ranks."""
+    """Return presence (G, M, T) that differs between the halves of the data, hence two ranks."""
     present = torch.rand(GLOBAL_SIZE, len(TEACHERS), len(TASKS), generator=generator) < 0.7
     half = GLOBAL_SIZE // 2
     if step % 3 == 0:
@@ -144,7 +144,7 @@ def lopsided(step: int, generator: torch.Generator) -> Tensor:
 
 
 def global_data(steps: int = 6, seed: int = 0) -> list[Columns]:
-    """Batches of GLOBAL_SIZE examples, with two teachers, two tasks and lopsided presence."""
+    """Return batches of GLOBAL_SIZE examples: two teachers, two tasks, lopsided presence."""
     generator = torch.Generator().manual_seed(seed)
     return [_examples(step, generator) for step in range(steps)]
 
@@ -157,7 +157,7 @@ def _examples(step: int, generator: torch.Generator) -> Columns:
     lengths = torch.randint(0, 4, (NUM_TABLES * size,), generator=generator)
     ids = torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator)
     return Columns(
-        # Each in one half, and so on one of two ranks
+        # Each group is in one half of the data, so on one of two ranks
         groups=torch.cat([requests, requests + 1]),
         dense_features=torch.randn(size, NUM_DENSE, generator=generator),
         sparse_features=_features(ids, lengths),
@@ -173,7 +173,7 @@ def _features(values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:
 
 
 def part_of(data: Columns, rank: int, world_size: int) -> Columns:
-    """The examples of a rank."""
+    """Return a rank's part of a global batch."""
     size = GLOBAL_SIZE // world_size
     rows = slice(rank * size, (rank + 1) * size)
     features = data.sparse_features
@@ -189,20 +189,20 @@ def part_of(data: Columns, rank: int, world_size: int) -> Columns:
 
 
 def where_torch_allocates(**columns: Any) -> Columns:
-    """A batch that no run has at another alignment, so that the bits of two can be compared."""
+    """Return a batch of aligned tensors: other alignments could change the bits of a product."""
     for part in columns.values():
         parts = [part] if isinstance(part, Tensor) else [part.values(), part.lengths()]
-        assert not any(each.data_ptr() % ALIGNMENT for each in parts)
+        assert not any(tensor.data_ptr() % ALIGNMENT for tensor in parts)
     return Columns(**columns)
 
 
 def parts(rank: int, world_size: int, steps: int = 6, seed: int = 0) -> list[Columns]:
-    """The batches of a rank."""
+    """Return the batches of a rank."""
     return [part_of(data, rank, world_size) for data in global_data(steps, seed)]
 
 
-def lacking(data: Sequence[Columns], what: str) -> list[Columns]:
-    """The batches without some of their labels, or with weights, some of which are 0."""
+def lacking(data: Sequence[Columns], case: str) -> list[Columns]:
+    """Return the batches with missing labels, or with weights (some 0), as ``case`` says."""
     generator, half = torch.Generator().manual_seed(7), GLOBAL_SIZE // 2
     batches = []
     for step, batch in enumerate(data):
@@ -215,16 +215,16 @@ def lacking(data: Sequence[Columns], what: str) -> list[Columns]:
             "one rank": torch.arange(GLOBAL_SIZE).unsqueeze(1).expand(shape) < half,
             "weights": torch.zeros_like(some),
             "labels and weights": some,
-        }[what]
+        }[case]
         columns = {"labels": labels.masked_fill(missing, float("nan"))}
-        if "weights" in what:
+        if "weights" in case:
             columns["weights"] = torch.randint(0, 4, shape, generator=generator) / 2
         batches.append(Columns(**(batch.columns | columns)))
     return batches
 
 
 class LabelledTrain(DLRMTrain):
-    """As DLRMTrain, whose own loss leaves out what has no label; a fixed denominator."""
+    """A DLRMTrain whose loss masks missing labels and divides by the number of all."""
 
     def forward(self, batch: Any) -> Any:
         logits = self.model(batch.dense_features, batch.sparse_features)
@@ -281,9 +281,9 @@ def sharded(
     dense: type[torch.optim.Optimizer] = torch.optim.SGD,
     **options: Any,
 ) -> Trainee:
-    """The module under DMP, with the weights that it has on the CPU on every rank.
+    """Return the module under DMP, with the weights that it had on the CPU, on every rank.
 
-    The options go to both optimizers; data-parallel tables are the dense one's.
+    Both optimizers get the options; the dense one updates data-parallel tables.
     """
     options = options or {"lr": 0.2}
     weights = copy.deepcopy(module.state_dict())
@@ -303,7 +303,9 @@ def sharded(
     model = DistributedModelParallel(module, device=device(), plan=ShardingPlan({path: plan}))
     load_weights(model.state_dict(), weights)
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    return Trainee(model, KeyedOptimizerWrapper(parameters, lambda these: dense(these, **options)))
+    return Trainee(
+        model, KeyedOptimizerWrapper(parameters, lambda trained: dense(trained, **options))
+    )
 
 
 def _placement(sharding: str, table: int, world_size: int) -> Any:
@@ -319,7 +321,7 @@ def _placement(sharding: str, table: int, world_size: int) -> Any:
 
 
 def load_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Fill a state, sharded or not, from whole tensors of the same keys."""
+    """Fill a state, sharded or not, from unsharded tensors of the same keys."""
     assert state.keys() == weights.keys(), state.keys() ^ weights.keys()
     with torch.no_grad():
         for key, value in state.items():
@@ -328,7 +330,7 @@ def load_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
 
 
 def _pieces(value: Tensor | ShardedTensor) -> list[tuple[Tensor, Any]]:
-    """The parts of a tensor on this rank, and where in the whole they are."""
+    """Return this rank's parts of a tensor, with their indices in the unsharded tensor."""
     if not isinstance(value, ShardedTensor):
         return [(value, ...)]
     pieces: list[tuple[Tensor, Any]] = []
@@ -339,7 +341,7 @@ def _pieces(value: Tensor | ShardedTensor) -> list[tuple[Tensor, Any]]:
 
 
 def snapshot(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """A copy of what this rank has of a state."""
+    """Return a copy of this rank's part of a state."""
     return {
         key: [tensor.detach().clone() for tensor, _ in _pieces(value)]
         for key, value in state.items()
@@ -347,7 +349,7 @@ def snapshot(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
 
 
 def drained(pipeline: TrainPipelineSparseDist[Any, Any], batches: Iterable[Any]) -> list[Any]:
-    """All that ``progress`` returns until the batches end, copied."""
+    """Return copies of everything that ``progress`` returns until the batches end."""
     iterator = iter(batches)
     outputs = []
     while True:
@@ -362,7 +364,7 @@ def pipeline_of(trainee: Trainee, **options: Any) -> TrainPipelineExFM:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Equal to the bit on the CPU; on CUDA, where sums have no order, nearly."""
+    """Require equal bits on the CPU; on CUDA, where sums have no fixed order, near values."""
     if device().type == "cpu":
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     else:
@@ -370,11 +372,11 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def differs(actual: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> bool:
-    """Whether some tensor of a snapshot, on some rank, is another."""
+    """Return whether some tensor of two snapshots differs on some rank."""
     different = any(
-        not torch.equal(one, other)
+        not torch.equal(tensor, other)
         for key in expected
-        for one, other in zip(actual[key], expected[key], strict=True)
+        for tensor, other in zip(actual[key], expected[key], strict=True)
     )
     flag = torch.tensor(float(different), device=device())
     dist.all_reduce(flag)
@@ -382,7 +384,7 @@ def differs(actual: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tens
 
 
 def on_every_rank(tensor: Tensor) -> list[Tensor]:
-    """The tensor of each rank."""
+    """Return every rank's tensor."""
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor.detach().contiguous())
     return gathered
@@ -390,7 +392,7 @@ def on_every_rank(tensor: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[str]:
-    """A temporary folder, the same for all ranks."""
+    """Make a temporary folder that all ranks share."""
     name = [tempfile.mkdtemp(prefix="ranks-") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(name)
     assert name[0] is not None
@@ -404,7 +406,7 @@ def shared_folder() -> Iterator[str]:
 def random_batches(
     student: Student, rank: int, *, steps: int = 5, supervised: bool = True
 ) -> list[Any]:
-    """A rank's own batches for a student of one task, each with half of the outputs missing."""
+    """Return a rank's batches for a student of one task, with half of the outputs missing."""
     batches = []
     for step in range(steps):
         seed = 100 * step + rank
@@ -413,14 +415,14 @@ def random_batches(
     return batches
 
 
-def assert_near_whole(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> None:
-    """What this rank has of a state equals its part of whole float64 tensors, to six digits."""
-    assert state.keys() == whole.keys(), state.keys() ^ whole.keys()
+def assert_near_whole(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Require this rank's part of a state to equal unsharded float64 tensors, to six digits."""
+    assert state.keys() == expected.keys(), state.keys() ^ expected.keys()
     for key, value in state.items():
         for tensor, index in _pieces(value):
             torch.testing.assert_close(
                 tensor.double().cpu(),
-                whole[key][index],
+                expected[key][index],
                 rtol=_near(),
                 atol=_near(),
                 msg=lambda message, key=key: f"{key}: {message}",
@@ -432,5 +434,5 @@ def _near() -> float:
 
 
 def assert_near(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal to six digits, for the same sums in another order."""
+    """Require equality to six digits, for the same sums in another order."""
     torch.testing.assert_close(list(actual), list(expected), rtol=_near(), atol=_near())

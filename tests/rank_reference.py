@@ -1,4 +1,4 @@
-"""External distillation written out by hand: one process, float64, plain modules."""
+"""External distillation by hand: one process, float64, plain modules."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ByHand:
     """A wrapped student, and its adapter, trained on global batches.
 
     Args:
-        wrapper: not sharded, with a two-task DLRM.
-        adapter: or None.
-        optimizer: for the student and the heads, with its options; the adapter's is SGD.
-        adapter_lr: its rate.
+        wrapper: an unsharded wrapper of a two-task DLRM.
+        adapter: the student adapter, or None.
+        optimizer: of the student and the heads, built with ``options``.
+        adapter_lr: the learning rate of the adapter's SGD.
     """
 
     def __init__(
@@ -35,8 +35,10 @@ class ByHand:
     ) -> None:
         self.terms = wrapper.auxiliary_head.terms
         self.student = copy.deepcopy(wrapper.student).double()
-        at_work = zip(self.terms, wrapper.auxiliary_head.term_losses, strict=True)
-        mlps = [nn.Identity() if term.serving else one.heads[0].mlp for term, one in at_work]
+        pairs = zip(self.terms, wrapper.auxiliary_head.term_losses, strict=True)
+        mlps = [
+            nn.Identity() if term.serving else term_loss.heads[0].mlp for term, term_loss in pairs
+        ]
         self.teacher = teacher_for(self.terms)
         self.leads: list[float] = []
         widths = [len(term.tasks or TASKS) for term in self.terms]
@@ -56,7 +58,7 @@ class ByHand:
         self.shared, self.serving = args[0], output
 
     def step(self, batch: Columns) -> None:
-        """The adapter's step, then the student's."""
+        """Take the adapter's step, then the student's."""
         batch = Columns(**(batch.columns | {"values": self.teacher(batch).values}))
         adapted = self._step_of_adapter(batch) if len(self.adapters) else None
         dense = batch.dense_features.double()
@@ -68,7 +70,7 @@ class ByHand:
         self.optimizer.step()
 
     def weights(self) -> dict[str, Tensor]:
-        """By the names of the wrapper's state; the adapter's under ``adapter.``."""
+        """Return the weights by name in the wrapper's state; the adapter's under ``adapter.``."""
         weights = {f"student.{key}": value for key, value in self.student.state_dict().items()}
         for k, head in enumerate(self.heads):
             prefix = f"exfm.auxiliary_head.term_losses.{k}"
@@ -91,12 +93,15 @@ class ByHand:
             output = self.serving[:, t] if term.serving else outputs[:, column]
             here = batch.presence[:, m, t] & (weights[:, t] > 0)
             values, target, w = source[:, m, t], source[here, m, t], weights[here, t]
-            of_target, of_student = self.lost[k][:, column].tolist()
+            target_loss, student_loss = self.lost[k][:, column].tolist()
             known = here & ~batch.labels[:, t].isnan()
             if known.any():
-                both = (source[known, m, t], output[known].detach())
+                predictions = (source[known, m, t], output[known].detach())
                 labels = batch.labels[known, t].double()
-                means = [_mean_loss(t, one, labels, weights[known, t]) for one in both]
+                means = [
+                    _mean_loss(t, prediction, labels, weights[known, t])
+                    for prediction in predictions
+                ]
                 self.lost[k][:, column] *= 0.99
                 self.lost[k][:, column] += 0.01 * torch.stack(means)
             if not TASKS[t].regression:
@@ -109,7 +114,7 @@ class ByHand:
             else:
                 loss = _mean_loss(t, output[here], target, w)
             if term.margin:
-                lead = 1 - of_target / of_student if of_student else 0.0
+                lead = 1 - target_loss / student_loss if student_loss else 0.0
                 self.leads.append(min(max(lead / term.margin, 0.0), 1.0))
                 loss = self.leads[-1] * loss
             losses.append(loss)
@@ -142,13 +147,13 @@ class ByHand:
 
 
 def _weights(batch: Columns) -> Tensor:
-    """(B, T), all 1 where the batch has none."""
+    """Return the weights (B, T), all 1 if the batch has none."""
     weights = batch.columns.get("weights")
     return torch.ones(batch.labels.shape).double() if weights is None else weights.double()
 
 
 def _mean_loss(task: int, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Over the outputs that are there; 0 for none."""
+    """Return the weighted mean loss of one task; 0 without outputs."""
     if not len(outputs):
         return outputs.sum()
     if TASKS[task].regression:

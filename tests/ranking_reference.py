@@ -1,4 +1,4 @@
-"""Losses of groups, pair by pair and example by example in float64: no sorting, no masks."""
+"""Ranking losses in float64, pair by pair and example by example: no sorting, no masks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def pairwise(
     regression: bool = False,
     max_neighbours: int = 16,
 ) -> Tensor:
-    """The sum over the groups of one task, to be divided by the count; all (B,), in float64."""
+    """Return the sum over the groups of one task, before division by the count; inputs are (B,)."""
     targets = values if regression else 1 / (1 + torch.exp(-values))
 
-    def of_group(examples: list[int]) -> Tensor:
+    def group_loss(examples: list[int]) -> Tensor:
         total, pairs = torch.zeros((), dtype=torch.float64), 0.0
         for at, i in enumerate(examples):
             for j in examples[at + 1 : at + 1 + max_neighbours]:
@@ -37,7 +37,7 @@ def pairwise(
         mass = sum(float(weights[i]) for i in examples if present[i])
         return mass * total / pairs if pairs else total
 
-    return _sum_over_groups(of_group, groups)
+    return _sum_over_groups(group_loss, groups)
 
 
 def listwise(
@@ -50,22 +50,22 @@ def listwise(
     regression: bool = False,
     calibrated: bool = False,
 ) -> Tensor:
-    """As :func:`pairwise`; predictions of a regression are taken for logits."""
+    """As :func:`pairwise`, for lists; a regression's predictions are used as logits."""
     assert not (regression and calibrated)
 
-    def of_group(examples: list[int]) -> Tensor:
-        there = [i for i in examples if present[i]]
-        if not there:
+    def group_loss(examples: list[int]) -> Tensor:
+        members = [i for i in examples if present[i]]
+        if not members:
             return torch.zeros((), dtype=torch.float64)
         parts = []
         for logits in (values, outputs):
-            f = [1 / (1 + torch.exp(-z)) if calibrated else torch.exp(z) for z in logits[there]]
-            f = [weights[i] * each for i, each in zip(there, f, strict=True)]
-            parts.append([each / sum(f) for each in f])
+            f = [1 / (1 + torch.exp(-z)) if calibrated else torch.exp(z) for z in logits[members]]
+            f = [weights[i] * mass for i, mass in zip(members, f, strict=True)]
+            parts.append([mass / sum(f) for mass in f])
         loss = -sum(q * torch.log(p) for q, p in zip(*parts, strict=True))
-        return sum(float(weights[i]) for i in there) * loss
+        return sum(float(weights[i]) for i in members) * loss
 
-    return _sum_over_groups(of_group, groups)
+    return _sum_over_groups(group_loss, groups)
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
@@ -75,8 +75,8 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _sum_over_groups(of_group: Callable[[list[int]], Tensor], groups: Tensor) -> Tensor:
+def _sum_over_groups(group_loss: Callable[[list[int]], Tensor], groups: Tensor) -> Tensor:
     examples = defaultdict(list)
     for i, group in enumerate(groups.tolist()):
         examples[group].append(i)
-    return sum((of_group(these) for these in examples.values()), torch.zeros(()).double())
+    return sum((group_loss(members) for members in examples.values()), torch.zeros(()).double())

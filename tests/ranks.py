@@ -1,8 +1,8 @@
-"""Processes that run checks together, one a rank, kept for many checks.
+"""Processes that run checks together, one per rank, and stay for many checks.
 
 Importing TorchRec takes seconds, so the processes start at the first check and stay. A check is a
-function ``check(rank, world_size, *arguments)`` of an importable module. Where one rank fails and
-another does not, or hangs, all are ended, and the next check starts new ones.
+function ``check(rank, world_size, *arguments)`` of an importable module. If only some ranks fail,
+or one hangs, all processes are killed, and the next check starts new ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ranks:
     """``world_size`` processes with one process group.
 
     Args:
-        world_size: how many ranks.
+        world_size: the number of ranks.
         device: ``"cpu"`` with gloo, or ``"cuda"`` with NCCL; checks find it in ``device()``.
     """
 
@@ -95,7 +95,7 @@ class Ranks:
             raise AssertionError(f"the ranks did not start: {outcomes}")
 
     def _outcomes(self, timeout: float) -> list[str | None]:
-        """What each rank answers; once one has failed the others get little time."""
+        """Return each rank's answer. Once one has failed, the others get only GRACE_SECONDS."""
         outcomes: dict[int, str | None] = {}
         deadline = time.monotonic() + timeout
         while len(outcomes) < self._world_size:
@@ -116,13 +116,13 @@ class Ranks:
 
 
 def check_name(*check: Any) -> str:
-    """The name of a test of a check and its arguments."""
+    """Return a test's name for a check and its arguments."""
     parts = [getattr(part, "__name__", str(part)).removeprefix("check_") for part in check]
     return "-".join(parts)
 
 
 def device() -> Any:
-    """The device of the checks in this process."""
+    """Return the device of the checks in this process."""
     import torch
 
     return torch.device(_DEVICE, torch.cuda.current_device() if _DEVICE == "cuda" else None)
@@ -186,10 +186,10 @@ def _outcome(
 
 @contextlib.contextmanager
 def _strict_warnings() -> Iterator[None]:
-    """Warnings are errors, but those that torch and TorchRec raise about themselves."""
+    """Turn warnings into errors, except those that torch and TorchRec raise about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)(\.|$)")
-        # TorchRec's own too, but raised in what torch.compile makes of it, which is in no module.
+        # TorchRec's own too, but raised in code that torch.compile generates, which has no module
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
         yield

@@ -1,4 +1,4 @@
-"""A real Redis or Valkey for tests, on a free port, whose data are gone with it."""
+"""A real Redis or Valkey for tests, on a free port, without persistence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 class RedisServer:
-    """A server that can be stopped, and started again on its port, empty."""
+    """A server that can be stopped, and restarted empty on the same port."""
 
     def __init__(self) -> None:
         with socket.socket() as free:

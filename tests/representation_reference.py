@@ -11,7 +11,7 @@ from torch import Tensor
 def cosine(
     vectors: Tensor, embeddings: Tensor, weights: Sequence[float], rows: list[int]
 ) -> Tensor:
-    """The sum over the rows that are there of w (1 - cos), to be divided by the count."""
+    """Return the sum of w (1 - cos) over the rows present, before division by the count."""
     total = torch.zeros((), dtype=torch.float64)
     for i in rows:
         lengths = vectors[i].square().sum().sqrt() * embeddings[i].square().sum().sqrt()
@@ -22,7 +22,7 @@ def cosine(
 def squared(
     vectors: Tensor, embeddings: Tensor, weights: Sequence[float], rows: list[int]
 ) -> Tensor:
-    """As :func:`cosine`, of the mean square of the differences."""
+    """As :func:`cosine`, of the mean squared difference."""
     total = torch.zeros((), dtype=torch.float64)
     for i in rows:
         errors = [(x - e) ** 2 for x, e in zip(vectors[i], embeddings[i], strict=True)]

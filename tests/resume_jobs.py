@@ -1,4 +1,4 @@
-"""The job that the tests of resuming stop: a student's training that saves, and takes up itself."""
+"""The job that the tests of resuming kill: a student's training that saves and resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAVE_STEPS = 2
 
 
 class End(NamedTuple):
-    """The losses of a training's steps, how long they took, and digests of all it ends with."""
+    """The losses of a training's steps, their duration, and digests of the final state."""
 
     losses: list[float]
     seconds: float
@@ -36,7 +36,7 @@ def training(
     save_steps: int = SAVE_STEPS,
     sharding: str = "row_wise",
 ) -> End:
-    """Trains from the newest checkpoint on."""
+    """Train from the newest checkpoint on."""
     torch.manual_seed(rank)
     checkpoints = folder / "checkpoints"
     run = new_run(world_size, "RowWiseAdagrad", sharding=sharding)
@@ -51,15 +51,15 @@ def training(
             save_training(checkpoints, run.pipeline, position={"step": step}, metrics=run.metrics)
     seconds = time.monotonic() - started
     everything = [*run.everything(), torch.get_rng_state()]
-    return End(losses, seconds, [digest(each) for each in everything])
+    return End(losses, seconds, [digest(part) for part in everything])
 
 
 def digest(value: Any) -> str:
-    """Of every bit of the tensors, and of the numbers, in a tree of dicts and lists."""
+    """Return a digest of all tensors (every bit) and numbers in a tree of dicts and lists."""
     if isinstance(value, dict):
         value = [part for pair in sorted(value.items()) for part in pair]
     if isinstance(value, list):
-        value = "".join(digest(each) for each in value)
+        value = "".join(digest(item) for item in value)
     if isinstance(value, Tensor):
         value = (value.dtype, value.shape, value.cpu().contiguous().numpy().tobytes())
     return hashlib.sha256(repr(value).encode()).hexdigest()

@@ -29,7 +29,7 @@ USERS, MOVIES, RATINGS = 6, 12, 60
 
 @pytest.fixture(scope="module")
 def stream() -> data.Stream:
-    """Ratings in the order of time, some in the same second; each user rates a movie once."""
+    """Return ratings in order of time, some in the same second; a user rates a movie once."""
     rng = random.Random(0)
     every = [(user, movie) for user in range(USERS) for movie in range(MOVIES)]
     rated = rng.sample(every, RATINGS)
@@ -57,7 +57,7 @@ def all_pairs(stream: data.Stream) -> pairs.Pairs:
 
 
 def earlier_likes(stream: data.Stream, row: int) -> list[int]:
-    """Rows that were liked strictly before a row."""
+    """Return the rows that were liked strictly before a row."""
     return [r for r in range(RATINGS) if stream.time[r] < stream.time[row] and stream.label[r]]
 
 
@@ -134,26 +134,26 @@ def test_search_and_figures_equal_a_loop(seed: int) -> None:
     relevant = [rng.choice(movies, size, replace=False) for size in (1, 2, 5, 9, 10, 11, 120)]
     seen = [rng.choice(movies, size, replace=False) for size in (0, 1, 2, 60, 140, 149, 3)]
     relevant[0] = np.array([5000])  # a movie that was not there before
-    found = towers.search(users, vectors, queries_with(relevant, seen, movies), 100)
+    results = towers.search(users, vectors, queries_with(relevant, seen, movies), 100)
     recalls: dict[str, list[float]] = {"Recall@10": [], "Recall@100": [], "NDCG@10": []}
     for row, (wanted, known) in enumerate(zip(relevant, seen, strict=True)):
         products = {m: float(users[row] @ vectors[i]) for i, m in enumerate(movies)}
         best = sorted(set(movies) - set(known.tolist()), key=lambda m: -products[m])[:100]
-        assert found[row].tolist() == best + [-1] * (100 - len(best))
+        assert results[row].tolist() == best + [-1] * (100 - len(best))
         for most in (10, 100):
             hits = len(set(best[:most]) & set(wanted.tolist()))
             recalls[f"Recall@{most}"].append(hits / len(wanted))
         gain = sum(1 / math.log2(rank + 2) for rank, m in enumerate(best[:10]) if m in wanted)
         ideal = sum(1 / math.log2(rank + 2) for rank in range(min(10, len(wanted))))
         recalls["NDCG@10"].append(gain / ideal)
-    for name, value in towers.measure(found, relevant).items():
+    for name, value in towers.measure(results, relevant).items():
         assert value == pytest.approx(sum(recalls[name]) / 7, abs=1e-9), name
 
 
 def test_item_to_item_weights_are_the_least_squares(
     all_pairs: pairs.Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Column by column, without the movie itself; of full rank the factors give them back."""
+    """Weights are least squares by column without the movie itself; full-rank factors give them."""
     monkeypatch.setattr(teachers, "RIDGE", 0.7)
     monkeypatch.setattr(teachers, "RANK", MOVIES)
     end = 40
@@ -181,12 +181,12 @@ def test_item_to_item_weights_are_the_least_squares(
 def test_what_is_logged_of_a_pair_has_not_seen_it(
     all_pairs: pairs.Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other likes from a row on change nothing of what is logged before it."""
+    """Changed likes from a row on change no output logged before it."""
     monkeypatch.setattr(teachers, "RANK", 4)
     logged = teachers.log_embeddings(all_pairs, 9)
     assert np.isnan(logged[: all_pairs.cut(1)]).all()
-    there = ~np.isnan(logged).any(1)
-    assert 5 < there.sum() < all_pairs.liked.sum()
+    presence = ~np.isnan(logged).any(1)
+    assert 5 < presence.sum() < all_pairs.liked.sum()
     for cut in range(10, 54):
         earlier = all_pairs.liked & (np.arange(RATINGS) < cut)
         fewer = pairs.Pairs(**{**vars(all_pairs), "liked": earlier})
@@ -206,7 +206,7 @@ def test_without_users_all_have_the_same_order(
 
 
 def test_pairs_at_the_cut_have_the_features_of_a_rating_then(stream: data.Stream) -> None:
-    """Of one row's user and another's movie, where the rating that was there is the same pair."""
+    """A pair of one row's user and another row's movie has the features of that real rating."""
     movie, time = stream.sparse["movie"], stream.time
     cut = next(r for r in range(30, RATINGS) if time[r - 1] < time[r] and movie[r] in movie[:r])
     same_movie = np.flatnonzero(movie[:cut] == movie[cut])[:1]
@@ -221,7 +221,7 @@ def test_pairs_at_the_cut_have_the_features_of_a_rating_then(stream: data.Stream
 def test_taught_towers_are_served_with_their_own_keys(
     all_pairs: pairs.Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a weight of 0 they are those that were never taught, and elsewhere they are not."""
+    """With a weight of 0 towers equal those that were never taught; otherwise they differ."""
     monkeypatch.setattr(teachers, "RANK", 4)
     student = {**STUDENT, "width": 8, "layers": (8, 4), "batch_size": 6}
     logits = np.zeros(RATINGS, np.float32)
@@ -237,9 +237,9 @@ def test_taught_towers_are_served_with_their_own_keys(
     assert list(taught) == list(bare)
     assert any("query_proj" in key for key in bare)
     for key in bare:
-        torch.testing.assert_close(whole(untaught[key]), whole(bare[key]), rtol=0, atol=0)
-    assert any((whole(taught[key]) != whole(bare[key])).any() for key in bare)
+        torch.testing.assert_close(as_float32(untaught[key]), as_float32(bare[key]), rtol=0, atol=0)
+    assert any((as_float32(taught[key]) != as_float32(bare[key])).any() for key in bare)
 
 
-def whole(value: Any) -> torch.Tensor:
+def as_float32(value: Any) -> torch.Tensor:
     return value.local_shards()[0].tensor if hasattr(value, "local_shards") else value

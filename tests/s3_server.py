@@ -1,4 +1,4 @@
-"""A small S3 server with faults on demand, for tests: what object_store asks of one, in memory.
+"""A small in-memory S3 server for tests, with faults on demand and what object_store needs.
 
 ``s3_server()`` runs it in a process of its own, as deltalake holds the GIL during some requests: a
 thread of the test could not answer them.
@@ -30,20 +30,20 @@ KEY, SECRET = "AKIATESTKEY", "test/secret+key"
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong. ``S3Server.set_faults`` takes the same names.
+    """The faults of a server. ``S3Server.set_faults`` takes the same names.
 
     Attributes:
-        latency_seconds: before each answer.
-        failing: share of the requests with ``failing_in`` in them (as :meth:`S3Server.requests`
-            tells them) that are answered by ``status``, before anything is done.
-        status: 500, 503 ... of those.
-        lost_replies: of so many objects to come, each is stored and the reply is lost.
-        lost_share: of this share of the other objects as well.
-        lost_keys: a pattern that the keys of those objects fit: of commits, unless it is given.
-        lost_status: the answer in the place of a lost reply; 0: the connection is closed.
-        hanging: requests with this in them get no answer as long as it is set; "": none do.
-        conditional_puts: False: If-None-Match is ignored, as old S3-compatible servers do.
-        page: entries in one page of a listing.
+        latency_seconds: delay before each answer.
+        failing: share of the requests that fail with ``status`` before they have any effect, among
+            those that contain ``failing_in`` (as :meth:`S3Server.requests` lists them).
+        status: the status of those answers (500, 503 ...).
+        lost_replies: number of next objects that are stored, but whose reply is lost.
+        lost_share: share of the other objects whose reply is lost as well.
+        lost_keys: pattern of the keys of those objects; by default, of commits.
+        lost_status: the answer instead of a lost reply; 0 closes the connection.
+        hanging: requests that contain this get no answer while it is set; "": none.
+        conditional_puts: if False, ignore If-None-Match, as old S3-compatible servers do.
+        page: entries per page of a listing.
     """
 
     latency_seconds: float = 0.0
@@ -63,9 +63,9 @@ class S3Server:
     """The test's side of a running server.
 
     Attributes:
-        url: of its bucket.
-        endpoint: its own address.
-        storage_options: what deltalake needs to reach it, with few and short retries.
+        url: the URL of its bucket.
+        endpoint: the server's address.
+        storage_options: deltalake's options to reach it, with few and short retries.
     """
 
     def __init__(self, port: int) -> None:
@@ -84,21 +84,21 @@ class S3Server:
         }
 
     def set_faults(self, **faults: Any) -> None:
-        """Set these faults, and none of those before."""
+        """Replace all faults by these."""
         self._ask("faults", faults)
 
     def requests(self) -> list[str]:
-        """The requests since the last call, as "PUT key" or "GET ?query", in order."""
+        """Return the requests since the last call, as "PUT key" or "GET ?query", in order."""
         requests: list[str] = self._ask("requests")
         return requests
 
     def stored(self, part: str = "") -> list[str]:
-        """The keys of objects with ``part`` in them."""
+        """Return the keys of objects that contain ``part``."""
         return [key for key in self._ask("keys") if part in key]
 
-    def _ask(self, what: str, data: Any = None) -> Any:
+    def _ask(self, command: str, data: Any = None) -> Any:
         body = json.dumps(data).encode()
-        with urllib.request.urlopen(f"{self.endpoint}/_control/{what}", body) as reply:
+        with urllib.request.urlopen(f"{self.endpoint}/_control/{command}", body) as reply:
             return json.load(reply)
 
 
@@ -128,10 +128,10 @@ class Bucket:
         self.requests: list[str] = []
         self.chance = random.Random(0)  # the same requests in one order fail each time
 
-    def control(self, what: str, data: Any) -> Any:
-        if what == "keys":
+    def control(self, command: str, data: Any) -> Any:
+        if command == "keys":
             return sorted(self.objects)
-        if what == "faults":
+        if command == "faults":
             self.faults = Faults(**data)
             return None
         requests, self.requests = self.requests, []
@@ -156,8 +156,8 @@ class Bucket:
         entries = {}
         for key in self.objects:
             if key.startswith(prefix) and key > query.get("start-after", ""):
-                head, found, _ = key[len(prefix) :].partition(delimiter or "\0")
-                entries[prefix + head + found] = bool(found)
+                head, separator, _ = key[len(prefix) :].partition(delimiter or "\0")
+                entries[prefix + head + separator] = bool(separator)
         token = query.get("continuation-token", "")
         after = sorted(entry for entry in entries if entry > token)
         page = after[: self.faults.page]
@@ -188,13 +188,13 @@ BUCKET_CONTENT = Bucket()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: its faults, then what S3 does."""
+    """The handler of a request: its faults, then the behaviour of S3."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the client's word on its headers
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the ACK of its headers
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: a failing test shows the requests that it asks for."""
+        """Log nothing: a test asks for the requests that it needs."""
 
     def do_any(self) -> None:
         bucket = BUCKET_CONTENT
@@ -277,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, code: str) -> None:
         key = re.search("Credential=(.*?)/[0-9]{8}/", self.headers.get("Authorization", ""))
         text = f"<Code>{code}</Code><Message>{code}</Message>"
-        if key is not None:  # which S3 repeats in its errors
+        if key is not None:  # S3 repeats it in its errors
             text += f"<AWSAccessKeyId>{escape(key[1])}</AWSAccessKeyId>"
         self.answer(status, f"<Error>{text}</Error>")
 
@@ -296,7 +296,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 200
 
     def handle_error(self, *request: Any) -> None:
-        """Say nothing of clients that are gone: they were killed."""
+        """Ignore clients that are gone: they were killed."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(*request)
 

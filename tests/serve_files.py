@@ -1,4 +1,4 @@
-"""A process that serves and has no torchrec_exfm: the outputs of each file for given requests.
+"""A serving process without torchrec_exfm: the outputs of each file for given requests.
 
 python -I serve_files.py MODEL_FOLDER FOLDER
 """
@@ -12,7 +12,7 @@ PACKAGE = "torchrec_exfm"
 
 
 class Absent(MetaPathFinder):
-    """An environment in which the package was never installed; notes who asked for it."""
+    """Hides the package, as if it were not installed, and records who imports it."""
 
     def __init__(self):
         self.asked = []
@@ -32,7 +32,7 @@ import torch  # noqa: E402
 
 
 def names(model):
-    """Parameters by name, with their shapes; a compiled model tells no shapes."""
+    """Return parameter names with their shapes; a compiled model has no shapes."""
     if hasattr(model, "get_constant_fqns"):
         return dict.fromkeys(model.get_constant_fqns())
     return {name: tuple(value.shape) for name, value in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The jobs that are killed while they work on a store of an S3 server that fails.
+"""The jobs that are killed while they use a store on a failing S3 server.
 
 Each keeps a line in a file of what a call has returned, right after it; started again, a job does
 all of its work anew but for what it has such a line of where that can't be done twice.
@@ -38,7 +38,7 @@ ServerJob = Callable[[TeacherStore, Path, int], None]
 
 
 def run(job: ServerJob, url: str, options: Mapping[str, str], folder: Path, attempt: int) -> None:
-    """A job in a process of its own."""
+    """Run a job in a process of its own."""
 
     def work(rank: int, world_size: int, folder: Path) -> None:
         job(TeacherStore(url, storage_options=options), folder, attempt)
@@ -47,7 +47,7 @@ def run(job: ServerJob, url: str, options: Mapping[str, str], folder: Path, atte
 
 
 def tell(folder: Path, **report: Any) -> None:
-    """Keep a report; a line is there whole or, after a kill, not at all."""
+    """Append a report; after a kill its line is complete or absent."""
     descriptor = os.open(folder / "reports", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, (json.dumps(report) + "\n").encode())
     os.close(descriptor)
@@ -59,7 +59,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def shard(number: int) -> slice:
-    """The positions of a shard's examples in the data."""
+    """Return the positions of a shard's examples in the data."""
     return slice(FIRST + number * SHARD_ROWS, FIRST + (number + 1) * SHARD_ROWS)
 
 
@@ -73,7 +73,7 @@ def unnamed_ids(attempt: int, number: int) -> Any:
 
 
 def writing(store: TeacherStore, folder: Path, attempt: int) -> None:
-    """Writes named shards, each of them followed by rows without a name."""
+    """Write named shards, each followed by rows without a name."""
     data = jobs.Data()
     for number in range(SHARDS):
         at = shard(number)
@@ -88,7 +88,7 @@ def writing(store: TeacherStore, folder: Path, attempt: int) -> None:
 
 
 def scoring(store: TeacherStore, folder: Path, attempt: int) -> None:
-    """Scores two shards of several pieces."""
+    """Score two shards of several pieces."""
     data = jobs.Data()
     parts = torch.arange(FIRST, FIRST + ROWS).split((2 * SHARD_ROWS, ROWS - 2 * SHARD_ROWS))
     report = score(
@@ -105,7 +105,7 @@ def scoring(store: TeacherStore, folder: Path, attempt: int) -> None:
 
 
 def teacher_logging(store: TeacherStore, folder: Path, attempt: int) -> None:
-    """Logs what a teacher says, from its first step on."""
+    """Log a teacher's outputs, from its first step on."""
     data = jobs.Data()
     with TeacherLogger(store, "fm") as logger:
         for number in range(SHARDS):
@@ -116,7 +116,7 @@ def teacher_logging(store: TeacherStore, folder: Path, attempt: int) -> None:
 
 
 def publishing(store: TeacherStore, folder: Path, attempt: int) -> None:
-    """Publishes until there are as many reports as it should publish."""
+    """Publish until the reports are complete."""
     for number in range(len(reports(folder)), SHARDS):
         through = 1_000 * attempt + number
         snapshot = publish(store, "fm", None, trained_through_seconds=through)

@@ -1,4 +1,4 @@
-"""What the columns of a stream have in common, whatever data it is made of."""
+"""Checks of the columns of a stream, of any data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def assert_types(stream: Any) -> None:
-    """The types of the columns; ids within their table and finite values, of every example."""
+    """Require the types of the columns, ids within their table, and finite values."""
     for name in ("time", "example_id"):
         assert getattr(stream, name).dtype == np.int64
     for name in ("week", "vertical"):

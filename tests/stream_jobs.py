@@ -91,7 +91,7 @@ def scorer(rank: int, world_size: int, folder: Path) -> None:
 
 
 def student(rank: int, world_size: int, folder: Path) -> list[str]:
-    """Digests of all that it ends with."""
+    """Train the student, and return digests of its final state."""
     data = Data()
     wrapper = rm.wrapped(rm.two_task_student(seed=3), terms=TERMS, teachers=("fm",))
     trainee = rm.sharded(wrapper, world_size)
@@ -112,7 +112,7 @@ def student(rank: int, world_size: int, folder: Path) -> list[str]:
     ):
         pass
     everything = [rm.snapshot(trainee.model.state_dict()), adapter.state_dict(), metrics.compute()]
-    return [digest(each) for each in everything]
+    return [digest(part) for part in everything]
 
 
 def waiting(rank: int, world_size: int, folder: Path) -> str:
@@ -156,17 +156,17 @@ def make_store(folder: Path) -> TeacherStore:
 
 
 def assert_scores(folder: Path) -> None:
-    """What was scored is what its snapshot says of each example alone, up to rounding."""
+    """Require scored outputs to equal their snapshot's, computed per example, up to rounding."""
     store = TeacherStore(folder / "store")
     rows = dd.all_rows(store)
     for snapshot in published(store, "fm"):
         model = rm.two_task_student()
         load_snapshot(store, snapshot, model)
-        fj.assert_said(model, rows[~rows.logged & (rows.snapshot == snapshot.version)])
+        fj.assert_within_rounding(model, rows[~rows.logged & (rows.snapshot == snapshot.version)])
 
 
 class Row(NamedTuple):
-    """Who said what of an example."""
+    """The stored row of an example."""
 
     snapshot: int
     logged: bool
@@ -174,7 +174,7 @@ class Row(NamedTuple):
 
 
 def rows_of(folder: Path) -> dict[int, Row]:
-    """What is in the store, by example; each is there once."""
+    """Return the store's rows by example, and require a single row for each."""
     rows = dd.all_rows(TeacherStore(folder / "store"), keys=fj.KEYS)
     fj.assert_keys(rows)
     assert (np.diff(rows.example_id) > 0).all()

@@ -1,18 +1,18 @@
-"""CUDA streams simulated on the CPU: what a train pipeline would do wrong on a GPU, without one.
+"""CUDA streams simulated on the CPU: finds faults of a train pipeline on a GPU, without a GPU.
 
 Inside ``simulated()`` the thread that entered it has a device ``DEVICE``. Its memory is the CPU's,
 but is kept apart: a copy to it is a clone, and its tensors say that they are on ``DEVICE``. Streams
 and events are made by ``torch.cuda``, and so by ``torch.get_device_module(DEVICE)``. Each operator
-on device memory is told to torch's own race detector (``torch.cuda._sanitizer``) as a kernel on the
-stream that is current. Collectives run on a stream of NCCL's, which waits for the issuer's and is
+on device memory is reported to torch's race detector (``torch.cuda._sanitizer``) as a kernel on the
+current stream. Collectives run on a stream of NCCL's, which waits for the issuer's and is
 waited for by ``Work.wait``. A read by the host waits for the current stream. New memory counts as
 in use until the last kernel of the stream that allocates it, as the allocator gives away blocks
 whose kernels on that stream are still queued. Backward runs each kernel on the stream of its
 forward, after the kernels of backward before it.
 
-What it can't see: what other threads do with device memory; what C++ does on streams of its own,
-as the collectives of DistributedDataParallel; kernels of TorchRec's lookup other than the CPU's;
-and time, so that what may go wrong is found, not whether it would.
+It can't see other threads' use of device memory, C++ code on streams of its own (such as the
+collectives of DistributedDataParallel), or kernels of TorchRec's lookup other than the CPU's. It
+has no clock: it finds what may go wrong, not whether it would.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ READ_BY_HOST = {"aten::_local_scalar_dense", "aten::equal"} | SIZED_BY_VALUES
 
 
 class Finding(NamedTuple):
-    """What would go wrong or wait on a GPU.
+    """A fault, or a wait, that a GPU would have.
 
     ``kind`` is "race"; "pageable", for a copy from memory that is not pinned; "literal", for one
     from Python's numbers; "wait", where the host waits for the device; "untold", for memory freed
@@ -74,7 +74,7 @@ class Finding(NamedTuple):
     """
 
     kind: str
-    what: str
+    description: str
     place: str
     step: int
 
@@ -89,7 +89,7 @@ class Collective(NamedTuple):
 
 
 class Stream:
-    """In the place of ``torch.cuda.Stream``."""
+    """Replacement of ``torch.cuda.Stream``."""
 
     def __init__(self, simulation: Simulation, *_: Any, name: str = "", **__: Any) -> None:
         self._simulation = simulation
@@ -120,7 +120,7 @@ class Stream:
 
 
 class Event:
-    """In the place of ``torch.cuda.Event``."""
+    """Replacement of ``torch.cuda.Event``."""
 
     def __init__(self, simulation: Simulation, *_: Any, **__: Any) -> None:
         self._simulation = simulation
@@ -144,18 +144,18 @@ class Event:
 
 
 class _Block:
-    """Device memory: the stream of its allocation, those the allocator knows, other uses."""
+    """Device memory: the stream that allocated it, those the allocator knows, and other uses."""
 
     def __init__(self, stream: int, reference: weakref.ref[Any], allocation: str) -> None:
         self.stream = stream
         self.allocation = allocation
         self.reference = reference
-        self.told = {stream}
+        self.recorded_streams = {stream}
         self.untold: dict[int, tuple[int, str]] = {}  # stream: last kernel, its description
 
 
 class Simulation:
-    """The device: its memory, its streams, and what was found; made by ``simulated()``."""
+    """The device, made by ``simulated()``: its memory, its streams and the findings."""
 
     def __init__(self) -> None:
         self.sanitizer = sanitizer.EventHandler()
@@ -172,12 +172,12 @@ class Simulation:
         self._backward_stream: Stream | None = None  # of the last kernel of backward
         self._thread = threading.get_ident()
 
-    def found(self, *kinds: str) -> list[Finding]:
-        """What was found of some kinds."""
+    def findings_of(self, *kinds: str) -> list[Finding]:
+        """Return the findings of some kinds."""
         return [finding for finding in self.findings if finding.kind in kinds]
 
-    def report(self, kind: str, what: str) -> None:
-        self.findings.append(Finding(kind, what, _place(), self.step))
+    def report(self, kind: str, description: str) -> None:
+        self.findings.append(Finding(kind, description, _place(), self.step))
 
     def current_stream(self, _: Any = None) -> Stream:
         node = torch._C._current_autograd_node()
@@ -186,7 +186,7 @@ class Simulation:
 
     @contextlib.contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """In the place of ``torch.cuda.stream``."""
+        """Replacement of ``torch.cuda.stream``."""
         before = self.current_stream()
         self._current.stream = before if stream is None else stream
         try:
@@ -195,7 +195,7 @@ class Simulation:
             self._current.stream = before
 
     def keep_stream(self, outputs: Any) -> None:
-        """Let the backward of what made the outputs run on the current stream."""
+        """Let the outputs' backward run on the current stream."""
         stream = self.current_stream()
         if stream is self.default:
             return
@@ -204,7 +204,7 @@ class Simulation:
             node = nodes.pop()
             if node is not None and "stream" not in node.metadata:
                 node.metadata["stream"] = stream
-                nodes += [each for each, _ in node.next_functions]
+                nodes += [parent for parent, _ in node.next_functions]
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -223,22 +223,22 @@ class Simulation:
             self._backward_stream = stream
 
     def synchronize(self, _: Any = None) -> None:
-        """In the place of ``torch.cuda.synchronize``."""
+        """Replacement of ``torch.cuda.synchronize``."""
         self.report("wait", "synchronize")
         self.sanitizer._handle_device_synchronization()
 
-    def wait_on_host(self, stream: Stream, what: str) -> None:
-        self.report("wait", what)
+    def wait_on_host(self, stream: Stream, description: str) -> None:
+        self.report("wait", description)
         self.sanitizer._handle_stream_synchronization(stream.id)
 
     def name_streams(self, owner: object) -> None:
-        """Call the streams that an object has by their names there."""
+        """Name an object's streams after its attributes."""
         for name, value in vars(owner).items():
             if isinstance(value, Stream) and value is not self.default:
                 value.name = name
 
     def adopt(self, module: nn.Module) -> None:
-        """Take a module's parameters and buffers for device memory."""
+        """Treat a module's parameters and buffers as device memory."""
         owned = itertools.chain(module._parameters.values(), module._buffers.values())
         for tensor in owned:
             if tensor is not None:
@@ -253,11 +253,11 @@ class Simulation:
         return _key(tensor) in self._blocks
 
     def last_kernel(self, stream: Stream) -> int:
-        """The number of the last kernel launched on a stream; 0 for none."""
+        """Return the number of the last kernel launched on a stream; 0 for none."""
         return self.sanitizer.syncs.current_sync_states[stream.id].get(stream.id, 0)
 
     def copy(self, tensor: Tensor, *, from_device: bool, to_device: bool) -> Tensor:
-        """A tensor on the other side."""
+        """Return a copy of a tensor on the host or on the device."""
         if from_device:
             self._launch("copy to the host", read={_key(tensor)})
             self.wait_on_host(self.current_stream(), "copy to the host")
@@ -282,17 +282,17 @@ class Simulation:
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         if not self.on_device(tensor):
             raise RuntimeError("record_stream of memory of the host")
-        self._blocks[_key(tensor)].told.add(stream.id)
+        self._blocks[_key(tensor)].recorded_streams.add(stream.id)
 
     def run(self, operator: Any, arguments: Any, keywords: Any, outputs: Any) -> None:
-        """Launch an operator on the current stream, if it has to do with device memory."""
+        """Launch an operator on the current stream if it uses device memory."""
         name, kinds = _parameters(operator)
         read, written, on_host, has_device = set(), set(), [], False
-        given = itertools.chain(
+        inputs = itertools.chain(
             zip(kinds.values(), arguments, strict=False),
             ((kinds[keyword], value) for keyword, value in keywords.items()),
         )
-        for kind, value in given:
+        for kind, value in inputs:
             for tensor in _tensors(value):
                 key = _key(tensor)
                 if key in self._blocks:
@@ -309,7 +309,9 @@ class Simulation:
             return
         if on_host:
             self.report("mixed", f"{name}, {on_host}")
-        written |= {self._allocate(each) for each in _tensors(outputs) if not self.on_device(each)}
+        written |= {
+            self._allocate(tensor) for tensor in _tensors(outputs) if not self.on_device(tensor)
+        }
         self._launch(name, read=read, written=written)
         if name in READ_BY_HOST or _indexes_by_booleans(name, arguments):
             self.wait_on_host(self.current_stream(), name)
@@ -324,22 +326,22 @@ class Simulation:
         waits_for = dict(self.sanitizer.syncs.current_sync_states[self.nccl.id])
         self.collectives.append(Collective(name, issuer.name, waits_for, self.step))
         for key in set.union(*keys):  # NCCL's process group keeps them until they are waited for
-            self._blocks[key].told.add(self.nccl.id)
+            self._blocks[key].recorded_streams.add(self.nccl.id)
         self._launch(name, read=keys[0], written=keys[1], stream=self.nccl)
         return self.nccl.record_event()
 
     def allocate(self, tensors: Iterable[Tensor]) -> None:
-        """Take new tensors for device memory."""
+        """Treat new tensors as device memory."""
         for tensor in tensors:
             self._allocate(tensor)
 
     def free(self, tensors: Iterable[Tensor]) -> None:
-        """Take tensors for memory of the host after all."""
+        """Treat tensors as memory of the host again."""
         for tensor in tensors:
             self._blocks.pop(_key(tensor), None)
 
     def _copy_into(self, target: Tensor, source: Tensor) -> None:
-        read, written = ({_key(each)} & self._blocks.keys() for each in (source, target))
+        read, written = ({_key(tensor)} & self._blocks.keys() for tensor in (source, target))
         if not read:
             self._check_pinned(source)
         self._launch("aten::copy_", read=read, written=written)
@@ -369,11 +371,11 @@ class Simulation:
             self.report("race", " | ".join(accesses))
         for key in read | written:
             block = self._blocks[key]
-            if stream.id not in block.told:
+            if stream.id not in block.recorded_streams:
                 block.untold[stream.id] = self.sanitizer.seq_num, described
 
     def _allocate(self, tensor: Tensor) -> int:
-        """Take a tensor for device memory of the current stream, unless it is; return its block."""
+        """Treat a tensor as device memory of the current stream; return its block."""
         key = _key(tensor)
         if key not in self._blocks:
             stream = self.current_stream()
@@ -403,14 +405,14 @@ class Simulation:
         if not isinstance(block, _Block):
             return
         for stream, (kernel, described) in block.untold.items():
-            if stream in block.told:
+            if stream in block.recorded_streams:
                 continue
             if not self.sanitizer.syncs.is_ordered_after(block.stream, kernel, stream):
                 self.report("untold", f"{described} | {block.allocation}")
 
 
 class _Functions(TorchFunctionMode):
-    """Gives tensors of the simulated device, and lets them say where they are."""
+    """Makes tensors of the simulated device, and lets them report it as their device."""
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__()
@@ -468,7 +470,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Kernels(TorchDispatchMode):
-    """Tells the simulation of each operator."""
+    """Reports each operator to the simulation."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -488,7 +490,7 @@ class _Kernels(TorchDispatchMode):
 
 
 class _Work(dist.Work):
-    """What an asynchronous collective returns."""
+    """The handle of an asynchronous collective."""
 
     def __init__(self, work: dist.Work, event: Event) -> None:
         super().__init__()
@@ -518,7 +520,7 @@ def simulated() -> Iterator[Simulation]:
 
 
 def _replacements(simulation: Simulation, functions: _Functions) -> Iterator[tuple[Any, str, Any]]:
-    """What to set where in torch, beside the modes."""
+    """Return the replacements to set in torch, beside the modes."""
     yield torch.cuda, "Event", functools.partial(Event, simulation)
     yield torch.cuda, "Stream", functools.partial(Stream, simulation)
     yield torch.cuda, "current_stream", simulation.current_stream
@@ -562,8 +564,8 @@ def _collective(simulation: Simulation, name: str, function: Any) -> Callable[..
 
     @functools.wraps(function)
     def issued(*arguments: Any, **keywords: Any) -> Any:
-        given = signature.bind(*arguments, **keywords).arguments
-        event = simulation.collective(name, _tensors(given[first]), _tensors([*given.values()]))
+        bound = signature.bind(*arguments, **keywords).arguments
+        event = simulation.collective(name, _tensors(bound[first]), _tensors([*bound.values()]))
         work = function(*arguments, **keywords)
         if event is not None and work is None:
             event.wait()
@@ -594,12 +596,12 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if not isinstance(value, (list, tuple)):
         return []
-    return [tensor for each in value for tensor in _tensors(each)]
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 @functools.cache
 def _parameters(operator: Any) -> tuple[str, dict[str, str]]:
-    """An operator's name, and what it does with each argument: "read", "write" or "alias"."""
+    """Return an operator's name, and its use of each argument: "read", "write" or "alias"."""
     schema = operator._schema
     name: str = schema.name
     reads_shapes_only = name.endswith("_like") or name.startswith("aten::new_")
@@ -619,7 +621,7 @@ def _indexes_by_booleans(name: str, arguments: Any) -> bool:
 
 
 def _place() -> str:
-    """The line of the product or of TorchRec that is running."""
+    """Return the line of the product or of TorchRec that is running."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         name = _name_of_ours(frame.f_code.co_filename)
@@ -631,7 +633,7 @@ def _place() -> str:
 
 @functools.cache
 def _name_of_ours(path: str) -> str:
-    """The name of a file of the product or of TorchRec, from its package on; else nothing."""
+    """Return a file's name from the product's or TorchRec's package on; else an empty string."""
     for package in (torchrec_exfm, torchrec):
         folder = Path(package.__file__).parent
         if Path(path).is_relative_to(folder):

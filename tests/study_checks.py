@@ -36,7 +36,7 @@ START, SECONDS, WINDOW = 1_760_000_400, 60, 600
 
 
 def data() -> list[rm.Columns]:
-    """Of all ranks: labels of 0, 1 or, for "buy", none, and outputs that the store can hold."""
+    """Return data of all ranks: labels 0 or 1 (some "buy" missing), outputs exact in a store."""
     batches = []
     for step, batch in enumerate(rm.lacking(rm.global_data(STEPS), "one task")):
         rows = torch.arange(rm.GLOBAL_SIZE) + step * rm.GLOBAL_SIZE
@@ -57,7 +57,7 @@ def parts(rank: int, world_size: int) -> list[rm.Columns]:
 
 
 def study_of(rank: int, world_size: int, **changes: Any) -> Study:
-    """A student of two tasks and two teachers, on this rank's part of each batch."""
+    """Return a study of two tasks and two teachers, on this rank's part of each batch."""
     study = Study(
         make_student=lambda: rm.labelled_student(torch.initial_seed()),
         stream=lambda: parts(rank, world_size),
@@ -70,13 +70,13 @@ def study_of(rank: int, world_size: int, **changes: Any) -> Study:
     return dataclasses.replace(study, **changes)
 
 
-def part(whole: Tensor, rank: int, world_size: int) -> Tensor:
-    """(steps, 16, T), all examples -> (N, T), those of a rank."""
-    return whole.chunk(world_size, dim=1)[rank].flatten(0, 1)
+def part(examples: Tensor, rank: int, world_size: int) -> Tensor:
+    """Select a rank's examples: (steps, 16, T) to (N, T)."""
+    return examples.chunk(world_size, dim=1)[rank].flatten(0, 1)
 
 
 def by_hand(head: bool) -> Tensor:
-    """A whole student without TorchRec's pipeline or ours, (steps, 16, T) logits.
+    """Train a student in one process without a pipeline; return logits (steps, 16, T).
 
     Args:
         head: whether a second head on the shared representation learns the label.
@@ -91,20 +91,20 @@ def by_hand(head: bool) -> Tensor:
     shared: list[Tensor] = []
     student.get_submodule(rm.TAP).register_forward_pre_hook(lambda _, x: shared.append(x[0]))
     optimizer = torch.optim.SGD([*student.parameters(), *heads.parameters()], lr=RATE)
-    said = []
+    logits_by_step = []
     for batch in data():
         loss, (_, logits, labels) = student(batch)
-        said.append(logits)
+        logits_by_step.append(logits)
         if head:
-            there = ~labels.isnan()
+            labelled = ~labels.isnan()
             losses = F.binary_cross_entropy_with_logits(
                 heads(shared[-1]), labels.nan_to_num(0.0), reduction="none"
             )
-            loss = loss + (torch.where(there, losses, 0.0).sum(0) / there.sum(0)).mean()
+            loss = loss + (torch.where(labelled, losses, 0.0).sum(0) / labelled.sum(0)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return torch.stack(said)
+    return torch.stack(logits_by_step)
 
 
 def _width(student: nn.Module) -> int:
@@ -113,24 +113,24 @@ def _width(student: nn.Module) -> int:
 
 
 def check_none_is_the_students_own_training(rank: int, world_size: int) -> None:
-    """To the bit TorchRec's pipeline, and nearly one process on all the data, without either."""
+    """The arm "none" equals TorchRec's pipeline to the bit, and nearly one process on all data."""
     steps: list[int] = []
-    said = run_pass(study_of(rank, world_size), Arm(), SEED, steps.append)
+    result = run_pass(study_of(rank, world_size), Arm(), SEED, steps.append)
     trainee = rm.sharded(rm.labelled_student(SEED), world_size, lr=RATE)
     plain = TrainPipelineSparseDist(trainee.model, trainee.optimizer, device())
     outputs = rm.drained(plain, parts(rank, world_size))
     for column, position in (("logits", 1), ("labels", 2)):
         expected = torch.cat([output[position] for output in outputs]).numpy()
-        np.testing.assert_array_equal(getattr(said, column), expected)
+        np.testing.assert_array_equal(getattr(result, column), expected)
     expected = part(by_hand(head=False), rank, world_size)
-    rm.assert_near([torch.from_numpy(said.logits)], [expected])
+    rm.assert_near([torch.from_numpy(result.logits)], [expected])
     size = rm.GLOBAL_SIZE // world_size
-    assert steps == [size] * STEPS and said.teacher.shape == (0, 2, 2)
-    assert said.periods.tolist() == [at * 40 // STEPS for at in range(STEPS) for _ in range(size)]
+    assert steps == [size] * STEPS and result.teacher.shape == (0, 2, 2)
+    assert result.periods.tolist() == [at * 40 // STEPS for at in range(STEPS) for _ in range(size)]
 
 
 def check_logits_are_from_before_the_update(rank: int, world_size: int) -> None:
-    """The first step's are the fresh student's, and a later one's of the same batch are not."""
+    """The first step's logits are the fresh student's; a later step's of the same batch differ."""
     first = parts(rank, world_size)[0]
     study = study_of(rank, world_size, stream=lambda: [first, first])
     fresh = rm.labelled_student(SEED)(first)[1][1]
@@ -152,17 +152,17 @@ def check_weight_zero_is_none(rank: int, world_size: int) -> None:
 
 
 def check_control_is_a_head_on_the_label(rank: int, world_size: int) -> None:
-    """Nearly a second head written by hand; missing labels teach nothing."""
-    said = run_pass(study_of(rank, world_size), ARMS["head on the label"], SEED)
-    assert np.isnan(said.labels).any() and said.teacher.shape == (0, 2, 2)
+    """The control nearly equals a second head by hand; missing labels teach nothing."""
+    result = run_pass(study_of(rank, world_size), ARMS["head on the label"], SEED)
+    assert np.isnan(result.labels).any() and result.teacher.shape == (0, 2, 2)
     expected = part(by_hand(head=True), rank, world_size)
     alone = part(by_hand(head=False), rank, world_size)
-    rm.assert_near([torch.from_numpy(said.logits)], [expected])
+    rm.assert_near([torch.from_numpy(result.logits)], [expected])
     assert (expected - alone).abs().max() > 1e-4
 
 
 def check_ways_to_bring_outputs(rank: int, world_size: int) -> None:
-    """In the stream's batches and out of a store, they teach what columns teach, to the bit."""
+    """Outputs in the stream's batches and from a store teach the same as columns, to the bit."""
 
     def stream() -> Iterator[ExFMBatch[Any]]:
         for batch in parts(rank, world_size):
@@ -184,9 +184,9 @@ def check_ways_to_bring_outputs(rank: int, world_size: int) -> None:
             expected = run_pass(columns, arm, SEED)
             carried = run_pass(study_of(rank, world_size, stream=stream, make_teacher=None), arm, 3)
             stored = run_pass(study_of(rank, world_size, make_teacher=make_teacher), arm, SEED)
-            for said in (carried, stored):
+            for result in (carried, stored):
                 for column in ("logits", "labels", "teacher", "periods"):
-                    np.testing.assert_array_equal(vars(said)[column], vars(expected)[column])
+                    np.testing.assert_array_equal(vars(result)[column], vars(expected)[column])
     assert len(lookups) == 1  # neither the student alone nor the control asks for one
     for lookup in lookups:
         with pytest.raises(ValueError, match=r"before close\(\)"):
@@ -196,17 +196,17 @@ def check_ways_to_bring_outputs(rank: int, world_size: int) -> None:
 def fill(store: TeacherStore) -> None:
     for k, teacher in enumerate(TEACHERS):
         for batch in data():
-            there = batch.presence[:, k].all(-1)
+            presence = batch.presence[:, k].all(-1)
             store.write(
                 Snapshot(teacher, 1, START - 1),
-                batch.example_ids[there],
-                batch.values[there, k],
-                batch.event_seconds[there],
+                batch.example_ids[presence],
+                batch.values[presence, k],
+                batch.event_seconds[presence],
             )
 
 
 def check_a_run(rank: int, world_size: int) -> None:
-    """Both ranks' examples are in the table, and what was kept is not trained again."""
+    """Both ranks' examples are in the table, and stored passes are not trained again."""
     made: list[int] = []
 
     def make_student() -> nn.Module:
@@ -220,14 +220,14 @@ def check_a_run(rank: int, world_size: int) -> None:
         text = run(study, seeds=2, folder=Path(name) / "out")
         assert made == [0] * 6 + [1] * 6
         table = json.loads((Path(name) / "out" / "table.json").read_text())
-        again = run(study, seeds=2, folder=Path(name) / "out")
-        assert len(made) == 12 and again == text
+        repeated = run(study, seeds=2, folder=Path(name) / "out")
+        assert len(made) == 12 and repeated == text
     assert "means over 2 seeds and 2 tasks, of 128 examples" in text
     labels = torch.cat([batch.labels for batch in data()])[64:]  # the second half, as periods are
     rows = dict(zip(("click", "buy"), (~labels.isnan()).sum(0).tolist(), strict=True))
-    of_students = [r for r in table if "itself" not in r["arm"]]
-    assert len(of_students) == 6 * 2 * 2 and rows["click"] != rows["buy"]
-    assert all(r["rows"] == rows[r["part"]] for r in of_students)
+    student_rows = [r for r in table if "itself" not in r["arm"]]
+    assert len(student_rows) == 6 * 2 * 2 and rows["click"] != rows["buy"]
+    assert all(r["rows"] == rows[r["part"]] for r in student_rows)
     assert _ratio(text) == pytest.approx(_ratio_of(table), abs=0.006)
 
 
@@ -240,8 +240,8 @@ def _ratio(text: str) -> float:
 def _ratio_of(table: list[Mapping[str, Any]]) -> float:
     def covered(arm: str) -> float:
         none = {(r["seed"], r["part"]): r["covered_ne"] for r in table if r["arm"] == "none"}
-        mine = [r for r in table if r["arm"] == arm]
-        return float(np.mean([r["covered_ne"] / none[r["seed"], r["part"]] for r in mine]))
+        rows = [r for r in table if r["arm"] == arm]
+        return float(np.mean([r["covered_ne"] / none[r["seed"], r["part"]] for r in rows]))
 
     gain = covered("AH, by the older teacher") - covered("AH")
     return gain / (covered("the older teacher itself") - covered("the teacher itself"))
@@ -280,7 +280,7 @@ def check_wrong_studies_are_refused(rank: int, world_size: int) -> None:
 
 
 def check_the_planners_way(rank: int, world_size: int) -> None:
-    """Small tables keep their optimizer too; every arm begins with the same values."""
+    """Even small tables keep their fused optimizer; every arm starts from the same values."""
     with pytest.raises(ValueError, match=r"apply an optimizer to its tables.*t0\.weight"):
         study_passes.distribute(rm.labelled_student())
     model, optimizer = study_passes.distribute(_with_sgd())
@@ -302,7 +302,7 @@ def _with_sgd() -> nn.Module:
 
 
 def check_adapter_and_options_are_used(rank: int, world_size: int) -> None:
-    """An adapter of the study's own, weights, and its own labels; one without rate stays."""
+    """A study uses its own adapter, weights and labels; an adapter without a rate stays."""
     adapters: list[StudentAdapter] = []
     drawn: list[Tensor] = []
 
@@ -316,11 +316,11 @@ def check_adapter_and_options_are_used(rank: int, world_size: int) -> None:
 
     arm = ARMS["AH + SA by margin"]
     study = study_of(rank, world_size, make_teacher=lambda: knows)
-    mine = dataclasses.replace(study, make_adapter=make_adapter)
+    own_adapter = dataclasses.replace(study, make_adapter=make_adapter)
     ones = dataclasses.replace(study, weights=lambda batch: torch.zeros(len(batch.labels)))
     usual, frozen, unweighed, alone = (
-        run_pass(of, arm_of, SEED).logits
-        for of, arm_of in ((study, arm), (mine, arm), (ones, arm), (study, Arm()))
+        run_pass(study_run, arm_of, SEED).logits
+        for study_run, arm_of in ((study, arm), (own_adapter, arm), (ones, arm), (study, Arm()))
     )
     assert len(adapters) == 1 and not np.array_equal(usual, frozen)
     assert torch.equal(drawn[0], torch.manual_seed(SEED).get_state())  # whatever sharding drew

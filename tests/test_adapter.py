@@ -1,4 +1,4 @@
-"""The student adapter: what it learns, from what, and that nothing else moves."""
+"""The student adapter: what it learns, what from, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TASKS = (Task(name="click"), Task(name="minutes", regression=True))
 def make_adapter(
     seed: int = 0, *, teachers: int = 2, tasks: tuple[Task, ...] = TASKS
 ) -> StudentAdapter:
-    """An adapter that is past its start: no layer is 0."""
+    """Return an adapter after some training: no layer is 0."""
     torch.manual_seed(seed)
     adapter = StudentAdapter(num_teachers=teachers, tasks=tasks, hidden=(4,))
     for parameter in adapter.parameters():
@@ -58,7 +58,7 @@ def test_starts_as_the_identity_within_the_limits() -> None:
 def reference_loss(
     parameters: list[np.ndarray], teacher: TeacherOutputs, labels: Tensor, count: Tensor
 ) -> float:
-    """L_SA for TASKS and one hidden layer a teacher, in float64."""
+    """Return L_SA for TASKS and one hidden layer per teacher, in float64."""
     limits, loss = np.array([15.0, np.inf]), 0.0
     for m in range(teacher.values.shape[1]):
         present = teacher.presence[:, m].double().numpy()
@@ -171,7 +171,7 @@ def test_adapter_step_is_a_plain_step_and_leaves_no_gradient() -> None:
     expected = [parameter.detach() - rate * grad for parameter, grad in pairs]
     assert all(grad.any() for grad in grads)
     for parameter in adapter.parameters():
-        parameter.grad = torch.full_like(parameter, 1e3)  # of no concern to the step
+        parameter.grad = torch.full_like(parameter, 1e3)  # must not affect the step
     with torch.no_grad():
         optimizer = torch.optim.SGD(adapter.parameters(), lr=rate)
         adapted = adapter_step(adapter, optimizer, teacher, labels)
@@ -181,7 +181,7 @@ def test_adapter_step_is_a_plain_step_and_leaves_no_gradient() -> None:
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients of a step, and moves nothing."""
+    """Records the gradients of a step, and changes no parameter."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
@@ -250,7 +250,7 @@ def test_a_compiled_adapter_is_one_graph() -> None:
 
 
 def test_a_subclass_is_refused() -> None:
-    """Its loss might be another than the one whose gradient is known."""
+    """A subclass might change the loss whose gradient is hard-coded."""
     with pytest.raises(TypeError, match=r"should have no subclass.*received Other"):
 
         class Other(StudentAdapter):

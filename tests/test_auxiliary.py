@@ -75,11 +75,11 @@ def make_shared() -> Tensor:
 
 
 def heads_of(head: AuxiliaryHead) -> list[DistillationHead]:
-    return [each for term in head.term_losses for each in term.heads]
+    return [task_head for term in head.term_losses for task_head in term.heads]
 
 
 def gradients(head: AuxiliaryHead, shared: Tensor, loss: Tensor) -> list[Tensor]:
-    """Of the shared representation, then of every parameter; None fails."""
+    """Return the gradients of the shared representation and of every parameter; None fails."""
     return list(torch.autograd.grad(loss, [shared, *head.parameters()]))
 
 
@@ -90,7 +90,7 @@ def reference_term(
     column: dict[str, Any],
     rates: dict[str, float],
 ) -> tuple[float, list[np.ndarray]]:
-    """A term's loss, and its gradients: of x times β, then of each weight and bias."""
+    """Return a term's loss and its gradients: β times that of x, then of each weight and bias."""
     activations = [x]
     for i in range(0, len(layers), 2):
         z = activations[-1] @ layers[i].T + layers[i + 1]
@@ -105,16 +105,16 @@ def reference_term(
         for b in np.flatnonzero(mask):
             if name == "minutes":
                 error = z[b, i] - term.alpha * values[b]
-                each, slope = error**2, 2 * error
+                example_loss, slope = error**2, 2 * error
             else:
                 p = 1 / (1 + math.exp(-values[b]))
                 if not term.adapted:
                     p = p / (p + (1 - p) / r_teacher)  # of all examples
                     p = p / (p + (1 - p) * r_student)  # of those the student sees
                 y = min(term.alpha * p, 1.0)
-                each = y * np.logaddexp(0, -z[b, i]) + (1 - y) * np.logaddexp(0, z[b, i])
+                example_loss = y * np.logaddexp(0, -z[b, i]) + (1 - y) * np.logaddexp(0, z[b, i])
                 slope = 1 / (1 + math.exp(-z[b, i])) - y
-            loss += each / count / len(names)
+            loss += example_loss / count / len(names)
             upstream[b, i] = term.weight * slope / count / len(names)
     grads: list[np.ndarray] = []
     for i in range(len(layers) - 2, -1, -2):
@@ -141,9 +141,9 @@ def test_against_a_reference_of_several_terms(
     count = teacher.presence.sum(0) * 0.75 if with_count else None
     serving = torch.randn(B, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
     counts = None if count is None else count[None]
-    loss, of_each = head(shared, teacher, adapted=adapted, counts=counts, serving=serving)
-    (of_serving,) = torch.autograd.grad(loss, serving, retain_graph=True, materialize_grads=True)
-    actual = [of_serving, *gradients(head, shared, loss)]
+    loss, term_losses = head(shared, teacher, adapted=adapted, counts=counts, serving=serving)
+    (serving_grad,) = torch.autograd.grad(loss, serving, retain_graph=True, materialize_grads=True)
+    actual = [serving_grad, *gradients(head, shared, loss)]
 
     expected_loss, expected_x, expected, losses = 0.0, 0.0, [], []
     expected_serving = np.zeros((B, 3))
@@ -170,12 +170,12 @@ def test_against_a_reference_of_several_terms(
             continue
         expected_x = expected_x + grads[0]
         expected += grads[1:]
-    assert not of_each.requires_grad
-    np.testing.assert_allclose(of_each.double(), losses, rtol=1e-6)
+    assert not term_losses.requires_grad
+    np.testing.assert_allclose(term_losses.double(), losses, rtol=1e-6)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
     for value, reference in zip(actual, [expected_serving, expected_x, *expected], strict=True):
         scale = np.abs(reference).max()
-        assert scale > 0 or value is of_serving
+        assert scale > 0 or value is serving_grad
         np.testing.assert_allclose(value.double(), reference, rtol=1e-6, atol=1e-6 * scale)
 
 
@@ -192,7 +192,7 @@ MARGINS = (1.3, 1.3, NAN, NAN, 0.9, NAN)  # of each column
 
 
 class Step(NamedTuple):
-    """What a head is given; the labels are of click and minutes."""
+    """The inputs of a head; the labels are of click and minutes."""
 
     teacher: TeacherOutputs
     adapted: Tensor
@@ -201,7 +201,7 @@ class Step(NamedTuple):
     labels: Tensor
 
     def taught_to(self, head: AuxiliaryHead, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head gives for it."""
+        """Return the head's result for these inputs."""
         counts = None if self.count is None else torch.stack([self.count, self.count])
         return head(
             shared,
@@ -216,22 +216,22 @@ class Step(NamedTuple):
 def margin_step(
     step: int, *, teachers: int = 2, with_count: bool = False, missing: float = 0.4
 ) -> Step:
-    """Teachers who know the labels, less and less; a serving head that does not."""
+    """Return teachers that know the labels less and less, and a serving head that does not."""
     generator = torch.Generator().manual_seed(step)
     labels = torch.randn(B, 2, generator=generator) + torch.tensor([0.0, 1.0])
     labels[:, 0] = (labels[:, 0] > 0).float()
     truth = torch.stack([4 * labels[:, 0] - 2, labels[:, 1]], dim=1).unsqueeze(1)
-    said = make_teacher(step, B, teachers=teachers, tasks=2, missing=missing)
+    noise = make_teacher(step, B, teachers=teachers, tasks=2, missing=missing)
     corrections = torch.tensor([[math.log(0.1 / 0.25), 0.0], [0.0, 0.0]])
-    values = truth + (0.2 + 0.3 * step) * said.values
-    teacher = TeacherOutputs(values + corrections[:teachers], said.presence)
-    count = (0.75 + 0.2 * step) * said.presence.sum(0) if with_count else None
+    values = truth + (0.2 + 0.3 * step) * noise.values
+    teacher = TeacherOutputs(values + corrections[:teachers], noise.presence)
+    count = (0.75 + 0.2 * step) * noise.presence.sum(0) if with_count else None
     serving = torch.randn(B, 2, generator=generator).requires_grad_()
     return Step(teacher, values + 0.1, count, serving, labels)
 
 
 def reference_mean(name: str, z: Tensor, y: Tensor, mask: Tensor, count: float) -> float:
-    """What outputs lose on labels, over the examples of the mask."""
+    """Return the mean loss of outputs on labels, over the examples of the mask."""
     values, labels = z[mask].detach().double().numpy(), y[mask].double().numpy()
     if name == "minutes":
         return float(((values - labels) ** 2).sum() / count)
@@ -246,67 +246,67 @@ def test_margins_against_a_reference_of_several_steps(with_count: bool) -> None:
     running, seen = np.zeros((2, 6)), []
     for step in range(8):
         shared = make_shared()
-        given = margin_step(step, with_count=with_count, missing=1.0 if step == 3 else 0.4)
+        inputs = margin_step(step, with_count=with_count, missing=1.0 if step == 3 else 0.4)
         ratio = np.divide(*running, out=np.ones(6), where=running[1] > 0)
         leads = np.where(np.isnan(MARGINS), 1, np.clip((1 - ratio) / MARGINS, 0, 1))
         seen.append(leads)
         np.testing.assert_allclose(head.leads.double(), leads, rtol=1e-5, atol=1e-6)
-        loss, of_each = given.taught_to(head, shared)
-        actual = torch.autograd.grad(loss, [shared, given.serving])
+        loss, term_losses = inputs.taught_to(head, shared)
+        actual = torch.autograd.grad(loss, [shared, inputs.serving])
 
-        counts = given.teacher.presence.sum(0) if given.count is None else given.count
+        counts = inputs.teacher.presence.sum(0) if inputs.count is None else inputs.count
         expected_loss, losses, gradient = 0.0, [], [np.zeros((B, D)), np.zeros((B, 2))]
         now, column = np.zeros((2, 6)), 0
         for term in MARGIN_TERMS:
-            source = given.adapted if term.adapted else given.teacher.values
-            m, of_term = TEACHERS.index(term.teacher), term.tasks or tuple(rates)
+            source = inputs.adapted if term.adapted else inputs.teacher.values
+            m, names = TEACHERS.index(term.teacher), term.tasks or tuple(rates)
             losses.append(0.0)
-            for name in of_term:
+            for name in names:
                 t, lead = list(rates).index(name), leads[column]
-                mask, count = given.teacher.presence[:, m, t], counts[m, t].clamp(min=0.5).item()
+                mask, count = inputs.teacher.presence[:, m, t], counts[m, t].clamp(min=0.5).item()
                 values = source[:, m, t].double()
-                x, layers, rows = given.serving[:, t : t + 1], list[np.ndarray](), slice(t, t + 1)
+                x, layers, rows = inputs.serving[:, t : t + 1], list[np.ndarray](), slice(t, t + 1)
                 if not term.serving:
                     x, rows = shared, slice(None)
                     layers = [*mlp[:2], mlp[2][t : t + 1], mlp[3][t : t + 1]]
-                one, (of_x, *_) = reference_term(
+                task_loss, (input_gradient, *_) = reference_term(
                     dataclasses.replace(term, tasks=(name,)),
                     layers,
                     x.detach().double().numpy(),
                     {name: (values.numpy(), mask.numpy(), count)},
                     rates,
                 )
-                gradient[term.serving][:, rows] += lead * of_x / len(of_term)
-                losses[-1] += one / len(of_term)
-                expected_loss += term.weight * lead * one / len(of_term)
+                gradient[term.serving][:, rows] += lead * input_gradient / len(names)
+                losses[-1] += task_loss / len(names)
+                expected_loss += term.weight * lead * task_loss / len(names)
                 if name == "click" and not term.adapted:
                     values = values + math.log(term.negative_sampling_rate / rates[name])
                 now[:, column] = [
-                    reference_mean(name, z, given.labels[:, t], mask, count)
+                    reference_mean(name, z, inputs.labels[:, t], mask, count)
                     for z in (values, x[:, 0])
                 ]
                 column += 1
         if step != 3:
             running += 0.01 * (now - running)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
-        np.testing.assert_allclose(of_each.double(), losses, rtol=1e-6)
+        np.testing.assert_allclose(term_losses.double(), losses, rtol=1e-6)
         for value, reference in zip(actual, gradient, strict=True):
             np.testing.assert_allclose(value.double(), reference, rtol=1e-4, atol=1e-6)
-    of_margins = np.stack(seen)[:, ~np.isnan(MARGINS)]
-    assert not of_margins[0].any() and (of_margins[1:] > 0).all()
-    assert (of_margins[1:] < 1).any(0).all()
+    margin_leads = np.stack(seen)[:, ~np.isnan(MARGINS)]
+    assert not margin_leads[0].any() and (margin_leads[1:] > 0).all()
+    assert (margin_leads[1:] < 1).any(0).all()
 
 
-def taught(head: AuxiliaryHead, given: Step, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Loss, the terms' losses, and the gradient of the serving head."""
-    labels = given.labels if labels is None else labels
-    loss, of_each = given._replace(labels=labels).taught_to(head, make_shared())
-    (of_serving,) = torch.autograd.grad(loss, given.serving)
-    return loss, of_each, of_serving
+def taught(head: AuxiliaryHead, step: Step, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return the loss, the terms' losses, and the gradient of the serving head."""
+    labels = step.labels if labels is None else labels
+    loss, term_losses = step._replace(labels=labels).taught_to(head, make_shared())
+    (serving_grad,) = torch.autograd.grad(loss, step.serving)
+    return loss, term_losses, serving_grad
 
 
 def means_of(head: AuxiliaryHead) -> Tensor:
-    """The running means of the only term with a margin."""
+    """Return the running means of the only term with a margin."""
     (means,) = head.lead_losses
     return means
 
@@ -317,68 +317,68 @@ def margin_head(margin: float | None = 1.3, **options: Any) -> AuxiliaryHead:
 
 
 def test_a_term_whose_teacher_has_not_led_yet_teaches_nothing() -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
-    loss, of_each, of_serving = taught(head, given)
-    assert loss == 0 and not of_serving.any() and (of_each > 0).all()
-    loss, of_each, of_serving = taught(head, given)
-    assert loss > 0 and of_serving.any()
+    head, step = margin_head(), margin_step(0, teachers=1)
+    loss, term_losses, serving_grad = taught(head, step)
+    assert loss == 0 and not serving_grad.any() and (term_losses > 0).all()
+    loss, term_losses, serving_grad = taught(head, step)
+    assert loss > 0 and serving_grad.any()
 
 
 def test_a_teacher_worse_than_the_student_teaches_nothing() -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
-    worse = given._replace(adapted=given.serving.detach()[:, None] * 3)
-    given = given._replace(serving=given.adapted[:, 0].clone().requires_grad_())
+    head, step = margin_head(), margin_step(0, teachers=1)
+    worse = step._replace(adapted=step.serving.detach()[:, None] * 3)
+    step = step._replace(serving=step.adapted[:, 0].clone().requires_grad_())
     for _ in range(3):
-        loss, of_each, of_serving = taught(head, worse._replace(serving=given.serving))
-        assert loss == 0 and not of_serving.any() and (of_each > 0).all()
+        loss, term_losses, serving_grad = taught(head, worse._replace(serving=step.serving))
+        assert loss == 0 and not serving_grad.any() and (term_losses > 0).all()
     assert (means_of(head) > 0).all() and not head.leads.any()
 
 
 def test_a_term_whose_teacher_leads_by_its_margin_is_one_without_to_the_bit() -> None:
-    head, plain, given = margin_head(0.01), margin_head(None), margin_step(0, teachers=1)
-    taught(head, given)
+    head, plain, step = margin_head(0.01), margin_head(None), margin_step(0, teachers=1)
+    taught(head, step)
     assert head.leads.tolist() == [1, 1] == plain.leads.tolist()
-    assert all(map(torch.equal, taught(head, given), taught(plain, given)))
+    assert all(map(torch.equal, taught(head, step), taught(plain, step)))
 
 
 def test_a_step_without_any_output_leaves_the_leads() -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
-    taught(head, given)
+    head, step = margin_head(), margin_step(0, teachers=1)
+    taught(head, step)
     before = head.leads
     assert ((before > 0) & (before < 1)).all()
-    taught(head, given._replace(teacher=TeacherOutputs.missing(B, 1, 2)))
+    taught(head, step._replace(teacher=TeacherOutputs.missing(B, 1, 2)))
     torch.testing.assert_close(head.leads, before, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("poison", [NAN, float("inf")])
 @pytest.mark.parametrize("where", ["serving", "adapted"])
 def test_a_step_that_is_not_finite_is_not_remembered(where: str, poison: float) -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
-    taught(head, given)
+    head, step = margin_head(), margin_step(0, teachers=1)
+    taught(head, step)
     before = means_of(head).clone()
-    poisoned = getattr(given, where).detach().clone()
+    poisoned = getattr(step, where).detach().clone()
     poisoned[..., 1] = poison
-    taught(head, given._replace(**{where: poisoned.requires_grad_()}))
+    taught(head, step._replace(**{where: poisoned.requires_grad_()}))
     assert torch.equal(means_of(head)[:, 1], before[:, 1])
     assert not torch.equal(means_of(head)[:, 0], before[:, 0])
 
 
 def test_a_look_in_evaluation_moves_no_mean_and_needs_no_labels() -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
-    taught(head, given)
+    head, step = margin_head(), margin_step(0, teachers=1)
+    taught(head, step)
     before = means_of(head).clone()
-    loss, _ = given._replace(labels=None).taught_to(head.eval(), make_shared())
+    loss, _ = step._replace(labels=None).taught_to(head.eval(), make_shared())
     assert torch.equal(means_of(head), before)
-    assert torch.equal(loss, taught(head.train(), given)[0])
+    assert torch.equal(loss, taught(head.train(), step)[0])
 
 
 def test_the_means_of_a_margin_are_state_and_stay_float32() -> None:
-    head, given = margin_head(1 / 3), margin_step(6, teachers=1)
+    head, step = margin_head(1 / 3), margin_step(6, teachers=1)
     assert (
         list(head.state_dict()) == ["term_losses.0.lead_losses"]
         and not margin_head(None).state_dict()
     )
-    taught(head, given)
+    taught(head, step)
     before, leads = means_of(head).clone(), head.leads
     assert ((leads > 0) & (leads < 1)).any()
     head.to(torch.bfloat16)
@@ -388,22 +388,22 @@ def test_the_means_of_a_margin_are_state_and_stay_float32() -> None:
         other = margin_head(1 / 3)
     assert not other.leads.any()
     other.load_state_dict(head.state_dict())
-    assert all(map(torch.equal, taught(other, given), taught(head, given)))
+    assert all(map(torch.equal, taught(other, step), taught(head, step)))
 
 
 def test_a_compiled_head_is_one_graph_and_keeps_the_means_of_a_margin() -> None:
     terms = DistillationTerm(adapted=True, serving=True, margin=1.3), DistillationTerm(beta=2.0)
-    head, given = make_head(*terms, tasks=MARGIN_TASKS), margin_step(0, teachers=1)
+    head, step = make_head(*terms, tasks=MARGIN_TASKS), margin_step(0, teachers=1)
     compiled = copy.deepcopy(head)
     compiled.compile(backend="aot_eager", dynamic=False, fullgraph=True)
     for _ in range(3):
-        own, other = make_shared(), make_shared()
-        loss, _ = given.taught_to(compiled, own)
-        expected, _ = given.taught_to(head, other)
+        shared, other = make_shared(), make_shared()
+        loss, _ = step.taught_to(compiled, shared)
+        expected, _ = step.taught_to(head, other)
         torch.testing.assert_close(loss, expected)
-        # The serving head's is of the lead before the step, which the forward moves.
-        gradients = torch.autograd.grad(loss, (own, given.serving))
-        torch.testing.assert_close(gradients, torch.autograd.grad(expected, (other, given.serving)))
+        # The serving head's gradient has the lead from before the step; the forward updates it.
+        gradients = torch.autograd.grad(loss, (shared, step.serving))
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, (other, step.serving)))
     assert torch.equal(means_of(compiled), means_of(head))
 
 
@@ -427,9 +427,9 @@ def test_wrong_margins_are_refused(margin: float) -> None:
     ],
 )
 def test_labels_that_a_margin_cannot_use_are_refused(labels: Any, received: str) -> None:
-    head, given = margin_head(), margin_step(0, teachers=1)
+    head, step = margin_head(), margin_step(0, teachers=1)
     with pytest.raises(ValueError, match=rf"labels should be .*\(16, 2\); received {received}"):
-        given._replace(labels=labels).taught_to(head, make_shared())
+        step._replace(labels=labels).taught_to(head, make_shared())
     assert not means_of(head).any()
 
 
@@ -441,10 +441,10 @@ def loss_and_gradients(**options: float) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 8.0, 3.7])
 def test_beta_scales_the_backbones_gradient_alone(beta: float) -> None:
-    loss, (shared, *own) = loss_and_gradients()
+    loss, (shared, *head_gradients) = loss_and_gradients()
     scaled_loss, (scaled_shared, *scaled_own) = loss_and_gradients(beta=beta)
     assert torch.equal(scaled_loss, loss)
-    assert all(map(torch.equal, scaled_own, own))
+    assert all(map(torch.equal, scaled_own, head_gradients))
     torch.testing.assert_close(scaled_shared, beta * shared, rtol=1e-6, atol=0.0)
     if beta != 3.7:
         assert torch.equal(scaled_shared, beta * shared)
@@ -463,7 +463,7 @@ def test_weight_scales_the_loss_and_every_gradient(weight: float) -> None:
 
 
 def with_rates(student: float, teacher: float, adapted: float = 1.0) -> list[Tensor]:
-    """Losses and gradients of a plain and an adapted term, each over a binary task and both."""
+    """Return losses and gradients of a plain and an adapted term, over one binary task and both."""
     tasks = (Task(name="click", negative_sampling_rate=student), TASKS[2])
     terms = [
         DistillationTerm(tasks=("click",), alpha=0.7, negative_sampling_rate=teacher),
@@ -472,8 +472,8 @@ def with_rates(student: float, teacher: float, adapted: float = 1.0) -> list[Ten
     ]
     head, shared = make_head(*terms, tasks=tasks), make_shared()
     outputs = make_teacher(1, B, tasks=2, missing=0.3)
-    loss, of_each = head(shared, outputs, adapted=0.5 * outputs.values)
-    return [of_each, loss, *gradients(head, shared, loss)]
+    loss, term_losses = head(shared, outputs, adapted=0.5 * outputs.values)
+    return [term_losses, loss, *gradients(head, shared, loss)]
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1, 1 / 3, 1e-300])
@@ -491,20 +491,20 @@ def test_rates_move_the_binary_labels_of_the_teacher_alone() -> None:
 
 
 def test_a_teacher_of_sampled_data_teaches_the_optimum_of_the_students_data() -> None:
-    """Four kinds of examples, counted: the head that knows the student's data is at rest."""
+    """Of four counted kinds of examples, the head that fits the student's data has no gradient."""
     positives = np.array([3.0, 10.0, 40.0, 700.0])
     negatives = np.array([64e4, 32e3, 12800.0, 640.0])
-    of_student, *of_teachers = 1 / 8, 1.0, 1 / 64, 1 / 8
+    student_rate, *teacher_rates = 1 / 8, 1.0, 1 / 64, 1 / 8
 
     def learnt(rate: float) -> Tensor:
         rates = positives / (positives + rate * negatives)
         return torch.from_numpy(np.log(rates) - np.log1p(-rates)).float()
 
-    outputs = TeacherOutputs(torch.stack([learnt(rate) for rate in of_teachers], 1)[..., None])
+    outputs = TeacherOutputs(torch.stack([learnt(rate) for rate in teacher_rates], 1)[..., None])
     for corrected in (True, False):
         terms = [
             DistillationTerm(teacher=name, hidden=(), negative_sampling_rate=rate)
-            for name, rate in zip(("all", "few", "like"), of_teachers, strict=True)
+            for name, rate in zip(("all", "few", "like"), teacher_rates, strict=True)
         ]
         if not corrected:
             terms = [dataclasses.replace(term, negative_sampling_rate=1.0) for term in terms]
@@ -512,13 +512,13 @@ def test_a_teacher_of_sampled_data_teaches_the_optimum_of_the_students_data() ->
             4,
             terms=terms,
             teachers=("all", "few", "like"),
-            tasks=(Task(negative_sampling_rate=of_student if corrected else 1.0),),
+            tasks=(Task(negative_sampling_rate=student_rate if corrected else 1.0),),
         )
         for perceptron in heads_of(head):
-            perceptron.mlp[0].weight.data = learnt(of_student)[None]
+            perceptron.mlp[0].weight.data = learnt(student_rate)[None]
             torch.nn.init.zeros_(perceptron.mlp[0].bias)
         head(torch.eye(4), outputs)[0].backward()
-        largest = [of_term.mlp[0].weight.grad.abs().max().item() for of_term in heads_of(head)]
+        largest = [task_head.mlp[0].weight.grad.abs().max().item() for task_head in heads_of(head)]
         assert largest[2] < 1e-6
         assert (max(largest[:2]) < 1e-6) == corrected and (min(largest[:2]) > 1e-2) != corrected
 
@@ -531,10 +531,10 @@ def test_nothing_to_learn_gives_zero_gradients_to_all(case: str) -> None:
         teacher = TeacherOutputs.missing(B)
     elif case == "no examples":
         shared, teacher = shared[:0].detach().requires_grad_(), TeacherOutputs.missing(0)
-    loss, of_each = head(shared, teacher)
+    loss, term_losses = head(shared, teacher)
     loss.backward()
     assert loss.item() == 0.0
-    assert (of_each.item() > 0) == (case == "weight 0")
+    assert (term_losses.item() > 0) == (case == "weight 0")
     for tensor in (shared, *head.parameters()):
         assert tensor.grad is not None and not tensor.grad.any()
 
@@ -575,14 +575,14 @@ def test_factors_are_exact_in_heads_of_any_dtype() -> None:
         head = make_head(term).to(dtype)
         for parameter in head.parameters():
             torch.nn.init.zeros_(parameter)
-        loss, of_each = head(torch.ones(2, D, dtype=dtype), TeacherOutputs(torch.ones(2)))
-        losses.append((loss, of_each))
+        loss, term_losses = head(torch.ones(2, D, dtype=dtype), TeacherOutputs(torch.ones(2)))
+        losses.append((loss, term_losses))
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     torch.testing.assert_close(losses[0][0], 0.3 * losses[0][1].sum())
 
 
 def test_terms_of_several_widths_in_any_order_are_each_its_own() -> None:
-    """Beside each other or not, a term's loss is that of an auxiliary head of this term alone."""
+    """A term's loss equals that of an auxiliary head with this term alone."""
     hiddens: list[tuple[int, ...]] = [(6,), (6,), (4, 3), (), (6,), (), (4, 3)]
     terms = [
         DistillationTerm(teacher=TEACHERS[k % 2], beta=k, weight=k + 0.5, hidden=hidden)
@@ -590,20 +590,20 @@ def test_terms_of_several_widths_in_any_order_are_each_its_own() -> None:
     ]
     head = make_head(*terms, teachers=TEACHERS, tasks=TASKS)
     shared, teacher = make_shared(), make_teacher(1, B, teachers=2, tasks=3, missing=0.4)
-    loss, of_each = head(shared, teacher)
-    (of_shared,) = torch.autograd.grad(loss, shared)
+    loss, term_losses = head(shared, teacher)
+    (shared_gradient,) = torch.autograd.grad(loss, shared)
     losses, total = [], torch.zeros_like(shared)
-    for term, of_term in zip(terms, heads_of(head), strict=True):
+    for term, term_head in zip(terms, heads_of(head), strict=True):
         alone = make_head(term, teachers=TEACHERS, tasks=TASKS)
-        heads_of(alone)[0].load_state_dict(of_term.state_dict())
-        loss, of_one = alone(shared, teacher)
-        losses.append(of_one)
+        heads_of(alone)[0].load_state_dict(term_head.state_dict())
+        loss, term_loss = alone(shared, teacher)
+        losses.append(term_loss)
         total += torch.autograd.grad(loss, shared)[0]
-    torch.testing.assert_close(of_each, torch.cat(losses))
-    torch.testing.assert_close(of_shared, total)
+    torch.testing.assert_close(term_losses, torch.cat(losses))
+    torch.testing.assert_close(shared_gradient, total)
 
 
-def of_heads(head: AuxiliaryHead) -> tuple[Tensor, list[Tensor]]:
+def loss_and_grads(head: AuxiliaryHead) -> tuple[Tensor, list[Tensor]]:
     shared = make_shared()
     loss, _ = head(shared, make_teacher(1, B))
     return loss, gradients(head, shared, loss)
@@ -616,7 +616,7 @@ def test_factors_survive_memory_without_values() -> None:
         make_head(term).to_empty(device="cpu").type(torch.float64).float(),
     )
     other.load_state_dict(head.state_dict())
-    torch.testing.assert_close(of_heads(other), of_heads(head), rtol=0, atol=0)
+    torch.testing.assert_close(loss_and_grads(other), loss_and_grads(head), rtol=0, atol=0)
 
 
 def test_heads_under_activation_checkpointing() -> None:
@@ -628,17 +628,17 @@ def test_heads_under_activation_checkpointing() -> None:
 
 def test_heads_that_somebody_changed_are_run_as_they_are() -> None:
     head, expected = make_head(DistillationTerm(beta=2.0)), []
-    expected.append(of_heads(head))
+    expected.append(loss_and_grads(head))
     seen: list[int] = []
     heads_of(head)[0].mlp[0].register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(of_heads(head), expected[0])
+    torch.testing.assert_close(loss_and_grads(head), expected[0])
     assert seen == [1]
     heads_of(head)[0].mlp[1] = torch.nn.Tanh()
     shared = make_shared()
     outputs = heads_of(head)[0](shared)
     first, _, last = heads_of(head)[0].mlp
     assert torch.equal(outputs, last(first(shared).tanh()))
-    assert not torch.allclose(of_heads(head)[0], expected[0][0])
+    assert not torch.allclose(loss_and_grads(head)[0], expected[0][0])
 
 
 def test_heads_of_widths_that_somebody_changed() -> None:
@@ -658,7 +658,7 @@ def test_training_after_a_look_in_inference_mode() -> None:
     head = make_head(DistillationTerm(alpha=0.7, weight=0.3))
     with torch.inference_mode():
         expected, _ = head(make_shared(), make_teacher(1, B))
-    loss, _ = of_heads(head)
+    loss, _ = loss_and_grads(head)
     assert loss.item() == expected.item()
 
 

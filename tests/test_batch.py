@@ -1,4 +1,4 @@
-"""The batch that carries the teachers' outputs beside the user's own."""
+"""ExFMBatch, which carries teacher outputs beside the user's own batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ META = torch.device("meta")
 
 
 class Recording(Pipelineable):
-    """A user's batch that notes what is asked of it; it has keys, and a length of 0."""
+    """A user's batch that records its calls; it has keys, and a length of 0."""
 
     def __init__(self, calls: list[Any] | None = None) -> None:
         self.calls: list[Any] = [] if calls is None else calls
@@ -106,9 +106,9 @@ def test_copy_keeps_what_the_pipeline_has_set() -> None:
     batch = ExFMBatch(make_hand_batch(), make_teacher())
     batch.step_inputs = StepInputs(batch.teacher, labels=torch.ones(8), counts=torch.ones(2, 1, 1))
     assert copy.copy(batch).step_inputs is batch.step_inputs
-    for again in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
-        assert torch.equal(again.step_inputs.labels, batch.step_inputs.labels)
-        assert again.teacher is again.step_inputs.teacher
+    for copied in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert torch.equal(copied.step_inputs.labels, batch.step_inputs.labels)
+        assert copied.teacher is copied.step_inputs.teacher
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
@@ -116,12 +116,12 @@ def test_copy_keeps_what_the_pipeline_has_set() -> None:
 def test_survives_pickle_and_deepcopy(make: Any, duplicate: Any) -> None:
     teacher = TeacherOutputs(torch.tensor([1.0, float("nan")] * 4), torch.tensor([True, False] * 4))
     batch = ExFMBatch(make(0, 8), teacher)
-    again = duplicate(batch)
-    assert type(again) is ExFMBatch and type(again.batch) is type(batch.batch)
-    assert torch.equal(again.teacher.values, teacher.values)
-    assert torch.equal(again.teacher.presence, teacher.presence)
+    copied = duplicate(batch)
+    assert type(copied) is ExFMBatch and type(copied.batch) is type(batch.batch)
+    assert torch.equal(copied.teacher.values, teacher.values)
+    assert torch.equal(copied.teacher.presence, teacher.presence)
     for name, value in vars(batch.batch).items():
-        after = getattr(again, name)
+        after = getattr(copied, name)
         if isinstance(value, Tensor):
             assert torch.equal(after, value) and after is not value
         else:
@@ -137,7 +137,7 @@ def test_a_batch_comes_out_of_a_data_loader_with_workers() -> None:
 
 
 class Bare(Pipelineable):
-    """All that a Pipelineable has to have, as TorchRec's own ModelInput."""
+    """The least that a Pipelineable must have, like TorchRec's own ModelInput."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Bare:
         return self

@@ -1,6 +1,6 @@
-"""Checkpoints: what goes in comes out, what is wrong is told, and nothing is unpickled.
+"""Checkpoints: tensors come back unchanged, damage is an error, and nothing is unpickled.
 
-A change that is not meant to be told by a digest alone is sealed: the digests are made to fit it.
+Where a change should be found without the digests, it is sealed: the digests are recomputed.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> list[int]:
-    found: list[int] = tensor.contiguous().flatten().view(torch.uint8).tolist()
-    return found
+    values: list[int] = tensor.contiguous().flatten().view(torch.uint8).tolist()
+    return values
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of two tensors."""
+    """Save a checkpoint of two tensors."""
     folder = tmp_path / "checkpoint"
     save_checkpoint(folder, pair())
     return folder
@@ -72,39 +72,39 @@ def pair() -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def unpickled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Fails each test in which anything but torch's unpickler of weights unpickles."""
-    found: list[str] = []
+    """Fail every test in which anything but torch's unpickler of weights unpickles."""
+    calls: list[str] = []
     real = torch.load
 
     def load(*args: Any, **options: Any) -> Any:
         if options.get("weights_only") is not True:
-            found.append(f"torch.load with {options}")
+            calls.append(f"torch.load with {options}")
         return real(*args, **options)
 
     class Unpickler(pickle.Unpickler):
         def __init__(self, *args: Any, **options: Any) -> None:
-            found.append("pickle.Unpickler")
+            calls.append("pickle.Unpickler")
             super().__init__(*args, **options)
 
     monkeypatch.setattr(pickle, "Unpickler", Unpickler)
     for name in ("load", "loads"):
-        monkeypatch.setattr(pickle, name, _told(getattr(pickle, name), name, found))
+        monkeypatch.setattr(pickle, name, _recorded(getattr(pickle, name), name, calls))
     monkeypatch.setattr(torch, "load", load)
-    yield found
-    assert not found
+    yield calls
+    assert not calls
 
 
-def _told(real: Callable[..., Any], name: str, found: list[str]) -> Any:
+def _recorded(real: Callable[..., Any], name: str, calls: list[str]) -> Any:
     def unpickle(*args: Any, **options: Any) -> Any:
-        found.append(f"pickle.{name}")
+        calls.append(f"pickle.{name}")
         return real(*args, **options)
 
     return unpickle
 
 
-def refused(folder: Path, kind: type[Exception] = ValueError, **given: Tensor) -> str:
-    """The one sentence of an error, after which the state is as before."""
-    into = given or zeros(pair())
+def refused(folder: Path, kind: type[Exception] = ValueError, **state: Tensor) -> str:
+    """Return the error's sentence, and require an unchanged state."""
+    into = state or zeros(pair())
     before = {key: bits(value) for key, value in into.items()}
     with pytest.raises(kind) as caught:
         load_checkpoint(folder, into)
@@ -117,7 +117,7 @@ def refused(folder: Path, kind: type[Exception] = ValueError, **given: Tensor) -
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """Change metadata.json, and let its digests fit what there is."""
+    """Change metadata.json, and recompute its digests."""
     path = folder / "metadata.json"
     document = json.loads(path.read_text())
     for name, record in document["files"].items():
@@ -180,7 +180,7 @@ def test_files(folder: Path) -> None:
 
 
 def test_another_tool_reads_it(tmp_path: Path) -> None:
-    """DCP itself, in a process that knows nothing of this package."""
+    """DCP reads it in a process without this package."""
     saved = state()
     save_checkpoint(tmp_path / "checkpoint", saved)
     torch.save(saved, tmp_path / "saved")
@@ -234,7 +234,7 @@ def test_a_save_that_is_interrupted(
 
 
 def test_a_save_that_was_killed(tmp_path: Path) -> None:
-    """Files are there, and metadata.json is not; a link among them is replaced, not followed."""
+    """Files without metadata.json are saved over; a link among them is replaced, not followed."""
     save_checkpoint(tmp_path / "new", {"a": torch.ones(3, 2), "b": torch.ones(3)})
     for name in ("metadata.json", ".metadata"):
         (tmp_path / "new" / name).unlink()
@@ -251,7 +251,7 @@ def test_a_save_that_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_freed(tmp_path: Path) -> None:
-    """As far as a limit on the size of a file is one; what others have there stays."""
+    """A failed save frees its space (simulated by a file-size limit); other files stay."""
     (tmp_path / "notes.txt").touch()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -264,11 +264,11 @@ def test_a_full_disk_is_freed(tmp_path: Path) -> None:
 
 
 def test_metadata_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it gets its name all the rest is on the disk, and it is whole."""
+    """When metadata.json gets its name, it and all other files are on the disk."""
     synced: list[str] = []
     fsync, replace = os.fsync, os.replace
 
-    def told(descriptor: int) -> None:
+    def record_sync(descriptor: int) -> None:
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         fsync(descriptor)
 
@@ -277,7 +277,7 @@ def test_metadata_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert json.loads(Path(source).read_text())["tensors"].keys() == pair().keys()
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", told)
+    monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "replace", looked)
     save_checkpoint(tmp_path, pair())
     assert synced[3:] == [tmp_path.name]
@@ -313,9 +313,9 @@ def test_metadata_that_is_no_metadata(folder: Path, text: str) -> None:
 
 
 def test_metadata_cut_anywhere(folder: Path) -> None:
-    whole = (folder / "metadata.json").read_bytes()
-    for size in range(0, len(whole), 7):
-        (folder / "metadata.json").write_bytes(whole[:size])
+    content = (folder / "metadata.json").read_bytes()
+    for size in range(0, len(content), 7):
+        (folder / "metadata.json").write_bytes(content[:size])
         assert "metadata.json should be JSON" in refused(folder)
 
 
@@ -324,7 +324,7 @@ KINDS = "describe files and tensors"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda d: d.update(format="other"), "version 2; received ('other', 2)"),
         (lambda d: d.update(version=3), "version 2; received ('torchrec_exfm.checkpoint', 3)"),
@@ -365,9 +365,9 @@ KINDS = "describe files and tensors"
         (lambda d: chunk_of(d).update(file="__9_0.distcp"), "described; received '__9_0.distcp'"),
     ],
 )
-def test_metadata_that_is_wrong(folder: Path, change: Callable[..., Any], told: str) -> None:
+def test_metadata_that_is_wrong(folder: Path, change: Callable[..., Any], message: str) -> None:
     edit(folder, change)
-    assert told in refused(folder)
+    assert message in refused(folder)
 
 
 def test_kinds() -> None:
@@ -382,14 +382,14 @@ def test_kinds() -> None:
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize("name", [DATA, ".metadata", "metadata.json"])
 def test_flipped_bits(folder: Path, name: str, sealed: bool) -> None:
-    """Of 200 none changes a value in silence; of those in data that are sealed as well, some do."""
-    saved, whole = pair(), (folder / name).read_bytes()
+    """No flipped bit changes a value silently; sealed ones in the data may."""
+    saved, content = pair(), (folder / name).read_bytes()
     described = (folder / "metadata.json").read_bytes()
     if sealed and name == "metadata.json":
         pytest.skip("a digest of its own can't be made to fit every change")
     generator, refusals = random.Random(0), 0
-    for bit in (generator.randrange(8 * len(whole)) for _ in range(200)):
-        flipped = bytearray(whole)
+    for bit in (generator.randrange(8 * len(content)) for _ in range(200)):
+        flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         (folder / name).write_bytes(flipped)
         if sealed:
@@ -407,9 +407,9 @@ def test_flipped_bits(folder: Path, name: str, sealed: bool) -> None:
 
 
 def test_every_flipped_bit_of_metadata(folder: Path) -> None:
-    whole, expected = (folder / "metadata.json").read_bytes(), read_metadata(folder)
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
+    content, expected = (folder / "metadata.json").read_bytes(), read_metadata(folder)
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         (folder / "metadata.json").write_bytes(flipped)
         with contextlib.suppress(ValueError):
@@ -421,7 +421,7 @@ def chunks_of(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Chun
 
 
 def test_covers_as_cells_count_them() -> None:
-    """Random boxes, compared with how often each cell is in one."""
+    """Random boxes are compared with a count of each cell."""
     generator, covers = random.Random(0), 0
     for _ in range(2000):
         shape = [generator.randint(1, 3) for _ in range(generator.randint(1, 3))]
@@ -477,9 +477,9 @@ def test_deep_json(folder: Path, depth: int) -> None:
 
 
 def test_chunks_that_overlap(tmp_path: Path) -> None:
-    """As many elements as there should be, of which some come twice and others never."""
-    whole = torch.zeros(4, 2)
-    save_checkpoint(tmp_path, {"a": whole, "one": whole[:2], "two": whole[2:]})
+    """The number of elements is right, but some come twice and others never."""
+    tensor = torch.zeros(4, 2)
+    save_checkpoint(tmp_path, {"a": tensor, "one": tensor[:2], "two": tensor[2:]})
 
     def change(document: dict[str, Any], first: int, second: int) -> None:
         halves = chunk_of(document, "one"), chunk_of(document, "two")
@@ -502,7 +502,7 @@ def test_chunks_that_overlap(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_names_that_lead_out_of_the_folder(folder: Path, absolute: bool) -> None:
-    """Were the file read, it would do: it is the checkpoint's own."""
+    """The named file is the checkpoint's own or a copy, so only its name can be refused."""
     outside = folder.parent / "outside"
     shutil.copy(folder / DATA, outside)
     (folder / "inner").mkdir()
@@ -559,7 +559,7 @@ def test_data_that_is_missing(folder: Path) -> None:
 
 
 def put(folder: Path, write: Callable[[Any], None]) -> None:
-    """Let the data of "a" be what a function writes, and let the digests fit."""
+    """Let a function write the data of "a", and recompute the digests."""
     with (folder / DATA).open("r+b") as stream:
         stream.seek(0, os.SEEK_END)
         offset = stream.tell()
@@ -569,7 +569,7 @@ def put(folder: Path, write: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "expected"),
     [
         (torch.ones(3, 2, dtype=torch.float64), "received a tensor torch.float64 [3, 2]"),
         (torch.ones(3, 1), "received a tensor torch.float32 [3, 1]"),
@@ -578,15 +578,15 @@ def put(folder: Path, write: Callable[[Any], None]) -> None:
         ([7], "received a list"),
     ],
 )
-def test_data_of_something_else(folder: Path, value: Any, told: str) -> None:
+def test_data_of_something_else(folder: Path, value: Any, expected: str) -> None:
     put(folder, lambda stream: torch.save(value, stream))
     message = refused(folder)
     assert f"{folder / DATA} should hold a tensor torch.float32 [3, 2]" in message
-    assert told in message
+    assert expected in message
 
 
 def test_data_that_is_as_good(folder: Path) -> None:
-    """What the test above puts there is refused for what it is."""
+    """Valid data written the same way load: the test above refuses content, not the method."""
     put(folder, lambda stream: torch.save(torch.full((3, 2), 5.0), stream))
     loaded = zeros(pair())
     load_checkpoint(folder, loaded)
@@ -594,7 +594,7 @@ def test_data_that_is_as_good(folder: Path) -> None:
 
 
 class Bomb:
-    """An object that makes a folder where it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
@@ -631,16 +631,16 @@ def test_malicious_data(folder: Path, tmp_path: Path, unpickled: list[str], kind
     unpickled.clear()
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("with_metadata", [True, False])
 def test_malicious_metadata_of_dcp(
-    folder: Path, tmp_path: Path, unpickled: list[str], whole: bool
+    folder: Path, tmp_path: Path, unpickled: list[str], with_metadata: bool
 ) -> None:
-    """Neither DCP's pickle nor that of a rank is read, be there a metadata.json or not."""
+    """No pickle of DCP is read, with or without metadata.json."""
     flag = tmp_path / "flag"
     for name in (".metadata", "__0.metadata"):
         (folder / name).write_bytes(pickle.dumps(Bomb(flag)))
     assert ".metadata should hold " in refused(folder)
-    if whole:
+    if with_metadata:
         edit(folder)
         loaded = zeros(pair())
         load_checkpoint(folder, loaded)
@@ -669,7 +669,7 @@ def test_what_is_not_kept_is_read_again(
 
 
 def test_memory_maps_as_the_default(folder: Path) -> None:
-    """A setting of torch.load that can't be had within a file."""
+    """A user's default of memory mapping, which torch.load can't do within a file, is harmless."""
     loaded = zeros(pair())
     with torch.utils.serialization.config.patch({"load.mmap": True}):
         assert torch.utils.serialization.config.load.mmap

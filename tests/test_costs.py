@@ -1,4 +1,4 @@
-"""What distillation costs, in counts that no machine changes: operations, bytes, host syncs."""
+"""Costs of distillation in machine-independent counts: operations, bytes, host syncs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def head_costs(
     hidden: int = H,
     rates: tuple[float, float] = (1.0, 1.0),
 ) -> Costs:
-    """Of one forward and backward of an auxiliary head; the last terms are adapted.
+    """Return the costs of an auxiliary head's forward and backward; the last terms are adapted.
 
     The negative sampling rates are those of the student's data and of the teachers'.
     """
@@ -76,9 +76,9 @@ def test_the_costs_are_counted() -> None:
 
 
 def test_operations_do_not_grow_with_tasks() -> None:
-    """Of one task the mean over tasks is spared."""
-    for of in (head_costs, adapter_costs):
-        one, two, many = (of(tasks=tasks) for tasks in (1, 2, 16))
+    """With one task the mean over tasks is saved."""
+    for measure in (head_costs, adapter_costs):
+        one, two, many = (measure(tasks=tasks) for tasks in (1, 2, 16))
         assert many.operations == two.operations
         assert one.kernels < two.kernels
 
@@ -91,7 +91,7 @@ def test_a_further_term_adds_its_own_operations_alone() -> None:
 
 
 def test_operations_of_a_further_term_of_every_kind() -> None:
-    """Of an adapted one, of the serving head with a margin, and what weights add to each."""
+    """Costs of an adapted term, of a serving term with a margin, and of weights."""
     plain = mixed_costs(())
     adapted = mixed_costs((DistillationTerm(adapted=True, hidden=()),))
     margin = mixed_costs((DistillationTerm(adapted=True, serving=True, margin=0.5),))
@@ -102,7 +102,7 @@ def test_operations_of_a_further_term_of_every_kind() -> None:
 
 
 def mixed_costs(terms: tuple[DistillationTerm, ...], *, weights: bool = False) -> Costs:
-    """Of a head with a plain term and these."""
+    """Return the costs of a head with a plain term and these."""
     head = AuxiliaryHead(D, terms=[DistillationTerm(), *terms])
     teacher, shared = make_teacher(0, B), torch.randn(B, D, requires_grad=True)
     serving = torch.randn(B, 1, requires_grad=True)
@@ -137,10 +137,10 @@ def test_operations_of_a_step() -> None:
     assert adapter_costs().kernels <= 37
 
 
-@pytest.mark.parametrize(("of", "looks"), [(head_costs, 0), (adapter_costs, 1)])
-def test_nothing_waits_for_a_value(of: Callable[..., Costs], looks: int) -> None:
-    """But for a look at the labels, which are on the CPU here."""
-    assert sum(of(teachers=2, tasks=3).syncs.values()) == looks
+@pytest.mark.parametrize(("measure", "looks"), [(head_costs, 0), (adapter_costs, 1)])
+def test_nothing_waits_for_a_value(measure: Callable[..., Costs], looks: int) -> None:
+    """Only the labels, which are on the CPU here, are looked at."""
+    assert sum(measure(teachers=2, tasks=3).syncs.values()) == looks
 
 
 def test_labels_and_weights_on_an_accelerator_are_taken_without_a_look_at_them() -> None:
@@ -168,7 +168,7 @@ def test_outputs_on_an_accelerator_are_taken_without_a_look_at_them() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """Of the heads' hidden layers the values, and the gradient before and behind the ReLU."""
+    """Bytes are those of hidden layers: values, and gradients before and behind the ReLU."""
     widths = 2 * 1024
     parameters = (D + 2) * widths
     floats = head_costs(terms=2, adapted=1, hidden=1024).bytes / 4

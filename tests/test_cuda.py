@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import rank_checks as checks
-import rank_checks_cuda as of_cuda
-import rank_checks_metrics as of_metrics
+import rank_checks_cuda as cuda_checks
+import rank_checks_metrics as metrics_checks
 import rank_checks_resume as resume
 import rank_checks_serving as serving
-import rank_checks_store as of_store
+import rank_checks_store as store_checks
 import torch
 from ranks import Ranks, check_name
 
@@ -38,24 +38,30 @@ CHECKS: list[tuple[Any, ...]] = [
     *((serving.check_option_changes_nothing, option) for option in serving.OPTIONS),
     (serving.check_evaluation_between_steps,),
     *((resume.check_resumed_equals_straight, way) for way in resume.ON_CUDA),
-    (of_store.check_store_equals_columns,),
-    (of_store.check_store_with_evaluation_between,),
-    (of_store.check_each_example_is_scored_once,),
-    (of_store.check_the_newest_snapshot_that_does_not_leak,),
-    (of_store.check_logging_the_training_forward,),
-    (of_metrics.check_metrics,),
-    (of_metrics.check_missing_labels, "both"),
-    (of_metrics.check_weights,),
-    (of_cuda.check_no_wait_is_added,),
-    (of_cuda.check_no_copy_is_pageable,),
-    *((of_cuda.check_late_copies_are_waited_for, way) for way in of_cuda.LATE),
-    (of_cuda.check_torchrecs_own,),
-    (of_cuda.check_bfloat16, "autocast"),
-    (of_cuda.check_bfloat16, "over part"),
-    (of_cuda.check_with_a_group, checks.check_pipelined_equals_plain, "margins", "table_wise"),
-    (of_cuda.check_with_a_group, checks.check_ranks_agree_with_one, "row_wise", "SGD", "margins"),
-    (of_cuda.check_with_a_group, checks.check_adapter_is_shared),
-    (of_cuda.check_with_a_group, of_cuda.check_late_copies_are_waited_for, "look-up"),
+    (store_checks.check_store_equals_columns,),
+    (store_checks.check_store_with_evaluation_between,),
+    (store_checks.check_each_example_is_scored_once,),
+    (store_checks.check_the_newest_snapshot_that_does_not_leak,),
+    (store_checks.check_logging_the_training_forward,),
+    (metrics_checks.check_metrics,),
+    (metrics_checks.check_missing_labels, "both"),
+    (metrics_checks.check_weights,),
+    (cuda_checks.check_no_wait_is_added,),
+    (cuda_checks.check_no_copy_is_pageable,),
+    *((cuda_checks.check_late_copies_are_waited_for, way) for way in cuda_checks.LATE),
+    (cuda_checks.check_torchrecs_own,),
+    (cuda_checks.check_bfloat16, "autocast"),
+    (cuda_checks.check_bfloat16, "over part"),
+    (cuda_checks.check_with_a_group, checks.check_pipelined_equals_plain, "margins", "table_wise"),
+    (
+        cuda_checks.check_with_a_group,
+        checks.check_ranks_agree_with_one,
+        "row_wise",
+        "SGD",
+        "margins",
+    ),
+    (cuda_checks.check_with_a_group, checks.check_adapter_is_shared),
+    (cuda_checks.check_with_a_group, cuda_checks.check_late_copies_are_waited_for, "look-up"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What users pass as times, tables and masked arrays: taken as they mean it, or refused."""
+"""Times, tables and masked arrays from users: taken as meant, or refused."""
 
 from __future__ import annotations
 
@@ -131,16 +131,16 @@ def test_times_and_ids_of_another_kind_are_refused(
 
 
 def nulls() -> dict[str, tuple[Any, Any]]:
-    """Whole numbers and floats, the second of which is null."""
-    whole, floats, mask = [AT, AT + 1], [0.5, 1.5], [False, True]
+    """Return integers and floats whose second element is null."""
+    integers, floats, mask = [AT, AT + 1], [0.5, 1.5], [False, True]
     return {
-        "numpy": (np.ma.array(whole, mask=mask), np.ma.array(floats, mask=mask)),
+        "numpy": (np.ma.array(integers, mask=mask), np.ma.array(floats, mask=mask)),
         "numpy, in a list": (
-            [np.ma.array(value, mask=masked) for value, masked in zip(whole, mask, strict=True)],
+            [np.ma.array(value, mask=masked) for value, masked in zip(integers, mask, strict=True)],
             [np.ma.array([value], mask=masked) for value, masked in zip(floats, mask, strict=True)],
         ),
         "numpy, nested": ([AT, np.ma.masked], [[0.5], [np.ma.masked]]),
-        "torch": (masked_of_torch(whole, mask), masked_of_torch(floats, mask)),
+        "torch": (masked_of_torch(integers, mask), masked_of_torch(floats, mask)),
         "list": ([AT, None], [0.5, None]),
         "objects": (np.array([AT, None]), np.array([0.5, pd.NaT], object)),
         "pandas": (pd.Series([AT, None], dtype="Int64"), pd.Series([0.5, None], dtype="Float64")),
@@ -162,8 +162,8 @@ def nulls() -> dict[str, tuple[Any, Any]]:
 def test_what_is_null_or_masked_is_refused(
     store: TeacherStore, call: Callable[..., None], kind: str
 ) -> None:
-    whole, floats = nulls()[kind]
-    cases = [([1, 2], whole, [0.5, 1.5]), (whole, [AT, AT], [0.5, 1.5])]
+    integers, floats = nulls()[kind]
+    cases = [([1, 2], integers, [0.5, 1.5]), (integers, [AT, AT], [0.5, 1.5])]
     if call in (write, quarantine):
         cases.append(([1, 2], [AT, AT], floats))
     for case in cases:
@@ -193,8 +193,8 @@ def test_many_nulls_are_counted(store: TeacherStore) -> None:
 
 
 def test_a_mask_that_covers_nothing_is_none(store: TeacherStore) -> None:
-    whole, floats = np.ma.array([1, 2], mask=[0, 0]), np.ma.array([0.5, 1.5])
-    store.write(snapshot(), whole, floats, np.ma.array([AT, AT]), keys={"user_id": whole})
+    integers, floats = np.ma.array([1, 2], mask=[0, 0]), np.ma.array([0.5, 1.5])
+    store.write(snapshot(), integers, floats, np.ma.array([AT, AT]), keys={"user_id": integers})
     store.write(
         snapshot(2), [3, 4], masked_of_torch([2.5, 3.5], [False] * 2), np.ma.array([AT, AT])
     )

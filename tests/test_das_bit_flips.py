@@ -1,6 +1,6 @@
-"""One bit of a store's file that turns over: told, or without effect, but for those in pages.
+"""Flipped bits in a store's files: detected or without effect, except in pages of Parquet.
 
-BIT_FLIPS says how many of each file; ``-s`` shows what became of them.
+BIT_FLIPS is the number per file; ``-s`` shows the outcomes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Content = dict[str, Any]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store with all that one may hold: keys, embeddings, a watermark, snapshots."""
+    """Create a store with every kind of content: keys, embeddings, a watermark, snapshots."""
     store = dd.new_store(tmp_path / "store", tasks=("click", "buy"), embedding_width=2)
     ids = np.arange(ROWS) * 1_000_003
     outputs = np.random.default_rng(0).normal(size=(ROWS, 2)).astype(np.float32)
@@ -55,23 +55,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> Content:
-    """All that a store says to those who read it, and to those who write their shards again."""
+    """Return everything that a store's readers, and writers of the same shards, see."""
     store = TeacherStore(folder)
-    said: Content = {"format": store.format, "teachers": store.teachers()}
+    state: Content = {"format": store.format, "teachers": store.teachers()}
     columns = pa.schema([f for f in store.format.schema() if f.nullable])
     for teacher in store.teachers():
-        said[f"{teacher} published"] = published(store, teacher)
-        said[f"{teacher} shard"] = store.table.transaction(f"shard/{teacher}/1/a")
-        said[f"{teacher} watermark"] = store.watermark(teacher)
+        state[f"{teacher} published"] = published(store, teacher)
+        state[f"{teacher} shard"] = store.table.transaction(f"shard/{teacher}/1/a")
+        state[f"{teacher} watermark"] = store.watermark(teacher)
         for window in store.windows(teacher):
             rows, _ = store.read(teacher, window)
             optional = [store.table.read(f, columns) for f in store.files(teacher, window)]
-            said[f"{teacher} {window}"] = (
+            state[f"{teacher} {window}"] = (
                 {name: values.tobytes() for name, values in vars(rows).items()},
                 [table.to_pydict() for table in optional],
                 [file.path for file in store.files(teacher, window)],
             )
-    return said
+    return state
 
 
 def outcome(folder: Path, expected: Content) -> str:
@@ -84,20 +84,20 @@ def outcome(folder: Path, expected: Content) -> str:
 
 
 def flips(path: Path) -> Iterator[int]:
-    """Turn over one bit after the other, each for a while; the places of their bytes."""
-    whole = path.read_bytes()
+    """Flip one bit after another, each for the duration of a step; yield the place of its byte."""
+    data = path.read_bytes()
     try:
-        for bit in random.Random(0).sample(range(8 * len(whole)), min(FLIPS, 8 * len(whole))):
+        for bit in random.Random(0).sample(range(8 * len(data)), min(FLIPS, 8 * len(data))):
             byte = bit // 8
-            changed = bytes([whole[byte] ^ 1 << bit % 8])
-            path.write_bytes(whole[:byte] + changed + whole[byte + 1 :])
+            changed = bytes([data[byte] ^ 1 << bit % 8])
+            path.write_bytes(data[:byte] + changed + data[byte + 1 :])
             yield byte
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(data)
 
 
 def pages(path: Path) -> list[range]:
-    """Where the pages of a Parquet file lie, with their headers."""
+    """Return the byte ranges of a Parquet file's pages, with their headers."""
     metadata = pq.ParquetFile(path).metadata
     ranges = []
     for group in range(metadata.num_row_groups):
@@ -111,12 +111,12 @@ def pages(path: Path) -> list[range]:
 
 
 def flip_all(folder: Path, path: Path, ranges: list[range]) -> Counter[str]:
-    """What became of the flips, counted: none may be silent but in a page."""
+    """Count the outcomes of the flips; none may be silent except in a page."""
     expected = content(folder)
     counts = Counter[str]()
     for byte in flips(path):
         became = outcome(folder, expected)
-        in_page = any(byte in each for each in ranges)
+        in_page = any(byte in page for page in ranges)
         if became == "silent" and not in_page:
             raise AssertionError(
                 f"{path} at byte {byte}: {path.read_bytes()[byte - 60 : byte + 9]!r}"

@@ -1,4 +1,4 @@
-"""The command: it shows, verifies and compacts stores; every kind of violation is planted."""
+"""The command shows, verifies and compacts stores; every kind of violation is planted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FM = f"outputs/teacher=fm/window={START // DAY}"
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good store: two teachers, scored and logged outputs, windows of several files."""
+    """Create a good store: two teachers, scored and logged outputs, windows of several files."""
     root = tmp_path_factory.mktemp("command") / "store"
     store = TeacherStore.create(root, tasks=("click", "buy"))
     snapshots = [
@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(made: Path, tmp_path: Path) -> TeacherStore:
-    """A copy of the good store, to be spoilt."""
+    """Copy the good store, to be damaged."""
     return TeacherStore(shutil.copytree(made, tmp_path / "store"))
 
 
@@ -61,7 +61,7 @@ def write(store: TeacherStore, snapshot: Snapshot, ids: Any, seconds: Any, **opt
 
 
 def plant(store: TeacherStore, **columns: Any) -> None:
-    """Add a row past all checks."""
+    """Append a row without any checks."""
     row = {
         "example_id": 999_999,
         "output_click": 0.5,
@@ -81,21 +81,21 @@ def plant(store: TeacherStore, **columns: Any) -> None:
 
 
 def newest_file(store: TeacherStore) -> Path:
-    """The data file that came last, of the window that is spoilt."""
+    """Return the newest data file of the damaged window."""
     files = (Path(store.url) / FM).glob("*.parquet")
     return max(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def rows_of(store: TeacherStore) -> list[tuple[Any, ...]]:
     store.refresh()
-    found = []
+    tuples = []
     for teacher in store.teachers():
         for window in store.windows(teacher):
             rows, _ = store.read(teacher, window)
             columns = [rows.example_id, rows.outputs, rows.event_time, rows.snapshot]
             columns += [rows.trained_through, rows.logged, rows.scored_at]
-            found += [(teacher, *map(str, row)) for row in zip(*columns, strict=True)]
-    return sorted(found)
+            tuples += [(teacher, *map(str, row)) for row in zip(*columns, strict=True)]
+    return sorted(tuples)
 
 
 def test_a_good_store_verifies(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,14 +141,14 @@ def miscount(store: TeacherStore) -> Path:
 
 
 def drop_column(store: TeacherStore) -> Path:
-    """A file of the size in the log, in which a column is lacking that may be null."""
+    """Replace a file by one without a nullable column, of the size in the log."""
     file = newest_file(store)
     rewrite(file, pq.ParquetFile(file).read().drop_columns("item_id"), Path(store.url) / "outputs")
     return file
 
 
 def rewrite(file: Path, rows: pa.Table, table: Path, **options: Any) -> None:
-    """Put other rows into a file, whose size in the log is then right."""
+    """Rewrite a file with other rows, and correct its size in the log."""
     size = file.stat().st_size
     pq.write_table(rows, file, **options)
     for log in (table / "_delta_log").glob("*.json"):
@@ -294,9 +294,9 @@ def test_verify_of_an_object_store_notes_that_checkpoints_were_not_checked(
 ) -> None:
     shutil.rmtree(Path(store.url) / "checkpoints")
     store.checkpoints = None
-    found = verify.Verification(store, print)
-    assert found.notes[0].startswith("checkpoints were not checked")
-    assert (found.counts["violations"], found.counts["checkpoints"]) == (0, 0)
+    verification = verify.Verification(store, print)
+    assert verification.notes[0].startswith("checkpoints were not checked")
+    assert (verification.counts["violations"], verification.counts["checkpoints"]) == (0, 0)
 
 
 def test_compact_keeps_every_row(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,8 +329,8 @@ def test_compact_removes_files_only_if_told(
 def test_forget(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
     before = rows_of(store)
     assert main(["forget", store.url, "fm", "--versions", "0-1,9"]) == 0
-    kept = [row for row in before if row[0] == "far" or row[4] == "2"]
-    assert rows_of(store) == kept and len(kept) == 203
+    remaining = [row for row in before if row[0] == "far" or row[4] == "2"]
+    assert rows_of(store) == remaining and len(remaining) == 203
     assert [snapshot.version for snapshot in published(store, "fm")] == [2]
     assert len(list((Path(store.url) / "checkpoints/fm").iterdir())) == 1
     assert main(["verify", store.url]) == 0
@@ -482,12 +482,12 @@ def test_rows_of_a_missing_file_are_given_up_and_written_anew(
     for id_ in (1, 2):
         store.write(teacher, [id_], [0.5], [5_000])
     store.refresh()
-    lost, kept = store.files("fm", 0)
+    lost, remaining = store.files("fm", 0)
     (tmp_path / "outputs" / lost.path).unlink()
     assert main(["verify", str(tmp_path)]) == 1
     assert main(["compact", str(tmp_path), "--repair"]) == 0
     assert lost.path in capsys.readouterr().out
     assert main(["verify", str(tmp_path)]) == 0
     store.refresh()
-    assert store.files("fm", 0) == [kept]
+    assert store.files("fm", 0) == [remaining]
     assert store.write(teacher, [1, 2], [0.5, 0.5], [5_000, 5_000]).written == 2

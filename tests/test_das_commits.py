@@ -1,4 +1,4 @@
-"""Commits to the teacher store: each shard once, whole or not at all, from any writers."""
+"""Commits to the teacher store: each shard once, completely or not at all, with any writers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SHARDS = 6
 def test_a_shard_is_written_once(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     assert store.write(snapshot(), [1, 2], [0.5, 1.5], [AT, AT], shard="a").committed
-    for again in (store, TeacherStore(tmp_path)):
-        report = again.write(snapshot(), [2, 1], [1.5, 0.5], [AT, AT], shard="a")
+    for reopened in (store, TeacherStore(tmp_path)):
+        report = reopened.write(snapshot(), [2, 1], [1.5, 0.5], [AT, AT], shard="a")
         assert (report.committed, report.written, report.stored_before) == (False, 0, 2)
     store.write(snapshot(), [3], [2.5], [AT], shard="b")
     assert dd.by_id(store) == {1: [0.5], 2: [1.5], 3: [2.5]}
@@ -76,7 +76,7 @@ def test_a_refused_write_can_be_mended_under_its_name(tmp_path: Path) -> None:
 
 
 def write_shards(barrier: Any, url: str, first_id: int, prefix: str) -> list[bool]:
-    """Several commits of ten rows each, as fast as they go."""
+    """Commit ten rows several times, as fast as possible."""
     store = TeacherStore(url)
     barrier.wait(60)
     return [
@@ -93,7 +93,7 @@ def write_shards(barrier: Any, url: str, first_id: int, prefix: str) -> list[boo
 
 def test_two_writers_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    committed = forked.at_once(
+    committed = forked.run_together(
         write_shards, (store.url, 0, "first "), (store.url, 2**62, "second ")
     )
     assert committed == [[True] * SHARDS] * 2
@@ -104,14 +104,16 @@ def test_two_writers_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
 
 def test_the_same_shards_from_two_writers_at_once_are_there_once(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    committed = forked.at_once(write_shards, (store.url, 0, "shard "), (store.url, 0, "shard "))
+    committed = forked.run_together(
+        write_shards, (store.url, 0, "shard "), (store.url, 0, "shard ")
+    )
     assert [sum(pair) for pair in zip(*committed, strict=True)] == [1] * SHARDS
     assert list(dd.by_id(store)) == list(range(10 * SHARDS))
     assert store.table.version == SHARDS
 
 
 def create(barrier: Any, folder: Path, tasks: tuple[str, ...]) -> list[str]:
-    """Stores made at the same moment as the other process makes them: what became of each."""
+    """Create stores at the same moment as the other process; return each outcome."""
 
     def wait(*arguments: Any) -> None:
         real(*arguments)
@@ -130,13 +132,13 @@ def create(barrier: Any, folder: Path, tasks: tuple[str, ...]) -> list[str]:
 
 
 def test_a_store_made_by_two_at_once_is_made_once(tmp_path: Path) -> None:
-    outcomes = forked.at_once(create, (tmp_path, ("a",)), (tmp_path, ("a",)))
+    outcomes = forked.run_together(create, (tmp_path, ("a",)), (tmp_path, ("a",)))
     assert outcomes == [["a"] * 10] * 2
     assert [TeacherStore(tmp_path / str(number)).refresh() for number in range(10)] == [0] * 10
 
 
 def test_two_formats_at_once_are_told(tmp_path: Path) -> None:
-    outcomes = forked.at_once(create, (tmp_path, ("a",)), (tmp_path, ("b",)))
+    outcomes = forked.run_together(create, (tmp_path, ("a",)), (tmp_path, ("b",)))
     for number, pair in enumerate(zip(*outcomes, strict=True)):
         (task,) = TeacherStore(tmp_path / str(number)).tasks
         assert sorted(pair) == [task, "refused"]
@@ -153,11 +155,13 @@ def publish_several(barrier: Any, url: str, through: int) -> list[int]:
 
 def test_versions_published_at_once_differ(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    versions = forked.at_once(publish_several, (store.url, 1_000), (store.url, 2_000))
+    versions = forked.run_together(publish_several, (store.url, 1_000), (store.url, 2_000))
     assert sorted(versions[0] + versions[1]) == [1, 2, 3, 4, 5, 6]
-    throughs = {each.version: each.trained_through_seconds for each in published(store, "fm")}
-    for first, of_one in zip((1_000, 2_000), versions, strict=True):
-        assert [throughs[version] for version in of_one] == [first, first + 1, first + 2]
+    throughs = {
+        snapshot.version: snapshot.trained_through_seconds for snapshot in published(store, "fm")
+    }
+    for first, job_versions in zip((1_000, 2_000), versions, strict=True):
+        assert [throughs[version] for version in job_versions] == [first, first + 1, first + 2]
 
 
 # ---- Made again, newer, foreign ----
@@ -236,9 +240,9 @@ def test_no_table_is_refused(tmp_path: Path) -> None:
 
 def looked_up(store: TeacherStore, ids: list[int], **options: Any) -> list[float | None]:
     lookup = TeacherLookup(store, "fm", ids=np.array, event_seconds=lambda _: AT, **options)
-    found = lookup(ids)
-    values, present = found.values.ravel().tolist(), found.presence.ravel().tolist()
-    return [value if there else None for value, there in zip(values, present, strict=True)]
+    outputs = lookup(ids)
+    values, presence = outputs.values.ravel().tolist(), outputs.presence.ravel().tolist()
+    return [value if present else None for value, present in zip(values, presence, strict=True)]
 
 
 def test_the_newest_snapshot_wins_unless_one_is_pinned(tmp_path: Path) -> None:
@@ -309,8 +313,8 @@ def test_compaction_keeps_all_rows(tmp_path: Path) -> None:
         after = dd.all_rows(reader)
         assert [len(reader.files("fm", window)) for window in (2, 3)] == [1, 5]
         for name in ("outputs", "event_time", "snapshot", "trained_through", "logged", "scored_at"):
-            one, other = getattr(before, name), getattr(after, name)
-            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), name)
+            column, other = getattr(before, name), getattr(after, name)
+            np.testing.assert_array_equal(column.view(np.uint8), other.view(np.uint8), name)
     (file,) = store.files("fm", 2)
     assert (np.diff(store.read_file(file).example_id) > 0).all()
 
@@ -319,7 +323,7 @@ def test_what_is_forgotten_is_counted_and_may_be_nothing(tmp_path: Path) -> None
     store = dd.small_store(tmp_path)
     store.write(snapshot(2), [9], [0.5], [AT + WINDOW])
     publish(store, "fm", None, trained_through_seconds=1_000)
-    asked: list[tuple[dict[str, Any], tuple[int, int]]] = [
+    cases: list[tuple[dict[str, Any], tuple[int, int]]] = [
         ({"versions": [7]}, (0, 0)),
         ({"versions": [2]}, (1, 0)),  # whose snapshot was not published
         ({"before_seconds": AT}, (0, 0)),
@@ -327,8 +331,8 @@ def test_what_is_forgotten_is_counted_and_may_be_nothing(tmp_path: Path) -> None
         ({"versions": [1, 2]}, (0, 0)),
         ({"before_seconds": AT + 9 * WINDOW}, (0, 0)),
     ]
-    for what, (rows, snapshots) in asked:
-        assert forget(store, "fm", **what) == ForgetReport(rows, snapshots)
+    for options, (rows, snapshots) in cases:
+        assert forget(store, "fm", **options) == ForgetReport(rows, snapshots)
     assert dd.by_id(store) == {}
 
 

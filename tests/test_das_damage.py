@@ -1,4 +1,4 @@
-"""Damage to a teacher store, and traps in it: each is one sentence that names the file."""
+"""Damage to a teacher store, and traps in it: each error is one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def store(tmp_path: Path) -> TeacherStore:
 
 
 def refused(store: TeacherStore, words: str, *, where: str | Path | None = None) -> None:
-    """Whoever reads the window gets an error that names the file."""
+    """Require every read of the window to raise an error that names the file."""
     named = str(dd.only_file(store) if where is None else where)
     for bad_rows in ("refuse", "quarantine"):  # a damaged file is no bad row
         with pytest.raises(StoreError, match=words) as caught:
@@ -55,7 +55,7 @@ def refused(store: TeacherStore, words: str, *, where: str | Path | None = None)
 
 
 def replace(store: TeacherStore, table: pa.Table | bytes) -> None:
-    """Put another file in the place of the data file, of the size that the log says."""
+    """Replace the data file by another of the size in the log."""
     path = dd.only_file(store)
     if isinstance(table, bytes):
         path.write_bytes(table)
@@ -81,11 +81,11 @@ def test_a_longer_file(store: TeacherStore) -> None:
     refused(store, "it was cut short or replaced")
 
 
-@pytest.mark.parametrize("there", ["nothing", "folder"])
-def test_a_missing_file(store: TeacherStore, there: str) -> None:
+@pytest.mark.parametrize("place", ["nothing", "folder"])
+def test_a_missing_file(store: TeacherStore, place: str) -> None:
     path = dd.only_file(store)
     path.unlink()
-    if there == "folder":
+    if place == "folder":
         path.mkdir()
     refused(store, "is missing, and the table's log has it; restore it")
     with pytest.raises(MissingFileError):
@@ -133,10 +133,10 @@ def test_a_file_with_fewer_rows_than_the_log_says(store: TeacherStore) -> None:
 
 def test_a_file_with_changed_bytes_never_gives_another_kind_of_error(store: TeacherStore) -> None:
     path = dd.only_file(store)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     kinds = set()
-    for at in range(0, len(whole), 5):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    for at in range(0, len(content), 5):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
         try:
             store.read("fm", 2)
         except StoreError as error:
@@ -159,8 +159,8 @@ def test_another_windows_file_in_this_ones_place(store: TeacherStore) -> None:
 def test_the_registry_is_checked_too(store: TeacherStore) -> None:
     publish(store, "fm", None, trained_through_seconds=5)
     (path,) = Path(store.url, "snapshots").glob("*.parquet")
-    whole = path.read_bytes()
-    for damaged in (whole[:-1], None):
+    content = path.read_bytes()
+    for damaged in (content[:-1], None):
         path.unlink()
         if damaged is not None:
             path.write_bytes(damaged)
@@ -182,7 +182,7 @@ def test_a_damaged_log(store: TeacherStore) -> None:
 
 
 def commits(store: TeacherStore) -> dict[str, int]:
-    """One commit of each kind, by its version."""
+    """Make one commit of each kind; return them by version."""
     store.write(snapshot(), [9], [0.5], [AT], shard="a")
     versions = {"write": store.refresh()}
     store.write(snapshot(2), [9, 10], [0.5, 0.5], [AT, AT + WINDOW])
@@ -209,7 +209,7 @@ def test_a_commit_that_lost_lines(
         dd.log_file(store, later).unlink()
     path.unlink()
     reader = TeacherStore(store.url)
-    texts = [b"".join(lines[:kept]) for kept in range(len(lines))]
+    texts = [b"".join(lines[:remaining]) for remaining in range(len(lines))]
     if any(b'"txn"' in line for line in lines):
         texts.append(b"".join(lines[1:]))
     for text in texts:
@@ -306,10 +306,10 @@ def test_commits_of_other_tools_are_whole(
 def test_a_column_that_another_tool_added(store: TeacherStore) -> None:
     field = Field("note", PrimitiveType("string"), nullable=True)
     store.table.delta.alter.add_columns([field])
-    again = TeacherStore(store.url)
-    assert again.write(snapshot(), [9], [0.5], [AT]).written == 1
-    again.advance_watermark("fm", 9)
-    assert list(dd.by_id(again)) == [0, 1, 2, 9]
+    reopened = TeacherStore(store.url)
+    assert reopened.write(snapshot(), [9], [0.5], [AT]).written == 1
+    reopened.advance_watermark("fm", 9)
+    assert list(dd.by_id(reopened)) == [0, 1, 2, 9]
 
 
 def test_a_file_that_is_no_file(store: TeacherStore) -> None:
@@ -448,7 +448,7 @@ def test_a_checkpoint_that_lacks_a_column(store: TeacherStore, name: str) -> Non
     store.table.delta.create_checkpoint()
     path = dd.log_file(store, 1).with_suffix(".checkpoint.parquet")
     actions = pq.read_table(path)
-    names = ["x" + each if each == name else each for each in actions.column_names]
+    names = ["x" + column if column == name else column for column in actions.column_names]
     pq.write_table(actions.rename_columns(names), path)
     with pytest.raises(StoreError, match=f"lacks the column {name}") as caught:
         TeacherStore(store.url)
@@ -467,7 +467,7 @@ def test_a_snapshot_that_the_log_hides_from_forget(store: TeacherStore) -> None:
 
 
 def upgrade(store: TeacherStore) -> None:
-    """As another program does that is to delete rows without writing the files anew."""
+    """Raise the protocol to one with deletion vectors, as another program would."""
     features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
     protocol = {"minReaderVersion": 3, "minWriterVersion": 7, **features}
     dd.log_file(store, 2).write_text(json.dumps({"protocol": protocol}) + "\n")
@@ -572,12 +572,12 @@ def test_a_reader_never_unpickles(store: TeacherStore) -> None:
     ):
         with pytest.raises(AssertionError, match="something was unpickled"):
             pickle.loads(b"N.")
-        again = TeacherStore(store.url)
-        assert list(dd.by_id(again)) == [0, 1, 2]
-        lookup = TeacherLookup(again, "fm", ids=np.array, event_seconds=lambda _: AT)
+        reopened = TeacherStore(store.url)
+        assert list(dd.by_id(reopened)) == [0, 1, 2]
+        lookup = TeacherLookup(reopened, "fm", ids=np.array, event_seconds=lambda _: AT)
         assert lookup([0, 7]).presence.ravel().tolist() == [True, False]
-        found = newest_snapshot(again, "fm")
-        assert found is not None and found.version == 1
+        newest = newest_snapshot(reopened, "fm")
+        assert newest is not None and newest.version == 1
 
 
 def test_files_are_no_pickles(store: TeacherStore) -> None:

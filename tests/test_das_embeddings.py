@@ -1,4 +1,4 @@
-"""Embeddings through the teacher store: their bytes, what is read, refused, and kept."""
+"""Embeddings in the teacher store: their bytes, and what is read, refused and stored."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def embeddings_of(rows: int, seed: int = 0, width: int = E) -> np.ndarray:
 
 
 def reference(row: Any, resolution: str) -> tuple[bytes, list[float]]:
-    """A row's bytes, and what they say, by Python's own float64 and struct."""
+    """Return a row's bytes and their values, by Python's own float64 and struct."""
     numbers = [float(number) for number in row]
     if code := {"float16": "e", "float32": "f"}.get(resolution):
         data = struct.pack(f"<{len(numbers)}{code}", *numbers)
@@ -61,18 +61,18 @@ def reference(row: Any, resolution: str) -> tuple[bytes, list[float]]:
 
 
 def lookup_of(store: TeacherStore, teachers: Any = "fm", **options: Any) -> TeacherLookup:
-    """Of batches that are a dict of ids and their event times."""
+    """Return a look-up for batches that map ids to event times."""
     functions = {"ids": lambda batch: list(batch), "event_seconds": lambda b: list(b.values())}
     return TeacherLookup(store, teachers, **{"embeddings": True, **functions, **options})
 
 
-def given(lookup: TeacherLookup, batch: dict[int, int], teacher: int = 0) -> list[Any]:
-    """Each example's embedding, None where it is absent."""
-    found = lookup(batch)
-    assert found.embeddings is not None and found.embedding_presence is not None
-    assert found.embeddings.dtype == torch.float32 and not found.embeddings.isnan().any()
-    pairs = zip(found.embeddings[:, teacher], found.embedding_presence[:, teacher], strict=True)
-    return [value.tolist() if there else None for value, there in pairs]
+def listed(lookup: TeacherLookup, batch: dict[int, int], teacher: int = 0) -> list[Any]:
+    """Return each example's embedding, None where it is absent."""
+    outputs = lookup(batch)
+    assert outputs.embeddings is not None and outputs.embedding_presence is not None
+    assert outputs.embeddings.dtype == torch.float32 and not outputs.embeddings.isnan().any()
+    pairs = zip(outputs.embeddings[:, teacher], outputs.embedding_presence[:, teacher], strict=True)
+    return [value.tolist() if present else None for value, present in pairs]
 
 
 # ---- The bytes ----
@@ -110,9 +110,9 @@ def check_bytes(rows: np.ndarray, resolution: str) -> None:
     assert data.dtype == np.uint8 and read.dtype == np.float32 and np.isfinite(read).all()
     assert data.shape == (len(rows), embedding_bytes(rows.shape[1], resolution))
     assert not np.shares_memory(data, rows) and not np.shares_memory(data, read)
-    for row, told, back in zip(rows, data, read, strict=True):
+    for row, stored, back in zip(rows, data, read, strict=True):
         expected, numbers = reference(row, resolution)
-        assert told.tobytes() == expected
+        assert stored.tobytes() == expected
         assert back.tolist() == numbers
 
 
@@ -210,12 +210,12 @@ def test_other_shapes_and_nulls_are_refused(
 
 def test_a_store_without_refuses_them_everywhere(tmp_path: Path) -> None:
     store = dd.small_store(tmp_path)
-    one = torch.ones(1)
+    outputs = torch.ones(1)
     for act in (
         lambda: store.write(snapshot(2), [9], [0.5], [AT], embeddings=[[0.5]]),
         lambda: store.read("fm", 2, embeddings=True),
         lambda: TeacherLookup(store, "fm", embeddings=True),
-        lambda: TeacherLogger(store, "fm").log([9], [AT], one, embeddings=one[None]),
+        lambda: TeacherLogger(store, "fm").log([9], [AT], outputs, embeddings=outputs[None]),
     ):
         with pytest.raises(ValueError, match=r"with an embedding_width; it is 0: make") as e:
             act()
@@ -259,13 +259,13 @@ def test_what_is_written_is_given(tmp_path: Path, resolution: Resolution, width:
     for place, number in ((0, 1), (1, 0)):
         known = dict(zip(ids.tolist(), embeddings_of(90, number, width)[rows], strict=True))
         expected = [reference(known[i], resolution)[1] if i in known else None for i in batch]
-        assert given(lookup, batch, place) == expected
+        assert listed(lookup, batch, place) == expected
     plain = lookup_of(store, ("big", "fm"), tasks=("stay",), embeddings=False)(batch)
-    found = lookup(batch)
+    result = lookup(batch)
     assert plain.embeddings is None and plain.embedding_presence is None
-    assert torch.equal(found.values, plain.values) and torch.equal(found.presence, plain.presence)
-    assert torch.equal(found.age_seconds, plain.age_seconds)  # type: ignore[arg-type]
-    assert int(found.presence.sum()) == 2 * (len(batch) - 1)
+    assert torch.equal(result.values, plain.values) and torch.equal(result.presence, plain.presence)
+    assert torch.equal(result.age_seconds, plain.age_seconds)  # type: ignore[arg-type]
+    assert int(result.presence.sum()) == 2 * (len(batch) - 1)
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
@@ -279,8 +279,8 @@ def test_rows_with_and_without_in_one_store(tmp_path: Path, resolution: Resoluti
     store.write(snapshot(teacher="big"), [1], [3.5], [AT])
     batch = {1: AT, 2: AT, 3: AT + WINDOW, 4: AT}
     lookup = lookup_of(store, ("fm", "big"))
-    assert given(lookup, batch) == [expected, None, None, None]
-    assert given(lookup, batch, 1) == [None] * 4
+    assert listed(lookup, batch) == [expected, None, None, None]
+    assert listed(lookup, batch, 1) == [None] * 4
     assert lookup(batch).presence.squeeze(-1).tolist() == [
         [True, True],
         [True, False],
@@ -308,9 +308,9 @@ def test_the_newest_snapshot_wins_with_its_embedding(tmp_path: Path) -> None:
         extra: Any = {} if version == 2 else {"embeddings": rows}
         store.write(snapshot(version), ids, rows[:, 0], [AT] * len(ids), **extra)
     batch = {1: AT, 2: AT, 3: AT}
-    assert given(lookup_of(store), batch) == [[3.0] * E, [3.0] * E, None]  # 2 is 3's newest
-    assert given(lookup_of(store, snapshot=1), batch) == [[1.0] * E] * 3
-    assert given(lookup_of(store, exclude=[3, 2]), batch) == [[1.0] * E] * 3
+    assert listed(lookup_of(store), batch) == [[3.0] * E, [3.0] * E, None]  # 2 is 3's newest
+    assert listed(lookup_of(store, snapshot=1), batch) == [[1.0] * E] * 3
+    assert listed(lookup_of(store, exclude=[3, 2]), batch) == [[1.0] * E] * 3
 
 
 def test_a_stale_output_has_lost_its_embedding(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_stale_output_has_lost_its_embedding(tmp_path: Path) -> None:
         rows = [[float(version)] * E]
         store.write(snapshot(version, through), [example_id], [0.5], [AT], embeddings=rows)
     lookup = lookup_of(store, max_age_seconds=100)
-    assert given(lookup, {1: AT, 2: AT}) == [None, [2.0] * E]
+    assert listed(lookup, {1: AT, 2: AT}) == [None, [2.0] * E]
     assert lookup.counters["fm"].stale == 1
 
 
@@ -331,7 +331,7 @@ def test_leaks_and_bad_rows_take_their_embeddings_with_them(tmp_path: Path) -> N
         store.write(*arguments, embeddings=rows)
     report = store.write(*arguments, embeddings=rows, bad_rows="quarantine")
     assert report.written == 1 and sum(report.quarantined.values()) == 2
-    assert given(lookup_of(store), {1: AT, 2: AT, 3: AT}) == [None, rows[2].tolist(), None]
+    assert listed(lookup_of(store), {1: AT, 2: AT, 3: AT}) == [None, rows[2].tolist(), None]
 
 
 def test_a_shard_that_is_written_again(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_shard_that_is_written_again(tmp_path: Path) -> None:
     store.table.repair()
     assert store.write(*arguments, shard="a", embeddings=rows).written == 1
     batch = dict(zip(ids.tolist(), seconds.tolist(), strict=True))
-    assert given(lookup_of(store), batch) == [reference(row, "float16")[1] for row in rows]
+    assert listed(lookup_of(store), batch) == [reference(row, "float16")[1] for row in rows]
 
 
 def test_the_column_is_not_read_unless_it_is_asked_for(tmp_path: Path) -> None:
@@ -358,9 +358,9 @@ def test_the_column_is_not_read_unless_it_is_asked_for(tmp_path: Path) -> None:
     group = pq.ParquetFile(path).metadata.row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
     (column,) = [column for column in columns if column.path_in_schema == "embedding"]
-    whole, start = bytearray(path.read_bytes()), column.data_page_offset
-    whole[start : start + column.total_compressed_size] = b"x" * column.total_compressed_size
-    path.write_bytes(whole)
+    content, start = bytearray(path.read_bytes()), column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"x" * column.total_compressed_size
+    path.write_bytes(content)
     assert dd.by_id(store) == {1: [0.5], 2: [1.5]}
     plain = lookup_of(store, embeddings=False)({2: AT, 1: AT})
     assert plain.values.flatten().tolist() == [1.5, 0.5]
@@ -374,7 +374,7 @@ def test_the_column_is_not_read_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def plant(store: TeacherStore, rows: list[bytes | None]) -> None:
-    """Add rows with any bytes as embeddings, as another program would."""
+    """Append rows with any bytes as embeddings, as another program would."""
     table = dd.plain_rows(store, len(rows), example_id=list(range(len(rows))))
     at = table.schema.get_field_index("embedding")
     table = table.set_column(at, pa.field("embedding", pa.binary()), pa.array(rows, pa.binary()))
@@ -407,7 +407,7 @@ def test_numbers_that_are_not_finite_are_no_embedding(
     plant(store, [good, None, *(start + good[len(start) :] for start in bad)])
     expected = reference(embeddings_of(1)[0], resolution)[1]
     lookup = lookup_of(store)
-    assert given(lookup, dict.fromkeys(range(5), AT)) == [expected, None, None, None, None]
+    assert listed(lookup, dict.fromkeys(range(5), AT)) == [expected, None, None, None, None]
     assert lookup.counters["fm"].present == 5
 
 
@@ -415,7 +415,7 @@ def test_a_store_of_before_is_read_and_written_as_one_without(tmp_path: Path) ->
     """Its description says nothing of embeddings, and it has a column of lists."""
     store = dd.new_store(tmp_path / "new")
     fields = json.loads(store.format.to_json())["torchrec_exfm"]
-    kept = {name: fields[name] for name in fields if "embedding" not in name and name != "digest"}
+    text = {name: fields[name] for name in fields if "embedding" not in name and name != "digest"}
     schema = store.format.schema().append(pa.field("embedding", pa.list_(pa.float32())))
     folder = tmp_path / "old"
     for name in ("outputs", "snapshots"):
@@ -424,7 +424,7 @@ def test_a_store_of_before_is_read_and_written_as_one_without(tmp_path: Path) ->
         str(folder / "outputs"),
         schema,
         partition_by=["teacher", "window"],
-        description=json.dumps({"torchrec_exfm": kept}),
+        description=json.dumps({"torchrec_exfm": text}),
     )
     old = TeacherStore(folder)
     assert old.format == store.format and old.format.embedding_width == 0
@@ -449,18 +449,18 @@ def test_embeddings_outlive_compact_forget_pickling_and_other_columns(
     batch = dict.fromkeys(range(8), AT)
     expected: list[Any] = [*(reference(row, "int8")[1] for row in rows), None, None]
     lookup = lookup_of(store, ids=list, event_seconds=_times)
-    assert given(lookup, batch) == expected
+    assert listed(lookup, batch) == expected
     for other in (copy.copy(lookup), pickle.loads(pickle.dumps(lookup))):
-        assert given(other, batch) == expected
+        assert listed(other, batch) == expected
     assert main(["compact", store.url]) == 0
     assert len(TeacherStore(store.url).files("fm", 2)) == 1
-    assert given(lookup_of(store), batch) == expected
+    assert listed(lookup_of(store), batch) == expected
     forget(store, "fm", versions=[2])
-    assert given(lookup_of(store), batch) == [*expected[:2], None, None, *expected[4:]]
+    assert listed(lookup_of(store), batch) == [*expected[:2], None, None, *expected[4:]]
     extra = store.format.schema().append(pa.field("extra", pa.int64())).empty_table()
     write_deltalake(store.table.url, extra, mode="append", schema_mode="merge")
     store.write(snapshot(4), [7], [0.5], [AT], embeddings=rows[:1])
-    assert given(lookup_of(store), batch)[-1] == expected[0]
+    assert listed(lookup_of(store), batch)[-1] == expected[0]
     store.advance_watermark("fm", AT)
     capsys.readouterr()
     assert main(["show", store.url]) == 0
@@ -515,28 +515,28 @@ def test_the_logger_writes_what_it_is_given(tmp_path: Path) -> None:
             outputs.zero_()
     assert logger.written == 3
     expected = [reference(rows[i].numpy(), "float16")[1] for i in (1, 2, 3)]
-    assert given(lookup_of(store), {1: AT, 2: AT, 3: AT}) == expected
+    assert listed(lookup_of(store), {1: AT, 2: AT, 3: AT}) == expected
     assert dd.by_id(store) == {i: rows[i, :2].tolist() for i in (1, 2, 3)}
 
 
 def test_a_log_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
     store = store_of(tmp_path)
-    one = torch.ones(2)
+    outputs = torch.ones(2)
     with TeacherLogger(store, "fm") as logger:
         for embeddings in (torch.ones(2, 4), torch.ones(3, E), torch.ones(2)):
             with pytest.raises(ValueError, match=r"embeddings should be of shape \(2, 5\)"):
-                logger.log([1, 2], [AT, AT], one, embeddings=embeddings)
-        logger.log([1, 2], [AT, AT], one, embeddings=torch.ones(2, E))
+                logger.log([1, 2], [AT, AT], outputs, embeddings=embeddings)
+        logger.log([1, 2], [AT, AT], outputs, embeddings=torch.ones(2, E))
         for _ in range(2):
             with pytest.raises(ValueError, match=r"every call of log\(\) .*; received none"):
-                logger.log([3, 4], [AT, AT], one)
+                logger.log([3, 4], [AT, AT], outputs)
             logger.flush()
     assert logger.written == 2
     with TeacherLogger(store, "fm") as logger:
-        logger.log([3, 4], [AT, AT], one)
+        logger.log([3, 4], [AT, AT], outputs)
         with pytest.raises(ValueError, match=r"every call of log\(\) .*; received some"):
-            logger.log([5, 6], [AT, AT], one, embeddings=torch.ones(2, E))
-    assert given(lookup_of(store), {1: AT, 3: AT}) == [[1.0] * E, None]
+            logger.log([5, 6], [AT, AT], outputs, embeddings=torch.ones(2, E))
+    assert listed(lookup_of(store), {1: AT, 3: AT}) == [[1.0] * E, None]
 
 
 def test_embeddings_of_a_training_forward_by_a_hook(tmp_path: Path) -> None:
@@ -552,14 +552,14 @@ def test_embeddings_of_a_training_forward_by_a_hook(tmp_path: Path) -> None:
             logits = self.head(self.hidden(batch["x"]).relu()).squeeze(-1)
             return logits.sum(), (logits.sum(), logits, None)
 
-    teacher, kept, expected = Teacher(), {}, {}
-    teacher.hidden.register_forward_hook(lambda *call: kept.update(hidden=call[-1]))
+    teacher, hooked, expected = Teacher(), {}, {}
+    teacher.hidden.register_forward_hook(lambda *call: hooked.update(hidden=call[-1]))
     logger = TeacherLogger(
         store,
         "fm",
         ids=lambda batch: batch["id"],
         event_seconds=lambda batch: batch["id"] * 0 + AT,
-        embeddings=lambda output: kept["hidden"],
+        embeddings=lambda output: hooked["hidden"],
     )
     logger.attach(teacher)
     for step in range(3):
@@ -572,7 +572,7 @@ def test_embeddings_of_a_training_forward_by_a_hook(tmp_path: Path) -> None:
                 weight -= 0.1 * weight.grad  # type: ignore[operator]
         expected.update(zip(ids.tolist(), [reference(r, "float16")[1] for r in rows], strict=True))
     logger.close()
-    assert given(lookup_of(store), dict.fromkeys(range(6), AT)) == list(expected.values())
+    assert listed(lookup_of(store), dict.fromkeys(range(6), AT)) == list(expected.values())
 
 
 def test_rows_without_embeddings_are_told_once(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Jobs killed at any moment, and full disks: every example once, as if nothing had happened.
+"""Jobs killed at any moment, and full disks: every example is stored once.
 
-FAULT_KILLS says how often each job is killed; ``-s`` shows where the kills fell.
+FAULT_KILLS is the number of kills per job; ``-s`` shows their moments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS = {jobs.scoring: jobs.ROWS, jobs.training: jobs.LOGGED}
 
 
 class Attempts:
-    """A job in a folder, started as often as it takes."""
+    """A job in a folder, restarted until it ends."""
 
     def __init__(self, job: jobs.Job, world_size: int, folder: Path) -> None:
         self.job = job
@@ -42,29 +42,29 @@ class Attempts:
         jobs.make_store(folder)
 
     def finish(self, world_size: int) -> float:
-        """Run it to its end; the seconds from the first commit on."""
+        """Run the job to its end; return the seconds since the first commit."""
         processes = self._start(world_size)
-        while self.commits() == 0 and all(each.process.is_alive() for each in processes):
+        while self.commits() == 0 and all(fork.process.is_alive() for fork in processes):
             time.sleep(0.001)
         started = time.monotonic()
-        for each in processes:
-            each.result()
+        for fork in processes:
+            fork.result()
         return time.monotonic() - started
 
     def kill_at(self, commits: float, delay: float) -> None:
-        """Start it, and kill every rank a while after so many commits; it may have ended then."""
+        """Start the job, and kill every rank a while after some commits, unless it has ended."""
         processes = self._start(self.world_size)
         while self.commits() < commits:
-            if not all(each.process.is_alive() for each in processes):
-                for each in processes:
-                    each.result()  # raises what went wrong
+            if not all(fork.process.is_alive() for fork in processes):
+                for fork in processes:
+                    fork.result()  # raises what went wrong
                 raise AssertionError("it ended too soon")
             time.sleep(0.001)
         time.sleep(delay)
-        alive = any(each.process.is_alive() for each in processes)
+        alive = any(fork.process.is_alive() for fork in processes)
         random.shuffle(processes)
-        for each in processes:
-            each.kill()
+        for fork in processes:
+            fork.kill()
             time.sleep(random.choice((0.0, 0.05 * random.random())))  # the others may go on a bit
         if alive:
             self.kills.append(len(self.rows()) / ROWS[self.job])
@@ -74,7 +74,7 @@ class Attempts:
         return sum(name.endswith(".json") for name in os.listdir(log)) - 1
 
     def rows(self) -> Rows:
-        """What is in the store, each example once."""
+        """Return the store's rows, and require each example once."""
         rows = dd.all_rows(TeacherStore(self.folder / "store"), keys=jobs.KEYS)
         jobs.assert_keys(rows)
         assert (np.diff(rows.example_id) > 0).all()
@@ -86,38 +86,38 @@ class Attempts:
 
 
 def assert_part_of(rows: Rows, expected: Rows, job: jobs.Job) -> None:
-    """To the bit, but for outputs that were scored in other batches."""
+    """Require equal bits, except for outputs that were scored in other batches."""
     names = ["example_id", "event_time", "snapshot", "trained_through", "logged"]
     if job is jobs.scoring:
-        jobs.assert_said(rm.two_task_student(), rows)
-    else:  # it goes on with the batches that it would have had
+        jobs.assert_within_rounding(rm.two_task_student(), rows)
+    else:  # it resumes with the same batches
         names.append("outputs")
     at = np.searchsorted(expected.example_id, rows.example_id)
     for name in names:
-        one, other = getattr(rows, name), getattr(expected, name)[at]
-        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), name)
+        column, other = getattr(rows, name), getattr(expected, name)[at]
+        np.testing.assert_array_equal(column.view(np.uint8), other.view(np.uint8), name)
 
 
 def spread(
     job: jobs.Job, world_size: int, folder: Path, kills: int, *, last: int | None = None
 ) -> None:
-    """Kill a job over and over, at moments spread over all of its work.
+    """Kill a job repeatedly, at moments spread over its work.
 
-    Then it may end, on ``last`` ranks.
+    Then let it end on ``last`` ranks.
     """
     folder.mkdir()
-    whole = Attempts(job, world_size, folder / "whole")
-    seconds = whole.finish(world_size)
-    commits, expected = whole.commits(), whole.rows()
+    reference = Attempts(job, world_size, folder / "whole")
+    seconds = reference.finish(world_size)
+    commits, expected = reference.commits(), reference.rows()
     assert len(expected) == ROWS[job]
     assert_part_of(expected, expected, job)
     landed: list[float] = []
-    rounds = itertools.count()  # of which one lands no kill if the job ends too soon
+    rounds = itertools.count()  # a round lands no kill if the job ends too soon
     while len(landed) < kills:
         attempts = Attempts(job, world_size, folder / f"killed-{next(rounds)}")
-        of_round = min(KILLS_A_ROUND, kills - len(landed))
-        for number in range(of_round):
-            moment = commits * (number + random.random()) / of_round
+        kills_of_round = min(KILLS_A_ROUND, kills - len(landed))
+        for number in range(kills_of_round):
+            moment = commits * (number + random.random()) / kills_of_round
             attempts.kill_at(moment, 2 * random.random() * seconds / commits)
             assert_part_of(attempts.rows(), expected, job)
         attempts.finish(last or world_size)
@@ -125,7 +125,7 @@ def spread(
         assert len(rows) == len(expected)
         assert_part_of(rows, expected, job)
         landed += attempts.kills
-    attempts.finish(world_size)  # once more: there is nothing left to do
+    attempts.finish(world_size)  # a second run has nothing left to do
     assert attempts.commits() == end
     shown = " ".join(f"{part:.0%}" for part in landed)
     print(
@@ -170,7 +170,7 @@ def test_a_full_disk_elsewhere(tmp_path: Path, check: jobs.Job) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB."""
+    """Mount a disk of 256 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]

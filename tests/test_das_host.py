@@ -1,4 +1,4 @@
-"""A window once a host: what is shared, and what comes of it when processes end or disks fill."""
+"""Windows read once per host: what is shared, and what happens if processes end or disks fill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from das_data import AT, WINDOW, new_store, small_store, snapshot
 from forked import Forked
 from s3_server import S3Server
-from test_das_lookup import batch_of, given, lookup_of, several_windows
+from test_das_lookup import batch_of, listed, lookup_of, several_windows
 
 from torchrec_exfm import TeacherOutputs
 from torchrec_exfm.das import StoreError, TeacherLookup, TeacherStore
@@ -31,13 +31,13 @@ SOON = 20.0
 
 @pytest.fixture
 def store(tmp_path: Path) -> TeacherStore:
-    """Examples 0, 1, 2 of window 2."""
+    """Create a store with examples 0, 1, 2 of window 2."""
     return small_store(tmp_path / "store")
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Path]:
-    """A folder of the host, which is empty when all look-ups are closed."""
+    """Make a host folder, and require it to be empty once all look-ups are closed."""
     folder = tmp_path / "host"
     yield folder
     until(lambda: not [*folder.glob("*/*")])
@@ -51,7 +51,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def readers(host: Path) -> list[int]:
-    """The processes that read for a folder: they hold its lock."""
+    """Return the reader processes of a folder: those that hold its lock."""
     (lock,) = host.glob("*/*/reader")
     return [
         int(process.name)
@@ -98,8 +98,8 @@ def test_mapped_is_as_in_memory(tmp_path: Path, host: Path, pinned: Any) -> None
         lookup_of(store, host_folder=host, **options) as mapped,
         lookup_of(store, **options) as plain,
     ):
-        for of_mapped, of_plain in zip(tensors(mapped(batch)), tensors(plain(batch)), strict=True):
-            np.testing.assert_array_equal(of_mapped, of_plain)
+        for actual, expected in zip(tensors(mapped(batch)), tensors(plain(batch)), strict=True):
+            np.testing.assert_array_equal(actual, expected)
         assert mapped.counters == plain.counters
 
 
@@ -117,54 +117,54 @@ def tensors(outputs: TeacherOutputs) -> list[Any]:
 def test_two_jobs_of_a_host_share_one_reader_and_its_files(tmp_path: Path, host: Path) -> None:
     store = several_windows(tmp_path / "store")
     with lookup_of(store, host_folder=host, refresh_seconds=None) as first:
-        assert given(first(batch_of(2, 3))) == [2.0, 3.0]
+        assert listed(first(batch_of(2, 3))) == [2.0, 3.0]
         job, connection = job_of(store.url, host)
         assert connection.recv() == [2.0, 3.0]
         assert len([*host.glob("*/*")]) == len(readers(host)) == 1
         job.kill()
-        assert given(first(batch_of(3))) == [3.0]
+        assert listed(first(batch_of(3))) == [3.0]
         with lookup_of(store, host_folder=host, exclude=[7]):  # of other rows: apart
             assert len([*host.glob("*/*")]) == 2
 
 
 def job_of(url: str, host: Path) -> tuple[Forked, Connection]:
-    """A process that looks up windows 2 and 3, sends what it found, and goes on until killed."""
+    """Run a process that looks up windows 2 and 3, sends the outputs, and waits to be killed."""
     ours, theirs = forked.CONTEXT.Pipe()
     return Forked(look_up, theirs, url, host), ours
 
 
 def look_up(connection: Connection, url: str, host: Path) -> None:
     lookup = lookup_of(TeacherStore(url), host_folder=host, refresh_seconds=None)
-    connection.send(given(lookup(batch_of(2, 3))))
+    connection.send(listed(lookup(batch_of(2, 3))))
     connection.recv()
 
 
 def test_late_rows_come_to_all_that_look_up(store: TeacherStore, host: Path) -> None:
     options: Any = {"host_folder": host, "refresh_seconds": 0.05}
     batch = {0: AT, 8: AT}
-    with lookup_of(store, **options) as one, lookup_of(store, **options) as other:
-        assert given(one(batch)) == given(other(batch)) == [0.5, None]
+    with lookup_of(store, **options) as first, lookup_of(store, **options) as second:
+        assert listed(first(batch)) == listed(second(batch)) == [0.5, None]
         store.write(snapshot(), [8], [8.0], [AT])
-        for lookup in (one, other):
-            until(lambda lookup=lookup: given(lookup(batch)) == [0.5, 8.0])  # type: ignore[misc]
+        for lookup in (first, second):
+            until(lambda lookup=lookup: listed(lookup(batch)) == [0.5, 8.0])  # type: ignore[misc]
             assert lookup.counters["fm"].late == 1
         store.write(snapshot(2), [0], [7.0], [AT])
-        one.refresh()
-        assert given(one(batch)) == [7.0, 8.0]
+        first.refresh()
+        assert listed(first(batch)) == [7.0, 8.0]
 
 
 def test_as_many_windows_as_allowed(tmp_path: Path, host: Path) -> None:
     store = several_windows(tmp_path / "store")
     with lookup_of(store, host_folder=host, max_windows=3) as lookup:
         for windows in ([2], [3], [4, 5, 6], [7, 2, 3, 4], [7]):
-            assert given(lookup(batch_of(*windows))) == [float(window) for window in windows]
+            assert listed(lookup(batch_of(*windows))) == [float(window) for window in windows]
             assert len([*host.glob("*/*/*.ready")]) <= 3
     ids = np.arange(4_000)  # a thousand more in each of four windows
     store.write(snapshot(), ids + 10, ids.astype(np.float32), (2 + ids // 1_000) * WINDOW)
     two = 2 * host_module.index_bytes(1_001, 1) + 5_000
     with lookup_of(store, host_folder=host, max_windows=3, host_bytes=two) as lookup:
         for window in (2, 3, 4, 5):
-            assert given(lookup(batch_of(window))) == [float(window)]
+            assert listed(lookup(batch_of(window))) == [float(window)]
             assert len([*host.glob("*/*/*.ready")]) <= 2
 
 
@@ -174,15 +174,15 @@ def test_as_many_windows_as_allowed(tmp_path: Path, host: Path) -> None:
 def test_a_reader_that_is_killed_is_started_again(tmp_path: Path, host: Path) -> None:
     store = several_windows(tmp_path / "store")
     with lookup_of(store, host_folder=host) as lookup:
-        assert given(lookup(batch_of(2))) == [2.0]
+        assert listed(lookup(batch_of(2))) == [2.0]
         (reader,) = readers(host)
         os.kill(reader, signal.SIGKILL)
         (folder,) = host.glob("*/*")
         (folder / "part").mkdir(exist_ok=True)  # it was at work
-        assert given(lookup(batch_of(5))) == [5.0]
+        assert listed(lookup(batch_of(5))) == [5.0]
         (another,) = readers(host)
         assert another != reader
-        assert given(lookup(batch_of(2))) == [2.0]
+        assert listed(lookup(batch_of(2))) == [2.0]
 
 
 def test_a_reader_that_ends_at_once_is_told(
@@ -194,7 +194,7 @@ def test_a_reader_that_ends_at_once_is_told(
             lookup({0: AT})
         dd.sentence(caught.value)
         monkeypatch.undo()
-        assert given(lookup({0: AT})) == [0.5]
+        assert listed(lookup({0: AT})) == [0.5]
 
 
 def test_a_host_is_left_clean_if_all_is_killed(tmp_path: Path, host: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_host_is_left_clean_if_all_is_killed(tmp_path: Path, host: Path) -> No
         for reader in readers(host) if with_its_reader else ():
             os.kill(reader, signal.SIGKILL)
         job.kill()
-        if with_its_reader:  # nobody is left to do it, but who comes next
+        if with_its_reader:  # only the next look-up is left to do it
             assert [*host.glob("*/*/*.ready")]
             with lookup_of(store, host_folder=host, exclude=[9]):
                 assert len([*host.glob("*/*")]) == 1
@@ -215,10 +215,10 @@ def test_a_host_is_left_clean_if_all_is_killed(tmp_path: Path, host: Path) -> No
 def test_a_folder_that_goes_is_made_anew(tmp_path: Path, host: Path) -> None:
     store = several_windows(tmp_path / "store")
     with lookup_of(store, host_folder=host) as lookup:
-        assert given(lookup(batch_of(2))) == [2.0]
+        assert listed(lookup(batch_of(2))) == [2.0]
         shutil.rmtree(host)
-        assert given(lookup(batch_of(2))) == [2.0]  # it is mapped
-        assert given(lookup(batch_of(6))) == [6.0]
+        assert listed(lookup(batch_of(2))) == [2.0]  # it is mapped
+        assert listed(lookup(batch_of(6))) == [6.0]
 
 
 # ---- What has no room ----
@@ -235,7 +235,7 @@ def test_a_window_without_room_is_told(store: TeacherStore, host: Path) -> None:
 def test_a_disk_that_takes_no_more_gives_an_error(
     store: TeacherStore, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To write what is mapped where there is no room would end the reader with SIGBUS."""
+    """Writing to mapped memory without space on the disk would end the reader with SIGBUS."""
     ids = np.arange(10_000)
     store.write(snapshot(), ids, ids.astype(np.float32), AT + WINDOW + ids % WINDOW)
     limited = host.parent / "python"
@@ -243,10 +243,10 @@ def test_a_disk_that_takes_no_more_gives_an_error(
     limited.chmod(0o755)
     monkeypatch.setattr(host_module.sys, "executable", str(limited))
     with lookup_of(store, host_folder=host) as lookup:
-        assert given(lookup({0: AT})) == [0.5]
+        assert listed(lookup({0: AT})) == [0.5]
         with pytest.raises(StoreError, match="File too large"):
             lookup({0: AT + WINDOW})
-        assert given(lookup({0: AT})) == [0.5]
+        assert listed(lookup({0: AT})) == [0.5]
 
 
 def test_a_folder_that_cannot_be_made_is_named(store: TeacherStore, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_made_is_named(store: TeacherStore, tmp_path: Pa
 
 @pytest.fixture
 def remote(server: S3Server, url: str) -> TeacherStore:
-    """Example w in each window w = 2, 3 ... 7, with the output w, on a server."""
+    """Create a store on a server: example w with output w in each window w = 2 ... 7."""
     options = server.storage_options
     store = TeacherStore.create(
         url, window_seconds=WINDOW, resolution="float32", storage_options=options
@@ -279,7 +279,7 @@ def test_a_store_that_hangs_is_waited_for_once(
     with lookup_of(remote, **options) as lookup:
         until(lambda: answers(lookup, 2))
         server.set_faults(hanging=hanging)
-        assert given(lookup(batch_of(2))) == [2.0]
+        assert listed(lookup(batch_of(2))) == [2.0]
         beats, done = [time.monotonic()], threading.Event()
         heart = threading.Thread(target=beat, args=(beats, done))
         heart.start()
@@ -294,14 +294,14 @@ def test_a_store_that_hangs_is_waited_for_once(
         dd.sentence(caught.value)
         assert np.diff(beats).max() < 0.45  # nothing holds this process's interpreter
         assert 0.5 <= waits[0] < 2.0 and max(waits[1:]) < 0.45  # less than a second wait
-        assert given(lookup(batch_of(2))) == [2.0]  # is in memory
+        assert listed(lookup(batch_of(2))) == [2.0]  # is in memory
         server.set_faults()
         until(lambda: answers(lookup, 5))
 
 
 def answers(lookup: TeacherLookup, window: int) -> bool:
     try:
-        return given(lookup(batch_of(window))) == [float(window)]
+        return listed(lookup(batch_of(window))) == [float(window)]
     except StoreError:
         return False
 
@@ -323,7 +323,7 @@ def test_a_window_that_is_late_in_this_process_is_waited_for_once(tmp_path: Path
         assert 0.2 <= time.monotonic() - started < 0.9  # five waits take a second
         busy.set()
         until(lambda: answers(lookup, 2))
-        assert given(lookup(batch_of(4))) == [4.0]
+        assert listed(lookup(batch_of(4))) == [4.0]
 
 
 def test_the_process_ends_though_its_store_does_not_answer(

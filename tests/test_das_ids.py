@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def mix(state: int) -> int:
-    """SplitMix64's output for a state."""
+    """Return SplitMix64's output for a state."""
     z = (state + STEP) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -38,7 +38,7 @@ def mix(state: int) -> int:
 
 
 def reference(*columns: list[list[int]]) -> list[int]:
-    """The docstring's formula, one example at a time; a column is a list of values an example."""
+    """Compute the docstring's formula by example; a column has a list of values per example."""
     ids = []
     for lists in zip(*columns, strict=True):
         h = 0
@@ -128,13 +128,13 @@ def test_features_of_a_keyed_jagged_tensor() -> None:
         weights=torch.rand(len(values)),
         lengths=torch.tensor(lengths, dtype=torch.int32),
     )
-    kept = features.values().clone(), features.lengths().clone()
+    copies = features.values().clone(), features.lengths().clone()
     for key in rows:
         assert hash_ids(features[key]).tolist() == reference(rows[key])
     assert hash_ids(features["user"], features["item"]).tolist() == reference(
         rows["user"], rows["item"]
     )
-    assert torch.equal(features.values(), kept[0]) and torch.equal(features.lengths(), kept[1])
+    assert torch.equal(features.values(), copies[0]) and torch.equal(features.lengths(), copies[1])
 
 
 def test_values_outside_all_examples_do_not_count() -> None:
@@ -144,13 +144,13 @@ def test_values_outside_all_examples_do_not_count() -> None:
 
 
 def test_how_many_values_and_where_they_are_matters() -> None:
-    one, none = jagged([[1]]), jagged([[]])
+    single, none = jagged([[1]]), jagged([[]])
     ids = [
         hash_ids(*columns).item()
         for columns in (
-            (one, none),
-            (none, one),
-            (one,),
+            (single, none),
+            (none, single),
+            (single,),
             (none,),
             (none, none),
             (jagged([[0]]),),
@@ -231,7 +231,7 @@ def singles(values: list[Any]) -> list[list[int]]:
 
 
 def host(ids: Any) -> list[int]:
-    """Ids that have to be an array of numpy."""
+    """Require ids to be a numpy array; return them as a list."""
     assert isinstance(ids, np.ndarray) and ids.dtype == np.int64 and ids.shape == (len(ids),)
     return [int(number) for number in ids]
 
@@ -344,8 +344,8 @@ def test_text_alone_is_hashed(values: list[Any]) -> None:
         else:
             assert host(hash_ids(values)) == reference(singles(values))
     elif all(-(2**63) <= value < 2**63 for value in values if isinstance(value, int)):
-        whole = all(isinstance(value, int) for value in values)
-        if whole:
+        all_integers = all(isinstance(value, int) for value in values)
+        if all_integers:
             assert host(hash_ids(values)) == reference(singles(values))
         else:
             with pytest.raises(TypeError, match=r"column 0 .* received int and str objects; pass"):
@@ -356,12 +356,12 @@ def test_text_alone_is_hashed(values: list[Any]) -> None:
 
 
 def columns_to_hash(size: int) -> dict[str, list[Any]]:
-    """Texts and integers, those at the ends of their ranges among them."""
+    """Return texts and integers, including the ends of their ranges."""
     rng = random.Random(0)
     ends = [0, 1, -1, 2**31, 2**32 - 1, -(2**31), -(2**32), 2**63 - 1, -(2**63)]
-    whole = ends + [rng.randrange(-(2**63), 2**63) for _ in range(size - len(ends))]
+    integers = ends + [rng.randrange(-(2**63), 2**63) for _ in range(size - len(ends))]
     texts = [TEXTS[row % 7] * (row // 7) for row in range(size)]
-    return {"user": texts, "request": whole, 'Odd "`name': whole[::-1]}
+    return {"user": texts, "request": integers, 'Odd "`name': integers[::-1]}
 
 
 SETS_OF_COLUMNS: list[dict[str, Any]] = [
@@ -377,25 +377,25 @@ def test_duckdb_gives_the_same_ids(columns: dict[str, Any]) -> None:
     turn = pa.table(columns_to_hash(200))
     database = duckdb.connect()
     database.register("turn", turn)  # a name that is in the expression
-    found = database.sql(f"SELECT {hash_ids_sql(columns, 'duckdb')} FROM turn").fetchall()
-    assert [row[0] for row in found] == host(hash_ids(*(turn[name] for name in columns)))
+    rows = database.sql(f"SELECT {hash_ids_sql(columns, 'duckdb')} FROM turn").fetchall()
+    assert [row[0] for row in rows] == host(hash_ids(*(turn[name] for name in columns)))
 
 
 def test_types_of_duckdb() -> None:
-    def of(value: str, kind: Any) -> Any:
+    def hashed(value: str, kind: Any) -> Any:
         query = f"SELECT {hash_ids_sql({'v': kind}, 'duckdb')} FROM (SELECT {value} AS v)"
         return duckdb.sql(query).fetchall()[0][0]
 
     for kind in "TINYINT", "SMALLINT", "INTEGER", "BIGINT":
-        assert of(f"(-7)::{kind}", "integer") == hash_ids([-7])[0]
+        assert hashed(f"(-7)::{kind}", "integer") == hash_ids([-7])[0]
     unsigned = np.array([2**64 - 1], np.uint64)
-    assert of(f"{2**64 - 1}::UBIGINT", "integer") == hash_ids(unsigned)[0]
+    assert hashed(f"{2**64 - 1}::UBIGINT", "integer") == hash_ids(unsigned)[0]
     person = uuid.UUID("E97A2C56-0A4E-4C4B-9D5E-2ED0A1A7E3CD")
-    assert of(f"'{person}'::UUID::VARCHAR", "string") == hash_ids([person])[0]
-    assert of("NULL::BIGINT", "integer") is None and of("NULL::VARCHAR", "string") is None
+    assert hashed(f"'{person}'::UUID::VARCHAR", "string") == hash_ids([person])[0]
+    assert hashed("NULL::BIGINT", "integer") is None and hashed("NULL::VARCHAR", "string") is None
     for value, kind in (("1.5", "integer"), ("'7'", "integer"), ("7", "string"), ("1.0", "string")):
         with pytest.raises(duckdb.BinderException):
-            of(value, kind)
+            hashed(value, kind)
 
 
 @pytest.mark.parametrize(

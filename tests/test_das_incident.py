@@ -1,4 +1,4 @@
-"""A bad snapshot: it is seen, kept from students, and taken out; and outputs grow old."""
+"""A bad snapshot is noticed, withheld from students and removed; outputs grow old."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = 2
 
 @pytest.fixture
 def store(tmp_path: Path) -> TeacherStore:
-    """Three versions in two windows, of which one says nonsense of some examples."""
+    """Create a store of three versions in two windows; one version has some nonsense outputs."""
     store = new_store(tmp_path / "store", tasks=("click", "buy"))
     for version in (1, 2, 3):
         model = nn.Linear(2, 1)
@@ -49,8 +49,8 @@ def look_up(store: TeacherStore, ids: list[int], **options: Any) -> list[float |
     options = {"tasks": ["click"], "ids": np.array, "event_seconds": lambda _: times, **options}
     with TeacherLookup(store, "fm", **options) as lookup:
         outputs = lookup(ids)
-    values, present = outputs.values.flatten().tolist(), outputs.presence.flatten().tolist()
-    return [value if there else None for value, there in zip(values, present, strict=True)]
+    values, presence = outputs.values.flatten().tolist(), outputs.presence.flatten().tolist()
+    return [value if present else None for value, present in zip(values, presence, strict=True)]
 
 
 def test_show_by_version(store: TeacherStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_forget_a_version_between_others(store: TeacherStore) -> None:
     assert look_up(store, [5, 15, 25]) == [3.0, 3.0, 3.0]
     assert look_up(store, [5, 15], snapshot=2) == [None, None]
     assert len(dd.all_rows(store)) == 40
-    assert [each.version for each in published(store, "fm")] == [1, 3]
+    assert [entry.version for entry in published(store, "fm")] == [1, 3]
     assert len(list(Path(store.url).glob("checkpoints/fm/*"))) == 2
     assert forget(store, "fm", versions=[BAD]) == ForgetReport(rows=0, snapshots=0)
     assert main(["verify", store.url]) == 0
@@ -171,7 +171,7 @@ def test_a_version_is_never_given_twice(store: TeacherStore) -> None:
 
 
 def test_forget_a_snapshot_whose_time_is_damaged(store: TeacherStore) -> None:
-    """As one whose event times were in milliseconds, which an older version took."""
+    """A snapshot whose event times were in milliseconds, which an older version accepted."""
     row = {
         "teacher": "fm",
         "version": 9,
@@ -185,7 +185,7 @@ def test_forget_a_snapshot_whose_time_is_damaged(store: TeacherStore) -> None:
         newest_snapshot(store, "fm")
     assert publish(store, "fm", None, trained_through_seconds=9).version == 10
     assert forget(store, "fm", versions=[9]) == ForgetReport(rows=0, snapshots=1)
-    assert [each.version for each in published(store, "fm")] == [1, 2, 3, 10]
+    assert [entry.version for entry in published(store, "fm")] == [1, 2, 3, 10]
 
 
 def test_forget_windows_before_a_time(store: TeacherStore) -> None:

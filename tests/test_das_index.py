@@ -1,4 +1,4 @@
-"""A window's outputs by example id, against a dict: any ids, any number, what is refused."""
+"""A window's index by example id, against a dict: any ids, any number, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def outputs_of(ids: np.ndarray, tasks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(ids: np.ndarray, queries: np.ndarray, tasks: int) -> WindowIndex:
-    """What is found, against a dict."""
+    """Compare an index's results with a dict."""
     values, ages = outputs_of(ids, tasks)
     window = WindowIndex(ids, values, ages)
     rows = {int(example_id): row for row, example_id in enumerate(ids)}
     row = np.array([rows.get(int(query), -1) for query in queries], dtype=np.int64)
-    found, found_ages, present = window.find(queries)
-    assert (found.dtype, found_ages.dtype, present.dtype) == (np.float32, np.float32, np.bool_)
+    output, found_ages, present = window.find(queries)
+    assert (output.dtype, found_ages.dtype, present.dtype) == (np.float32, np.float32, np.bool_)
     np.testing.assert_array_equal(present, row >= 0)
     padded, padded_ages = np.vstack([values, np.zeros((1, tasks))]), np.append(ages, 0.0)
-    assert found.shape == (len(queries), tasks)
-    np.testing.assert_array_equal(found, padded[row])
+    assert output.shape == (len(queries), tasks)
+    np.testing.assert_array_equal(output, padded[row])
     np.testing.assert_array_equal(found_ages, padded_ages[row])
     assert len(window) == len(ids)
     return window
@@ -64,12 +64,12 @@ def test_it_finds_what_a_dict_finds(ids: list[int], others: list[int], tasks: in
 def test_large_windows_of_every_pattern(pattern: str, tasks: int) -> None:
     rng = np.random.default_rng(2)
     ids = rng.permutation(PATTERNS[pattern])
-    there = rng.choice(ids, 4096)
-    flipped = there ^ (1 << rng.integers(0, 63, 4096))
+    stored = rng.choice(ids, 4096)
+    flipped = stored ^ (1 << rng.integers(0, 63, 4096))
     # about 1.1 rows a bucket: never many in one, as the mix spreads the pattern
     window = WindowIndex(ids, *outputs_of(ids, tasks))
     assert np.diff(window._starts.astype(np.int64)).max() <= 16
-    check(ids, rng.permutation(np.concatenate([there, flipped, ids])), tasks)
+    check(ids, rng.permutation(np.concatenate([stored, flipped, ids])), tasks)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 64, 65, 1000, 2**16 - 1, 2**16, 2**16 + 1])
@@ -80,9 +80,9 @@ def test_bytes_a_row(rows: int, tasks: int) -> None:
     record = {1: 16, 3: 24}[tasks]
     # more than half as many buckets as rows, no more than rows, 4 bytes each
     assert (record + 2) * rows <= window.nbytes <= (record + 4) * rows + 48
-    kept = [part for part in vars(window).values() if isinstance(part, np.ndarray)]
-    assert window.nbytes == sum(part.nbytes for part in kept)
-    assert all(part.base is None for part in kept)
+    arrays = [part for part in vars(window).values() if isinstance(part, np.ndarray)]
+    assert window.nbytes == sum(part.nbytes for part in arrays)
+    assert all(part.base is None for part in arrays)
 
 
 def test_an_empty_window_finds_nothing() -> None:
@@ -93,7 +93,7 @@ def test_an_empty_window_finds_nothing() -> None:
 
 
 def with_keys(keys: list[int]) -> np.ndarray:
-    """The ids of these keys, the mix undone, but for those that would be negative."""
+    """Return the ids that hash to these keys, without negative ones."""
     ids = []
     for key in keys:
         for factor in reversed(index_module._FACTORS):
@@ -107,18 +107,18 @@ def with_keys(keys: list[int]) -> np.ndarray:
 def test_a_window_whose_ids_share_one_bucket(first_key: int) -> None:
     ids = with_keys([first_key + step for step in range(1000)])
     assert len(ids) > 400
-    absent, kept = ids[::5], np.delete(ids, slice(None, None, 5))
+    absent, stored = ids[::5], np.delete(ids, slice(None, None, 5))
     elsewhere = with_keys([(key << 54) + 1 for key in range(1024)])
-    window = check(kept, np.concatenate([absent, kept, elsewhere, -1 - elsewhere]), 1)
-    assert np.diff(window._starts.astype(np.int64)).max() == len(kept)
+    window = check(stored, np.concatenate([absent, stored, elsewhere, -1 - elsewhere]), 1)
+    assert np.diff(window._starts.astype(np.int64)).max() == len(stored)
 
 
 def test_any_float32_is_kept_to_the_bit_and_missing_is_zero() -> None:
     odd = np.array([[np.nan], [np.inf], [-np.inf], [-0.0], [1e-45], [3.4e38]], np.float32)
     ids = np.arange(6)
-    found, ages, present = WindowIndex(ids, odd, odd[:, 0]).find(np.arange(200))
-    assert found[:6].tobytes() == ages[:6].tobytes() == odd.tobytes()
-    assert not found[6:].any() and not ages[6:].any() and not present[6:].any()
+    values, ages, present = WindowIndex(ids, odd, odd[:, 0]).find(np.arange(200))
+    assert values[:6].tobytes() == ages[:6].tobytes() == odd.tobytes()
+    assert not values[6:].any() and not ages[6:].any() and not present[6:].any()
 
 
 def test_the_callers_arrays_are_neither_kept_nor_changed() -> None:
@@ -134,11 +134,11 @@ def test_the_callers_arrays_are_neither_kept_nor_changed() -> None:
         array[:] = 1
     queries.flags.writeable = False
     for _ in range(2):
-        found, found_ages, present = window.find(queries)
-        np.testing.assert_array_equal(found[::2], values)
+        found_values, found_ages, present = window.find(queries)
+        np.testing.assert_array_equal(found_values[::2], values)
         np.testing.assert_array_equal(found_ages[::2], ages)
         assert present[::2].all() and not present[1::2].any()
-        found[:], found_ages[:], present[:] = 9, 9, False
+        found_values[:], found_ages[:], present[:] = 9, 9, False
     assert window.find(queries[::-1])[2][1::2].all()
 
 

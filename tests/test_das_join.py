@@ -1,4 +1,4 @@
-"""The join of examples with the store: equal to the look-up, in order, whole, and told if wrong."""
+"""The join of examples with the store: equal to the look-up, in order, complete, or an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchrec_exfm.das.join_files import NOTE, join_files
 
 
 def engine(store: TeacherStore, examples: pa.Table) -> Any:
-    """DuckDB with the tables that the text names, in a time zone that nothing may depend on."""
+    """Make a DuckDB with the tables of the query, in a time zone that nothing may depend on."""
     made = duckdb.connect()
     made.execute("SET TimeZone = 'America/New_York'")
     made.register("examples", examples)
@@ -35,10 +35,10 @@ def engine(store: TeacherStore, examples: pa.Table) -> Any:
 
 
 def columns(made: Any, text: str) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = (
+    by_name: dict[str, list[Any]] = (
         made.sql(f"SELECT * FROM ({text}) ORDER BY number").to_arrow_table().to_pydict()
     )
-    return found
+    return by_name
 
 
 def small_examples(ids: Any, seconds: Any = AT, **more: Any) -> pa.Table:
@@ -49,13 +49,13 @@ def small_examples(ids: Any, seconds: Any = AT, **more: Any) -> pa.Table:
 
 @pytest.fixture
 def store(tmp_path: Path) -> TeacherStore:
-    """Examples 0, 1, 2 of window 2, with the outputs 0.5, 1.5, 2.5."""
+    """Create a store with examples 0, 1, 2 of window 2 and outputs 0.5, 1.5, 2.5."""
     return small_store(tmp_path / "store")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """For files of examples."""
+    """Make a folder for files of examples."""
     (tmp_path / "examples").mkdir()
     return tmp_path / "examples"
 
@@ -71,11 +71,11 @@ def test_it_finds_what_the_look_up_finds(tmp_path: Path, seed: int) -> None:
     made = engine(store, examples)
     present = 0
     for choice in cases.CHOICES:
-        found = columns(made, join_sql(store, cases.TEACHERS, **choice))
-        cases.check(found, store, examples, choice)
+        joined = columns(made, join_sql(store, cases.TEACHERS, **choice))
+        cases.check(joined, store, examples, choice)
         for name in examples.column_names:
-            assert found[name] == examples[name].to_pylist()
-        present += sum(version is not None for version in found["fm_snapshot"])
+            assert joined[name] == examples[name].to_pylist()
+        present += sum(version is not None for version in joined["fm_snapshot"])
     assert present > 100
 
 
@@ -110,10 +110,10 @@ def test_a_null_is_no_broken_rule_and_wins_with_its_row(store: TeacherStore) -> 
     made = duckdb.connect()
     made.register("outputs", outputs)
     made.register("examples", small_examples([0, 1, 2], number=[0, 1, 2]))
-    found = columns(made, join_sql(store, "fm"))
-    assert found["fm_click"] == [None, None, None]
-    assert found["fm_buy"] == [3.0, None, None]
-    assert found["fm_snapshot"] == [2, None, None]
+    joined = columns(made, join_sql(store, "fm"))
+    assert joined["fm_click"] == [None, None, None]
+    assert joined["fm_buy"] == [3.0, None, None]
+    assert joined["fm_snapshot"] == [2, None, None]
 
 
 def test_embeddings_are_the_bytes_that_the_store_keeps(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_embeddings_are_the_bytes_that_the_store_keeps(tmp_path: Path) -> None:
     store.write(snapshot(), [2], [2.5], [AT])
     store.refresh()
     made = engine(store, small_examples([1, 2, 3], number=[0, 1, 2]))
-    found = columns(made, join_sql(store, "fm", embeddings=True))
-    assert found["fm_embedding"][1:] == [None, None] and found["fm_label"] == [1.5, 2.5, None]
-    assert decode(np.frombuffer(found["fm_embedding"][0], np.uint8), "float16").tolist() == [0, 1]
+    joined = columns(made, join_sql(store, "fm", embeddings=True))
+    assert joined["fm_embedding"][1:] == [None, None] and joined["fm_label"] == [1.5, 2.5, None]
+    assert decode(np.frombuffer(joined["fm_embedding"][0], np.uint8), "float16").tolist() == [0, 1]
     assert "fm_embedding" not in columns(made, join_sql(store, "fm"))
 
 
@@ -196,8 +196,8 @@ def test_files_keep_their_rows_order_columns_and_row_groups(tmp_path: Path, fold
         assert made.select(examples.column_names).equals(examples)
         assert made.schema.metadata[b"of"] == b"the user"
         assert pq.ParquetFile(out / name).num_row_groups == 3
-        found = {name: made[name].to_pylist() for name in made.column_names}
-        cases.check(found, store, examples.select(["example_id", "event_seconds"]), {})
+        joined = {name: made[name].to_pylist() for name in made.column_names}
+        cases.check(joined, store, examples.select(["example_id", "event_seconds"]), {})
         present += len(made) - made["fm_snapshot"].null_count
     assert (report.examples, report.present["fm"]) == (360, present)
     assert report.left_out["fm"]["have an output that is NaN or infinite"] == 3
@@ -374,8 +374,8 @@ def test_a_data_file_that_is_damaged_or_missing_is_told(
 ) -> None:
     pq.write_table(small_examples([0]), folder / "a.parquet")
     (file,) = map(Path, data_files(store))
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-9])
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
     with pytest.raises(StoreError, match="it was cut short or replaced"):
         join_files(store, str(folder), tmp_path / "out")
     file.unlink()

@@ -28,14 +28,14 @@ USES: dict[str, Callable[[TeacherStore], object]] = {
 
 @pytest.fixture
 def store(tmp_path: Path) -> TeacherStore:
-    """Two files of a window."""
+    """Create a store with two files of a window."""
     store = dd.small_store(tmp_path / "store")
     store.write(snapshot(2), [0], [9.0], [AT])
     return store
 
 
 def lead_out(path: Path, outside: Path) -> dict[str, bytes]:
-    """Put a link in the place of a file or folder; all that lies behind it."""
+    """Replace a file or folder by a link; return everything behind it."""
     shutil.move(path, outside)
     path.symlink_to(outside)
     return behind(outside)

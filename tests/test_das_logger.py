@@ -1,4 +1,4 @@
-"""TeacherLogger: each example once, as it was said before its label was learned from."""
+"""TeacherLogger: each example once, with the output from before its label was learned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> TeacherStore:
 
 
 def log(logger: TeacherLogger, ids: list[int], first: float = 0.0, at: int = AT) -> None:
-    """The output of each example is its id and what is given."""
+    """Log for each example its id plus ``first`` as the output."""
     example_ids = torch.tensor(ids, dtype=torch.int64)
     logger.log(example_ids, torch.full_like(example_ids, at), example_ids.float() + first)
 
@@ -46,21 +46,21 @@ def test_a_run_that_begins_anew_logs_what_is_not_there(store: TeacherStore) -> N
     with TeacherLogger(store, "fm", shard_rows=2) as logger:
         log(logger, [1, 2, 3])
         log(logger, [4], at=AT + WINDOW)
-    with TeacherLogger(store, "fm", shard_rows=2) as again:
-        log(again, [1, 2, 3, 5], first=100.0)
-        log(again, [4, 6], first=100.0, at=AT + WINDOW)
+    with TeacherLogger(store, "fm", shard_rows=2) as second:
+        log(second, [1, 2, 3, 5], first=100.0)
+        log(second, [4, 6], first=100.0, at=AT + WINDOW)
     rows = dd.all_rows(store)
     logged = rows[rows.logged]
     assert logged.example_id.tolist() == [1, 2, 3, 4, 5, 6]
     assert logged.outputs.ravel().tolist() == [1.0, 2.0, 3.0, 4.0, 105.0, 106.0]
-    assert (logger.written, again.written, again.logged_before) == (4, 2, 4)
+    assert (logger.written, second.written, second.logged_before) == (4, 2, 4)
 
 
 @pytest.mark.parametrize("shard_rows", [1, 100], ids=["shards apart", "one shard"])
 def test_what_is_said_after_the_label_was_learned_from_is_not_logged(
     store: TeacherStore, shard_rows: int
 ) -> None:
-    """A second epoch: by then the teacher has been trained on the example."""
+    """In a second epoch the teacher has already been trained on the example."""
     with TeacherLogger(store, "fm", shard_rows=shard_rows) as logger:
         for first in (0.0, 100.0):
             log(logger, [1, 2], first)
@@ -92,13 +92,13 @@ NAMES = ("item_id", "user_id", "category_id")
 
 
 def keys_in(store: TeacherStore) -> list[list[int]]:
-    """Each example's id and keys."""
+    """Return each example's id and keys."""
     rows = dd.all_rows(store, keys=NAMES)
     return [[id_, *keys] for id_, keys in zip(rows.example_id.tolist(), rows.keys, strict=True)]
 
 
 def test_keys_are_logged_beside_outputs(store: TeacherStore) -> None:
-    """Over several shards and windows, of examples that come again, and not in order."""
+    """Keys over several shards and windows, with repeated and unordered examples."""
 
     def batch(ids: list[int]) -> tuple[list[int], list[int], Tensor]:
         return ids, [AT + (i % 2) * WINDOW for i in ids], torch.tensor(ids).float()
@@ -123,20 +123,20 @@ def test_without_keys_there_are_none(store: TeacherStore) -> None:
 
 
 def test_keys_that_do_not_fit_are_told(store: TeacherStore) -> None:
-    one = torch.ones(2)
+    outputs = torch.ones(2)
     with TeacherLogger(store, "fm") as logger:
         with pytest.raises(ValueError, match=r"keys should be among .*; received \['user'\]"):
-            logger.log([1, 2], [AT, AT], one, keys={"user": [1, 2]})
+            logger.log([1, 2], [AT, AT], outputs, keys={"user": [1, 2]})
         with pytest.raises(TypeError, match=r"item_id should be whole numbers"):
-            logger.log([1, 2], [AT, AT], one, keys={"item_id": [0.5, 1.5]})
+            logger.log([1, 2], [AT, AT], outputs, keys={"item_id": [0.5, 1.5]})
         with pytest.raises(ValueError, match=r"item_id should have no nulls"):
-            logger.log([1, 2], [AT, AT], one, keys={"item_id": [1, None]})
-        logger.log([1, 2], [AT, AT], one, keys={"user_id": [1, 2]})
+            logger.log([1, 2], [AT, AT], outputs, keys={"item_id": [1, None]})
+        logger.log([1, 2], [AT, AT], outputs, keys={"user_id": [1, 2]})
         for _ in range(2):  # the second time after they were written
             for other in ({"item_id": [3, 4]}, {"user_id": [3, 4], "item_id": [3, 4]}, None):
                 words = r"received \[.*\] after \['user_id'\]: pass -2\^63"
                 with pytest.raises(ValueError, match=words):
-                    logger.log([3, 4], [AT, AT], one, keys=other)
+                    logger.log([3, 4], [AT, AT], outputs, keys=other)
             logger.flush()
     assert keys_in(store) == [[1, NO_KEY, 1, NO_KEY], [2, NO_KEY, 2, NO_KEY]]
     with TeacherLogger(store, "fm") as logger:

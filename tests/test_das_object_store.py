@@ -1,4 +1,4 @@
-"""A teacher store on an object store: S3, of a server that fails as they do."""
+"""A teacher store on S3, served by a server that fails as object stores do."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_a_store_is_written_read_and_looked_up(server: S3Server, url: str) -> No
     write(store)
     assert dd.by_id(store) == OUTPUTS
     lookup = TeacherLookup(store, "fm", ids=lambda batch: batch, event_seconds=lambda _: AT)
-    found = lookup([2, 0, 9])
-    assert found.values[:, 0, 0].tolist()[:2] == [2.5, 0.5]
-    assert found.presence[:, 0, 0].tolist() == [True, True, False]
+    outputs = lookup([2, 0, 9])
+    assert outputs.values[:, 0, 0].tolist()[:2] == [2.5, 0.5]
+    assert outputs.presence[:, 0, 0].tolist() == [True, True, False]
 
 
 def test_snapshots_are_published(server: S3Server, url: str) -> None:

@@ -1,4 +1,4 @@
-"""Stores and look-ups in other processes: they travel by URL, and say what a fork can't do."""
+"""Stores and look-ups in other processes: pickled by URL, with an error after a fork."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lookup(store: TeacherStore) -> TeacherLookup:
 
 
 class LookedUp(Dataset[float]):
-    """A data set whose workers look outputs up."""
+    """A data set whose workers look up outputs."""
 
     def __init__(self, lookup: TeacherLookup) -> None:
         self.lookup = lookup
@@ -54,7 +54,7 @@ class LookedUp(Dataset[float]):
 
 
 def forked(function: Callable[[], Any]) -> str:
-    """What becomes of a function in a forked process, which must end."""
+    """Return the outcome of a function in a forked process, which must end."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -101,8 +101,8 @@ def test_a_forked_process_is_told_what_to_do(
     store: TeacherStore, lookup: TeacherLookup, use: str
 ) -> None:
     lookup([1])
-    said = forked(uses(store, lookup)[use])
-    assert said.startswith("StoreError: ") and "multiprocessing_context='spawn'" in said
+    answer = forked(uses(store, lookup)[use])
+    assert answer.startswith("StoreError: ") and "multiprocessing_context='spawn'" in answer
     lookup.close()
 
 

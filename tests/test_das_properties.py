@@ -1,4 +1,4 @@
-"""Any sequence of writes, read and looked up, against a dict that states the rule in a line."""
+"""Random sequences of writes, read and looked up, against a dict with the rule in one line."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FEW = settings(  # each commits several times; to shrink a failing one would tak
 )
 
 
-class Said(NamedTuple):
-    """A row of the model, in order of what wins."""
+class Entry(NamedTuple):
+    """A row of the model; rows sort by precedence."""
 
     snapshot: int
     logged: bool
@@ -43,15 +43,15 @@ class Said(NamedTuple):
 
 @dataclass
 class Case:
-    """Writes, and what the store should have made of them: the rows of each example."""
+    """Random writes, and the rows that the store should have for each example."""
 
     times: dict[int, int]
-    rows: dict[int, list[Said]]
+    rows: dict[int, list[Entry]]
     leaks: list[int]
     store: TeacherStore
 
-    def winner(self, example: int, pinned: int | None) -> Said | None:
-        """The newest snapshot, then what was logged, then what was scored last."""
+    def winner(self, example: int, pinned: int | None) -> Entry | None:
+        """Return the row that counts: newest snapshot, then logged, then scored last."""
         rows = [row for row in self.rows[example] if pinned in (None, row.snapshot)]
         return max(rows, default=None)
 
@@ -86,13 +86,13 @@ def written(data: st.DataObject, folder: Path) -> Case:
         )
         for id_, output in zip(ids, outputs, strict=True):
             if id_ not in leaks:
-                said = Said(snapshot.version, logged, number, output, through)
-                case.rows[id_].append(said)
+                entry = Entry(snapshot.version, logged, number, output, through)
+                case.rows[id_].append(entry)
     return case
 
 
 def has_embeddings(number: int) -> bool:
-    """Whether a write has its number as the embedding of each row, or none."""
+    """Return whether a write has embeddings (its number in each row) or none."""
     return number % 3 < 2
 
 
@@ -119,15 +119,15 @@ def test_what_was_written_is_read(data: st.DataObject) -> None:
             (
                 id_,
                 case.times[id_] * dd.US,
-                said.snapshot,
-                said.through * dd.US,
-                said.logged,
-                int(np.float32(said.output).view(np.uint32)),
+                entry.snapshot,
+                entry.through * dd.US,
+                entry.logged,
+                int(np.float32(entry.output).view(np.uint32)),
             )
-            for id_, all_said in case.rows.items()
-            for said in all_said
+            for id_, entries in case.rows.items()
+            for entry in entries
         )
-        windows = {case.times[id_] // WINDOW for id_, said in case.rows.items() if said}
+        windows = {case.times[id_] // WINDOW for id_, entries in case.rows.items() if entries}
         assert case.store.windows("fm") == sorted(windows)
 
 
@@ -150,10 +150,10 @@ def test_what_is_looked_up_is_what_the_rule_says(data: st.DataObject) -> None:
             max_windows=most,
             embeddings=True,
         )
-        there = st.sampled_from(sorted(case.times.items()))
+        stored = st.sampled_from(sorted(case.times.items()))
         elsewhere = st.tuples(st.integers(0, TOP), st.integers(0, TIMES + WINDOW))
         asked = Counter[str]()
-        batches = st.lists(st.lists(st.one_of(there, there, elsewhere), max_size=8), max_size=4)
+        batches = st.lists(st.lists(st.one_of(stored, stored, elsewhere), max_size=8), max_size=4)
         for batch in [list(case.times.items()), *data.draw(batches)]:
             check_batch(case, lookup, batch, pinned, oldest, asked)
         counters = lookup.counters["fm"]
@@ -169,22 +169,22 @@ def check_batch(
     oldest: int | None,
     asked: Counter[str],
 ) -> None:
-    found = lookup(batch)
-    assert found.values.shape == found.presence.shape == (len(batch), 1, 1)
-    assert found.embeddings is not None and found.embedding_presence is not None
-    assert found.age_seconds is not None and found.age_seconds.shape == (len(batch), 1)
+    outputs = lookup(batch)
+    assert outputs.values.shape == outputs.presence.shape == (len(batch), 1, 1)
+    assert outputs.embeddings is not None and outputs.embedding_presence is not None
+    assert outputs.age_seconds is not None and outputs.age_seconds.shape == (len(batch), 1)
     for row, (id_, at) in enumerate(batch):
-        said = None
+        entry = None
         if id_ in case.times and case.times[id_] // WINDOW == at // WINDOW:
-            said = case.winner(id_, pinned)
-        age = None if said is None else 0 if said.logged else case.times[id_] - said.through
+            entry = case.winner(id_, pinned)
+        age = None if entry is None else 0 if entry.logged else case.times[id_] - entry.through
         stale = age is not None and oldest is not None and age > oldest
-        outcome = "missing" if said is None else "stale" if stale else "present"
+        outcome = "missing" if entry is None else "stale" if stale else "present"
         asked.update(["asked", outcome])
-        assert bool(found.presence[row]) == (outcome == "present")
-        there = said is not None and outcome == "present" and has_embeddings(said.write)
-        assert bool(found.embedding_presence[row]) == there
-        if said is not None and outcome == "present":
-            assert found.values[row].item() == np.float32(said.output)
-            assert found.embeddings[row].item() == (said.write if there else 0)
-            assert found.age_seconds[row].item() == age
+        assert bool(outputs.presence[row]) == (outcome == "present")
+        has_embedding = entry is not None and outcome == "present" and has_embeddings(entry.write)
+        assert bool(outputs.embedding_presence[row]) == has_embedding
+        if entry is not None and outcome == "present":
+            assert outputs.values[row].item() == np.float32(entry.output)
+            assert outputs.embeddings[row].item() == (entry.write if has_embedding else 0)
+            assert outputs.age_seconds[row].item() == age

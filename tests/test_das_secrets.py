@@ -24,7 +24,7 @@ from torchrec_exfm.das import StoreError, TeacherLogger, TeacherLookup, TeacherS
 from torchrec_exfm.das.__main__ import main
 from torchrec_exfm.das.redaction import describe_error, redacted
 
-MARK = "Xq7/MARK+er=="  # a key as S3 gives them; quoted it is another string
+MARK = "Xq7/MARK+er=="  # like a key of S3; URL-quoted it is another string
 NOWHERE = "127.0.0.1:1"  # where nobody listens
 QUICK = {"max_retries": "0", "retry_timeout": "1s", "allow_http": "true", "aws_region": "eu-1"}
 WHOLE = {**QUICK, "aws_endpoint_url": f"http://{NOWHERE}", "aws_access_key_id": "AKIA"}
@@ -82,7 +82,7 @@ def test_what_is_hidden(text: str, options: dict[str, str], expected: str) -> No
 def test_long_texts_take_no_time(text: str) -> None:
     started = time.monotonic()
     redacted(text, {"k": MARK})
-    assert time.monotonic() - started < 2  # it was minutes
+    assert time.monotonic() - started < 2  # it once took minutes
 
 
 def test_the_environments_credentials_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_options_are_strings(options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def store(server: S3Server) -> TeacherStore:
-    """A good one, whose secret key, and the value of a misspelt option, is the marker."""
+    """Create a good store whose secret key, and the value of a misspelt option, is the marker."""
     options = {**server.storage_options, "max_retries": "0", "aws_secret_acces_key": MARK}
     options["aws_access_key_id"] = MARK  # which the server repeats in its errors, as S3 does
     store = TeacherStore.create(
@@ -237,7 +237,7 @@ def test_a_store_that_fails_does_not_tell(
 
 
 def test_the_server_repeats_the_key(store: TeacherStore, server: S3Server) -> None:
-    """Or the tests above could not fail."""
+    """Without this the tests above could not fail."""
     server.set_faults(failing=1.0, status=403)
     with pytest.raises(Exception, match="MARK"):
         store.table.delta.update_incremental()
@@ -246,8 +246,8 @@ def test_the_server_repeats_the_key(store: TeacherStore, server: S3Server) -> No
 
 def test_objects_do_not_tell(store: TeacherStore) -> None:
     lookup = TeacherLookup(store, "fm", ids=lambda batch: batch, event_seconds=lambda _: AT)
-    said = [repr(x) + str(x) for x in (store, store.table, lookup, TeacherLogger(store, "fm"))]
-    check_hidden("".join(said) + pprint.pformat(said))
+    texts = [repr(x) + str(x) for x in (store, store.table, lookup, TeacherLogger(store, "fm"))]
+    check_hidden("".join(texts) + pprint.pformat(texts))
 
 
 def test_files_do_not_tell(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ COMMANDS = ["show", "verify", "compact"]
 
 @pytest.fixture
 def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the command finds its options."""
+    """Set the environment from which the command reads its options."""
     names = {"AWS_SECRET_ACCESS_KEY": MARK, "AWS_ACCESS_KEY_ID": MARK, "AWS_ALLOW_HTTP": "true"}
     names |= {"AWS_ENDPOINT_URL": server.endpoint, "AWS_REGION": "eu-1", "RUST_BACKTRACE": "1"}
     for name, value in names.items():
@@ -299,9 +299,9 @@ def test_the_command_does_not_tell_what_the_library_says(
     monkeypatch.setattr(DeltaTable, failing, fail)
     for command in (["show"], ["verify"], ["compact", "--repair"], ["compact", "--vacuum-hours=9"]):
         main([command[0], store.url, *command[1:]])
-    said = "".join(capfd.readouterr())
-    assert "refused ***" in said
-    check_hidden(said)
+    printed = "".join(capfd.readouterr())
+    assert "refused ***" in printed
+    check_hidden(printed)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Names of shards: of a teacher and version, for the same rows, and free where these are gone."""
+"""Shard names belong to a teacher and version and to their rows, and are free if these are gone."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def store(tmp_path: Path) -> TeacherStore:
 
 def write(store: TeacherStore, ids: Any = IDS, outputs: Any = OUTPUTS, **changed: Any) -> Any:
     options: dict[str, Any] = {"shard": DAY, **changed}
-    said_by = options.pop("snapshot", snapshot())
+    version = options.pop("snapshot", snapshot())
     times = options.pop("times", [AT] * len(ids))
-    report = store.write(said_by, ids, outputs, times, **options)
+    report = store.write(version, ids, outputs, times, **options)
     return report.written, report.stored_before, report.committed
 
 
 def test_a_name_belongs_to_its_teacher_and_version(store: TeacherStore) -> None:
-    for said_by in (snapshot(1), snapshot(1, teacher="gm"), snapshot(2)):
-        assert write(store, snapshot=said_by) == (3, 0, True)
-        assert write(store, snapshot=said_by) == (0, 3, False)
+    for version in (snapshot(1), snapshot(1, teacher="gm"), snapshot(2)):
+        assert write(store, snapshot=version) == (3, 0, True)
+        assert write(store, snapshot=version) == (0, 3, False)
     assert len(dd.all_rows(store)) == 6 and len(dd.all_rows(store, "gm")) == 3
 
 
@@ -120,7 +120,7 @@ def test_names_that_are_none(store: TeacherStore, shard: Any) -> None:
 def test_a_commit_is_of_what_was_read_for_it(
     store: TeacherStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another writer writes the gone rows again, compacts and vacuums, while they are read."""
+    """While rows are read, another writer rewrites the missing ones, compacts and vacuums."""
     times = {"times": [AT, AT, AT + WINDOW]}
     write(store, **times)
     TeacherStore(store.url).table.delta.delete("example_id < 3")
@@ -156,7 +156,7 @@ def test_threads_that_share_a_store(store: TeacherStore) -> None:
                 for _ in range(2)
             ]
             threads.submit(lambda: [store.refresh() for _ in range(20)])
-        assert sorted(each.result().written for each in writes) == [0, 500]
+        assert sorted(future.result().written for future in writes) == [0, 500]
     assert len(dd.by_id(store)) == 2_500
 
 

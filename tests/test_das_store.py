@@ -1,4 +1,4 @@
-"""Writing and reading the teacher store: nothing changed, nothing bad let in, nothing leaked."""
+"""Writing and reading the teacher store: rows are unchanged, bad and leaking ones refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> TeacherStore:
 
 
 def written(store: TeacherStore, values: Any) -> np.ndarray:
-    """Outputs of examples 0, 1 ... as they come back."""
+    """Write outputs of examples 0, 1 ...; return them as they are read."""
     store.write(snapshot(), np.arange(len(values)), values, np.full(len(values), AT))
     return dd.all_rows(store).outputs
 
@@ -122,7 +122,7 @@ def test_unknown_keys_are_refused(store: TeacherStore) -> None:
 
 
 def test_keys_are_read_as_asked_for(store: TeacherStore) -> None:
-    """Of several files, with and without the keys; a null and what was none are NO_KEY."""
+    """Keys of several files, with and without them; nulls and absent columns are NO_KEY."""
     keys = {"user_id": [2**53 + 1, -4], "item_id": np.array([NO_KEY, TOP])}
     store.write(snapshot(), [8, 7], [0.5, 1.5], [AT, AT], keys=keys)
     store.write(snapshot(2), [8, 9], [2.5, 3.5], [AT, AT], keys={"item_id": [5, -(2**63) + 1]})
@@ -139,8 +139,8 @@ def test_keys_are_read_as_asked_for(store: TeacherStore) -> None:
     }
     names = zip(rows.example_id.tolist(), rows.snapshot.tolist(), strict=True)
     assert dict(zip(names, rows.keys.tolist(), strict=True)) == expected
-    one = rows[rows.snapshot == 1]
-    assert one.keys.tolist() == [[TOP, -4], [NO_KEY, 2**53 + 1]] and one.keys.dtype == np.int64
+    first = rows[rows.snapshot == 1]
+    assert first.keys.tolist() == [[TOP, -4], [NO_KEY, 2**53 + 1]] and first.keys.dtype == np.int64
     files = [store.read_file(file, keys=["item_id"]) for file in store.files("fm", 2)]
     assert sorted(key for part in files for (key,) in part.keys.tolist()) == sorted(
         item for item, _ in expected.values()
@@ -232,7 +232,7 @@ def test_a_bad_row_is_quarantined_and_counted(store: TeacherStore, kind: str) ->
         snapshot(), [7, example], [0.5, value], [AT, second], bad_rows="quarantine"
     )
     assert report.written == 1
-    assert [count for said, count in report.quarantined.items() if words in said] == [1]
+    assert [count for reason, count in report.quarantined.items() if words in reason] == [1]
     assert dd.by_id(store) == {7: [0.5]}
     commit = store.table.delta.history(1)[0]
     assert json.loads(commit["quarantined"]) == report.quarantined
@@ -280,10 +280,10 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_wrong_arguments_are_refused(store: TeacherStore, kind: str) -> None:
     wrong, error, words = WRONG[kind]
-    given = {"snapshot": snapshot(), "ids": [1], "outputs": [0.5], "seconds": [AT]} | wrong
-    given = {**given, "bad_rows": given.get("bad_rows", "refuse")}
+    arguments = {"snapshot": snapshot(), "ids": [1], "outputs": [0.5], "seconds": [AT]} | wrong
+    arguments = {**arguments, "bad_rows": arguments.get("bad_rows", "refuse")}
     with pytest.raises(error, match=words) as caught:
-        store.write(*list(given.values())[:4], bad_rows=given["bad_rows"])
+        store.write(*list(arguments.values())[:4], bad_rows=arguments["bad_rows"])
     dd.sentence(caught.value)
     assert store.refresh() == 0
 
@@ -319,7 +319,7 @@ def test_planted_rows_are_refused_on_read(tmp_path: Path, kind: str) -> None:
     rows, quarantined = store.read("fm", 2, bad_rows="quarantine")
     assert rows.example_id.tolist() == [9]
     assert all(count == 1 for count in quarantined.values())
-    assert any(words in said for said in quarantined)
+    assert any(words in reason for reason in quarantined)
 
 
 def test_planted_logged_rows_are_no_leak(store: TeacherStore) -> None:

@@ -1,4 +1,4 @@
-"""Which URLs a teacher store takes: none in which credentials have a place."""
+"""URLs that a teacher store accepts: none that could hold credentials."""
 
 from __future__ import annotations
 

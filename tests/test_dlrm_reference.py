@@ -1,4 +1,4 @@
-"""The bound that stored outputs are held against: what it allows, and what it does not."""
+"""The rounding bound of stored outputs: what it allows, and what it does not."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from torchrec_exfm.das.schema import Resolution, StoreFormat
 
 @pytest.mark.parametrize("resolution", ["float32", "bfloat16"])
 def test_what_float32_may_say(resolution: Resolution) -> None:
-    """The model in any batches is within it; one wrong value, or all exchanged, is not."""
+    """The model is within the bound in any batches; a wrong value or exchanged rows are not."""
     data, teacher = fault_jobs.Data(), rm.two_task_student()
-    whole = data.batch(torch.arange(fault_jobs.ROWS))
-    expected = reference.logits_alone(teacher.model, whole.dense_features, whole.sparse_features)
+    examples = data.batch(torch.arange(fault_jobs.ROWS))
+    expected = reference.logits_alone(
+        teacher.model, examples.dense_features, examples.sparse_features
+    )
     with torch.no_grad():
         batches = (data.batch(rows) for rows in torch.arange(fault_jobs.ROWS).split(1_000))
         outputs = torch.cat([teacher(batch)[1][1] for batch in batches])
     stored = StoreFormat(resolution=resolution).round(outputs.numpy())
-    reference.assert_said(stored, expected, resolution)
+    reference.assert_within_rounding(stored, expected, resolution)
 
     wrong = stored.copy()
     steps = 2.0**-6 * abs(wrong[7, 1])  # two of bfloat16, at least
     wrong[7, 1] += {"float32": 3 * float(expected.error[7, 1]), "bfloat16": steps}[resolution]
     others = np.roll(stored, 1, axis=0)
-    for each in wrong, others, np.full_like(stored, np.nan):
+    for wrong_outputs in wrong, others, np.full_like(stored, np.nan):
         with pytest.raises(AssertionError):
-            reference.assert_said(each, expected, resolution)
+            reference.assert_within_rounding(wrong_outputs, expected, resolution)
     assert (expected.error / expected.size).max() < 1e-4

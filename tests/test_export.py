@@ -1,4 +1,4 @@
-"""Getting the student back: a bare checkpoint in and out, and the module that is served."""
+"""Export: a bare checkpoint in and out, and the module that is served."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_the_exported_student_is_the_users_own(student: Student) -> None:
     assert type(exported) is type(bare) and not exported.training
     assert [type(m) for m in exported.modules()] == [type(m) for m in bare.modules()]
     assert list(exported.state_dict()) == list(bare.state_dict())
-    for mine, theirs in zip(exported.parameters(), bare.parameters(), strict=True):
-        assert (mine.shape, mine.device, mine.dtype) == (theirs.shape, theirs.device, theirs.dtype)
-        assert type(mine) is nn.Parameter and mine.requires_grad
+    for ours, theirs in zip(exported.parameters(), bare.parameters(), strict=True):
+        assert (ours.shape, ours.device, ours.dtype) == (theirs.shape, theirs.device, theirs.dtype)
+        assert type(ours) is nn.Parameter and ours.requires_grad
     for module in exported.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
         assert not module._forward_pre_hooks_with_kwargs
@@ -111,13 +111,13 @@ def test_export_does_not_disturb_the_training(student: Student) -> None:
 def test_the_exported_student_can_be_wrapped_and_trained(student: Student) -> None:
     wrapper = trained(student)
     exported = export_student(wrapper)
-    again = ExFMWrapper(exported, tap=student.tap)
-    again.exfm.load_state_dict(wrapper.exfm.state_dict())
-    assert train(again.train(), student, 2) == train(wrapper, student, 2)
+    rewrapped = ExFMWrapper(exported, tap=student.tap)
+    rewrapped.exfm.load_state_dict(wrapper.exfm.state_dict())
+    assert train(rewrapped.train(), student, 2) == train(wrapper, student, 2)
 
 
 class Quirky(nn.Module):
-    """What models in the wild have: buffers of both kinds, a frozen and a shared parameter."""
+    """A model with buffers of both kinds, a frozen and a shared parameter."""
 
     def __init__(self) -> None:
         super().__init__()

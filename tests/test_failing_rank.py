@@ -1,4 +1,4 @@
-"""A rank that fails ends the whole job, with its message, and not with a hang."""
+"""A failing rank ends the whole job, with its message and without a hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas, against float64 references by another route, to the extremes of float32."""
+"""The formulas against other float64 formulas, to the extremes of float32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def grid() -> tuple[Tensor, Tensor]:
-    """Every logit with every label, in float32, the logits with gradient."""
+    """Return every logit with every label in float32; logits require a gradient."""
     pairs = torch.cartesian_prod(torch.tensor(LOGITS), torch.tensor(LABELS))
     return pairs[:, 0].clone().requires_grad_(), pairs[:, 1].clone()
 
@@ -123,7 +123,7 @@ def test_scale_label_multiplies_and_clips_at_one() -> None:
 
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 1e-3, 1e-38])
 def test_correct_sampling_is_the_formula_for_probabilities(rate: float) -> None:
-    """By odds in float64, where they can be told from 0 and 1; by the logit beyond."""
+    """Compare odds in float64 where probabilities differ from 0 and 1; logits beyond."""
     logits = torch.tensor(LOGITS, requires_grad=True)
     corrected = correct_sampling(logits, rate)
     z = float64(logits)
@@ -168,14 +168,14 @@ def test_correct_sampling_passes_gradcheck() -> None:
 
 
 @settings(deadline=None)
-@given(positives=st.integers(1, 10**9), kept=st.integers(1, 10**6), every=st.integers(1, 10**6))
+@given(positives=st.integers(1, 10**9), sampled=st.integers(1, 10**6), every=st.integers(1, 10**6))
 def test_correct_sampling_gives_back_the_rate_of_the_population(
-    positives: int, kept: int, every: int
+    positives: int, sampled: int, every: int
 ) -> None:
-    """Of ``kept * every`` negatives one in ``every`` is kept."""
-    learnt = torch.tensor(math.log(positives / kept), dtype=torch.float64)
+    """Of ``sampled * every`` negatives one in ``every`` is sampled."""
+    learnt = torch.tensor(math.log(positives / sampled), dtype=torch.float64)
     q = correct_sampling(learnt, 1 / every).sigmoid().item()
-    assert q == pytest.approx(positives / (positives + kept * every), rel=1e-12)
+    assert q == pytest.approx(positives / (positives + sampled * every), rel=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.5, 1.0001, NAN, INF])

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its runner, and what it measures."""
+"""`make gpu` without a GPU: its runner, and its measurements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def go_through(gpu: ModuleType, todo: list[Any], out: Path, seconds: float = 60)
 
 def outcomes(out: Path) -> dict[str, str]:
     steps = json.loads((out / "gpu.cuda.json").read_text())["steps"]
-    return {name: one["outcome"] for name, one in steps.items()}
+    return {name: step["outcome"] for name, step in steps.items()}
 
 
 def test_a_step_that_fails_is_told_and_the_rest_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_step_over_its_time_is_killed_with_its_children(gpu: ModuleType, tmp_p
 
 
 def command_of(pid: str) -> bytes:
-    """Of a process that is there, and has not ended."""
+    """Return a process's command line; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def test_no_step_begins_when_the_time_of_all_is_over(gpu: ModuleType, tmp_path: 
 
 def test_wheels_are_installed_first_and_outside_the_environment(gpu: ModuleType) -> None:
     without, with_wheels = gpu.steps([], False), gpu.steps(["a.whl", "b.whl"], False)
-    assert [one.name for one in with_wheels] == ["install", *(one.name for one in without)]
+    assert [step.name for step in with_wheels] == ["install", *(step.name for step in without)]
     command = with_wheels[0].command
     assert {"--no-index", "--no-deps", "--target"} < set(command)
     assert command[-3:] == [str(gpu.SITE), "a.whl", "b.whl"]

@@ -72,16 +72,18 @@ def test_a_head_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("of_head", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("of_shared", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "shared_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+)
 def test_any_dtype_of_the_representation(
-    of_shared: torch.dtype, of_head: torch.dtype, autocast: torch.dtype | None
+    shared_dtype: torch.dtype, head_dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
-    head, shared = make_head(4, beta=2.0, dtype=of_head), make_shared(of_shared)
+    head, shared = make_head(4, beta=2.0, dtype=head_dtype), make_shared(shared_dtype)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         outputs = head(shared)
     outputs.sum().backward()
-    assert shared.grad.dtype == of_shared
+    assert shared.grad.dtype == shared_dtype
     exact = make_shared()
     expected = make_head(4, beta=2.0)(exact)
     expected.sum().backward()

@@ -1,7 +1,7 @@
 """A foundation model (FM) teaches a domain model, which teaches vertical students.
 
-The cases have no model: an output stands for the set of labels that it may know, which is handed on
-from teacher to student. So a leak over two hops shows as an example's own label.
+The cases have no model: an output stands for the set of labels that it may know, and passes that
+set from teacher to student. A leak over two hops shows as an example's own label.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_on_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
 
 
 def test_a_look_up_before_the_domain_model_has_said_anything(tmp_path: Path) -> None:
-    """It may be made while the store is empty, and once both have outputs."""
+    """A look-up may be created while the store is empty, and again once both have outputs."""
     store = dd.new_store(tmp_path)
     TeacherLookup(store, ["fm", "domain"]).close()
     store.write(dd.snapshot(), [1], [0.5], [dd.AT])
@@ -57,8 +57,8 @@ def test_a_look_up_before_the_domain_model_has_said_anything(tmp_path: Path) -> 
     TeacherLookup(store, ["fm", "domain"]).close()
 
 
-class Said(NamedTuple):
-    """A row, in order of what wins; its output is the number of a set of labels."""
+class Entry(NamedTuple):
+    """A row; rows sort by precedence, and an output is the number of a set of labels."""
 
     snapshot: int
     logged: bool
@@ -66,14 +66,14 @@ class Said(NamedTuple):
     through: int
 
     def fits(self, second: int) -> bool:
-        """Whether an example of that second may be given it."""
+        """Return whether an example of that second may use this row."""
         return self.logged or self.through < second
 
 
 class Case:
-    """Examples by their position in time, some in the same second; who said what, knowing what.
+    """Examples by position in time, some in the same second, and the labels behind each output.
 
-    Teachers go through them in order of time or, shuffled, in any order within a window.
+    Teachers train in order of time or, if shuffled, in any order within a window.
     """
 
     def __init__(self, folder: Path, seed: int, *, shuffled: bool) -> None:
@@ -82,12 +82,12 @@ class Case:
         self.ids = self.random.permutation(EXAMPLES)
         self.store = dd.new_store(folder, window_seconds=WINDOW)
         self.known: list[frozenset[int]] = []  # by an output's number: the labels' positions
-        self.said: dict[tuple[str, int], list[Said]] = defaultdict(list)
+        self.entries: dict[tuple[str, int], list[Entry]] = defaultdict(list)
 
     def train(self, teacher: str, taught_by: str = "", *, logs: bool = True) -> None:
-        """Log each batch, then learn it; what was published on the way scores examples at random.
+        """Log each batch, then learn it; published snapshots score random examples.
 
-        Where they are shuffled, snapshots are published at the end of a window.
+        If shuffled, snapshots are published only at the end of a window.
         """
         lookup = self.lookup(taught_by) if taught_by else None
         labels, snapshots = frozenset[int](), [(Snapshot(teacher, 0, 0), frozenset[int]())]
@@ -100,7 +100,7 @@ class Case:
                     last = int(self.seconds[sorted(labels)].max())
                     snapshot = publish(self.store, teacher, None, trained_through_seconds=last)
                     snapshots.append((snapshot, labels))
-            logged = [position for name, position in self.said if name == teacher]
+            logged = [position for name, position in self.entries if name == teacher]
             if logged:
                 self.log(logger, np.array(logged), None, labels)  # a second epoch
         for snapshot, known in snapshots[1:]:
@@ -110,7 +110,7 @@ class Case:
             self.store.write(snapshot, *columns, bad_rows="quarantine")
 
     def batches(self) -> Iterator[tuple[Ints, bool]]:
-        """And whether a snapshot may be published behind one."""
+        """Yield batches, and whether a snapshot may be published after each."""
         for window in np.unique(self.seconds // WINDOW):
             rows = np.flatnonzero(self.seconds // WINDOW == window)
             if self.shuffled:
@@ -124,7 +124,7 @@ class Case:
         return chosen if len(chosen) else rows
 
     def lookup(self, *teachers: str) -> TeacherLookup:
-        """It takes positions."""
+        """Return a look-up whose batches are positions."""
         return TeacherLookup(
             self.store,
             teachers,
@@ -135,7 +135,7 @@ class Case:
         )
 
     def learnt_from(self, lookup: TeacherLookup | None, rows: Ints) -> frozenset[int]:
-        """The labels that a teacher's outputs of a batch know."""
+        """Return the labels that a teacher's outputs of a batch know."""
         if lookup is None:
             return frozenset()
         outputs = lookup(rows)
@@ -145,7 +145,7 @@ class Case:
     def log(
         self, logger: TeacherLogger, rows: Ints, snapshot: Snapshot | None, known: frozenset[int]
     ) -> None:
-        """What the store should keep under a version; None: nothing, it was logged before."""
+        """Log outputs that the store should keep under ``snapshot``, or ignore if it is None."""
         values = self.values(logger.teacher, rows, snapshot, known, logged=True)
         times = torch.from_numpy(self.seconds[rows])
         logger.log(torch.from_numpy(self.ids[rows]), times, torch.tensor(values))
@@ -160,17 +160,17 @@ class Case:
         *,
         logged: bool = False,
     ) -> list[float]:
-        """An output for each row, that stands for what was known."""
+        """Return an output for each row that stands for the known labels."""
         numbers = range(len(self.known), len(self.known) + len(rows))
         self.known.extend([known] * len(rows))
         for position, number in zip(rows.tolist(), numbers, strict=True):
             if snapshot is not None:
-                said = Said(snapshot.version, logged, number, snapshot.trained_through_seconds)
-                self.said[teacher, position].append(said)
+                entry = Entry(snapshot.version, logged, number, snapshot.trained_through_seconds)
+                self.entries[teacher, position].append(entry)
         return [float(number) for number in numbers]
 
     def plant(self, teacher: str) -> None:
-        """Rows of a newer version that knows all labels, past the store's rules."""
+        """Plant leaking rows of a newer version that knows all labels."""
         rows = self.some(np.arange(EXAMPLES))
         last = Snapshot(teacher, 99, int(self.seconds[-1]))
         dd.plant(
@@ -186,19 +186,18 @@ class Case:
         )
 
     def own_labels(self, *teachers: str) -> Counter[str]:
-        """How many outputs a student is given; how many are refused; how many know their label.
+        """Count the outputs that a student gets, those refused, and those that know their label.
 
-        Of each teacher's outputs of an example the student must be given the one that wins, of
-        those that fit.
+        Require each teacher's output of an example to be the winner among the rows that fit.
         """
         counts: Counter[str] = Counter()
         outputs = self.lookup(*teachers)(np.arange(EXAMPLES))
         for position, second in enumerate(self.seconds.tolist()):
             for place, teacher in enumerate(teachers):
-                said = self.said[teacher, position]
-                winner = max((row for row in said if row.fits(second)), default=None)
+                entries = self.entries[teacher, position]
+                winner = max((row for row in entries if row.fits(second)), default=None)
                 assert bool(outputs.presence[position, place]) == (winner is not None)
-                counts["refused"] += sum(not row.fits(second) for row in said)
+                counts["refused"] += sum(not row.fits(second) for row in entries)
                 if winner is not None:
                     assert outputs.values[position, place].item() == winner.output
                     counts["given"] += 1
@@ -207,7 +206,7 @@ class Case:
 
 
 def counted(folder: Path, *, shuffled: bool, fm_logs: bool) -> Counter[str]:
-    """Over random cases."""
+    """Return the counts over random cases."""
     counts: Counter[str] = Counter()
     for seed in SEEDS:
         case = Case(folder / f"{seed}", seed, shuffled=shuffled)
@@ -221,23 +220,23 @@ def counted(folder: Path, *, shuffled: bool, fm_logs: bool) -> Counter[str]:
 
 
 def test_no_student_is_given_its_own_label_over_two_hops(tmp_path: Path) -> None:
-    """Where both teachers go through the examples in order of time, whatever their batches."""
+    """Both teachers train in order of time, with any batches."""
     counts = counted(tmp_path, shuffled=False, fm_logs=True)
     assert (counts["fm"], counts["domain"]) == (0, 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*fm has no output for any of the first")  # before a snapshot
 def test_nor_where_snapshots_from_before_the_window_teach_the_domain_model(tmp_path: Path) -> None:
-    """Each may go through a window in an order of its own."""
+    """Each may train on a window in its own order."""
     counts = counted(tmp_path, shuffled=True, fm_logs=False)
     assert (counts["fm"], counts["domain"]) == (0, 0)
 
 
 def test_what_no_rule_of_a_row_can_tell(tmp_path: Path) -> None:
-    """An FM that logs in another order than the domain model's: a limit, which the guide names.
+    """A limit that the guide names: an FM logs in another order than the domain model's.
 
-    What it logged of an example knows no label of its own, but may know that of one which comes
-    before it in the domain model's order, and after it in time.
+    Its output of an example does not know that example's label. It may know the label of an example
+    that is earlier in the domain model's order, and later in time.
     """
     counts = counted(tmp_path, shuffled=True, fm_logs=True)
     assert counts["fm"] == 0 < counts["domain"]

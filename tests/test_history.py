@@ -48,7 +48,7 @@ def queries_of(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def by_loops(
     way: str, values: Any, lengths: list[int], queries: Any, matrix: Any
 ) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """Pooled rows, and the gradients of the sum of (b + 1) (v + 1) out_bv by values and queries."""
+    """Return pooled rows, and gradients of sum (b + 1) (v + 1) out_bv by values and queries."""
     pooled, slopes, query_slopes, start = [], [], [], 0
     for b, length in enumerate(lengths):
         rows = values[start : start + length]
@@ -85,7 +85,7 @@ def by_loops(
 
 
 def moved_by_scores(module: HistoryPooling, history: JaggedTensor, queries: Tensor) -> float:
-    """Bound what rounding of q, W and W q to bfloat16 moves a mean of vectors by.
+    """Bound the effect of rounding q, W and W q to bfloat16 on a mean of vectors.
 
     Scores then differ by e <= (3 + 4 + 1) u max_i |v_i| |W| |q| / sqrt(V), as sums of 4 products
     may be in bfloat16; weights of a softmax by a part e^2e - 1 at most.
@@ -132,7 +132,7 @@ def test_pooling_is_that_of_loops_with_gradients(way: str, lengths: list[int]) -
 
 @pytest.mark.parametrize("way", POOLINGS)
 def test_examples_do_not_touch_each_other(way: str) -> None:
-    """To the bit: of one's numbers, among them NaN, nothing is in another's output or gradient."""
+    """No number of one example, NaN included, changes another's output or gradient by a bit."""
     history, queries, module = history_of([3, 2, 4]), queries_of(3), pooling_of(way)
     expected = module(history, queries)
     values = history.values().clone()
@@ -240,7 +240,7 @@ def test_traced_by_fx(way: str, tracer: type[torch.fx.Tracer]) -> None:
 
 
 class Tensors(nn.Module):
-    """From values and lengths, as what compiles and exports takes them."""
+    """Takes values and lengths as tensors, as compilation and export need."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ class Batch(Pipelineable):
 
 
 class Student(nn.Module):
-    """Tables, and a teacher's memory, which is attended to by what the tables say."""
+    """Tables, and a teacher's memory that is attended to with queries from the tables."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def batches_of(steps: int, rows: int = 6) -> Iterator[Batch]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("way", POOLINGS)
 def test_in_torchrecs_pipeline(way: str) -> None:
-    """To the bit what a loop makes of it, with its tables pipelined."""
+    """With pipelined tables it equals a loop, to the bit."""
     logits = []
     for pipelined in (True, False):
         model = DistributedModelParallel(Student(way), device=CPU)
@@ -361,8 +361,8 @@ def test_in_torchrecs_pipeline(way: str) -> None:
         if pipelined:
             assert len(pipeline._pipelined_modules) == 1
         logits.append(steps)
-    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(logits[0]))
-    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+    assert not any(torch.equal(first, second) for first, second in itertools.pairwise(logits[0]))
+    assert all(torch.equal(first, second) for first, second in zip(*logits, strict=True))
 
 
 # ---- The compressor ----
@@ -378,8 +378,8 @@ def test_no_gradient_reaches_the_teacher() -> None:
     torch.manual_seed(0)
     nn.Linear(5, 16), EmbeddingCompressor(16, 8)  # draws as above
     alone(torch.randn(6, 5)).sum().backward()
-    for one, other in zip(teacher.parameters(), alone.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+    for p, q in zip(teacher.parameters(), alone.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)
     assert all(p.grad is not None and p.grad.any() for p in compressor.parameters())
 
 
@@ -403,7 +403,7 @@ def test_the_loss_is_that_of_loops(prefixes: tuple[int, ...]) -> None:
 
 
 def test_every_prefix_of_a_trained_code_tells_more_than_the_mean() -> None:
-    """Of embeddings of rank 4; and one trained for its whole width alone is not to be cut."""
+    """For embeddings of rank 4; a code trained at its full width alone can't be cut."""
     torch.manual_seed(0)
     factors = torch.randn(4, 24) * torch.tensor([[2.0], [1.0], [0.5], [0.25]])
     embeddings = 0.3 * torch.randn(256, 4) @ factors + torch.randn(24)
@@ -423,9 +423,9 @@ def test_every_prefix_of_a_trained_code_tells_more_than_the_mean() -> None:
             errors[d] = float(compressor.loss(embeddings).detach()) / spread
         return errors
 
-    every, whole = trained(), trained(16)
+    every, full_width = trained(), trained(16)
     assert every[4] < 0.2 and every[8] < 0.2 and every[16] < 0.1  # shares of the variance
-    assert whole[16] < 0.1 and whole[4] > 2 * every[4] and whole[8] > 2 * every[8]
+    assert full_width[16] < 0.1 and full_width[4] > 2 * every[4] and full_width[8] > 2 * every[8]
 
 
 def test_default_prefixes_are_halves() -> None:

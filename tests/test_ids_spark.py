@@ -1,4 +1,4 @@
-"""hash_ids in Spark's SQL, in ANSI mode, where an integer that overflows is an error, and without.
+"""hash_ids in Spark's SQL, with and without ANSI mode, in which integer overflow is an error.
 
 Needs Java, and pyspark of any version from 3.5.
 """
@@ -44,30 +44,30 @@ def sql(spark: Any, request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("columns", SETS_OF_COLUMNS, ids=str)
 def test_spark_gives_the_same_ids(spark: Any, sql: Any, columns: dict[str, Any]) -> None:
-    given = columns_to_hash(200)
+    values = columns_to_hash(200)
     schema = 'user string, request bigint, `Odd "``name` bigint'
-    rows = list(zip(*given.values(), strict=True))
+    rows = list(zip(*values.values(), strict=True))
     spark.createDataFrame(rows, schema).createOrReplaceTempView("turn")
-    found = sql(f"SELECT {hash_ids_sql(columns, 'spark')} AS id FROM turn").collect()
-    assert [row.id for row in found] == hash_ids(*(given[name] for name in columns)).tolist()
+    ids = sql(f"SELECT {hash_ids_sql(columns, 'spark')} AS id FROM turn").collect()
+    assert [row.id for row in ids] == hash_ids(*(values[name] for name in columns)).tolist()
 
 
 def test_types_of_spark(sql: Any) -> None:
-    def of(value: str, kind: Any) -> Any:
+    def hashed(value: str, kind: Any) -> Any:
         text = hash_ids_sql({"v": kind}, "spark")
         return sql(f"SELECT {text} AS id FROM (SELECT {value} AS v)").collect()[0].id
 
     for kind in "TINYINT", "SMALLINT", "INT", "BIGINT":
-        assert of(f"CAST(-7 AS {kind})", "integer") == hash_ids([-7])[0]
+        assert hashed(f"CAST(-7 AS {kind})", "integer") == hash_ids([-7])[0]
     for number in 0, 2**63 - 1, 2**63, 2**64 - 1:
         signed = UNSIGNED.format(f"CAST({number} AS DECIMAL(20, 0))")
-        assert of(signed, "integer") == hash_ids(np.array([number], np.uint64))[0]
-    assert of("CAST(NULL AS BIGINT)", "integer") is None
-    assert of("CAST(NULL AS STRING)", "string") is None
+        assert hashed(signed, "integer") == hash_ids(np.array([number], np.uint64))[0]
+    assert hashed("CAST(NULL AS BIGINT)", "integer") is None
+    assert hashed("CAST(NULL AS STRING)", "string") is None
     for value, kind in (
         ("1.5D", "integer"),
         ("CAST(7 AS DECIMAL(20, 0))", "integer"),
         ("7", "string"),
     ):
         with pytest.raises(AnalysisException):
-            of(value, kind)
+            hashed(value, kind)

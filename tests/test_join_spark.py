@@ -1,4 +1,4 @@
-"""The join on Spark: the store's files as Spark reads them, and the text of join_sql, unchanged.
+"""The join on Spark: the store's files as Spark reads them, and join_sql's text unchanged.
 
 ``make spark`` installs a PySpark and runs this file; Spark needs Java.
 """
@@ -33,7 +33,7 @@ pytestmark = [  # py4j leaves its sockets to be collected
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One thread, no UI, and a time zone that nothing may depend on."""
+    """Start Spark with one thread, no UI, and a time zone that nothing may depend on."""
     options = {
         "spark.ui.enabled": "false",
         "spark.sql.shuffle.partitions": "1",
@@ -50,7 +50,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def views(spark: Any, store: Any, examples: pa.Table, folder: Path) -> None:
-    """The tables that the text names."""
+    """Create the views that the query names."""
     pq.write_table(examples, folder / "examples.parquet")
     spark.read.parquet(str(folder / "examples.parquet")).createOrReplaceTempView("examples")
     files = spark.read.option("basePath", store.table.url).parquet(*data_files(store))
@@ -72,9 +72,9 @@ def test_spark_joins_what_the_look_up_finds(spark: Any, tmp_path: Path) -> None:
     examples = cases.random_examples(store, random)
     views(spark, store, examples, tmp_path)
     for choice in cases.CHOICES:
-        found = rows(spark, join_sql(store, cases.TEACHERS, **choice))
-        cases.check(found, store, examples, choice)
-        assert found["example_id"] == examples["example_id"].to_pylist()
+        joined = rows(spark, join_sql(store, cases.TEACHERS, **choice))
+        cases.check(joined, store, examples, choice)
+        assert joined["example_id"] == examples["example_id"].to_pylist()
 
 
 def test_examples_may_have_timestamps(spark: Any, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_examples_may_have_timestamps(spark: Any, tmp_path: Path) -> None:
     examples = cases.random_examples(store, random)
     times = pa.array(examples["event_seconds"].to_numpy() * 10**6).cast(pa.timestamp("us", "UTC"))
     views(spark, store, examples.append_column("at", times), tmp_path)
-    found = rows(spark, join_sql(store, cases.TEACHERS, event_time="at"))
-    cases.check(found, store, examples, {})
+    joined = rows(spark, join_sql(store, cases.TEACHERS, event_time="at"))
+    cases.check(joined, store, examples, {})
 
 
 @pytest.mark.parametrize("resolution", ["bfloat16", "float32"])
@@ -104,11 +104,11 @@ def test_spark_reads_every_encoding_with_its_defaults(
         store.refresh()
         examples = pa.table({"number": ids, "example_id": ids, "event_seconds": AT + 0 * ids})
         views(spark, store, examples, tmp_path)
-        found = rows(spark, join_sql(store, "fm", embeddings=True))
+        joined = rows(spark, join_sql(store, "fm", embeddings=True))
         read, _ = store.read("fm", AT // 3_600, embeddings=True)
         order = np.argsort(read.example_id)
-        assert found["fm_label"] == read.outputs[order, 0].tolist()
-        assert [*map(bytes, found["fm_embedding"])] == [*map(bytes, read.embedding[order])]
-        assert not stored or found == stored
-        stored = found
+        assert joined["fm_label"] == read.outputs[order, 0].tolist()
+        assert [*map(bytes, joined["fm_embedding"])] == [*map(bytes, read.embedding[order])]
+        assert not stored or joined == stored
+        stored = joined
         store.table.compact(("fm", AT // 3_600))

@@ -54,7 +54,7 @@ def make_inputs(
     weighted: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> LossInputs:
-    """Groups of 1 to some 9 examples, in no order; what is absent is NaN or infinite."""
+    """Return unordered groups of 1 to about 9 examples; absent values are NaN or infinite."""
     generator = torch.Generator().manual_seed(size)
     outputs, values = (
         scale * torch.randn(size, 2, generator=generator, dtype=torch.float64) for _ in range(2)
@@ -83,7 +83,7 @@ def make_inputs(
 
 
 def with_gradient(loss: Loss, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """The loss of each task, and the gradient of their sum by the outputs."""
+    """Return the loss of each task, and the gradient of their sum by the outputs."""
     losses = loss(inputs)
     return losses.detach(), torch.autograd.grad(losses.sum(), inputs.outputs)[0]
 
@@ -118,7 +118,7 @@ def test_losses_of_groups_against_loops(name: str, weighted: bool) -> None:
 
 @pytest.mark.parametrize("name", RANKING)
 def test_losses_of_groups_in_float32_at_the_extremes(name: str) -> None:
-    """Logits of ±80 and more: a probability of 1e-35 beside one that is 1 in float32."""
+    """Logits of ±80 and more: probabilities of 1e-35, and of 1 in float32."""
     loss, function, _ = RANKING[name]
     inputs = make_inputs(tasks=BINARY, scale=80.0, dtype=torch.float32)
     inputs.outputs.data[5:9], inputs.values[5:9] = -80.0, 80.0
@@ -168,7 +168,7 @@ def test_all_equal_targets_are_no_pairs_and_a_uniform_list() -> None:
 
 @pytest.mark.parametrize("name", RANKING)
 def test_order_and_names_of_groups_do_not_matter(name: str) -> None:
-    """But for the pairs of a group that is cut: then the order within a group does."""
+    """Except for pairs of a group that is cut, where the order within the group matters."""
     loss, _, tasks = RANKING[name]
     inputs = make_inputs(tasks=tasks, weighted=True)
     assert inputs.weights is not None and inputs.groups is not None
@@ -212,7 +212,7 @@ def test_a_weight_of_two_has_the_gradient_of_having_the_example_twice(name: str)
 
 
 def test_what_each_list_leaves_free() -> None:
-    """Softmaxes a constant of the logits, normalised probabilities a factor of them."""
+    """Softmaxes leave a constant of the logits free, normalised probabilities a factor."""
     inputs = make_inputs()
     values = inputs.values.masked_fill(inputs.absent, NAN)
     shifted, halved = values + 1, (values.sigmoid() / 2).logit()
@@ -268,8 +268,8 @@ def test_squared_error_of_logits_against_its_formula() -> None:
     inputs = make_inputs(tasks=MIXED, weighted=True)
     assert inputs.weights is not None
     losses, gradient = with_gradient(squared_error_of_logits(), inputs)
-    there = ~inputs.absent
-    error = torch.where(there, inputs.outputs.detach() - inputs.values, 0.0)
+    presence = ~inputs.absent
+    error = torch.where(presence, inputs.outputs.detach() - inputs.values, 0.0)
     share = inputs.weights.double() / inputs.count
     torch.testing.assert_close(losses, (share * error**2).sum(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, 2 * share * error, rtol=1e-12, atol=0)
@@ -277,7 +277,7 @@ def test_squared_error_of_logits_against_its_formula() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_loss_asks_the_device_for_a_value(name: str) -> None:
-    """Nor does its memory grow with the square of the batch."""
+    """No loss reads a value of the device, and memory does not grow with the batch squared."""
     sizes = (64, 640)
     for size in sizes:
         inputs = make_inputs(size, dtype=torch.float32)
@@ -294,9 +294,9 @@ def test_no_loss_asks_the_device_for_a_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_loss_travels_to_other_processes(name: str) -> None:
-    again = pickle.loads(pickle.dumps(DistillationTerm(loss=ALL[name]))).loss
+    unpickled = pickle.loads(pickle.dumps(DistillationTerm(loss=ALL[name]))).loss
     inputs = make_inputs()
-    assert torch.equal(again(inputs), ALL[name](inputs))
+    assert torch.equal(unpickled(inputs), ALL[name](inputs))
 
 
 def head_of(*terms: DistillationTerm, tasks: tuple[Task, ...] = BINARY) -> AuxiliaryHead:
@@ -306,7 +306,7 @@ def head_of(*terms: DistillationTerm, tasks: tuple[Task, ...] = BINARY) -> Auxil
 
 @pytest.mark.parametrize("name", RANKING)
 def test_a_term_gives_its_loss_what_is_present(name: str) -> None:
-    """A head that shifts the teacher by its sampling rate, and picks its task."""
+    """The term shifts the teacher by its sampling rate, and selects its task."""
     loss, function, _ = RANKING[name]
     terms = [
         DistillationTerm(loss=loss, tasks=("buy",), weight=0.5, negative_sampling_rate=0.25),
@@ -326,7 +326,7 @@ def test_a_term_gives_its_loss_what_is_present(name: str) -> None:
 
 
 def test_a_margin_multiplies_the_loss_and_its_means_stay_those_of_the_task() -> None:
-    """The running means do not depend on the loss; its gradient is that without, times the lead."""
+    """The running means do not depend on the loss; its gradient is multiplied by the lead."""
     teacher, labels = make_teacher(0, 16, missing=0.2), torch.ones(16).bernoulli(0.5)
     teacher = TeacherOutputs(4 * labels - 2 + 0.1 * teacher.values[:, 0, 0])
     serving, groups = torch.randn(16, requires_grad=True), torch.arange(16) // 4

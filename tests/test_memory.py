@@ -1,4 +1,4 @@
-"""The memory beside training: equal to the reference, blind to the present, bounded."""
+"""The memory during training: equal to the reference, blind to the present, bounded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Rows:
 
 
 def random_rows(random: Generator, n: int, width: int, span: int = 300) -> Rows:
-    """Rows of few seconds: one user has half of them, a tenth has no user, or no item."""
+    """Return rows of few seconds: one user has half, a tenth has no user, a tenth no item."""
     users = np.where(random.random(n) < 0.5, 1, random.integers(-3, 5, n))
     columns = {"user_id": users, "item_id": random.integers(2**62, 2**62 + 4, n)}
     for column in columns.values():
@@ -73,9 +73,9 @@ def random_rows(random: Generator, n: int, width: int, span: int = 300) -> Rows:
 def steps_of(
     random: Generator, events: Rows, examples: Rows, delay: int, batches: int
 ) -> tuple[list[tuple[Rows, Rows]], Rows, Rows]:
-    """Batches of events to write and of examples to read then, and all in the order of the calls.
+    """Return batches of events and examples by step, and all of them in the order of the calls.
 
-    Cuts are anywhere; an event is written at any step up to the one that has to know it.
+    Cuts are random; an event is written at any step up to the one that must know it.
     """
     order = np.argsort(examples.seconds, kind="stable")
     cuts = np.sort(random.integers(0, len(order) + 1, batches - 1))
@@ -90,7 +90,7 @@ def steps_of(
 
 
 def run(memory: Memory, calls: Sequence[tuple[Rows, Rows]]) -> dict[str, MemoryFeatures]:
-    """What the memory reads in all calls, each field of them one after the other."""
+    """Run the steps; return the fields that all calls read, concatenated."""
     answers = []
     for events, examples in calls:
         memory.write(events.columns, events.seconds, events.values)
@@ -105,13 +105,13 @@ def run(memory: Memory, calls: Sequence[tuple[Rows, Rows]]) -> dict[str, MemoryF
 
 
 def sequences(features: MemoryFeatures, name: str) -> list[Any]:
-    """Vectors or ages of each example."""
+    """Return the vectors or ages of each example."""
     parts: list[Any] = np.split(getattr(features, name), np.cumsum(features.lengths)[:-1])
     return parts
 
 
 def rounding(n: int, size: float) -> float:
-    """The error of a mean of n numbers up to a size, whose weights come from n products.
+    """Bound the error of a mean of n numbers of a given size, whose weights come from n products.
 
     Weights 2^x with |x| <= 1,100 (those below vanish), in numerator and denominator. Each product
     takes an exponential of 4 units in the last place, itself, a sum and the exponent's rounding.
@@ -120,7 +120,7 @@ def rounding(n: int, size: float) -> float:
 
 
 def vector_bound(vector: Any, resolution: str) -> float:
-    """The most that a number of a vector may be off in a sequence."""
+    """Bound the error of a vector's number in a sequence."""
     size = float(np.abs(vector).max())
     if resolution == "float16":
         return size * 2.0**-11 + 2.0**-25
@@ -131,7 +131,7 @@ def vector_bound(vector: Any, resolution: str) -> float:
 def check(
     read: dict[str, MemoryFeatures], events: Rows, examples: Rows, format: MemoryFormat
 ) -> None:
-    """What was read is what the reference has."""
+    """Require the features to equal the reference."""
     assert [*read] == [*format.key_names]
     parts: Any = ((events.columns, events.seconds, events.values), (examples.columns,))
     expected = brute_force(parts[0], (*parts[1], examples.seconds), format)
@@ -156,11 +156,11 @@ def check(
                 assert (np.abs(vector - np.float64(reference)) <= bound).all(), key
 
 
-def same_bits(one: dict[str, MemoryFeatures], other: dict[str, MemoryFeatures]) -> bool:
+def same_bits(actual: dict[str, MemoryFeatures], expected: dict[str, MemoryFeatures]) -> bool:
     names = [field.name for field in fields(MemoryFeatures)]
     return all(
-        getattr(one[key], name).tobytes() == getattr(other[key], name).tobytes()
-        for key in one
+        getattr(actual[key], name).tobytes() == getattr(expected[key], name).tobytes()
+        for key in actual
         for name in names
     )
 
@@ -186,20 +186,20 @@ def test_cuts_between_batches_change_nothing(format: MemoryFormat) -> None:
         rows[np.argsort(rows.seconds, kind="stable")] for rows in (events, examples)
     )
     empty = events[:0]
-    whole = run(Memory(format), [(events, examples)])
+    uncut = run(Memory(format), [(events, examples)])
     single = run(
         Memory(format),
         [(events, empty), *((empty, examples[i : i + 1]) for i in range(len(examples.seconds)))],
     )
     size = float(np.abs(events.values).max())
-    for key, features in whole.items():
+    for key, features in uncut.items():
         for name in ("count", "last", "days_since", "lengths", "vectors", "ages_days"):
-            one, other = getattr(features, name), getattr(single[key], name)
-            assert one.tobytes() == other.tobytes(), (key, name)
+            actual, expected = getattr(features, name), getattr(single[key], name)
+            assert actual.tobytes() == expected.tobytes(), (key, name)
         for name in ("mean", "decayed_mean"):
-            one, other = getattr(features, name), getattr(single[key], name)
+            actual, expected = getattr(features, name), getattr(single[key], name)
             atol = 2 * rounding(60, size)
-            np.testing.assert_allclose(one, other, rtol=2.0**-22, atol=atol)
+            np.testing.assert_allclose(actual, expected, rtol=2.0**-22, atol=atol)
 
 
 def test_extreme_values_and_half_lives_are_no_overflow() -> None:
@@ -244,7 +244,7 @@ def test_sequences_stay_right_while_old_events_are_dropped() -> None:
                 limit = abs(mean) * 2.0**-24 + rounding(int(seen.sum()), size)
                 assert abs(read.mean[i, 0] - mean) <= limit
     assert read.count.min() > 0
-    assert max(sizes) < 400_000 * (8 + 4)  # of all events their times and values alone
+    assert max(sizes) < 400_000 * (8 + 4)  # times and values of all events, and nothing else
 
 
 @pytest.mark.parametrize("format", [FORMATS[1], FORMATS[4]])
@@ -263,7 +263,7 @@ def test_the_present_and_the_future_change_nothing(format: MemoryFormat) -> None
 
 
 def rows_of(read: dict[str, MemoryFeatures], chosen: Any) -> dict[str, MemoryFeatures]:
-    """The features of some examples."""
+    """Return the features of some examples."""
     picked = {}
     for key, features in read.items():
         entries = np.repeat(chosen, features.lengths)
@@ -330,8 +330,8 @@ def test_beyond_max_keys_the_oldest_are_forgotten(length: int) -> None:
         assert max(sizes[20:]) <= max(sizes[:20]) + 16  # a counter's digits
 
     memory.write({"user_id": [0], "item_id": [0]}, [START + 2_000], [2.5])
-    again = memory.read({"user_id": [0], "item_id": [0]}, [START + 2_001])["user_id"]
-    assert (again.count.tolist(), again.mean.tolist()) == ([1], [[2.5]])
+    reread = memory.read({"user_id": [0], "item_id": [0]}, [START + 2_001])["user_id"]
+    assert (reread.count.tolist(), reread.mean.tolist()) == ([1], [[2.5]])
 
 
 def test_events_of_the_same_keys_take_no_memory() -> None:
@@ -390,8 +390,8 @@ def test_dense_features_and_sequences_by_hand() -> None:
 
 @pytest.mark.parametrize("format", [*FORMATS, replace(ONE, half_life_seconds=float("inf"))])
 def test_a_format_goes_through_json(format: MemoryFormat) -> None:
-    again = MemoryFormat(**json.loads(json.dumps(asdict(format))))
-    assert again == format and again.key_names == format.key_names
+    parsed = MemoryFormat(**json.loads(json.dumps(asdict(format))))
+    assert parsed == format and parsed.key_names == format.key_names
 
 
 ROWS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
@@ -560,7 +560,7 @@ def test_a_late_event_is_one_that_an_example_should_have_seen() -> None:
 
 @dataclass
 class Written:
-    """A row as it was written to a store."""
+    """A row that was written to a store."""
 
     teacher: str
     example: int
@@ -575,7 +575,7 @@ class Written:
 def written_store(
     folder: Path, random: Generator, resolution: Any, ids: int = 120
 ) -> tuple[TeacherStore, list[Written]]:
-    """Rows of two teachers in three windows, of several versions, scored and logged."""
+    """Create a store: two teachers, three windows, several versions, scored and logged rows."""
     tasks = ("click", "stay")
     store = new_store(folder, tasks=tasks, embedding_width=3, embedding_resolution=resolution)
     seconds = random.integers(2 * WINDOW, 5 * WINDOW, ids)
@@ -621,7 +621,7 @@ def written_store(
 def expected_events(
     rows: list[Written], task: str | None, chosen: Callable[[int], bool]
 ) -> list[tuple[dict[str, int], int, list[float]]]:
-    """What counts of fm, by a dict: by window, time and id. No task: embeddings."""
+    """Return fm's rows that count by window, time and id; without tasks, their embeddings."""
     won: dict[int, Written] = {}
     for row in rows:
         if row.teacher == "fm" and chosen(row.rank[0]):
@@ -811,7 +811,7 @@ def test_a_table_of_arrow_has_columns() -> None:
 
 
 class Teacher(nn.Module):
-    """Its logit is that of the item; the contract of TorchRec's models."""
+    """A teacher with TorchRec's contract, whose logit is the item's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -824,7 +824,7 @@ class Teacher(nn.Module):
 
 
 def stream() -> list[SimpleNamespace]:
-    """Three batches, a minute apart: of user 1 and of one without a user."""
+    """Return three batches a minute apart: of user 1, and of an example without a user."""
     return [
         SimpleNamespace(
             example_ids=torch.tensor([2 * i, 2 * i + 1]),

@@ -1,4 +1,4 @@
-"""A teacher memory for serving, on SQLite and on a real Redis: what training read, to the bit."""
+"""A served teacher memory, on SQLite and a real Redis, equals training's to the bit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def events(seed: int, first: int, n: int = 400, width: int = 3) -> tuple[Any, Any, Any]:
-    """Users and items of both signs, the last among them at the ends of int64."""
+    """Return events of users and items of both signs, including the ends of int64."""
     numbers = np.random.default_rng(seed)
     users = numbers.choice(np.r_[-3:40, -(2**63) + 1, 2**63 - 1], n)
     columns = {"user": users, "item": numbers.integers(-5, 5, n)}
@@ -78,7 +78,7 @@ def events(seed: int, first: int, n: int = 400, width: int = 3) -> tuple[Any, An
 
 
 def requests(seed: int, seconds: int, n: int = 200) -> tuple[Any, Any]:
-    """Users that are known, some of them twice, users that are not, and rows without a user."""
+    """Return requests of known users (some twice), unknown users, and rows without a user."""
     columns, _, _ = events(seed, 0, n)
     columns["user"][::7] += 1000
     columns["user"][::11] = -(2**63)  # NO_KEY
@@ -96,7 +96,7 @@ def assert_same(served: dict[str, MemoryFeatures], read: dict[str, MemoryFeature
 
 
 def simple(counts: dict[int, int], seconds: int = 100) -> Memory:
-    """So many events of 1.0 of each user, each of the second."""
+    """Build a memory with a number of events of 1.0 per user."""
     memory = Memory(COUNTS)
     users = [user for user, count in counts.items() for _ in range(count)]
     memory.write({"user": users}, [seconds] * len(users), [1.0] * len(users))
@@ -230,9 +230,9 @@ def test_a_format_that_differs_is_refused(url: str, tmp_path: Path) -> None:
 def test_a_memory_that_was_built_anew_publishes_all(url: str) -> None:
     memory = simple({1: 2, 2: 1})
     publish_memory(url, memory, 200)
-    again = simple({1: 2, 2: 1})
-    assert publish_memory(url, again, 200) == 2
-    publish_memory(url, again, 250)
+    rebuilt = simple({1: 2, 2: 1})
+    assert publish_memory(url, rebuilt, 200) == 2
+    publish_memory(url, rebuilt, 250)
     memory.write({"user": [1]}, [250], [1.0])
     assert publish_memory(url, memory, 300) == 2  # the last publication is not its own
 
@@ -317,7 +317,7 @@ def tamper(url: str, key: str, damage: Any) -> None:
 
 
 def publish_steps(url: str, finished: Path, first: int, last: int) -> None:
-    """Give each user an event a step, and publish from the first step that is asked for."""
+    """Give each user one event per step, and publish from a first step on."""
     memory, users = Memory(KILLED), list(range(4000))
     for step in range(1, last):
         memory.write({"user": users}, [1000 * step] * len(users), [float(step)] * len(users))
@@ -344,7 +344,7 @@ def test_a_killed_writer_leaves_whole_records_and_none_behind(url: str, tmp_path
 
 
 def check_steps(served: ServedMemory, finished: int) -> int:
-    """Return the step that is published: each record is of it or a later one, and whole."""
+    """Return the published step; require each record to be complete, of it or a later one."""
     features = served.read({"user": range(4000)}, [10**9] * 4000)["user"]
     known, counts = served.through_seconds // 1000, features.count
     assert finished <= known <= counts.min()

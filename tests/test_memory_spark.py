@@ -34,9 +34,9 @@ def test_spark_knows_what_the_reference_knows(
 ) -> None:
     events, examples = cases.random_tables(np.random.default_rng(0))
     view(spark, tmp_path, events=events, examples=examples)
-    found = rows(spark, memory_sql(format, dialect="spark"))
-    assert all(found[name] == examples[name].to_pylist() for name in examples.column_names)
-    cases.check(found, events.to_pylist(), examples.to_pydict(), format)
+    columns = rows(spark, memory_sql(format, dialect="spark"))
+    assert all(columns[name] == examples[name].to_pylist() for name in examples.column_names)
+    cases.check(columns, events.to_pylist(), examples.to_pydict(), format)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -54,7 +54,7 @@ def test_spark_reads_events_of_a_store(spark: Any, tmp_path: Path, embeddings: b
     view(spark, tmp_path, examples=pa.table(examples))
     width = 1 + embeddings
     format = MemoryFormat(name="fm", keys=[["user_id"]], width=width, length=3)
-    found = rows(spark, memory_sql(format, dialect="spark"))
+    columns = rows(spark, memory_sql(format, dialect="spark"))
     values = [event["value"] for event in events if event["user_id"] == 1]
-    assert found["fm_user_id_values"] == [values[:-4:-1], []] and len(values) > 2
-    assert found["fm_user_id_count"] == [len(values), 0]
+    assert columns["fm_user_id_values"] == [values[:-4:-1], []] and len(values) > 2
+    assert columns["fm_user_id_count"] == [len(values), 0]

@@ -22,7 +22,7 @@ from torchrec_exfm.das.schema import KEYS
 
 
 def engine(**tables: pa.Table) -> Any:
-    """DuckDB with tables, in a time zone that nothing may depend on."""
+    """Make a DuckDB with tables, in a time zone that nothing may depend on."""
     made = duckdb.connect()
     made.execute("SET TimeZone = 'America/New_York'")
     for name, table in tables.items():
@@ -48,11 +48,11 @@ def columns(made: Any, format: MemoryFormat, **names: str) -> dict[str, list[Any
 @pytest.mark.parametrize("format", cases.FORMATS)
 def test_it_knows_what_the_reference_knows(format: MemoryFormat, seed: int) -> None:
     events, examples = cases.random_tables(np.random.default_rng(seed))
-    found = columns(engine(events=events, examples=examples), format)
-    assert all(found[name] == examples[name].to_pylist() for name in examples.column_names)
-    cases.check(found, events.to_pylist(), examples.to_pydict(), format)
+    computed = columns(engine(events=events, examples=examples), format)
+    assert all(computed[name] == examples[name].to_pylist() for name in examples.column_names)
+    cases.check(computed, events.to_pylist(), examples.to_pydict(), format)
     for key in format.key_names:
-        counts = found[f"fm_{key}_count"]
+        counts = computed[f"fm_{key}_count"]
         assert min(counts) == 0 and max(counts) > 5
 
 
@@ -88,14 +88,14 @@ def test_a_table_is_what_the_iterator_reads(tmp_path: Path) -> None:
         memory.write(*events)
     made = with_outputs(store, examples=pa.table(examples))
     made.execute(f"CREATE VIEW events AS {events_sql(store, 'fm')}")
-    found = columns(made, format)
+    computed = columns(made, format)
     for key, read in memory.read(examples, examples["event_seconds"]).items():
-        assert found[f"fm_{key}_count"] == read.count.tolist() and read.count.max() > 1
+        assert computed[f"fm_{key}_count"] == read.count.tolist() and read.count.max() > 1
         for name in ("mean", "last", "decayed_mean", "days_since"):
-            column = np.array(found[f"fm_{key}_{name}"], np.float64)
+            column = np.array(computed[f"fm_{key}_{name}"], np.float64)
             # of float32, and of sums of at most 150 normal numbers in float64
             np.testing.assert_allclose(getattr(read, name).ravel(), column, 2.0**-24, 1e-12)
-        values = [v for row in found[f"fm_{key}_values"] for v in row]
+        values = [v for row in computed[f"fm_{key}_values"] for v in row]
         assert values == read.vectors.ravel().tolist()
 
 
@@ -106,21 +106,21 @@ def test_embeddings_are_bytes_in_sequences(tmp_path: Path) -> None:
     made = with_outputs(store, examples=pa.table(examples))
     made.execute(f"CREATE TABLE events AS {events_sql(store, 'fm', embeddings=True)}")
     format = MemoryFormat(name="fm", keys=[["user_id"]], width=2, length=4)
-    found = columns(made, format)
+    computed = columns(made, format)
     features = ["count", "days_since", "values", "ages_days"]
-    assert [*found] == [*examples, *(f"fm_user_id_{name}" for name in features)]
+    assert [*computed] == [*examples, *(f"fm_user_id_{name}" for name in features)]
     events = cases.events_of(store, 0, embeddings=True)
     vectors = [decode(np.frombuffer(e["value"], np.uint8), "float16") for e in events]
     parts = {"user_id": [e["user_id"] for e in events]}, [e["event_seconds"] for e in events]
     expected = brute_force((*parts, vectors), (examples, examples["event_seconds"]), format)
     for row, reference in enumerate(expected["user_id"]):
         for name in ("count", "days_since", "ages_days"):
-            assert found[f"fm_user_id_{name}"][row] == reference[name]
-        values = found["fm_user_id_values"][row]
+            assert computed[f"fm_user_id_{name}"][row] == reference[name]
+        values = computed["fm_user_id_values"][row]
         assert [decode(np.frombuffer(v, np.uint8), "float16").tolist() for v in values] == (
             reference["values"]
         )
-    assert len(found["fm_user_id_values"][0]) == 4 and found["fm_user_id_values"][3] == []
+    assert len(computed["fm_user_id_values"][0]) == 4 and computed["fm_user_id_values"][3] == []
 
 
 def test_the_present_and_the_future_change_nothing() -> None:
@@ -135,8 +135,8 @@ def test_the_present_and_the_future_change_nothing() -> None:
     at = examples["event_seconds"].to_numpy()
     asked = examples.filter(at <= now)
     changed = events.set_column(4, "value", pa.array(values.tolist(), pa.float64()))
-    found = [columns(engine(events=e, examples=asked), format) for e in (events, changed)]
-    assert repr(found[0]) == repr(found[1])
+    computed = [columns(engine(events=e, examples=asked), format) for e in (events, changed)]
+    assert repr(computed[0]) == repr(computed[1])
     all_rows = [columns(engine(events=e, examples=examples), format) for e in (events, changed)]
     assert repr(all_rows[0]) != repr(all_rows[1])
 
@@ -150,8 +150,8 @@ def test_a_snapshot_of_later_than_the_example_is_not_used(tmp_path: Path) -> Non
     examples = pa.table({"user_id": [7] * 3, "event_seconds": times, "number": [0, 1, 2]})
     made = with_outputs(store, examples=examples)
     made.execute(f"CREATE VIEW events AS {events_sql(store, 'fm')}")
-    found = columns(made, MemoryFormat(name="fm", keys=[["user_id"]]))
-    assert found["fm_user_id_last"] == [None, None, 1.5]
+    computed = columns(made, MemoryFormat(name="fm", keys=[["user_id"]]))
+    assert computed["fm_user_id_last"] == [None, None, 1.5]
 
 
 def test_one_table_of_labels_with_names_that_need_quotes() -> None:
@@ -167,12 +167,14 @@ def test_one_table_of_labels_with_names_that_need_quotes() -> None:
     made.register("rows", rows)
     made.execute('CREATE TABLE "a b"."or`der" AS FROM rows')
     table = "a b.or`der"
-    found = columns(made, format, events=table, examples=table, **names)
+    computed = columns(made, format, events=table, examples=table, **names)
     dicts = [{**row, "example_id": row["order"]} for row in rows.to_pylist()]
-    kept = np.array([row["select"] is not None for row in dicts])
-    found = {name: [v for v, k in zip(c, kept, strict=True) if k] for name, c in found.items()}
-    examples = rows.filter(kept).to_pydict()
-    cases.check(found, dicts, examples, format, event_seconds="select", value="label of t")
+    has_time = np.array([row["select"] is not None for row in dicts])
+    computed = {
+        name: [v for v, k in zip(c, has_time, strict=True) if k] for name, c in computed.items()
+    }
+    examples = rows.filter(has_time).to_pydict()
+    cases.check(computed, dicts, examples, format, event_seconds="select", value="label of t")
 
 
 def test_years_of_short_half_lives_are_no_overflow() -> None:
@@ -184,9 +186,9 @@ def test_years_of_short_half_lives_are_no_overflow() -> None:
     rows = pa.table(table)
     for half_life_seconds in (600.0, 1e5, 2e6, 1e12, 1e30):
         format = MemoryFormat(name="fm", keys=[["user_id"]], half_life_seconds=half_life_seconds)
-        found = columns(engine(events=rows, examples=rows), format)
-        assert all(map(math.isfinite, found["fm_user_id_decayed_mean"][1:]))
-        cases.check(found, rows.to_pylist(), table, format)
+        computed = columns(engine(events=rows, examples=rows), format)
+        assert all(map(math.isfinite, computed["fm_user_id_decayed_mean"][1:]))
+        cases.check(computed, rows.to_pylist(), table, format)
 
 
 def test_no_product_of_tables_is_made() -> None:

@@ -1,4 +1,4 @@
-"""ExFMMetrics on one rank: missing labels, weights, ties, what is not defined, what is refused."""
+"""ExFMMetrics on one rank: missing labels, weights, ties, undefined metrics, refused inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rank_checks_metrics as of_metrics
+import rank_checks_metrics as metrics_checks
 import torch
 from costs import Costs
 from models import CPU, make_teacher
@@ -30,7 +30,7 @@ def metrics_of(*tasks: Task, **options: Any) -> ExFMMetrics:
 
 
 def steps(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """(B, T) logits, many of them equal, and labels."""
+    """Return logits (B, T), many of them equal, and labels."""
     generator = torch.Generator().manual_seed(seed)
     shape = (STEPS, SIZE, len(TASKS))
     logits = torch.randn(shape, generator=generator).mul(2).round() / 2
@@ -39,7 +39,7 @@ def steps(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 def cut(feed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
-    """Of metrics of each task alone, of batches with as many of each example as its weight."""
+    """Compute the metrics of each task alone, with each example repeated by its weight."""
     alone = [metrics_of(task) for task in TASKS]
     for logits, labels, weights in feed:
         for t, metrics in enumerate(alone):
@@ -49,21 +49,21 @@ def cut(feed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
     return {name: value for metrics in alone for name, value in metrics.compute().items()}
 
 
-def assert_figures(found: dict[str, float], expected: dict[str, float]) -> None:
-    assert found == pytest.approx(expected, rel=1e-9, abs=0, nan_ok=True)
+def assert_figures(actual: dict[str, float], expected: dict[str, float]) -> None:
+    assert actual == pytest.approx(expected, rel=1e-9, abs=0, nan_ok=True)
 
 
 # ---- Missing labels and weights ----
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # where all of a task are missing
-@pytest.mark.parametrize("of_tasks", list(itertools.product((0.0, 0.4, 1.0), repeat=3)))
-def test_a_missing_label_leaves_the_example_out(of_tasks: tuple[float, ...]) -> None:
-    """None, some or all of each task's, and the others are counted as they were."""
+@pytest.mark.parametrize("shares", list(itertools.product((0.0, 0.4, 1.0), repeat=3)))
+def test_a_missing_label_leaves_the_example_out(shares: tuple[float, ...]) -> None:
+    """With none, some or all of a task's labels missing, the others count as before."""
     generator = torch.Generator().manual_seed(1)
     metrics, feed = metrics_of(*TASKS), []
     for logits, labels in steps():
-        labels[torch.rand(labels.shape, generator=generator) < torch.tensor(of_tasks)] = torch.nan
+        labels[torch.rand(labels.shape, generator=generator) < torch.tensor(shares)] = torch.nan
         metrics.update((LOSS, logits, labels))
         feed.append((logits, labels, torch.ones_like(labels)))
     assert_figures(metrics.compute(), cut(feed))
@@ -77,7 +77,7 @@ def test_a_batch_without_labels_changes_nothing() -> None:
     nothing = torch.full_like(labels, torch.nan)
     metrics.update((LOSS, logits, nothing))
     metrics.update((LOSS, logits, labels), weights=torch.zeros(SIZE))
-    metrics.update((LOSS, nothing, nothing))  # nor does what the student says of it
+    metrics.update((LOSS, nothing, nothing))  # and the student's logits are NaN, too
     metrics.update((LOSS, logits[:0], labels[:0]))
     assert metrics.compute() == before
 
@@ -90,18 +90,18 @@ GIVERS: dict[str, Callable[[ExFMMetrics, Tensor, Tensor, Tensor], None]] = {
 
 
 @pytest.mark.parametrize("giver", GIVERS)
-@pytest.mark.parametrize("of_each_task", [False, True])
+@pytest.mark.parametrize("by_task", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.float64])
 def test_a_weight_is_how_often_an_example_counts(
-    giver: str, of_each_task: bool, dtype: torch.dtype
+    giver: str, by_task: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     metrics, feed = metrics_of(*TASKS), []
     for logits, labels in steps():
         labels[torch.rand(labels.shape, generator=generator) < 0.2] = torch.nan
-        shape = (SIZE, len(TASKS) if of_each_task else 1)
+        shape = (SIZE, len(TASKS) if by_task else 1)
         weights = torch.randint(3, shape, generator=generator).to(dtype)
-        GIVERS[giver](metrics, logits, labels, weights if of_each_task else weights[:, 0])
+        GIVERS[giver](metrics, logits, labels, weights if by_task else weights[:, 0])
         feed.append((logits, labels, weights.expand_as(labels)))
     assert_figures(metrics.compute(), cut(feed))
 
@@ -118,23 +118,25 @@ def test_teachers_reach_is_of_all_examples() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_auc_is_that_of_the_pairs_in_any_order(weighted: bool) -> None:
-    """Of logits that are rounded to bfloat16, so that many are equal."""
+    """Logits are rounded to bfloat16, so that many are equal."""
     generator = torch.Generator().manual_seed(3)
     labels = (torch.rand(2000, generator=generator) < 0.3).float()
     logits = (torch.randn(2000, generator=generator) + 0.1 * labels).bfloat16()
     weights = (
         torch.randint(1, 5, (2000,), generator=generator) / 4.0 if weighted else labels * 0 + 1
     )
-    expected = of_metrics.area_by_pairs(*(x.double().numpy() for x in (logits, labels, weights)))
+    expected = metrics_checks.area_by_pairs(
+        *(x.double().numpy() for x in (logits, labels, weights))
+    )
     orders = [torch.randperm(2000, generator=generator) for _ in range(3)]
     orders += [labels.argsort(), labels.argsort(descending=True)]
-    found = set()
+    areas = set()
     for order in orders:
         metrics = metrics_of(batch_size=500)
         for part in order.split(500):
             metrics.update((LOSS, logits[part], labels[part]), weights=weights[part])
-        found.add(metrics.compute()["auc/label"])
-    assert len(found) == 1 and found.pop() == pytest.approx(expected, rel=1e-6)
+        areas.add(metrics.compute()["auc/label"])
+    assert len(areas) == 1 and areas.pop() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +158,17 @@ def test_the_auc_of_a_few(logits: list[float], labels: list[float], area: float)
 
 
 def test_the_window_of_the_auc_has_a_place_for_every_example() -> None:
-    """For one without a label too; one of weight 2 has one."""
+    """An example without a label takes a place, and one of weight 2 takes one."""
     metrics = metrics_of(batch_size=2, window_size=4)
 
-    def found(labels: list[float], weight: float = 1.0) -> float:
+    def auc_after(labels: list[float], weight: float = 1.0) -> float:
         output = (LOSS, torch.tensor([1.0, 2.0]), torch.tensor(labels))
         metrics.update(output, weights=torch.full((2,), weight))
         return metrics.compute()["auc/label"]
 
-    assert found([0.0, 1.0], 2.0) == 1.0
-    assert found([torch.nan, torch.nan]) == 1.0
-    assert np.isnan(found([torch.nan, torch.nan]))  # the labels have left the window
+    assert auc_after([0.0, 1.0], 2.0) == 1.0
+    assert auc_after([torch.nan, torch.nan]) == 1.0
+    assert np.isnan(auc_after([torch.nan, torch.nan]))  # the labels have left the window
     assert not np.isnan(metrics.compute()["ne/label"])
 
 
@@ -192,10 +194,12 @@ def test_what_is_not_defined_is_nan(
     metrics = metrics_of()
     values = torch.tensor(labels)
     for _ in range(3):
-        given = None if weights is None else torch.tensor(weights)
-        metrics.update((LOSS, values * 0 + 0.3, values), weights=given)
-    found = metrics.compute()
-    assert {name.partition("/")[0] for name, value in found.items() if np.isnan(value)} == undefined
+        weight_tensor = None if weights is None else torch.tensor(weights)
+        metrics.update((LOSS, values * 0 + 0.3, values), weights=weight_tensor)
+    result = metrics.compute()
+    assert {
+        name.partition("/")[0] for name, value in result.items() if np.isnan(value)
+    } == undefined
 
 
 # ---- Going on ----
@@ -207,7 +211,7 @@ def test_going_on_with_labels_missing_and_weights() -> None:
     for at, (_, labels) in enumerate(feed):
         labels[::3] = torch.nan
         if at >= 2:
-            labels[:, 0] = torch.nan  # what was before tells that the metrics are defined
+            labels[:, 0] = torch.nan  # the metrics are defined by the steps before
     for at, (logits, labels) in enumerate(feed):
         output = (LOSS, logits, labels, torch.arange(SIZE) % 3)
         if at == 2:
@@ -216,8 +220,8 @@ def test_going_on_with_labels_missing_and_weights() -> None:
             saved = resumed
         straight.update(output)
         saved.update(output)
-    found, expected = saved.compute(), straight.compute()
-    assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    actual, expected = saved.compute(), straight.compute()
+    assert actual == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
     assert not np.isnan(expected["ne/click"])
 
 
@@ -239,11 +243,11 @@ VALUES = torch.zeros(4)
         (None, "received NoneType"),
     ],
 )
-@pytest.mark.parametrize("told", [False, True])
-def test_outputs_of_another_form(output: Any, outline: str, told: bool) -> None:
-    """Both of students and of the function that should take them to the form."""
-    metrics = metrics_of(outputs=(lambda output: output) if told else None)
-    name = r"^outputs\(output\)" if told else "^output"
+@pytest.mark.parametrize("with_function", [False, True])
+def test_outputs_of_another_form(output: Any, outline: str, with_function: bool) -> None:
+    """Wrong outputs of students, and of the function that should convert them."""
+    metrics = metrics_of(outputs=(lambda output: output) if with_function else None)
+    name = r"^outputs\(output\)" if with_function else "^output"
     with pytest.raises(TypeError, match=rf"{name} should be .*{outline}.*pass ExFMMetrics\(outp"):
         metrics.update(output)
 
@@ -263,11 +267,11 @@ def test_outputs_of_another_form(output: Any, outline: str, told: bool) -> None:
 )
 def test_what_is_refused_changes_nothing(bad: dict[str, Any], message: str) -> None:
     metrics = metrics_of()
-    given = {"logits": [1.0, 2.0], "labels": [0.0, 1.0], "weights": [1.0, 1.0]}
-    metrics.update((LOSS, *map(torch.tensor, given.values())), make_teacher(0, 2))
+    columns = {"logits": [1.0, 2.0], "labels": [0.0, 1.0], "weights": [1.0, 1.0]}
+    metrics.update((LOSS, *map(torch.tensor, columns.values())), make_teacher(0, 2))
     before = metrics.compute()
     with pytest.raises(ValueError, match=message):
-        values = map(torch.tensor, (given | bad).values())
+        values = map(torch.tensor, (columns | bad).values())
         metrics.update((LOSS, *values), make_teacher(0, 2))
     assert metrics.compute() == before
 
@@ -280,7 +284,7 @@ def test_the_task_of_an_infinite_label_is_named() -> None:
 
 
 def test_what_is_on_an_accelerator_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No operation reads a value then, and what would have been refused is left out."""
+    """No operation reads a value; what would have been refused is left out."""
     monkeypatch.setattr(exfm_tasks, "_check_values", lambda *_: None)
     metrics = metrics_of()
     labels = torch.tensor([0.0, 1.0, torch.inf, 1.0, 1.0, 1.0])
@@ -288,6 +292,6 @@ def test_what_is_on_an_accelerator_is_not_looked_at(monkeypatch: pytest.MonkeyPa
     with Costs() as costs:
         metrics.update((LOSS, torch.arange(6.0), labels, weights))
     assert not costs.syncs
-    expected = of_metrics.binary_figures(np.arange(2.0), np.array([0.0, 1.0]), np.ones(2))
-    found = {name.replace("label", "click"): value for name, value in metrics.compute().items()}
-    assert found == pytest.approx(expected, rel=1e-6)
+    expected = metrics_checks.binary_figures(np.arange(2.0), np.array([0.0, 1.0]), np.ones(2))
+    figures = {name.replace("label", "click"): value for name, value in metrics.compute().items()}
+    assert figures == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Labels that are not there yet, and examples' weights: in heads, margins and adapter."""
+"""Missing labels and examples' weights in heads, margins and adapter."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TERMS = (
 )
 
 
-class Given:
-    """What a head and an adapter are given, in float64 but for the teacher's outputs."""
+class Inputs:
+    """The inputs of a head and an adapter, in float64 except for the teacher outputs."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -45,8 +45,8 @@ class Given:
         self.adapted = self.teacher.values.double() + 0.1
         self.weights: Tensor | None = None
 
-    def rows(self, index: Any) -> Given:
-        """Some of the examples, in that order."""
+    def rows(self, index: Any) -> Inputs:
+        """Return some of the examples, in that order."""
         part = copy.copy(self)
         part.labels, part.serving = self.labels[index], self.serving[index]
         part.shared, part.adapted = self.shared[index], self.adapted[index]
@@ -60,70 +60,72 @@ def make_head() -> AuxiliaryHead:
     return AuxiliaryHead(D, terms=TERMS, tasks=TASKS).double()
 
 
-def taught(head: AuxiliaryHead, given: Given, steps: int = 3) -> list[Tensor]:
-    """The last of some steps: losses, gradients, running means."""
+def taught(head: AuxiliaryHead, inputs: Inputs, steps: int = 3) -> list[Tensor]:
+    """Take some steps; return the last one's losses, gradients and running means."""
     for _ in range(steps):
-        shared, serving = given.shared.requires_grad_(), given.serving.requires_grad_()
+        shared, serving = inputs.shared.requires_grad_(), inputs.serving.requires_grad_()
         loss, losses = head(
             shared,
-            given.teacher,
+            inputs.teacher,
             serving=serving,
-            adapted=given.adapted,
-            labels=given.labels,
-            weights=given.weights,
+            adapted=inputs.adapted,
+            labels=inputs.labels,
+            weights=inputs.weights,
         )
         gradients = torch.autograd.grad(loss, [shared, serving, *head.parameters()])
     return [loss, losses, *gradients, *(means.clone() for means in head.lead_losses)]
 
 
-def adapter_taught(given: Given) -> list[Tensor]:
-    """The loss, its gradients, and the outputs after a step."""
+def adapter_taught(inputs: Inputs) -> list[Tensor]:
+    """Return the adapter's loss, its gradients, and the outputs after a step."""
     torch.manual_seed(1)
     adapter = StudentAdapter(tasks=TASKS, hidden=(4,))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    loss = adapter.loss(adapter(given.teacher), given.teacher, given.labels, weights=given.weights)
+    loss = adapter.loss(
+        adapter(inputs.teacher), inputs.teacher, inputs.labels, weights=inputs.weights
+    )
     gradients = torch.autograd.grad(loss, list(adapter.parameters()))
     sgd = torch.optim.SGD(adapter.parameters(), lr=0.1)
-    outputs = adapter_step(adapter, sgd, given.teacher, given.labels, weights=given.weights)
+    outputs = adapter_step(adapter, sgd, inputs.teacher, inputs.labels, weights=inputs.weights)
     return [loss, *gradients, outputs]
 
 
-@pytest.mark.parametrize("what", ["one task", "both", "all", "all of one task"])
-def test_a_missing_label_is_cut_out_of_the_margins_means_alone(what: str) -> None:
-    """Outputs teach without it: the loss itself differs by the margin's means only."""
-    given, head = Given(), make_head()
-    whole = copy.deepcopy(given)
-    missing = missing_of(what)
-    given.labels[missing] = NAN
-    taught(head, given)
+@pytest.mark.parametrize("case", ["one task", "both", "all", "all of one task"])
+def test_a_missing_label_is_cut_out_of_the_margins_means_alone(case: str) -> None:
+    """Outputs without a label still teach: the loss differs only by the margin's means."""
+    inputs, head = Inputs(), make_head()
+    complete = copy.deepcopy(inputs)
+    missing = missing_of(case)
+    inputs.labels[missing] = NAN
+    taught(head, inputs)
     adapted, minutes = head.lead_losses
     means = torch.stack([adapted[:, 0], adapted[:, 1], minutes[:, 0]])
-    for k, (t, source) in enumerate([(0, given.adapted), (1, given.adapted), (1, None)]):
-        values = given.teacher.values.double() if source is None else source
-        here = given.teacher.presence[:, 0, t] & ~missing[:, t]
+    for k, (t, source) in enumerate([(0, inputs.adapted), (1, inputs.adapted), (1, None)]):
+        values = inputs.teacher.values.double() if source is None else source
+        here = inputs.teacher.presence[:, 0, t] & ~missing[:, t]
         expected = [
-            mean_loss(t, z[here].detach(), whole.labels[here, t])
-            for z in (values[:, 0, t], given.serving[:, t])
+            mean_loss(t, z[here].detach(), complete.labels[here, t])
+            for z in (values[:, 0, t], inputs.serving[:, t])
         ]
         running = (1 - 0.99**3) * torch.stack(expected)
         torch.testing.assert_close(means[k].double(), running, rtol=1e-6, atol=1e-7)
-    for value in taught(head, given):
+    for value in taught(head, inputs):
         assert value.isfinite().all()
 
 
-def missing_of(what: str) -> Tensor:
+def missing_of(case: str) -> Tensor:
     some = torch.rand(B, 2, generator=torch.Generator().manual_seed(3)) < 0.4
     return {
         "one task": some & torch.tensor([True, False]),
         "both": some,
         "all": torch.ones_like(some),
         "all of one task": torch.tensor([False, True]).expand(B, 2),
-    }[what]
+    }[case]
 
 
 def mean_loss(task: int, outputs: Tensor, labels: Tensor) -> Tensor:
-    """0 for none, by a formula of its own."""
+    """Return the mean loss by another formula; 0 without examples."""
     if not len(outputs):
         return outputs.sum()
     if TASKS[task].regression:
@@ -132,39 +134,39 @@ def mean_loss(task: int, outputs: Tensor, labels: Tensor) -> Tensor:
     return -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
 
 
-@pytest.mark.parametrize("what", ["one task", "both", "all", "all of one task"])
-def test_the_adapters_loss_is_over_the_labels_that_are_there(what: str) -> None:
-    given, missing = Given(), missing_of(what)
-    whole = copy.deepcopy(given)
-    given.labels[missing] = NAN
-    loss, *rest = adapter_taught(given)
+@pytest.mark.parametrize("case", ["one task", "both", "all", "all of one task"])
+def test_the_adapters_loss_is_over_the_labels_that_are_there(case: str) -> None:
+    inputs, missing = Inputs(), missing_of(case)
+    complete = copy.deepcopy(inputs)
+    inputs.labels[missing] = NAN
+    loss, *rest = adapter_taught(inputs)
     torch.manual_seed(1)
     adapter = StudentAdapter(tasks=TASKS, hidden=(4,))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    outputs = adapter(given.teacher)[:, 0].detach().double()
+    outputs = adapter(inputs.teacher)[:, 0].detach().double()
     expected = sum(
-        mean_loss(t, outputs[here, t], whole.labels[here, t]) / 2
+        mean_loss(t, outputs[here, t], complete.labels[here, t]) / 2
         for t in range(2)
-        for here in [given.teacher.presence[:, 0, t] & ~missing[:, t]]
+        for here in [inputs.teacher.presence[:, 0, t] & ~missing[:, t]]
     )
     assert loss.item() == pytest.approx(float(expected), rel=1e-6)
     assert all(value.isfinite().all() for value in rest)
-    assert bool(rest[0].any()) == (what != "all")
+    assert bool(rest[0].any()) == (case != "all")
 
 
-@pytest.mark.parametrize("of", [taught, adapter_taught])
-def test_examples_without_any_label_are_those_cut_out(of: Any) -> None:
-    """Of the adapter, where nothing else learns from them, and of the margin's means."""
-    given = Given()
+@pytest.mark.parametrize("teach", [taught, adapter_taught])
+def test_examples_without_any_label_are_those_cut_out(teach: Any) -> None:
+    """For the adapter, which learns only from labels, and for the margin's means."""
+    inputs = Inputs()
     missing = torch.arange(B) % 3 == 0
-    given.labels[missing] = NAN
-    cut = given.rows(~missing)
-    if of is adapter_taught:
-        actual, expected = adapter_taught(given)[:-1], adapter_taught(cut)[:-1]
+    inputs.labels[missing] = NAN
+    cut = inputs.rows(~missing)
+    if teach is adapter_taught:
+        actual, expected = adapter_taught(inputs)[:-1], adapter_taught(cut)[:-1]
     else:
         heads = make_head(), make_head()
-        taught(heads[0], given), taught(heads[1], cut)
+        taught(heads[0], inputs), taught(heads[1], cut)
         actual, expected = heads[0].lead_losses, heads[1].lead_losses
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
@@ -172,45 +174,45 @@ def test_examples_without_any_label_are_those_cut_out(of: Any) -> None:
 @pytest.mark.parametrize("by_task", [False, True])
 def test_weights_leave_out_and_repeat(by_task: bool) -> None:
     """0 equals leaving the example out, 2 equals having it twice: in losses, gradients, means."""
-    given = Given()
+    inputs = Inputs()
     weights = torch.tensor([1.0, 0.0, 2.0] * (B // 3))
-    given.weights = weights.unsqueeze(1).expand(B, 2) if by_task else weights
+    inputs.weights = weights.unsqueeze(1).expand(B, 2) if by_task else weights
     rows = torch.arange(B).repeat_interleave(weights.int())
-    repeated = given.rows(rows)
+    repeated = inputs.rows(rows)
     repeated.weights = None
 
-    actual = taught(make_head(), given)
+    actual = taught(make_head(), inputs)
     loss, losses, shared, serving, *rest = taught(make_head(), repeated)
     gradients = [
         torch.zeros(B, value.shape[1]).double().index_add_(0, rows, value)
         for value in (shared, serving)
     ]
     torch.testing.assert_close(actual, [loss, losses, *gradients, *rest], rtol=1e-6, atol=1e-7)
-    loss, *gradients, _ = adapter_taught(given)
+    loss, *gradients, _ = adapter_taught(inputs)
     expected, *others, _ = adapter_taught(repeated)
     torch.testing.assert_close([loss, *gradients], [expected, *others], rtol=1e-5, atol=1e-6)
 
 
 def test_weights_by_task_are_each_tasks_own() -> None:
-    given = Given()
+    inputs = Inputs()
     weights = torch.rand(B, 2, generator=torch.Generator().manual_seed(5))
     weights[::4, 0] = 0.0
-    given.weights = weights
+    inputs.weights = weights
     head = make_head()
     head(
-        given.shared,
-        given.teacher,
-        serving=given.serving,
-        adapted=given.adapted,
-        labels=given.labels,
+        inputs.shared,
+        inputs.teacher,
+        serving=inputs.serving,
+        adapted=inputs.adapted,
+        labels=inputs.labels,
         weights=weights,
     )
     adapted, _ = head.lead_losses
     for t in range(2):
-        w = weights[:, t].double() * given.teacher.presence[:, 0, t]
-        for row, z in enumerate((given.adapted[:, 0, t], given.serving[:, t])):
+        w = weights[:, t].double() * inputs.teacher.presence[:, 0, t]
+        for row, z in enumerate((inputs.adapted[:, 0, t], inputs.serving[:, t])):
             losses = torch.stack(
-                [mean_loss(t, z[b : b + 1], given.labels[b : b + 1, t]) for b in range(B)]
+                [mean_loss(t, z[b : b + 1], inputs.labels[b : b + 1, t]) for b in range(B)]
             )
             expected = 0.01 * (w * losses).sum() / w.sum()
             assert adapted[row, t].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -218,12 +220,12 @@ def test_weights_by_task_are_each_tasks_own() -> None:
 
 @pytest.mark.parametrize("poison", [INF, -INF])
 def test_infinite_labels_are_refused_by_the_tasks_name(poison: float) -> None:
-    given = Given()
-    given.labels[4, 1] = poison
+    inputs = Inputs()
+    inputs.labels[4, 1] = poison
     message = rf"labels should be finite, or NaN.*received {poison} for example 4, task 'minutes'"
-    for of in (adapter_taught, lambda given: taught(make_head(), given)):
+    for teach in (adapter_taught, lambda inputs: taught(make_head(), inputs)):
         with pytest.raises(ValueError, match=message):
-            of(given)
+            teach(inputs)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +240,11 @@ def test_infinite_labels_are_refused_by_the_tasks_name(poison: float) -> None:
     ],
 )
 def test_wrong_weights_are_refused(weights: Any, message: str) -> None:
-    given = Given()
-    given.weights = weights
-    for of in (adapter_taught, lambda given: taught(make_head(), given)):
+    inputs = Inputs()
+    inputs.weights = weights
+    for teach in (adapter_taught, lambda inputs: taught(make_head(), inputs)):
         with pytest.raises(ValueError, match=message):
-            of(given)
+            teach(inputs)
 
 
 def pipeline_of(labels: Tensor, **options: Any) -> TrainPipelineExFM[Any, Any]:
@@ -287,7 +289,7 @@ def test_weights_are_read_from_the_batch_by_a_function() -> None:
         batches = iter([make_batch(step) for step in range(3)])
         losses = [float(pipeline.progress(batches)[0]) for _ in range(3)]
         students.append((losses, [value.clone() for value in pipeline._model.student.parameters()]))
-    torch.testing.assert_close(*students, rtol=0, atol=0)  # of weight 0 is what is not there
+    torch.testing.assert_close(*students, rtol=0, atol=0)  # weight 0 equals absence
 
 
 def test_labels_and_outputs_of_another_length_are_both_named() -> None:

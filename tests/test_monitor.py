@@ -1,4 +1,4 @@
-"""RunMonitor: each point of each curve against its own reference, the console line, the cost."""
+"""RunMonitor: every point of every curve against a reference, the console line, the cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import das_data as dd
 import numpy as np
 import pytest
-import rank_checks_metrics as of_metrics
+import rank_checks_metrics as metrics_checks
 import rank_models as rm
 import torch
 from costs import Costs
@@ -73,7 +73,7 @@ class Run:
     """A training with two teachers and two tasks, which records each step."""
 
     def __init__(self) -> None:
-        self.data = of_metrics.clicked(rm.global_data(steps=STEPS))
+        self.data = metrics_checks.clicked(rm.global_data(steps=STEPS))
         self.wrapper = rm.wrapped(terms=TERMS)
         optimizer = torch.optim.SGD(self.wrapper.parameters(), lr=0.2)
         self.pipeline = TrainPipelineExFM(
@@ -95,7 +95,7 @@ class Run:
             batch, adapter = self.data[len(self.outputs)], copy.deepcopy(self.pipeline.adapter)
             assert adapter is not None
             self.adapter.append(
-                of_metrics.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
+                metrics_checks.expected_adapter_loss(adapter, rm.informed(batch), batch.labels)
             )
             output = self.pipeline.progress(self._batches)
             loss, logits, labels = (value.clone() for value in output)
@@ -117,8 +117,8 @@ class Run:
         """Return the scalars after step ``end``, where the last writing was after ``begin``."""
         interval = slice(begin, end)
         return {
-            **of_metrics.expected_metrics(self.outputs[:end], self.data[:end]),
-            **of_metrics.expected_losses(TERMS, self.terms[interval], self.data[interval]),
+            **metrics_checks.expected_metrics(self.outputs[:end], self.data[:end]),
+            **metrics_checks.expected_losses(TERMS, self.terms[interval], self.data[interval]),
             "student_loss": sum(self.student[interval]) / (end - begin),
             "adapter_loss": sum(self.adapter[interval]) / (end - begin),
             "teacher_failures": 0,
@@ -205,7 +205,7 @@ def test_scalars_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adapted_run(labels: Tensor) -> tuple[TrainPipelineExFM, ExFMMetrics]:
-    """One teacher, whose adapter learns from these labels; the student has its own."""
+    """Return a run of one teacher whose adapter learns from these labels."""
     terms = DistillationTerm(), DistillationTerm(adapted=True)
     return small_run(*terms, adapter=StudentAdapter(), labels=lambda batch: labels)
 
@@ -246,7 +246,7 @@ def test_watching_the_adapter_changes_nothing() -> None:
 
 
 def test_watching_the_adapter_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the checks of labels, which look at values on the CPU alone."""
+    """Only the checks of labels read values, and only on the CPU."""
     monkeypatch.setattr(tasks_module, "_check_values", lambda *_: None)
     costs = {}
     for watched in (True, False):
@@ -332,7 +332,7 @@ def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
 def small_run(
     *terms: DistillationTerm, teacher: Any = None, **options: Any
 ) -> tuple[TrainPipelineExFM, ExFMMetrics]:
-    """One teacher, one task, batches of 8."""
+    """Return a run of one teacher and one task with batches of 8."""
     wrapper = ExFMWrapper(dlrm_train(), tap="model.over_arch", terms=terms or (DistillationTerm(),))
     pipeline = TrainPipelineExFM(
         wrapper,
@@ -408,7 +408,7 @@ def test_failures_of_a_teacher_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[list[str], RunMonitor]:
-    """Return each drawing of the line, in seven steps with a writing each, and the monitor."""
+    """Return the drawings of the line in seven steps, each written, and the monitor."""
     pipeline, metrics = small_run()
     feed = batches()
     options = {"every_steps": 1, "total_examples": 8 * STEPS, **options}
@@ -495,7 +495,7 @@ def test_outputs_by_name() -> None:
     with RunMonitor(pipeline, metrics, progress=False) as monitor:
         output = pipeline.progress(batches())
         monitor.step(output)
-    expected = of_metrics.binary_figures(
+    expected = metrics_checks.binary_figures(
         output["score"].double().flatten().numpy(), np.array(clicked), np.ones(8)
     )
     for name, value in expected.items():

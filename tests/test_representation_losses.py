@@ -48,7 +48,7 @@ def make_inputs(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> LossInputs:
-    """Examples of some seven items; what is absent is NaN or infinite."""
+    """Return examples of about seven items; absent values are NaN or infinite."""
     generator = torch.Generator().manual_seed(5)
     outputs, values = (
         scale * torch.randn(SIZE, tasks, WIDTH, generator=generator, dtype=torch.float64)
@@ -204,22 +204,22 @@ def test_scores_are_of_float32_under_autocast(name: str) -> None:
 
 
 def test_queries_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many scores are held at a time, losses and gradients are the same."""
+    """Losses and gradients do not depend on the number of scores held at a time."""
     for name in ("divergence", "positives"):
         inputs = make_inputs(name, weighted=True, corrected=True)
-        whole = with_gradient(LOSSES[name][0], inputs)
+        unblocked = with_gradient(LOSSES[name][0], inputs)
         with monkeypatch.context() as patched:
             patched.setattr("torchrec_exfm.losses.two_towers.SCORES", 7 * SIZE)
             parts = with_gradient(LOSSES[name][0], inputs)
-        for part, one in zip(parts, whole, strict=True):
-            torch.testing.assert_close(part, one, rtol=1e-12, atol=1e-15)
+        for part, expected in zip(parts, unblocked, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-15)
 
 
 @names
 def test_a_loss_travels_to_other_processes(name: str) -> None:
-    again = pickle.loads(pickle.dumps(DistillationTerm(loss=LOSSES[name][0]))).loss
+    unpickled = pickle.loads(pickle.dumps(DistillationTerm(loss=LOSSES[name][0]))).loss
     inputs = make_inputs(name)
-    assert torch.equal(again(inputs), LOSSES[name][0](inputs))
+    assert torch.equal(unpickled(inputs), LOSSES[name][0](inputs))
 
 
 def head_of(
@@ -231,9 +231,11 @@ def head_of(
 
 def make_outputs(size: int = 12, width: int = WIDTH) -> TeacherOutputs:
     torch.manual_seed(3)
-    presence, there = torch.rand(size, 2, 2) < 0.7, torch.rand(size, 2) < 0.6
+    presence, embedding_presence = torch.rand(size, 2, 2) < 0.7, torch.rand(size, 2) < 0.6
     values, embeddings = torch.randn(size, 2, 2), torch.randn(size, 2, width)
-    return TeacherOutputs(values, presence, embeddings=embeddings, embedding_presence=there)
+    return TeacherOutputs(
+        values, presence, embeddings=embeddings, embedding_presence=embedding_presence
+    )
 
 
 def term_of(name: str, **options: Any) -> DistillationTerm:
@@ -259,11 +261,11 @@ def test_a_term_gives_its_loss_what_is_present(name: str, beta: float) -> None:
     )
     expected = []
     for t in range(2):
-        there = (
+        present = (
             teacher.presence[:, 1, t] if name == "positives" else teacher.embedding_presence[:, 1]
         )  # type: ignore[index]
         values = teacher.values[:, 1, t] if name == "positives" else teacher.embeddings[:, 1]  # type: ignore[index]
-        rows = there.nonzero().flatten().tolist()
+        rows = present.nonzero().flatten().tolist()
         keys = (ids.tolist(), [0.0] * 12) if LOSSES[name][0].needs_candidates else ()
         sums = LOSSES[name][1](
             projected.double(), values.double(), weights[:, t].tolist(), rows, *keys
@@ -282,9 +284,9 @@ def test_tasks_with_towers_of_their_own_have_a_projection_each() -> None:
     head = head_of(term_of("squared"), in_features={"buy": 3, "click": 4})
     teacher, shared = make_outputs(), [torch.randn(12, 3), torch.randn(12, 4)]
     _, losses = head(shared, teacher)
-    there = teacher.embedding_presence[:, 1]  # type: ignore[index]
+    present = teacher.embedding_presence[:, 1]  # type: ignore[index]
     expected = [
-        (projection(x) - teacher.embeddings[:, 1]).square().mean(1)[there].mean()  # type: ignore[index]
+        (projection(x) - teacher.embeddings[:, 1]).square().mean(1)[present].mean()  # type: ignore[index]
         for projection, x in zip(head.term_losses[0].heads, shared, strict=True)
     ]
     assert [head.term_losses[0].heads[i].mlp[0].in_features for i in (0, 1)] == [3, 4]
@@ -297,7 +299,7 @@ def test_tasks_with_towers_of_their_own_have_a_projection_each() -> None:
 
 @names
 def test_a_batch_without_embeddings_teaches_nothing(name: str) -> None:
-    """What a masked failure of the teacher gives; but outputs that never had any are refused."""
+    """As after a masked failure of the teacher. Outputs that never had embeddings are refused."""
     shared = torch.randn(3, 4, requires_grad=True)
     head = head_of(term_of(name))
     ids = torch.arange(3)

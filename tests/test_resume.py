@@ -1,6 +1,6 @@
-"""A student's training killed at any moment and gone on with, as if nothing had happened.
+"""A student's training that is killed at any moment resumes as if nothing had happened.
 
-FAULT_KILLS says how often it is killed; ``-s`` shows where the kills fell.
+FAULT_KILLS is the number of kills; ``-s`` shows their moments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAVES = jobs.STEPS // jobs.SAVE_STEPS
 
 
 class Attempts:
-    """The training in a folder, started as often as it takes."""
+    """The training in a folder, restarted until it ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,29 +32,29 @@ class Attempts:
         (folder / "checkpoints").mkdir(parents=True)
 
     def run(self, world_size: int, job: fault_jobs.Job = jobs.training) -> list[jobs.End]:
-        """Run it to its end; what each rank ends with."""
+        """Run the training to its end; return each rank's final state."""
         return [process.result() for process in self._start(world_size, job)]
 
     def kill_after(self, saves: int, seconds: float) -> bool:
-        """Start it and kill both ranks a while after so many saves; False if it ended before."""
+        """Start it and kill both ranks a while after some saves; False if it ended before."""
         wanted = self.newest() + saves
         processes = self._start(2, jobs.training)
-        while self.newest() < wanted and all(each.process.is_alive() for each in processes):
+        while self.newest() < wanted and all(fork.process.is_alive() for fork in processes):
             time.sleep(0.001)
         time.sleep(seconds)
-        running = all(each.process.is_alive() for each in processes)
+        running = all(fork.process.is_alive() for fork in processes)
         random.shuffle(processes)
-        for each in processes:
+        for fork in processes:
             if running:
-                each.kill()
+                fork.kill()
                 time.sleep(random.choice((0.0, 0.05 * random.random())))  # the other may go on
             else:
-                each.result()  # raises what went wrong
+                fork.result()  # raises what went wrong
         self.kills += [self.newest()] * running
         return running
 
     def newest(self) -> int:
-        """The number of the newest checkpoint that is complete; 0 for none."""
+        """Return the number of the newest complete checkpoint; 0 for none."""
         folder = self.folder / "checkpoints"
         names = [name for name in os.listdir(folder) if (folder / name / "metadata.json").exists()]
         return max(map(int, names), default=0)
@@ -65,22 +65,22 @@ class Attempts:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """It ends with the same weights, states, metrics and random numbers, to the bit."""
+    """Weights, states, metrics and random numbers end equal to the bit."""
     expected = Attempts(tmp_path / "whole").run(2)
     between_saves = expected[0].seconds / SAVES
     landed: list[int] = []
-    rounds = itertools.count()  # of which one lands no kill if the training ends too soon
+    rounds = itertools.count()  # a round lands no kill if the training ends too soon
     while len(landed) < KILLS:
         attempts = Attempts(tmp_path / f"killed-{next(rounds)}")
-        of_round = min(KILLS_A_ROUND, KILLS - len(landed))
-        while len(attempts.kills) < of_round:
+        kills_of_round = min(KILLS_A_ROUND, KILLS - len(landed))
+        while len(attempts.kills) < kills_of_round:
             saves = random.randint(0, 2 * SAVES // (KILLS_A_ROUND + 1))
             if not attempts.kill_after(saves, 2 * between_saves * random.random()):
                 break
         ends = attempts.run(2)
         assert [end.everything for end in ends] == [end.everything for end in expected]
-        for end, of_whole in zip(ends, expected, strict=True):
-            assert end.losses == of_whole.losses[len(of_whole.losses) - len(end.losses) :]
+        for end, straight in zip(ends, expected, strict=True):
+            assert end.losses == straight.losses[len(straight.losses) - len(end.losses) :]
         landed += attempts.kills
     print(f"\nkilled after {landed} of {SAVES} saves, {between_saves:.2f} s apart")
 
@@ -100,5 +100,5 @@ def test_resumed_on_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def _losses(ends: list[jobs.End]) -> torch.Tensor:
-    """Of each step, over the examples of all ranks."""
+    """Return the loss of each step over the examples of all ranks."""
     return torch.tensor([end.losses for end in ends], dtype=torch.float64).mean(0)

@@ -1,4 +1,4 @@
-"""What users do that is not in the book: each was once wrong, silently or with a bare error."""
+"""Unusual uses: each was once wrong silently, or with an unhelpful error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Gated(nn.Module):
 
 
 class GatedTrain(nn.Module):
-    """Calls its head by keywords, in another order than the head's own."""
+    """Calls its head by keywords in another order than the head's signature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_an_empty_batch_passes(shape: tuple[int, ...]) -> None:
 
 
 def test_outputs_are_a_copy_of_what_they_are_made_from() -> None:
-    """A loader may fill the same column again, or have cut a small one out of a large one."""
+    """A loader may refill the same column, or slice a small one from a large one."""
     column = torch.arange(1000.0)
     outputs = TeacherOutputs(column[:3])
     column.fill_(-1)
@@ -146,7 +146,7 @@ def test_outputs_are_a_copy_of_what_they_are_made_from() -> None:
 
 
 class Giving:
-    """A source that gives one thing after the other."""
+    """A source that returns given results one after another."""
 
     def __init__(self, *started: Any) -> None:
         self.started = iter(started)
@@ -175,7 +175,7 @@ def test_a_source_that_gives_something_else_is_told(
 
 
 def test_a_step_that_failed_leaves_nothing_behind() -> None:
-    """No tap is open, no flag is set, and the batch is asked for anew."""
+    """No tap is left open, no flag set, and outputs are looked up again."""
     wrapper = ExFMWrapper(hand_train(), tap="score")
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
     forward: list[Any] = [wrapper]
@@ -245,7 +245,7 @@ def test_an_epsilon_that_can_not_work_is_refused(eps: float) -> None:
 
 
 def test_an_optimizer_of_the_bare_student_is_told() -> None:
-    """The heads would never learn, and the network would learn from them."""
+    """Untrained heads would still send gradients into the network."""
     student = dlrm_train(0)
     bare = torch.optim.SGD(student.parameters(), lr=0.1)
     wrapper = ExFMWrapper(student, tap="model.over_arch")
@@ -254,7 +254,7 @@ def test_an_optimizer_of_the_bare_student_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "told"),
+    ("present", "warns"),
     [
         ([20, 20, 20], False),
         ([64, 0, 0], True),
@@ -265,10 +265,10 @@ def test_an_optimizer_of_the_bare_student_is_told() -> None:
 )
 @pytest.mark.parametrize("regression", [False, True])
 def test_probabilities_for_logits_are_told(
-    present: list[int], told: bool, regression: bool
+    present: list[int], warns: bool, regression: bool
 ) -> None:
-    """Once, when enough outputs have come, however late and in however small batches."""
-    told = told and not regression
+    """A warning comes once, after enough outputs, however late and small the batches."""
+    warns = warns and not regression
     tasks = [Task(regression=regression)]
     wrapper = ExFMWrapper(dlrm_train(0), tap="model.over_arch", tasks=tasks)
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
@@ -284,9 +284,11 @@ def test_probabilities_for_logits_are_told(
         warnings.simplefilter("always")
         for _ in present:
             pipeline.progress(batches)
-    of_ours = [str(one.message) for one in caught if one.category is DistillationWarning]
-    assert len(of_ours) == told
-    assert not told or "all of the first 64 lie in [0, 1]" in of_ours[0]
+    messages = [
+        str(warning.message) for warning in caught if warning.category is DistillationWarning
+    ]
+    assert len(messages) == warns
+    assert not warns or "all of the first 64 lie in [0, 1]" in messages[0]
 
 
 @pytest.mark.parametrize("values", [torch.full((80,), 0.5), torch.linspace(-0.1, 1, 80)])
@@ -301,7 +303,7 @@ def test_logits_are_not_taken_for_probabilities(values: Tensor) -> None:
 
 
 class Autocast(nn.Module):
-    """A student that sees to its own precision: all of it, or the tapped part, under autocast."""
+    """A student that runs itself, or its tapped part, under autocast."""
 
     def __init__(self, dtype: torch.dtype, part: str) -> None:
         super().__init__()
@@ -361,7 +363,7 @@ def test_autocast_in_any_place(dtype: torch.dtype, part: str) -> None:
 
 
 class Told(nn.Module):
-    """A student that returns its loss and logits in a form of its own."""
+    """A student that returns loss and logits in a form of its own."""
 
     def __init__(self, form: Any) -> None:
         super().__init__()
@@ -419,11 +421,11 @@ def test_a_student_or_a_live_teacher_that_returns_a_dict_is_told_so() -> None:
         wrapper(batch)
     with pytest.raises(ValueError, match=r"outputs should take .*live teacher's .*received dict"):
         LiveTeacher(student)(make_batch())
-    told = LiveTeacher(student, outputs=lambda output: output["logits"])
-    assert told(make_batch()).values.shape == (8, 1, 1)
-    told = LiveTeacher(student, outputs=lambda output: TeacherOutputs(output["logits"], **hidden))
+    live = LiveTeacher(student, outputs=lambda output: output["logits"])
+    assert live(make_batch()).values.shape == (8, 1, 1)
+    live = LiveTeacher(student, outputs=lambda output: TeacherOutputs(output["logits"], **hidden))
     hidden = {"embeddings": torch.ones(8, 3)}
-    assert told(make_batch()).embeddings.shape == (8, 1, 3)
+    assert live(make_batch()).embeddings.shape == (8, 1, 3)
 
 
 def test_the_pipeline_is_a_generic_class_with_torchrecs_options_by_position() -> None:
@@ -468,7 +470,7 @@ def test_batches_of_any_kind_in_a_plain_loop(make: Any) -> None:
 
 
 def test_a_failing_teacher_is_not_needed_to_find_wrong_labels() -> None:
-    """Labels tell how many outputs are missing: found at the first batch, before any fault."""
+    """Wrong labels are found at the first batch, before the teacher can fail."""
     wrapper = ExFMWrapper(hand_train(), tap="score")
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
     pipeline = TrainPipelineExFM(

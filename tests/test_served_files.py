@@ -1,6 +1,6 @@
-"""Files that are served: nothing of the training in them, read without this package.
+"""Served files hold nothing of the training, and are read without this package.
 
-One process trains a student and writes it in every way of examples/serve.py; another, that has no
+One process trains a student and writes it in every way of examples/serve.py. Another, without
 torchrec_exfm, reads the files and answers requests (serve_files.py).
 """
 
@@ -42,7 +42,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 pytestmark = [
     pytest.mark.slow,  # AOTInductor calls a C++ compiler
-    # What TorchScript and torch.export say of TorchRec's, FBGEMM's and torch's own classes.
+    # Warnings of TorchScript and torch.export about TorchRec's, FBGEMM's and torch's own classes.
     pytest.mark.filterwarnings("ignore:TorchScript will treat type annotations"),
     pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
@@ -56,8 +56,8 @@ every_file = pytest.mark.parametrize(
     [pytest.param(f, marks=needs_compiler if f == COMPILED else ()) for f in serve.WAYS],
 )
 
-INLINED = 8  # AOTInductor writes tensors of so many numbers into its code
-# Of names in the package; a path may hold the package's name, as that of a clone or of its .venv.
+INLINED = 8  # AOTInductor inlines tensors of up to so many numbers into its code
+# Parts of the package's names. Paths are cut out first: that of a clone may hold the name, too.
 TRACES = (b"exfm", b"teacher", b"distil", b"adapter", b"auxiliary")
 PATHS = [str(path).lower().encode() for path in (sys.prefix, ROOT)]
 
@@ -74,13 +74,15 @@ def trained() -> Trained:
     terms = [DistillationTerm(), DistillationTerm(adapted=True)]
     wrapper = ExFMWrapper(DLRMTrain(serve.dlrm()), tap="model.over_arch", terms=terms)
     adapter = StudentAdapter()
-    optimizer, of_adapter = (torch.optim.Adagrad(m.parameters(), 0.05) for m in (wrapper, adapter))
+    optimizer, adapter_optimizer = (
+        torch.optim.Adagrad(m.parameters(), 0.05) for m in (wrapper, adapter)
+    )
     for batch in serve.random_batches(32, count=8):
-        own = ExFMBatch(batch, TeacherOutputs(torch.randn(32)))
-        adapted = adapter_step(adapter, of_adapter, own.teacher, batch.labels)
-        own.step_inputs = StepInputs(own.teacher, adapted=adapted)
+        exfm_batch = ExFMBatch(batch, TeacherOutputs(torch.randn(32)))
+        adapted = adapter_step(adapter, adapter_optimizer, exfm_batch.teacher, batch.labels)
+        exfm_batch.step_inputs = StepInputs(exfm_batch.teacher, adapted=adapted)
         optimizer.zero_grad()
-        wrapper(own)[0].backward()
+        wrapper(exfm_batch)[0].backward()
         optimizer.step()
     bare = DLRMTrain(serve.dlrm())
     bare.load_state_dict(student_state_dict(wrapper))
@@ -88,14 +90,14 @@ def trained() -> Trained:
         **prefixed("head", wrapper.auxiliary_head.state_dict()),
         **prefixed("adapter", adapter.state_dict()),
         **prefixed("sum of", {k: optimizer.state[p]["sum"] for k, p in wrapper.named_parameters()}),
-        "teacher": own.teacher.values,
+        "teacher": exfm_batch.teacher.values,
         "adapted": adapted,
     }
     return Trained(wrapper.eval(), serve.Flat(bare.model).eval(), left_behind)
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those large enough not to be found by chance."""
+    """Select tensors that are too large to be found by chance."""
     return {f"{prefix} {key}": value for key, value in tensors.items() if value.numel() >= 4}
 
 
@@ -110,7 +112,7 @@ def requests() -> list[serve.Inputs]:
 def folder(
     trained: Trained, requests: list[serve.Inputs], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Written by the example's own main, of the student that was trained here."""
+    """Write the trained student's files with the example's main."""
     folder = tmp_path_factory.mktemp("served")
     torch.save(requests, folder / "requests.pt")
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +125,7 @@ def folder(
 
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> Any:
-    """Of a process without the package: parameters and outputs, by file."""
+    """Return parameters and outputs by file, from a process without the package."""
     script = Path(__file__).with_name("serve_files.py")
     command = [sys.executable, "-I", str(script), str(ROOT / "examples"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -139,14 +141,14 @@ def test_nothing_of_the_training_is_in_the_file(file: str, folder: Path, trained
         lower = lower.replace(path, b"")
     assert [trace for trace in TRACES if trace in lower] == []
     assert [key for key, value in trained.left_behind.items() if raw(value) in contents] == []
-    # What looks for bytes finds them where they are.
+    # The search above can fail: it finds the served student's own tensors.
     state = trained.bare.state_dict().items()
     large = [value for key, value in state if "bags" not in key and value.numel() > INLINED]
     assert len(large) == 6 and all(raw(value) in contents for value in large)
 
 
 def everything_in(file: Path) -> bytes:
-    """The file, and what its members are when they are unpacked."""
+    """Return a file's bytes, and those of its unpacked members."""
     with zipfile.ZipFile(file) as archive:
         members = [name.encode() + b"\n" + archive.read(name) for name in archive.namelist()]
     return b"\n".join([file.read_bytes(), *members])
@@ -188,11 +190,11 @@ def test_the_outputs_are_those_of_the_wrapper_to_the_bit(
 def test_compiled_outputs_are_those_of_the_student_up_to_rounding(
     answers: Any, trained: Trained, requests: list[serve.Inputs]
 ) -> None:
-    """The compiler lays out memory, and so the operands of the products, in its own way."""
+    """The compiler aligns the operands of products in its own way."""
     _, outputs = answers[COMPILED]
     for request, output in zip(requests, outputs, strict=True):
         batch = labelled(request)
-        reference.assert_said(
+        reference.assert_within_rounding(
             output.numpy(),
             reference.logits_alone(trained.bare.model, batch.dense_features, batch.sparse_features),
         )

@@ -1,4 +1,4 @@
-"""The wheel of one GPU architecture, that is carried to a machine without a network."""
+"""The wheel for one GPU architecture, for a machine without a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def image(slim_wheel: ModuleType, architecture: int, code: bytes) -> bytes:
 
 
 def library(slim_wheel: ModuleType) -> bytes:
-    """Host code around two bundles of device code for architectures 80 and 90."""
+    """Build host code around two bundles of device code, for architectures 80 and 90."""
     images = image(slim_wheel, 80, b"for 80..") + image(slim_wheel, 90, b"for 90..")
     bundle = slim_wheel.FATBIN.pack(0xBA55ED50, 1, slim_wheel.FATBIN.size, len(images)) + images
     return b"host" + bundle + b"code" + bundle + b"end"
@@ -48,16 +48,16 @@ def slim_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "gone"),
+    ("arguments", "removed"),
     [((), [b"for 80.."]), (("--without", "one.so"), [b"for 80..", b"for 90.."])],
 )
 def test_a_slim_wheel_installs(
-    slim_wheel: ModuleType, tmp_path: Path, arguments: tuple[str, ...], gone: list[bytes]
+    slim_wheel: ModuleType, tmp_path: Path, arguments: tuple[str, ...], removed: list[bytes]
 ) -> None:
     result = reduced(tmp_path, "slim", "--arch", "90", *arguments)
     assert result.returncode == 0, result.stderr
     expected = library(slim_wheel)
-    for code in gone:
+    for code in removed:
         expected = expected.replace(code, bytes(len(code)))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     wheel = str(tmp_path / "slim" / "a-1-py3-none-any.whl")

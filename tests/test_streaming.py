@@ -1,6 +1,6 @@
-"""The loop over a stream: what teacher, scorer and students do window by window.
+"""The loop over a stream: teacher, scorer and students, window by window.
 
-FAULT_KILLS says how often the jobs that run side by side are killed.
+FAULT_KILLS is the number of kills of the jobs that run side by side.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 
 
 class Role:
-    """A job on its ranks, started as often as it takes."""
+    """A job on its ranks, restarted until it ends."""
 
     attempts = itertools.count()
 
@@ -59,19 +59,19 @@ class Role:
         self.processes = fault_jobs.on_ranks(self.job, self.world_size, self.folder, attempt)
 
     def kill(self) -> bool:
-        """Kill all ranks in any order; False if it had ended."""
-        running = all(each.process.is_alive() for each in self.processes)
-        for each in random.sample(self.processes, len(self.processes)):
-            each.kill()
+        """Kill all ranks in random order; return False if the job had ended."""
+        running = all(fork.process.is_alive() for fork in self.processes)
+        for fork in random.sample(self.processes, len(self.processes)):
+            fork.kill()
         return running
 
     def result(self) -> list[Any]:
-        return [each.result() for each in self.processes]
+        return [fork.result() for fork in self.processes]
 
 
 @pytest.fixture(scope="module")
 def one_after_the_other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a stream whose teacher was done before the scorer began."""
+    """Run teacher, scorer and student one after another; return the folder."""
     folder = tmp_path_factory.mktemp("stream") / "whole"
     jobs.make_store(folder)
     for name in "teacher", "scorer":
@@ -80,11 +80,11 @@ def one_after_the_other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_side_by_side_and_killed(one_after_the_other: Path, tmp_path: Path) -> None:
-    """Whoever is ahead, and whoever is killed: the same outputs and snapshots, the same student.
+    """Outputs, snapshots and the student do not depend on who is ahead or killed.
 
-    To the bit where the batches are the same by construction: what the teacher logged, and the
-    student against one that nobody disturbs, with the same store. What was scored, in batches of
-    what was left, is held against float64.
+    Logged outputs are equal to the bit, as their batches are the same by construction. So is the
+    student, compared with an undisturbed one on the same store. Scored outputs come from batches of
+    what was left, and are compared with float64.
     """
     folder = tmp_path / "killed"
     jobs.make_store(folder)
@@ -99,26 +99,26 @@ def test_side_by_side_and_killed(one_after_the_other: Path, tmp_path: Path) -> N
     for name in jobs.JOBS:
         if name != "student":
             roles[name].result()
-    of_student = roles["student"].result()
+    student_digests = roles["student"].result()
     shutil.rmtree(folder / "student")
-    assert of_student == Role("student", folder).result()
-    whole = one_after_the_other
-    assert without_scores(jobs.rows_of(folder)) == without_scores(jobs.rows_of(whole))
-    for each in folder, whole:
-        jobs.assert_scores(each)
+    assert student_digests == Role("student", folder).result()
+    straight = one_after_the_other
+    assert without_scores(jobs.rows_of(folder)) == without_scores(jobs.rows_of(straight))
+    for path in folder, straight:
+        jobs.assert_scores(path)
     assert published(TeacherStore(folder / "store"), "fm") == published(
-        TeacherStore(whole / "store"), "fm"
+        TeacherStore(straight / "store"), "fm"
     )
     print(f"\nkilled, and the teacher's watermark: {killed}")
 
 
 def without_scores(rows: dict[int, jobs.Row]) -> dict[int, jobs.Row]:
-    """The rows, those that were scored without their outputs."""
+    """Return the rows, without the outputs of scored ones."""
     return {id_: row if row.logged else row._replace(outputs=[]) for id_, row in rows.items()}
 
 
 def test_who_says_what(one_after_the_other: Path) -> None:
-    """Refresh and delay: each window's rows are of the snapshot that they should be of."""
+    """With refresh and delay each window's rows are of the expected snapshot."""
     store = TeacherStore(one_after_the_other / "store")
     ends = [jobs.START + n * jobs.SECONDS for n in range(jobs.WINDOWS + 1)]
     through = [snapshot.trained_through_seconds for snapshot in published(store, "fm")]
@@ -139,7 +139,7 @@ def test_who_says_what(one_after_the_other: Path) -> None:
 
 
 class Counting:
-    """Stands for a pipeline: a step gives its batch back."""
+    """A stand-in for a pipeline: a step returns its batch."""
 
     batches = ()  # none in flight
 
@@ -161,7 +161,7 @@ def windows(*parts: Iterable[Any], begin: int = 100) -> Iterator[Window]:
 
 
 def test_torchrecs_other_pipelines_pass_from_window_to_window() -> None:
-    """TrainPipelineBase has to be told of a new iterator, and holds its batch elsewhere."""
+    """TrainPipelineBase needs a reset for a new iterator, and holds its batch elsewhere."""
     model = hand_train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     base: Any = TrainPipelineBase(model, optimizer, torch.device("cpu"))
@@ -210,13 +210,13 @@ def test_windows_follow_one_another() -> None:
     for begin, end in (5, 4), (5, 5):
         with pytest.raises(ValueError, match=f"end after it begins; received {begin} and {end}"):
             Window(begin, end, ())
-    of_numpy = Window(cast(Any, np.int64(1)), cast(Any, torch.tensor(2)), ())
-    assert [type(each) for each in (of_numpy.begin_seconds, of_numpy.end_seconds)] == [int, int]
+    window = Window(cast(Any, np.int64(1)), cast(Any, torch.tensor(2)), ())
+    assert [type(bound) for bound in (window.begin_seconds, window.end_seconds)] == [int, int]
 
 
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What stands for a checkpoint: the position."""
+    """Return the stand-in for a checkpoint: the position."""
     position: dict[str, int] = {}
 
     def save(*_: Any, position: dict[str, int], **__: Any) -> None:
@@ -240,7 +240,7 @@ def test_a_run_that_stopped_goes_on_with_the_window_that_it_was_in(saved: dict[s
 
 
 def test_a_run_goes_on_without_a_gap_and_trains_on_nothing_twice(saved: dict[str, int]) -> None:
-    """Where the windows are others than before, or an iterator of them that was read already."""
+    """Also if the windows differ from before, or their iterator was partly read."""
     saved["before_seconds"] = 110
     longer = [Window(100, 115, "ab")]
     for wrong in longer, windows("b", begin=120):
@@ -256,7 +256,7 @@ def test_a_run_goes_on_without_a_gap_and_trains_on_nothing_twice(saved: dict[str
 
 
 class Rewound:
-    """As a data loader whose workers persist: it gives the same iterator each time."""
+    """Like a data loader with persistent workers: returns the same iterator each time."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = list(batches)
@@ -270,7 +270,7 @@ class Rewound:
 
 
 def test_torchrecs_pipeline_trains_on_every_batch_of_every_window() -> None:
-    """The iterators are others, the windows of any length; what it leaves in flight is refused."""
+    """Windows have new iterators and any length; batches left in flight are refused."""
     batch = torch.zeros(1)
     model = nn.Linear(1, 1)
     model.forward = lambda batch: (batch.sum() * model.weight.sum(), batch)  # type: ignore[method-assign]
@@ -358,7 +358,7 @@ def look_up(lookup: TeacherLookup, *ids: int) -> list[bool]:
 
 
 def test_two_ranks_stop_waiting_together(tmp_path: Path) -> None:
-    """Whatever the clock of one of them says; and are told the same."""
+    """Both get the same error, whatever the clock of one says."""
     folder = tmp_path / "waiting"
     jobs.make_store(folder)
     processes = fault_jobs.on_ranks(jobs.waiting, 2, folder, 0)
@@ -372,7 +372,7 @@ def write(store: TeacherStore, *ids: int) -> None:
 
 
 def test_a_student_sees_all_of_a_window_once_it_is_there(tmp_path: Path) -> None:
-    """Also where a part of the store's window was read before the rest came."""
+    """Also if part of the store's window was read before the rest came."""
     store = dd.new_store(tmp_path, window_seconds=1_000)
     lookup = TeacherLookup(store, "fm", refresh_seconds=None)
     waiting = wait_for_outputs(windows("a", "b"), lookup, timeout_seconds=0.0)
@@ -443,8 +443,8 @@ def test_watermarks_outlast_the_log(tmp_path: Path) -> None:
     delta.cleanup_metadata()
     assert len(list(tmp_path.glob("outputs/_delta_log/*.json"))) == 1
     writer.advance_watermark("fm/scores", 2)  # whose last look was before all that
-    for each in reader, TeacherStore(tmp_path):
-        each.refresh()
-        assert (each.watermark("fm"), each.watermark("fm/scores")) == (8, 2)
+    for view in reader, TeacherStore(tmp_path):
+        view.refresh()
+        assert (view.watermark("fm"), view.watermark("fm/scores")) == (8, 2)
     for command in "show", "verify":
         assert main([command, str(tmp_path)]) == 0

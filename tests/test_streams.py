@@ -1,4 +1,4 @@
-"""The train pipelines on simulated CUDA streams: what tests/streams.py finds, on one rank."""
+"""The train pipelines on the simulated CUDA streams of tests/streams.py, on one rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = [  # how the outputs come, the terms, the model, and one option more
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """A process of its own: the simulation replaces parts of torch while it runs."""
+    """Use a separate process: the simulation replaces parts of torch while it runs."""
     processes = Ranks(1)
     yield processes
     processes.close()

@@ -69,7 +69,7 @@ def test_ranks(ranks: Ranks, check: Any) -> None:
 
 
 def reference(logits: Any, labels: Any) -> dict[str, float]:
-    """By their definitions, in float64; the AUC is torchmetrics'."""
+    """Compute the figures by definition in float64; the AUC by torchmetrics."""
     p, y = 1 / (1 + np.exp(-logits.astype(np.float64))), labels.astype(np.float64)
     rate = y.mean()
     loss = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
@@ -83,22 +83,22 @@ def test_figures_are_those_of_the_definitions(digits: int) -> None:
     random = np.random.default_rng(digits)
     logits = random.normal(-1, 2, 500).round(digits).astype(np.float32)
     labels = (random.random(500) < 0.3).astype(np.float32)
-    found = figures(logits, labels)
-    assert found.pop("rows") == 500
-    assert found == pytest.approx(reference(logits, labels), rel=1e-6)
+    actual = figures(logits, labels)
+    assert actual.pop("rows") == 500
+    assert actual == pytest.approx(reference(logits, labels), rel=1e-6)
 
 
 def test_figures_stay_finite_for_sure_logits_and_are_nan_where_undefined() -> None:
     sure = figures(np.float32([-200, 200, 200, -200]), np.float32([0, 1, 0, 1]))
     assert sure["ne"] == pytest.approx(100 / np.log(2)) and sure["auc"] == 0.5
     for labels in ([], [0, 0], [1, 1]):
-        found = figures(np.zeros(len(labels), np.float32), np.float32(labels))
-        assert np.isnan(found["auc"]) and not np.isfinite(found["ne"])
+        actual = figures(np.zeros(len(labels), np.float32), np.float32(labels))
+        assert np.isnan(actual["auc"]) and not np.isfinite(actual["ne"])
 
 
 def test_p_is_that_of_a_paired_t_test() -> None:
-    one, other = np.random.default_rng(0).normal(size=(2, 7))
-    assert p_value(one - other) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+    first, second = np.random.default_rng(0).normal(size=(2, 7))
+    assert p_value(first - second) == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert np.isnan(p_value(np.array([1.0]))) and np.isnan(p_value(np.zeros(3)))
 
 
@@ -106,7 +106,7 @@ def test_p_is_that_of_a_paired_t_test() -> None:
 
 
 def made_up() -> list[Run]:
-    """Three seeds of four arms on two tasks, some labels and some outputs missing."""
+    """Return made-up runs: three seeds, four arms, two tasks, some labels and outputs missing."""
     random = np.random.default_rng(5)
     size = 1200
     odds = random.normal(-1, 1.5, (size, 2))
@@ -123,24 +123,24 @@ def made_up() -> list[Run]:
             teacher = odds + random.normal(0, 1 if arm.teacher == "older" else 0.5, (size, 2))
             teacher[random.random(size) < 0.2] = np.nan
             spoken = arm.terms and arm.teacher != "labels"
-            said = Pass(
+            result = Pass(
                 (odds + random.normal(0, noise, (size, 2))).astype(np.float32),
                 labels,
                 teacher.astype(np.float32)[: size if spoken else 0, None],
                 periods,
                 float(random.uniform(1, 2)),
             )
-            runs.append(Run(name, arm, seed, said, periods >= 4))
+            runs.append(Run(name, arm, seed, result, periods >= 4))
     return runs
 
 
 def test_results_are_of_the_examples_that_are_meant() -> None:
-    """Counted, labelled, and for what is "covered" with an output of the teacher."""
+    """Only counted and labelled examples; "covered" figures also need a teacher output."""
     runs = made_up()
     results = {(r["arm"], r["seed"], r["part"]): r for r in compute_results(runs, TASKS)}
     assert len(results) == (4 + 2) * 3 * 2
     passes = {(run.name, run.seed): run.outcome for run in runs}
-    for (arm, seed, part), found in results.items():
+    for (arm, seed, part), row in results.items():
         t = ["click", "buy"].index(part)
         labels = passes["none", seed].labels[:, t]
         teacher = passes["AH", seed].teacher[:, 0, t]
@@ -151,12 +151,12 @@ def test_results_are_of_the_examples_that_are_meant() -> None:
         logits = passes[arm, seed].logits[:, t] if logits is None else logits
         rows = (np.arange(1200) >= 400) & ~np.isnan(labels) & ~np.isnan(logits)
         expected = reference(logits[rows], labels[rows])
-        assert found["rows"] == rows.sum()
-        assert {figure: found[figure] for figure in expected} == pytest.approx(expected, rel=1e-6)
+        assert row["rows"] == rows.sum()
+        assert {figure: row[figure] for figure in expected} == pytest.approx(expected, rel=1e-6)
         rows &= ~np.isnan(teacher) & ~np.isnan(passes[OLDER, seed].teacher[:, 0, t])
         expected = reference(logits[rows], labels[rows])
-        assert found["covered_ne"] == pytest.approx(expected["ne"], rel=1e-6)
-        assert found["covered_auc"] == pytest.approx(expected["auc"], rel=1e-6)
+        assert row["covered_ne"] == pytest.approx(expected["ne"], rel=1e-6)
+        assert row["covered_auc"] == pytest.approx(expected["auc"], rel=1e-6)
 
 
 def test_findings_are_changes_against_the_student_alone() -> None:
@@ -168,20 +168,20 @@ def test_findings_are_changes_against_the_student_alone() -> None:
 
     def value(arm: str, figure: str) -> Any:
         return np.array(
-            [[of_one(arm, seed, part)[figure] for part in ("buy", "click")] for seed in range(3)]
+            [[row_of(arm, seed, part)[figure] for part in ("buy", "click")] for seed in range(3)]
         )
 
-    def of_one(arm: str, seed: int, part: str) -> Any:
+    def row_of(arm: str, seed: int, part: str) -> Any:
         return next(r for r in results if (r["arm"], r["seed"], r["part"]) == (arm, seed, part))
 
-    for name, found in findings.items():
+    for name, finding_of_arm in findings.items():
         for figure in ("ne", "auc"):
             ratio = value(name, figure) / value("none", figure)
-            np.testing.assert_allclose(getattr(found.change, figure), 100 * (ratio - 1))
-        np.testing.assert_allclose(found.change.calibration, value(name, "calibration"))
-        np.testing.assert_allclose(found.over_time, over_time(passes, name), rtol=1e-6)
+            np.testing.assert_allclose(getattr(finding_of_arm.change, figure), 100 * (ratio - 1))
+        np.testing.assert_allclose(finding_of_arm.change.calibration, value(name, "calibration"))
+        np.testing.assert_allclose(finding_of_arm.over_time, over_time(passes, name), rtol=1e-6)
         costs = [passes[name, s].seconds / passes["none", s].seconds for s in range(3)]
-        assert found.cost == pytest.approx(sorted(costs)[1])
+        assert finding_of_arm.cost == pytest.approx(sorted(costs)[1])
 
     def lead(arm: str) -> float:
         covered = value(arm, "covered_ne") / value("none", "covered_ne")
@@ -199,24 +199,24 @@ def test_findings_are_changes_against_the_student_alone() -> None:
 
 
 def study_changes(results: Any, name: str) -> Changes:
-    mine, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
-    found = compare_arms(mine, none, ("covered_ne", "covered_auc"))
-    assert found is not None
-    return found
+    arm_rows, none = ([r for r in results if r["arm"] == arm] for arm in (name, "none"))
+    changes = compare_arms(arm_rows, none, ("covered_ne", "covered_auc"))
+    assert changes is not None
+    return changes
 
 
 def over_time(passes: Any, name: str) -> list[float]:
-    """Stretch by stretch, from the losses of all seeds; one has no label."""
+    """Return the changes by stretch of time, from the losses of all seeds; one has no label."""
     changes = []
     for period in (4, 5, 6, 7, 8, 9, 11):
         rows = slice(100 * period, 100 * period + 100)
-        mine, none = (
+        arm_ne, student_ne = (
             np.nansum(
                 [losses(passes[arm, s].logits[rows], passes[arm, s].labels[rows]) for s in range(3)]
             )
             for arm in (name, "none")
         )
-        changes.append(100 * (mine / none - 1))
+        changes.append(100 * (arm_ne / student_ne - 1))
     return changes
 
 
@@ -244,7 +244,7 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
 def finding(
     arm: Arm, mean: float, spread: float = 0.05, *, seeds: int = 3, draw: int = 0
 ) -> Finding:
-    """Changes of NE by seed and by stretch of time, with that mean and standard deviation."""
+    """Return NE changes by seed and by stretch of time, with this mean and standard deviation."""
     random = np.random.default_rng(draw)
 
     def around_mean(size: int) -> Any:
@@ -267,8 +267,8 @@ def named(**means: float) -> dict[str, Finding]:
 
 
 def test_the_simplest_of_equal_settings_is_taken() -> None:
-    said = sentence(named(head=0.0, ah=-1.0, sa=-1.001, serving=-0.5))
-    assert said == (
+    text = sentence(named(head=0.0, ah=-1.0, sa=-1.001, serving=-0.5))
+    assert text == (
         "Take AH: NE -1.00 % (95 % interval -1.12 to -0.88 over 3 seeds), 1.00 % below a head on "
         "the label, at 1.25 of the cost of training."
     )
@@ -279,8 +279,8 @@ def test_a_setting_that_is_surely_better_is_taken() -> None:
 
 
 def test_a_teacher_on_the_serving_head_is_taken_with_a_caution() -> None:
-    said = sentence(named(head=0.0, ah=-1.0, serving=-2.0))
-    assert said.startswith("Take serving head") and said.endswith("serves any bias of it.")
+    text = sentence(named(head=0.0, ah=-1.0, serving=-2.0))
+    assert text.startswith("Take serving head") and text.endswith("serves any bias of it.")
 
 
 def test_nothing_pays() -> None:
@@ -302,23 +302,23 @@ def test_what_a_head_on_the_label_brings_as_well_is_no_gain_of_a_teacher() -> No
     assert sentence(findings).startswith("Take AH")
     for alike in ({"change": findings["AH"].change}, {"over_time": findings["AH"].over_time}):
         control = findings["head on the label"]._replace(**alike)
-        said = sentence(findings | {"head on the label": control})
-        assert said.startswith("It does not pay here")  # over seeds alone, or over time alone
+        text = sentence(findings | {"head on the label": control})
+        assert text.startswith("It does not pay here")  # over seeds alone, or over time alone
 
 
 def test_p_is_multiplied_by_the_number_of_settings() -> None:
     """Over seeds, p is 0.03: enough for one setting, not for the better of two."""
     spread = 0.3
-    one = {"AH": finding(ARMS["AH"], -1.0, spread)}
-    assert 0.025 < p_value(one["AH"].change.ne[:, 0]) < 0.05
-    assert sentence(one).startswith("Take AH")
-    two = {**one, "serving head": finding(ARMS["serving head"], -0.9, spread)}
-    assert sentence(two).startswith("It does not pay here")
+    single = {"AH": finding(ARMS["AH"], -1.0, spread)}
+    assert 0.025 < p_value(single["AH"].change.ne[:, 0]) < 0.05
+    assert sentence(single).startswith("Take AH")
+    pair = {**single, "serving head": finding(ARMS["serving head"], -0.9, spread)}
+    assert sentence(pair).startswith("It does not pay here")
 
 
 def test_one_seed_is_judged_over_time() -> None:
-    said = sentence({"AH": finding(ARMS["AH"], -1.0, seeds=1)})
-    assert re.match(r"Take AH: NE -1\.00 % \(95 % interval .* over 8 stretches of time\)", said)
+    text = sentence({"AH": finding(ARMS["AH"], -1.0, seeds=1)})
+    assert re.match(r"Take AH: NE -1\.00 % \(95 % interval .* over 8 stretches of time\)", text)
     one_stretch = finding(ARMS["AH"], -1.0, seeds=1)._replace(over_time=np.array([-1.0]))
     assert "changes NE by -1.00 %, and" in sentence({"AH": one_stretch})
 
@@ -363,13 +363,13 @@ def test_the_command_runs_the_example_and_goes_on_where_it_was_killed(tmp_path: 
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
     assert "1 of 10: none, seed 0 (time left: known after it)" in errors
-    kept = {path: path.stat().st_mtime_ns for path in killed.glob("passes/*.npz")}
-    assert 3 <= len(kept) < 10 and not (killed / "table.md").exists()
+    times = {path: path.stat().st_mtime_ns for path in killed.glob("passes/*.npz")}
+    assert 3 <= len(times) < 10 and not (killed / "table.md").exists()
 
     with start(module, killed) as process:
         output, errors = process.communicate(timeout=110)
     assert process.returncode == 0, errors
-    assert kept.items() <= {p: p.stat().st_mtime_ns for p in killed.glob("passes/*.npz")}.items()
+    assert times.items() <= {p: p.stat().st_mtime_ns for p in killed.glob("passes/*.npz")}.items()
     assert output.strip() == (killed / "table.md").read_text().strip()
     assert re.search(r"^(Take|It does not pay here:) ", output, re.MULTILINE)
     assert (killed / "picture.png").stat().st_size > 1000
@@ -379,7 +379,7 @@ def test_the_command_runs_the_example_and_goes_on_where_it_was_killed(tmp_path: 
 
 
 def test_a_pass_is_kept_under_all_that_it_is_of() -> None:
-    told = {
+    names = {
         _digest(name, Arm((term,), teacher), seed, key)
         for name, term, teacher, seed, key in (
             ("AH", DistillationTerm(), "teacher", 0, ""),
@@ -393,7 +393,7 @@ def test_a_pass_is_kept_under_all_that_it_is_of() -> None:
             ("AH", DistillationTerm(), "teacher", 0, "changed"),
         )
     }
-    assert len(told) == 9
+    assert len(names) == 9
 
 
 def test_an_arm_that_diverges_is_not_taken() -> None:

@@ -1,4 +1,4 @@
-"""Representations that are what submodules return: two towers, alone or in one module."""
+"""Taps of submodules' outputs: two towers, alone or in one module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = OutputsOf("towers.query", "towers.item")
 
 
 class Towers(nn.Module):
-    """Returns both vectors, normalised in place or not, or a tuple of something else."""
+    """Returns both vectors, normalised in place or not, or some other tuple."""
 
     def __init__(self, widths: tuple[int, int], change: Callable[..., Any]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def as_they_are(query: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Train(nn.Module):
-    """Adds the pairs' scores up; ``runs`` says how often its towers run."""
+    """Sums the pairs' scores; ``runs`` is how often its towers run."""
 
     def __init__(
         self, widths: tuple[int, int] = (4, 4), change: Any = as_they_are, runs: int = 1
@@ -68,13 +68,13 @@ def inputs() -> ExFMBatch[Tensor]:
 
 
 def seen(student: nn.Module, tap: Any, **options: Any) -> Tensor:
-    """The representation that the heads are given."""
-    wrapper, kept = ExFMWrapper(student, tap=tap, **options), []
+    """Return the representation that the heads receive."""
+    wrapper, tapped = ExFMWrapper(student, tap=tap, **options), []
     head = wrapper.auxiliary_head.term_losses[0]
-    head.register_forward_pre_hook(lambda module, args: kept.append(args[0][0]))
+    head.register_forward_pre_hook(lambda module, args: tapped.append(args[0][0]))
     wrapper(inputs())[0].backward()
     assert wrapper.student.towers.item.weight.grad.any()
-    return kept[0]
+    return tapped[0]
 
 
 def expected(student: Train) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the teachers said of each example: shapes, masks, ages, and what is refused."""
+"""TeacherOutputs: shapes, masks, ages, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def parts(outputs: TeacherOutputs) -> list[Tensor]:
 
 @pytest.mark.parametrize(("shape", "expected"), SHAPES)
 def test_outputs_are_brought_to_examples_teachers_tasks(shape: Any, expected: Any) -> None:
-    given = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(shape) < 0.5
-    outputs = TeacherOutputs(given, mask)
+    outputs = TeacherOutputs(values, mask)
     assert outputs.values.shape == outputs.presence.shape == expected
     assert outputs.values.dtype == torch.float32 and not outputs.values.requires_grad
-    kept = torch.where(mask, given.detach().float(), 0.0)
-    assert torch.equal(outputs.values.flatten(), kept.flatten())
+    masked = torch.where(mask, values.detach().float(), 0.0)
+    assert torch.equal(outputs.values.flatten(), masked.flatten())
     assert torch.equal(outputs.presence.flatten(), mask.flatten())
-    assert TeacherOutputs(given).presence.all()
+    assert TeacherOutputs(values).presence.all()
     assert outputs.age_seconds is None
 
 
@@ -46,7 +46,7 @@ def test_values_of_other_float_dtypes_are_kept_as_float32(dtype: torch.dtype) ->
 def test_presence_of_an_example_is_that_of_all_its_outputs() -> None:
     presence = torch.tensor([True, False, True, False])
     outputs = TeacherOutputs(torch.ones(4, 2, 3), presence)
-    expected = [[[there] * 3] * 2 for there in presence.tolist()]
+    expected = [[[present] * 3] * 2 for present in presence.tolist()]
     assert outputs.presence.tolist() == expected
     assert outputs.values.tolist() == torch.tensor(expected).float().tolist()
 
@@ -154,7 +154,7 @@ def test_every_part_is_pinned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     for seen in (pinned, [tensor for tensor, _ in recorded]):
         assert len(seen) == 5
         assert all(a is b for a, b in zip(seen, parts(outputs), strict=True))
-    assert all(of is stream for _, of in recorded)
+    assert all(recorded_stream is stream for _, recorded_stream in recorded)
     assert not any(a is b for a, b in zip(parts(copied), parts(outputs), strict=True))
 
 
@@ -181,13 +181,13 @@ def test_an_age_that_is_not_finite_is_refused_where_there_is_an_output(age: floa
 
 
 def test_embeddings_are_kept_by_example_and_teacher() -> None:
-    given = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    given.data[1] = float("nan")
-    there = torch.tensor([True, False, True])
-    outputs = TeacherOutputs(torch.zeros(3), embeddings=given, embedding_presence=there)
+    embeddings = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    embeddings.data[1] = float("nan")
+    presence = torch.tensor([True, False, True])
+    outputs = TeacherOutputs(torch.zeros(3), embeddings=embeddings, embedding_presence=presence)
     assert outputs.embeddings is not None and not outputs.embeddings.requires_grad
     assert outputs.embeddings.shape == (3, 1, 4) and outputs.embeddings.dtype == torch.float32
-    assert torch.equal(outputs.embeddings[there, 0], given.detach()[there].float())
+    assert torch.equal(outputs.embeddings[presence, 0], embeddings.detach()[presence].float())
     assert not outputs.embeddings[1].any()
     assert outputs.embedding_presence is not None
     assert outputs.embedding_presence.tolist() == [[True], [False], [True]]
@@ -236,8 +236,8 @@ def test_missing_outputs_have_no_embeddings() -> None:
 
 
 def test_probabilities_may_have_embeddings_beside_them() -> None:
-    there = torch.tensor([True, False])
-    given = {"embeddings": torch.ones(2, 3), "embedding_presence": there}
-    outputs = TeacherOutputs.from_probabilities(torch.tensor([0.5, 0.5]), **given)
+    presence = torch.tensor([True, False])
+    embeddings = {"embeddings": torch.ones(2, 3), "embedding_presence": presence}
+    outputs = TeacherOutputs.from_probabilities(torch.tensor([0.5, 0.5]), **embeddings)
     assert outputs.values.flatten().tolist() == [0.0, 0.0]
     assert outputs.embeddings is not None and outputs.embeddings.sum() == 3

@@ -1,4 +1,4 @@
-"""Students with towers of their own for tasks, or for user and item: every kind of term."""
+"""Every kind of term for students with a tower per task, or for user and item."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ("shared bottom", "mmoe", "two share a tower")
 
 
 class MultiTask(nn.Module):
-    """A tower for each task: on one representation, or each on a mixture of experts of its own."""
+    """A tower per task, on one representation or on its own mixture of experts."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ def batch_of() -> ExFMBatch[Any]:
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     names, values = zip(*module.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+    tensors = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, tensors, strict=True))
 
 
 def by_hand(wrapper: ExFMWrapper, batch: ExFMBatch[Any]) -> tuple[Tensor, Tensor]:
-    """The student's loss, and that of ``HEAD``, whose layers are read one for each tower."""
+    """Return the student's loss, and that of ``HEAD`` with one layer read per tower."""
     student, inputs = wrapper.student, {}
     handles = [
         student.get_submodule(name).register_forward_pre_hook(
@@ -132,7 +132,7 @@ def test_a_term_has_a_head_on_each_tower(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_serving_term_reads_towers_outputs_or_the_students_output(kind: str) -> None:
-    """Both ways the same, to the rounding of the same operations: column by column as labels."""
+    """Both taps give the same result up to rounding."""
     results = []
     for options in ({}, {"serving_logits": lambda output: output[1][1]}):
         wrapper, batch = wrapped(kind, SERVING, HEAD, **options), batch_of()
@@ -192,7 +192,7 @@ def test_trained_in_the_pipeline_and_exported(kind: str) -> None:
 
 
 class TwoTowers(nn.Module):
-    """A dot product of a user's and an item's projection, which is no module."""
+    """A dot product, which is no module, of a user's and an item's projection."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import rank_checks as checks
-import rank_checks_cuda as of_cuda
+import rank_checks_cuda as cuda_checks
 import rank_checks_das as das
-import rank_checks_metrics as of_metrics
+import rank_checks_metrics as metrics_checks
 import rank_checks_pipelines as pipelines
 import rank_checks_resume as resume
 import rank_checks_serving as serving
-import rank_checks_store as of_store
+import rank_checks_store as store_checks
 import rank_checks_towers as towers
 from models import students
 from rank_models import SHARDINGS
@@ -41,10 +41,10 @@ CHECKS: list[tuple[Any, ...]] = [
     (checks.check_ranks_agree_with_one, "table_wise", "SGD", "margin_without_adapter"),
     (checks.check_ranks_agree_with_one, "table_wise", "SGD", "ranking"),
     (checks.check_ranks_agree_with_one, "table_wise", "Adagrad", "adapted"),
-    *((checks.check_labels_and_weights, what, "margins") for what in LACKING),
+    *((checks.check_labels_and_weights, case, "margins") for case in LACKING),
     (checks.check_labels_and_weights, "labels and weights", "margin_without_adapter"),
     (checks.check_labels_and_weights, "weights", "heads"),
-    *((checks.check_labels_and_weights, what, "ranking") for what in ("weights", LACKING[-1])),
+    *((checks.check_labels_and_weights, case, "ranking") for case in ("weights", LACKING[-1])),
     (checks.check_nothing_to_learn_moves_no_adapter, True),
     (checks.check_nothing_to_learn_moves_no_adapter, False),
     (checks.check_without_dmp, False),
@@ -99,38 +99,47 @@ CHECKS: list[tuple[Any, ...]] = [
     (das.check_checkpoint_errors_reach_every_rank,),
     (das.check_damage_on_one_rank_is_refused_on_all,),
     (das.check_a_failed_save_is_removed_on_every_rank,),
-    (of_store.check_store_equals_columns,),
-    (of_store.check_ranks_of_a_host_share_its_windows,),
-    (of_store.check_store_with_evaluation_between,),
-    (of_store.check_a_failing_store_ends_training,),
-    *((of_store.check_training_goes_on_without_a_teacher, how) for how in of_store.FAILURES),
-    (of_store.check_a_teacher_that_fails_now_and_then,),
-    (of_store.check_a_failed_teacher_is_left_alone_for_a_while,),
-    (of_store.check_each_example_is_scored_once,),
-    (of_store.check_rows_that_are_gone_are_scored_again,),
-    (of_store.check_a_shard_that_two_ranks_have,),
-    (of_store.check_scores_are_those_of_the_batches,),
-    *((of_store.check_embeddings_are_scored, how) for how in ("float16", "int8")),
-    (of_store.check_wrong_scoring_is_refused,),
-    (of_store.check_the_newest_snapshot_that_does_not_leak,),
-    (of_store.check_logging_the_training_forward,),
-    (of_store.check_embeddings_are_logged,),
-    (of_cuda.check_with_a_group, checks.check_ranks_agree_with_one, "row_wise", "SGD", "margins"),
-    (of_cuda.check_bfloat16, "autocast"),
-    (of_cuda.check_bfloat16, "over part"),
-    (of_metrics.check_metrics,),
-    *((of_metrics.check_missing_labels, which) for which in of_metrics.MISSING),
-    (of_metrics.check_weights,),
-    (of_metrics.check_undefined_metrics,),
-    (of_metrics.check_window_of_auc,),
-    (of_metrics.check_metrics_of_one_task,),
-    (of_metrics.check_metrics_in_training,),
-    (of_metrics.check_uneven_batches,),
-    (of_metrics.check_wrong_shapes_are_refused,),
-    (of_metrics.check_wrong_teachers_are_refused,),
-    (of_metrics.check_names_of_tasks,),
-    (of_metrics.check_monitor,),
-    (of_metrics.check_a_monitor_that_cannot_write,),
+    (store_checks.check_store_equals_columns,),
+    (store_checks.check_ranks_of_a_host_share_its_windows,),
+    (store_checks.check_store_with_evaluation_between,),
+    (store_checks.check_a_failing_store_ends_training,),
+    *(
+        (store_checks.check_training_goes_on_without_a_teacher, how)
+        for how in store_checks.FAILURES
+    ),
+    (store_checks.check_a_teacher_that_fails_now_and_then,),
+    (store_checks.check_a_failed_teacher_is_left_alone_for_a_while,),
+    (store_checks.check_each_example_is_scored_once,),
+    (store_checks.check_rows_that_are_gone_are_scored_again,),
+    (store_checks.check_a_shard_that_two_ranks_have,),
+    (store_checks.check_scores_are_those_of_the_batches,),
+    *((store_checks.check_embeddings_are_scored, how) for how in ("float16", "int8")),
+    (store_checks.check_wrong_scoring_is_refused,),
+    (store_checks.check_the_newest_snapshot_that_does_not_leak,),
+    (store_checks.check_logging_the_training_forward,),
+    (store_checks.check_embeddings_are_logged,),
+    (
+        cuda_checks.check_with_a_group,
+        checks.check_ranks_agree_with_one,
+        "row_wise",
+        "SGD",
+        "margins",
+    ),
+    (cuda_checks.check_bfloat16, "autocast"),
+    (cuda_checks.check_bfloat16, "over part"),
+    (metrics_checks.check_metrics,),
+    *((metrics_checks.check_missing_labels, case) for case in metrics_checks.MISSING),
+    (metrics_checks.check_weights,),
+    (metrics_checks.check_undefined_metrics,),
+    (metrics_checks.check_window_of_auc,),
+    (metrics_checks.check_metrics_of_one_task,),
+    (metrics_checks.check_metrics_in_training,),
+    (metrics_checks.check_uneven_batches,),
+    (metrics_checks.check_wrong_shapes_are_refused,),
+    (metrics_checks.check_wrong_teachers_are_refused,),
+    (metrics_checks.check_names_of_tasks,),
+    (metrics_checks.check_monitor,),
+    (metrics_checks.check_a_monitor_that_cannot_write,),
 ]
 
 
@@ -148,7 +157,7 @@ def test_ranks(ranks: Ranks, check: tuple[Any, ...]) -> None:
 
 @pytest.mark.ways
 def test_torchrecs_compiled_pipeline_takes_the_mixin() -> None:
-    """On one rank: compiling takes long."""
+    """Only on one rank, as compilation takes long."""
     processes = Ranks(1)
     try:
         processes.run(pipelines.check_mixin_equals_train_pipeline_exfm, "compiled")

@@ -1,4 +1,4 @@
-"""The import guard: what it refuses of torch, FBGEMM and TorchRec, and what it only warns of."""
+"""The import guard: versions of torch, FBGEMM and TorchRec that it refuses or warns of."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def install_fakes(site: Path, fbgemm: str, torchrec: str) -> None:
 
 
 def run_with(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python where ``site`` is all that is installed."""
+    """Run Python with only ``site`` installed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     return subprocess.run(
         [sys.executable, "-S", *arguments],
@@ -259,7 +259,7 @@ def run_with(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def import_error(site: Path) -> str:
-    """Return the last line of ``import torchrec_exfm`` where ``site`` is all that is installed."""
+    """Return the last line of ``import torchrec_exfm`` with only ``site`` installed."""
     run = run_with(site, "-c", "import torchrec_exfm")
     assert run.returncode == 1
     return run.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Ways to train that are not the pipelines' own, on two ranks: what docs/works.md tells of."""
+"""Other ways to train than the pipelines (docs/works.md), on two ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ways(ranks: Ranks, check: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("is_exfm", [False, True], ids=["torchrec", "exfm"])
 def test_uneven_numbers_of_batches(is_exfm: bool) -> None:
-    """In processes of their own, whose connection is broken then."""
+    """In separate processes, since their connection breaks."""
     processes = Ranks(2)
     try:
         processes.run(ways.check_uneven_batches_end, is_exfm)

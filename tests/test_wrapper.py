@@ -1,4 +1,4 @@
-"""The wrapped student: its own loss plus the heads', and nothing of its own touched."""
+"""The wrapped student: its own loss plus the heads', and the student itself unchanged."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adapt(batch: ExFMBatch[Any], adapted: Tensor) -> None:
 
 
 def tapped_input(module: nn.Module, tap: str, batch: Any) -> Tensor:
-    """What the tapped module is called with, by a hook of the test's own."""
+    """Return the tapped module's input, by a hook of the test."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -109,14 +109,14 @@ def test_the_student_is_given_the_users_own_batch(student: Student) -> None:
     wrapper(batch)
     wrapper.eval()(batch)
     wrapper(batch.batch)
-    assert len(seen) == 3 and all(given is batch.batch for given in seen)
+    assert len(seen) == 3 and all(received is batch.batch for received in seen)
 
 
 @every_student
 def test_keys_are_the_students_under_a_prefix(student: Student) -> None:
     keys = list(wrapped(student).state_dict())
-    own = [key.removeprefix("student.") for key in keys if key.startswith("student.")]
-    assert own == list(student.factory(0).state_dict())
+    student_keys = [key.removeprefix("student.") for key in keys if key.startswith("student.")]
+    assert student_keys == list(student.factory(0).state_dict())
     assert {key.split(".")[0] for key in keys} == {"student", "exfm"}
 
 
@@ -164,8 +164,8 @@ def test_evaluation_is_the_students_own(student: Student) -> None:
     batch = supervised(student)
     expected = student.factory(0).eval()(batch.batch)
     wrapper = wrapped(student).eval()
-    for given in (batch, batch.batch):
-        outputs = wrapper(given)
+    for inputs in (batch, batch.batch):
+        outputs = wrapper(inputs)
         assert type(outputs) is type(expected)
         assert all(map(torch.equal, flat(outputs), flat(expected)))
     assert wrapper.last_losses is None and wrapper.last_teacher is None
@@ -244,7 +244,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def with_labels(batch: Any, labels: Tensor) -> Any:
-    """The batch with other labels."""
+    """Return the batch with other labels."""
     other = copy.copy(batch)
     setattr(other, "clicked" if hasattr(batch, "clicked") else "labels", labels)
     return other
@@ -277,25 +277,25 @@ def test_a_serving_term_is_training_on_mixed_labels(student: Student, adapted: b
 @students_of_logits
 @pytest.mark.parametrize("order", [1, -1])
 def test_heads_beside_a_serving_term(student: Student, order: int) -> None:
-    """Their gradients add up, whatever the order; the serving head's is of its own term alone."""
+    """Their gradients add up in any order; the serving head's comes from its own term alone."""
     batch, terms = supervised(student), [SERVING, TERMS[0]]
     adapt(batch, batch.teacher.values)
     both = wrapped(student, *terms[::order])
     both(batch)[0].backward()
     alone = [wrapped(student, term) for term in terms]
-    own = both.auxiliary_head.term_losses[order == 1].heads
-    alone[1].auxiliary_head.term_losses[0].heads = copy.deepcopy(own)
+    heads = both.auxiliary_head.term_losses[order == 1].heads
+    alone[1].auxiliary_head.term_losses[0].heads = copy.deepcopy(heads)
     for wrapper in alone:
         wrapper.zero_grad()
         wrapper(batch)[0].backward()
     bare = bare_gradients(student, batch.batch)
-    of_serving, of_heads = (gradients(wrapper.student) for wrapper in alone)
-    expected = {name: of_serving[name] + of_heads[name] - bare[name] for name in bare}
+    serving_gradients, head_gradients = (gradients(wrapper.student) for wrapper in alone)
+    expected = {name: serving_gradients[name] + head_gradients[name] - bare[name] for name in bare}
     assert_near(gradients(both.student), expected)
     head = [name for name in bare if name.startswith(student.head)]
-    own = {name: both.student.get_parameter(name).grad for name in head}
-    assert_near(own, {name: of_serving[name] for name in head})
-    assert not any(torch.equal(of_serving[name], bare[name]) for name in bare)
+    actual = {name: both.student.get_parameter(name).grad for name in head}
+    assert_near(actual, {name: serving_gradients[name] for name in head})
+    assert not any(torch.equal(serving_gradients[name], bare[name]) for name in bare)
 
 
 @students_of_logits
@@ -303,13 +303,13 @@ def test_a_serving_term_learns_from_what_is_there(student: Student) -> None:
     wrapper, batch = wrapped(student, SERVING), supervised(student)
     loss, _ = wrapper(batch)
     loss.backward()
-    bare, kept = student.factory(0), list[Tensor]()
-    bare.get_submodule(student.tap).register_forward_hook(lambda *given: kept.append(given[-1]))
+    bare, logits = student.factory(0), list[Tensor]()
+    bare.get_submodule(student.tap).register_forward_hook(lambda *call: logits.append(call[-1]))
     expected, _ = bare(batch.batch)
     here = batch.teacher.presence.flatten()
     assert 0 < here.sum() < len(here)
     soft = batch.teacher.values.flatten().sigmoid()[here]
-    term = nn.functional.binary_cross_entropy_with_logits(kept[0].flatten()[here], soft)
+    term = nn.functional.binary_cross_entropy_with_logits(logits[0].flatten()[here], soft)
     (expected + SERVING.weight * term).backward()
     assert wrapper.last_losses.tolist() == pytest.approx([term.item()], rel=1e-6)
     assert_near(gradients(wrapper.student), gradients(bare))
@@ -366,7 +366,7 @@ def test_the_taps_of_a_serving_term_leave_nothing_behind(student: Student) -> No
     loss.backward()
     assert torch.equal(loss, wrapper(batch)[0])
     assert all(parameter.grad is None for parameter in wrapper.parameters())
-    again = ExFMWrapper(module, tap=student.tap)
+    rewrapped = ExFMWrapper(module, tap=student.tap)
     hooks = [key for part in module.modules() for key in part._forward_hooks]
     assert hooks == [users.id]
-    again(batch)[0].backward()
+    rewrapped(batch)[0].backward()

@@ -1,4 +1,4 @@
-"""What the wrapper refuses: taps and students that do not keep its contract."""
+"""Taps and students that break the wrapper's contract are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrec_exfm import DistillationTerm, ExFMBatch, ExFMWrapper
 
 
 class Tower(nn.Module):
-    """A student whose tapped module is called with what a test says, as often as it says."""
+    """A student that calls its tapped module with a test's inputs, one call each."""
 
     def __init__(self, *inputs: Any, loss: Any = None) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class Tower(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Any) -> Any:
-        for given in self.inputs:
-            if isinstance(given, Tensor):
-                logits = self.head(given)
+        for inputs in self.inputs:
+            if isinstance(inputs, Tensor):
+                logits = self.head(inputs)
             else:
                 self.head.forward = lambda hidden: hidden[0]  # type: ignore[method-assign]
-                logits = self.head(given)
+                logits = self.head(inputs)
         if self.loss is not None:
             return self.loss
         loss = self.trunk(batch.numbers).mean()
@@ -80,17 +80,17 @@ def test_a_tapped_module_that_does_not_run_once_is_refused(times: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "received"),
+    ("inputs", "received"),
     [
         (torch.ones(8, 2, 4), r"\(8, 2, 4\)"),
         (torch.ones(4), r"\(4,\)"),
         ([torch.ones(8, 4)], "list"),
     ],
 )
-def test_a_tapped_input_that_is_no_matrix_is_refused(given: Any, received: str) -> None:
+def test_a_tapped_input_that_is_no_matrix_is_refused(inputs: Any, received: str) -> None:
     message = rf"'head' should be a tensor of shape \(B, 4\); received {received}: pass in_features"
     with pytest.raises(ValueError, match=message):
-        train(Tower(given))
+        train(Tower(inputs))
 
 
 def test_a_wrong_width_is_refused() -> None:
