@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import report
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
 from torchrec_exfm.study.figures import Array, Changes, changes_of, generation_ratio, p_value
-from torchrec_exfm.study.report import markdown, mean_cell, p_text
+from torchrec_exfm.study.report import line_style, markdown, mean_cell, p_text
 
 Result = Mapping[str, Any]
 PLAIN = {
@@ -508,35 +509,83 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Freshness, bias, and gain by lead."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    fresh, shifted, leads = figure.subplots(1, 3)
-    aged, biased = (swept(results, "promotions", what) for what in ("feed", "shift"))
-    feeds, shifts = feeds_of(aged), sorted({r["shift"] for r in biased})
-    for at, arm in enumerate(SHOWN):
-        means = [c.ne.mean(1) for feed in feeds if (c := changes(aged, arm=arm, feed=feed))]
-        if means:
-            names = [feed.removeprefix("delay-") for feed in feeds[: len(means)]]
-            spread = [m.std() for m in means]
-            style = {"label": arm, "color": f"C{at}", "marker": "o"}
-            fresh.errorbar(names, [m.mean() for m in means], spread, capsize=3, **style)
-        levels = [[r["calibration"] for r in pick(biased, arm=arm, shift=s)] for s in shifts]
-        if levels and all(levels):
-            shifted.plot(
-                shifts, [np.mean(x) for x in levels], label=arm, color=f"C{at}", marker="o"
+    """Draw freshness, bias and the gain by the teacher's lead; each title states what is shown."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    draw_freshness(panels[0], swept(results, "promotions", "feed"))
+    draw_bias(panels[1], swept(results, "promotions", "shift"))
+    draw_leads(panels[2], results)
+    for axes in panels:
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=9)
+    for axes, side in ((panels[0], "left"), (panels[2], "right")):
+        handles, labels = axes.get_legend_handles_labels()
+        if len(handles) > 1:
+            options = {"loc": f"outside lower {side}", "ncols": 3, "fontsize": 9}
+            figure.legend(handles, labels, **options)
+    figure.savefig(path, dpi=150)
+
+
+def draw_freshness(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw the change of NE by how late the teacher is."""
+    axes.axhline(0, label="student alone", **line_style("none"))
+    axes.set(xlabel="weeks the teacher is late", ylabel="change of NE, %", title="Freshness")
+    feeds = feeds_of(results)
+    for arm in SHOWN:
+        means = [c.ne.mean(1) for feed in feeds if (c := changes(results, arm=arm, feed=feed))]
+        if len(means) < len(feeds) or not means:
+            continue
+        names = [feed.removeprefix("delay-") for feed in feeds]
+        levels, spread = [m.mean() for m in means], [m.std() for m in means]
+        axes.errorbar(names, levels, spread, capsize=3, marker=".", label=arm, **line_style(arm))
+        if arm == RECIPE:
+            axes.set_title(
+                f"Late teacher, {RECIPE}:\nNE from {levels[0]:+.1f} % to {levels[-1]:+.1f} %"
             )
-    points = gains_by_lead(results)
-    for (source, student), mark in zip(kinds_of(results), itertools.cycle("os"), strict=False):
+
+
+def draw_bias(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw the serving calibration by the shift of the teacher's logits."""
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="shift of the teacher's logits", ylabel="serving calibration", title="Bias")
+    shifts, ranges = sorted({r["shift"] for r in results}), {}
+    for arm in SHOWN:
+        cells = [[r["calibration"] for r in pick(results, arm=arm, shift=s)] for s in shifts]
+        if not cells or not all(cells):
+            continue
+        levels = [float(np.mean(cell)) for cell in cells]
+        axes.plot(shifts, levels, marker=".", label=arm, **line_style(arm))
+        ranges[arm] = f"{min(levels):.2f} to {max(levels):.2f}"
+    if RECIPE in ranges and "serving head" in ranges:
+        axes.set_title(
+            f"A biased teacher: calibration {ranges[RECIPE]},\n"
+            f"{ranges['serving head']} on the serving head"
+        )
+
+
+def draw_leads(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw the recipe's gain of each vertical and student by the teacher's lead."""
+    axes.axhline(0, **line_style("none"))
+    axes.set(xlabel="lead of the teacher, % of NE", ylabel=f"gain by {RECIPE}, % of NE")
+    points, color = gains_by_lead(results), line_style(RECIPE)["color"]
+    markers = dict(zip(dict.fromkeys(p["source"] for p in points), "osD^v", strict=False))
+    for source, student in kinds_of(results):
         part = [p for p in points if (p["source"], p["student"]) == (source, student)]
-        xy = [[-p[name] for p in part] for name in ("lead", RECIPE)]
-        leads.plot(*xy, mark, label=f"{source}, {student}")
-    fresh.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
-    shifted.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
-    leads.set(title="Gain by lead", xlabel="NE the teacher is better by, %", ylabel="the recipe, %")
-    for axes, level in ((fresh, 0), (shifted, 1), (leads, 0)):
-        axes.axhline(level, color="black", linewidth=0.8)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+        leads, gains = ([-p[name] for p in part] for name in ("lead", RECIPE))
+        if part:
+            axes.plot(
+                *(leads, gains, markers[source]),
+                color=color,
+                markerfacecolor=color if student == "strong" else "none",
+                label=f"{source}, {student}",
+            )
+    title = "Gain by lead"
+    if len(points) > 2:
+        correlation = stats.spearmanr(*([p[name] for p in points] for name in ("lead", RECIPE)))
+        title = (
+            f"Gain by lead, {len(points)} students:\nrank correlation {correlation.statistic:.2f}"
+        )
+    axes.set_title(title)
 
 
 def merged(
