@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import common
 import numpy as np
 import passes
+import quality_page
 import quality_report
 import ranking as ranking_report
 import remembered
@@ -696,7 +697,7 @@ def main() -> None:
 
 def show(kept: dict[str, Any], folder: Path) -> str:
     """Write the page and its picture."""
-    return quality_report.write_page(
+    return quality_page.write_page(
         kept,
         folder,
         ranking=lambda results: ranking_report.table(results, list(RANKING)),
