@@ -1,4 +1,4 @@
-"""What N students of one teacher cost in all, if its outputs are stored, or if each asks it anew.
+"""What N students of one teacher cost in all, with stored outputs or a live teacher for each.
 
     python benchmarks/amortization.py [--json] [--quick]
 
@@ -236,69 +236,77 @@ def students_to_save(share: float, way: Cost, other: Cost) -> int | str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    return "\n\n".join(part(result["details"]) for part in (parts_told, as_table, claim_told))
+    return "\n\n".join(part(result["details"]) for part in (describe_parts, as_table, conclude))
 
 
-def parts_told(details: dict[str, Any]) -> str:
+def describe_parts(details: dict[str, Any]) -> str:
+    """Return what is compared, and what the parts take that the table adds up."""
     part = {
         name: f"{common.cell(clocks[details['seconds_are']])} s"
         for name, clocks in details["parts"].items()
     }
-    ran = {n: some for n, some in details["by_students"].items() if some["added_up"]}
+    ran = {n: row for n, row in details["by_students"].items() if row["added_up"]}
     most, last = list(ran.items())[-1]
     added_up, medians = last["added_up"], last["seconds"]
     return (
-        f"All students see the same {details['rows']:,} examples, the most that they can overlap; "
-        f"one rank on {details['device']}, one thread, batches of {details['batch']:,}, "
-        f"medians and quartiles of {details['rounds']} rounds. Seconds are "
-        f"{details['seconds_are'].replace('_', ' ')}, for a million examples of each student: a "
-        f"plain student takes {part['plain']}, one from the store {part['from_store']}, one that "
-        f"asks the teacher {part['with_live_teacher']}; the teacher's pass takes "
-        f"{part['pass_of_teacher']}, its training {part['teacher']}, or "
-        f"{part['teacher_that_logs']} if it logs. The table adds these up, round by round. One "
-        f"pass and {most} students, as they ran, took {added_up['logged']:,.4g} s in all, "
-        f"{medians['logged']['median']:,.4g} s by the median; {most} that asked the teacher "
-        f"{added_up['codistillation']:,.4g} s, {medians['codistillation']['median']:,.4g} s by "
-        "the median."
+        "Ways to teach N students: *plain* (no teacher), *logged* (the teacher's pass is stored "
+        "once, the students look it up), *codistillation* (each student's loop runs the teacher), "
+        "and *a teacher for each*. *With teacher* counts in the shared teacher's training. *If "
+        "logged in training*: that training itself wrote the outputs.\n\n"
+        f"All students see the same {details['rows']:,} examples, the most that they can overlap. "
+        f"One rank on {details['device']}, one thread, batches of {details['batch']:,}, medians "
+        f"and quartiles of {details['rounds']} rounds. Seconds are "
+        f"{details['seconds_are'].replace('_', ' ')}, for a million examples of each student:\n\n"
+        f"* a plain student takes {part['plain']}, one from the store {part['from_store']}, one "
+        f"that asks the teacher {part['with_live_teacher']};\n"
+        f"* the teacher's pass takes {part['pass_of_teacher']};\n"
+        f"* its training takes {part['teacher']}, or {part['teacher_that_logs']} if it logs.\n\n"
+        f"The table adds these up, round by round. One pass and {most} students, as they ran, took "
+        f"{added_up['logged']:,.4g} s in all, {medians['logged']['median']:,.4g} s by the median. "
+        f"{most} that asked the teacher took {added_up['codistillation']:,.4g} s, "
+        f"{medians['codistillation']['median']:,.4g} s by the median."
     )
 
 
 def as_table(details: dict[str, Any]) -> str:
-    of_each_n, blank = details["by_students"].values(), [""] * 3
-    rows = [[f"{way}, seconds", *(n["seconds"][way] for n in of_each_n), *blank] for way in WAYS]
+    by_n, blank = details["by_students"].values(), [""] * 3
+    rows = [[f"{way}, seconds", *(row["seconds"][way] for row in by_n), *blank] for way in WAYS]
     for way in WAYS[1:]:
-        extra = [n["extra_over_plain"][way] for n in of_each_n]
+        extra = [row["extra_over_plain"][way] for row in by_n]
         rows.append([f"{way} over plain, - 1", *extra, *blank])
     for name, limits in details["limits"].items():
-        rows.append([name, *(n[name] for n in of_each_n), *limits.values()])
-    header = ["", *(f"N = {n}" for n in details["by_students"]), "without end", "any from N"]
+        rows.append([name, *(row[name] for row in by_n), *limits.values()])
+    header = ["", *(f"N = {n}" for n in details["by_students"]), "limit", "any from N"]
     named = [[row[0].replace("_", " "), *row[1:]] for row in rows]
     return common.table([*header, f"over {details['claim']:.0%} from N"], named)
 
 
-def claim_told(details: dict[str, Any]) -> str:
+def conclude(details: dict[str, Any]) -> str:
+    """Return what the table says of the claim, and what it depends on."""
     claim, limits, ratio = (details[name] for name in ("claim", "limits", "teacher_over_student"))
-    saved = {n: f"{some[SAVED]['median']:.0%}" for n, some in details["by_students"].items()}
+    saved = {n: f"{row[SAVED]['median']:.0%}" for n, row in details["by_students"].items()}
     (first, at_first), *_, (last, at_last) = saved.items()
-    passes = {name: from_n(each["students_to_save_claim"]) for name, each in limits.items()}
+    passes = {name: from_n(row["students_to_save_claim"]) for name, row in limits.items()}
     limit = limits[SAVED]["limit"]
     near = limit["quartile_1"] <= claim <= limit["quartile_3"]
     return (
         f"A summary of the paper speaks of {claim:.0%} less training overhead. Of all that "
         f"co-distillation takes, the logged way saves {at_first} at N = {first}, {at_last} at N = "
-        f"{last} and {limit['median']:.0%} without end; it breaks even "
+        f"{last} and {limit['median']:.0%} in the limit of many students. It breaks even "
         f"{from_n(limits[SAVED]['students_to_break_even'])}, and passes {claim:.0%} "
-        f"{passes[SAVED]}{', though the limit is too near to be sure' if near else ''}. What is "
-        "saved grows with N as the pass is shared, towards (step with the teacher - step from the "
-        "store) / step with the teacher, so the ratio of the teacher's forward to the student's "
-        f"step decides: it is {common.cell(ratio)} here, and a limit above {claim:.0%} takes more "
-        f"than {claim / (1 - claim):.2f}. Of the overhead alone, which is what distillation adds "
-        f"to plain training, more than {claim:.0%} is saved {passes['saved_overhead']}; beside a "
-        f"teacher for each {passes['saved_over_a_teacher_for_each']}, or, with the training of the "
-        f"shared one counted in, {passes['saved_over_a_teacher_for_each_with_teacher']}. Students "
-        "that overlap less share less: with u distinct examples for each one that a student sees "
-        "(1 / N where all see the same, 1 where they share none), 1 - (step from the store + u * "
-        f"pass) / step with the teacher is saved, down to the {at_first} of N = {first}."
+        f"{passes[SAVED]}{', though the limit is too near to be sure' if near else ''}.\n\n"
+        "What is saved grows with N, as the pass is shared. The limit is (step with the teacher - "
+        "step from the store) / step with the teacher. So the ratio of the teacher's forward to "
+        f"the student's step decides. It is {common.cell(ratio)} here. A limit above {claim:.0%} "
+        f"needs more than {claim / (1 - claim):.2f}.\n\nThe overhead alone is what distillation "
+        f"adds to plain training. More than {claim:.0%} of it is saved "
+        f"{passes['saved_overhead']}. Against a teacher for each, more than {claim:.0%} is saved "
+        f"{passes['saved_over_a_teacher_for_each']}, or "
+        f"{passes['saved_over_a_teacher_for_each_with_teacher']} with the training of the shared "
+        "teacher counted in.\n\nStudents that overlap less share less. Let u be the distinct "
+        "examples for each one that a student sees: 1 / N where all see the same, 1 where they "
+        "share none. Then 1 - (step from the store + u * pass) / step with the teacher is saved, "
+        f"down to the {at_first} of N = {first}."
     )
 
 

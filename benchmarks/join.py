@@ -1,4 +1,4 @@
-"""Examples joined with the store on DuckDB: how fast, in how much memory, and whether it is right.
+"""How fast examples are joined with the store on DuckDB, in how much memory, and whether rightly.
 
     python benchmarks/join.py [--json] [--quick] [--rows N]
 
@@ -96,13 +96,13 @@ def markdown(result: dict[str, Any]) -> str:
         for name in ("rows_per_s_on_the_wall", "rows_per_s_of_a_core", "peak_memory_bytes")
     )
     return (
-        f"{common.cell(details['rows'])} examples: {wall} a second on the wall, {core} by the time "
-        f"that the process had a core; {peak} bytes at the peak. Equal to the look-up: "
-        f"{result['equal_to_lookup']}; on Spark: {result['spark_equal']} "
+        f"{common.cell(details['rows'])} examples: {wall} a second by the clock, {core} by the "
+        f"time that the process had a core, {peak} bytes at the peak. Equal to the look-up: "
+        f"{result['equal_to_lookup']}. Equal on Spark: {result['spark_equal']} "
         f"({details['spark_equal_reason']}).\n\n"
         + common.table(["examples", "s on the wall", "s on a core", "bytes at the peak"], growth)
-        + f"\n\nTime grows with the power {result['exponent_time']:g} of the examples, the peak of "
-        f"memory with {result['exponent_peak_memory']:g}."
+        + f"\n\nTime grows with the power {result['exponent_time']:g} of the examples, the peak "
+        f"of memory with {result['exponent_peak_memory']:g}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Teacher memory: how fast its features are built, and how long a request of 1,000 rows waits.
+"""How fast the features of a teacher memory are built, and how long a request of 1,000 rows waits.
 
     python benchmarks/memory.py [--json] [--quick]
 
@@ -214,16 +214,17 @@ def markdown(result: dict[str, Any]) -> str:
         if isinstance(figures, dict)
     ]
     by_key = [
-        [name, *(f"{run[what]:,.0f}" for what in ("rows_per_s", "peak_bytes"))]
+        [name, *(f"{run[figure]:,.0f}" for figure in ("rows_per_s", "peak_bytes"))]
         for name, run in built["by_key"].items()
     ]
-    of_keys = common.table(["key", "examples a second of a core", "peak bytes"], by_key)
+    by_key_table = common.table(["key", "examples a second of a core", "peak bytes"], by_key)
     return (
-        f"Aggregates of {built['examples']:,} promotions by one key; by memory_sql on DuckDB "
-        f"{result['sql_rows_per_s']:,.0f} examples a second of a core; memory grows with keys as "
-        f"keys^{result['exponent_memory']:.2f}.\n\n{of_keys}\n\n"
-        f"A request of {details['rows']:,} users out of {details['keys']:,}, {WIDTH} numbers an "
-        f"event. A student alone takes {result['student_alone_p50_ms']} ms for as many rows "
+        f"Built: aggregates of {built['examples']:,} promotions by one key. `memory_sql` on DuckDB "
+        f"builds {result['sql_rows_per_s']:,.0f} examples a second of a core. Memory grows as "
+        f"keys^{result['exponent_memory']:.2f}.\n\n{by_key_table}\n\n"
+        f"Served: a request of {details['rows']:,} users out of {details['keys']:,}, with {WIDTH} "
+        "numbers for each event and sequences of L events. A student alone takes "
+        f"{result['student_alone_p50_ms']} ms for as many rows "
         f"({result['student_alone_p99_ms']} at p99).\n\n{common.table(header, rows)}"
     )
 

@@ -1,4 +1,4 @@
-"""How fast the published data sets are read, and with how much memory.
+"""How fast published data sets are read as streams, and with how much memory.
 
     python benchmarks/readers.py [--quick] [--json]
 
@@ -42,9 +42,9 @@ def main() -> None:
 def markdown(result: dict[str, Any]) -> str:
     """A row for each data set, the smaller size before the larger."""
     few, many = (f"{int(rows):,}" for rows in next(iter(result["readers"].values())))
-    head = ["rows", *(f"{what}, {n}" for what in ("rows/s", "peak MiB") for n in (few, many))]
+    head = ["rows", *(f"{unit}, {n}" for unit in ("rows/s", "peak MiB") for n in (few, many))]
     rows = [
-        [name, *(size[what] for what in ("rows_per_s", "peak_mib") for size in sizes.values())]
+        [name, *(size[figure] for figure in ("rows_per_s", "peak_mib") for size in sizes.values())]
         for name, sizes in result["readers"].items()
     ]
     return common.table(head, rows)

@@ -1,4 +1,4 @@
-"""What a row costs as the work grows: with rows in the store, tasks, teachers, ranks, the batch.
+"""What a row costs as the work grows: rows in the store, tasks, teachers, ranks, the batch.
 
     python benchmarks/scale.py [--json] [--quick]
 
@@ -229,21 +229,25 @@ def peak(
 def markdown(result: dict[str, Any]) -> str:
     details = result["details"]
     steps = [
-        [f"{what}: {int(size):,}", *list(figures.values())[:4]]
-        for what in ("tasks", "teachers", "ranks", "batch")
-        for size, figures in details[what].items()
+        [f"{sweep}: {int(size):,}", *list(figures.values())[:4]]
+        for sweep in ("tasks", "teachers", "ranks", "batch")
+        for size, figures in details[sweep].items()
     ]
     looked_up = [
-        [f"{int(rows):,}", *of_size.values()] for rows, of_size in details["store_rows"].items()
+        [f"{int(rows):,}", *figures.values()] for rows, figures in details["store_rows"].items()
     ]
     peaks = [[place, *figures.values()] for place, figures in details["memory"].items()]
     sides = ["without ExFM", "with it", "added", "with over without"]
     return f"""\
-Exponents of what a row costs, 0 being a flat line and 1 a cost that grows as the size does: a
-look-up over rows in the store **{result["exponent_store_rows"]}**; what ExFM adds to a step over
-tasks **{result["exponent_tasks"]}**, over teachers **{result["exponent_teachers"]}**; a step over
-rows of the batch **{result["exponent_batch"]}** with ExFM and {details["exponent_batch_plain"]}
-without. Batches are of {details["rows_of_a_batch"]:,} rows a rank where their size is not given.
+An exponent says how the cost of a row grows with a size: 0 is flat, 1 grows as the size does.
+
+* A look-up, with the rows in the store: **{result["exponent_store_rows"]}**.
+* What ExFM adds to a step, with tasks: **{result["exponent_tasks"]}**.
+* The same, with teachers: **{result["exponent_teachers"]}**.
+* A step with ExFM, with the rows of the batch: **{result["exponent_batch"]}**.
+* The same without ExFM: {details["exponent_batch_plain"]}.
+
+Batches have {details["rows_of_a_batch"]:,} rows on each rank where their size is not given.
 
 {common.table(["a step, µs a row", *sides], steps)}
 

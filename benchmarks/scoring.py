@@ -1,4 +1,4 @@
-"""What it costs to keep a teacher's outputs: scoring beside a bare pass, logging beside training.
+"""What it costs to store teacher outputs: scoring over a bare pass, logging over plain training.
 
     python benchmarks/scoring.py [--json] [--quick] [--kills N]
 
@@ -124,18 +124,18 @@ def markdown(result: dict[str, Any]) -> str:
     many, few = details["peak_memory_mib"]
     once = "Each id was there once" if result["each_id_once"] else "**NOT each id was there once**"
     return (
-        f"Rows a second, batches of {details['batch']:,}, commits of about {details['commit']:,} "
-        "rows. The writer has a thread of its own; where the ranks leave it no core it costs what "
-        "it costs.\n\n"
+        f"Rows a second, in batches of {details['batch']:,} and commits of about "
+        f"{details['commit']:,} rows. The writer has a thread of its own. Where the ranks leave it "
+        "no core, it takes time from them.\n\n"
         + common.table(
             ["", *(name.replace("_", " ") for name in ranks), "aim"],
             [
-                [text, *(details[name][of][field] for name in ranks), aim]
-                for of, field, text, aim in rows
+                [text, *(details[name][job][field] for name in ranks), aim]
+                for job, field, text, aim in rows
             ],
         )
         + f"\n\nOn {details['ranks']} ranks, {details['rows']:,} rows in {details['files']} files "
-        f"took a rank {many:,.0f} MiB, a quarter of the files {few:,.0f} MiB, its libraries and "
+        f"took {many:,.0f} MiB on a rank, and a quarter of the files {few:,.0f} MiB, libraries and "
         f"model included. {once} after {result['kills']} kills, with {killed['shares']} of the "
         "rows in the store.\n"
     )

@@ -1,4 +1,4 @@
-"""Is the exported student served as the bare one is: the same outputs, at the same latency?
+"""Does the exported student serve as the bare one does: equal outputs, at the same latency?
 
     python benchmarks/serving.py [--json] [--quick]
 
@@ -172,10 +172,11 @@ def markdown(result: dict[str, Any]) -> str:
         for way in WAYS
     ]
     return (
-        f"The exported student holds {result['extra_parameters']} parameters and "
-        f"{result['extra_keys']} keys more than the bare one, which has {details['tables']} tables "
-        f"and {details['parameters']:,} parameters. Both are served on one thread; the latency is "
-        f"the time on a core.\n\n{common.table(header, rows)}"
+        "The bare student was never wrapped, and has the trained student's state. It has "
+        f"{details['tables']} tables and {details['parameters']:,} parameters. The exported one "
+        f"holds {result['extra_parameters']} parameters and {result['extra_keys']} keys more. Both "
+        "are served on one thread. The latency is the time on a core.\n\n"
+        f"{common.table(header, rows)}"
     )
 
 

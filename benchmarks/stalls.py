@@ -1,4 +1,4 @@
-"""How long a store that is slow, or that hangs, holds up training.
+"""How long a store that is slow or hangs stalls training.
 
     python benchmarks/stalls.py [--json] [--quick]
 
@@ -95,8 +95,9 @@ def markdown(result: dict[str, Any]) -> str:
     columns = [[*row, *more] for row, *more in zip(rows, counts, steps, strict=True)]
     header = ["", "longest stall, ms", "stalls above 0.1 s", "steps"]
     return (
-        f"A look-up's deadline is {details['deadline_seconds']:g} s; what is beyond it may be "
-        "negative, as look-ups begin two batches early.\n\n" + common.table(header, columns)
+        "A stall is the time of a step beyond the median step. A look-up's deadline is "
+        f"{details['deadline_seconds']:g} s. The time beyond it may be negative, as look-ups begin "
+        "two batches early.\n\n" + common.table(header, columns)
     )
 
 

@@ -1,4 +1,4 @@
-"""What distillation adds to a training step, side by side with the step without it.
+"""What distillation adds to a training step, measured against the plain step.
 
     python benchmarks/step.py [--json] [--quick]
 
@@ -349,16 +349,16 @@ def markdown(result: dict[str, Any]) -> str:
     ranks = [name for name in ("one_rank", "two_ranks") if name in details]
     rows = [
         ("exfm_over_plain", "**ExFM (AH + SA, columns) over plain**", "1.05"),
-        ("matmuls_over_plain", "of it the multiplications of its two heads of 128", ""),
-        ("exfm_less_matmuls", "**ExFM without them, over plain**", "1.03"),
+        ("matmuls_over_plain", "of it: the matrix products of its two heads of 128", ""),
+        ("exfm_less_matmuls", "**ExFM without these products, over plain**", "1.03"),
         ("ah_over_plain", "AH alone over plain", ""),
         ("ah_over_hand_written", "AH alone over a hand-written second loss", ""),
-        ("store_over_columns", "**from the store over columns**", "1.03"),
-        ("live_over_plain", "live teacher over plain", ""),
+        ("store_over_columns", "**ExFM from the store, over columns**", "1.03"),
+        ("live_over_plain", "ExFM with a live teacher over plain", ""),
         ("metrics_over_exfm", "ExFM with metrics at every step over ExFM", ""),
         ("wide_over_plain", "ExFM with heads as wide as the serving head over plain", ""),
-        ("wide_matmuls_over_plain", "of it the multiplications of these heads", ""),
-        ("wide_less_matmuls", "ExFM with these heads, without them, over plain", "1.03"),
+        ("wide_matmuls_over_plain", "of it: the matrix products of these heads", ""),
+        ("wide_less_matmuls", "ExFM with these heads, without these products, over plain", "1.03"),
     ]
     header = ["", *(f"{name.replace('_', ' ')}, {by}" for name in ranks for by in ("wall", "CPU"))]
     table = [
@@ -368,27 +368,27 @@ def markdown(result: dict[str, Any]) -> str:
     plain_ms = " and ".join(common.cell(details[name]["milliseconds"]["plain"]) for name in ranks)
     matmuls = details["one_rank"]["matmuls_over_plain"]["wall"]["median"]
     return (
-        f"Batches of {details['batch']:,}; the plain step takes {plain_ms} ms on "
+        f"Batches of {details['batch']:,}. The plain step takes {plain_ms} ms on "
         f"{' and '.join(name.replace('_', ' ') for name in ranks)}.\n\n"
         f"{common.table([*header, 'aim'], table)}\n\n"
-        f"The multiplications of the heads, timed apart, are a part of {common.cell(matmuls)} of "
-        f"the plain step on one rank, as the student's own layers are small: about "
-        f"{common.cell(1 + matmuls)} is what ExFM with these heads should take, whatever the rest. "
-        "The rest is meant to be small: each term is a head and a loss of its own, whose "
-        "operations the tests bound, and a β other than 1 multiplies the gradient of the shared "
-        "representation once a head. Launches differ by more than it amounts to, "
-        "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
-        "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
+        f"The matrix products of the heads, timed apart, take {common.cell(matmuls)} of the plain "
+        "step on one rank, as the student's own layers are small. ExFM with these heads should "
+        f"thus take about {common.cell(1 + matmuls)} of the plain step. The rest is meant to be "
+        "small. Each term has a head and a loss of its own, whose operations the tests bound. A β "
+        "other than 1 multiplies the gradient of the shared representation, once for each head.\n\n"
+        "Launches differ by more than the rest amounts to, in the plain step too. On a CPU it "
+        "matters where malloc puts tensors and which pages are fresh. So whole runs of this script "
+        "differ by more than their quartiles say."
         f"{loss_markdown(details['losses']) if 'losses' in details else ''}"
         f"{two_towers.markdown(details['two_towers']) if 'two_towers' in details else ''}"
         f"{small_markdown(details['small']) if 'small' in details else ''}"
     )
 
 
-def loss_markdown(of_losses: dict[str, Any]) -> str:
-    rows = [[f"`{name}`", of["wall"], of["cpu"]] for name, of in of_losses.items()]
+def loss_markdown(by_loss: dict[str, Any]) -> str:
+    rows = [[f"`{name}`", ratios["wall"], ratios["cpu"]] for name, ratios in by_loss.items()]
     return (
-        "\n\nAH alone with each loss, in groups of 10 examples, on one rank.\n\n"
+        "\n\nAH alone with each loss, in groups of 10 examples, on one rank:\n\n"
         f"{common.table(['over plain', 'wall', 'CPU'], rows)}"
     )
 
@@ -406,8 +406,8 @@ def small_markdown(small: dict[str, Any]) -> str:
     ]
     header = ["", *(f"batches of {size:,}, over plain" for size in SMALL_BATCHES)]
     return (
-        "\n\nSmall batches, in time on a core, and what each adds to a step whose layers "
-        "and batch are tiny, where the host bounds it: the milliseconds of the host, and the "
+        "\n\nSmall batches, on one core. The last columns are what each arm adds to a step whose "
+        "layers and batch are tiny, where the host is the limit: milliseconds of the host, and the "
         "operations that it launches, each a kernel or more on a GPU. The plain step of tiny "
         f"layers takes {common.cell(small['plain_host_milliseconds'])} ms and launches "
         f"{operations['plain']}.\n\n"

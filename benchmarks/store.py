@@ -1,4 +1,4 @@
-"""The store on one core: its rows on disk and in memory, and how fast they go in and come out.
+"""The teacher store on one core: bytes of its rows, and the rates of writes and look-ups.
 
     python benchmarks/store.py [--json] [--quick] [--rows N] [--embeddings]
 
@@ -106,8 +106,12 @@ def markdown(result: dict[str, Any]) -> str:
     columns = (details["random"], details["sequential"])
     rows = [
         ("lookup_rows_per_s", "**look-up through `TeacherLookup`, rows/s**", "5 M"),
-        ("mapped_rows_per_s", "**the same from the files of a host, rows/s**", "5 M"),
-        ("first_mapped_over_first", "the first look-up of a window, files over memory, time", "1"),
+        ("mapped_rows_per_s", "**the same through the mapped files of a host, rows/s**", "5 M"),
+        (
+            "first_mapped_over_first",
+            "time of the first look-up of a window, mapped files over memory",
+            "1",
+        ),
         ("index_rows_per_s", "the index alone (`WindowIndex.find`), rows/s", ""),
         ("gather_rows_per_s", "a plain gather of the same records by position, rows/s", ""),
         ("lookup_over_gather", "look-up over gather", ""),
@@ -120,18 +124,24 @@ def markdown(result: dict[str, Any]) -> str:
         ("read_rows_per_s", "a window read into memory, rows/s", ""),
     ]
     windows = details["windows_x10"]
-    of_embeddings = details.get("embeddings")  # measured files of before have none
+    with_embeddings = details.get("embeddings")  # earlier measured files have none
     return (
         f"{common.cell(details['rows'])} rows of one task in one time window, batches of "
-        f"{details['batch']:,}, on one core; rates by the time that the process had the core.\n\n"
+        f"{details['batch']:,}, on one core. Rates are by the time that the process had the "
+        "core.\n\n"
         + common.table(
             ["", "random ids", "sequential ids", "aim"],
             [[text, *(column[field] for column in columns), aim] for field, text, aim in rows],
         )
-        + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows in the place of 10, "
-        f"visited in order, look-ups go at {common.cell(windows['rows_per_s_ratio'])} times the "
+        + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows instead of 10, "
+        f"visited in order, look-ups have {common.cell(windows['rows_per_s_ratio'])} times the "
         f"rate, and the peak of memory is {common.cell(windows['peak_ratio'])} times as high."
-        + (f"\n\nWith embeddings:\n\n{table_of_embeddings(of_embeddings)}" if of_embeddings else "")
+        + (
+            "\n\nWith embeddings of width E, bytes a row:\n\n"
+            f"{table_of_embeddings(with_embeddings)}"
+            if with_embeddings
+            else ""
+        )
     )
 
 

@@ -104,8 +104,8 @@ def markdown(towers: dict[str, Any]) -> str:
     header = ["over plain", *(f"{own}, {by}" for own in towers for by in ("wall", "CPU"))]
     plain = " and ".join(common.cell(towers[own]["milliseconds"]) for own in towers)
     return (
-        "\n\nTwo towers with vectors of 64 on one rank, whose own loss is a softmax over the items "
-        f"of the batch, or of pairs alone; without a teacher they take {plain} ms. "
+        "\n\nTwo towers with vectors of 64, on one rank. Their own loss is a softmax over the "
+        f"items of the batch, or a loss of pairs alone. Without a teacher they take {plain} ms. "
         "`pairs_in_head` is a head of 128 on both vectors.\n\n"
         f"{common.table(header, rows)}"
     )
