@@ -98,15 +98,15 @@ teacher. Nothing about the arms was chosen on MovieLens or EB-NeRD.
 
 
 def write_page(
-    kept: Mapping[str, Any],
+    stored: Mapping[str, Any],
     folder: Path,
     ranking: Callable[[Sequence[Result]], Iterator[str]],
     memory: Callable[[Sequence[Result]], Iterator[str]],
     names: Mapping[str, Iterable[str]],
 ) -> str:
     """Write QUALITY.md and quality.png into a folder; return the text."""
-    results = [{**PLAIN, **r, "part": r["vertical"]} for r in kept["results"]]
-    missing = kept["missing"]
+    results = [{**PLAIN, **r, "part": r["vertical"]} for r in stored["results"]]
+    missing = stored["missing"]
     text = "".join(
         [
             TITLE,
@@ -126,7 +126,7 @@ def write_page(
             *tables.what_decides(results),
             *memory(results),
             *tables.batches(results),
-            "\n" + "\n\n".join(dict.fromkeys(map(report.machine, kept["environments"]))) + "\n",
+            "\n" + "\n\n".join(dict.fromkeys(map(report.machine, stored["environments"]))) + "\n",
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -408,7 +408,7 @@ def what_decides(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _columns(points: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array]:
-    """The changes of NE by the teacher, by AH and by the recipe."""
+    """Return the changes of NE by the teacher, by AH and by the recipe."""
     lead, ah, recipe = (np.array([p[name] for p in points]) for name in ("lead", "AH", RECIPE))
     return lead, ah, recipe
 
@@ -485,25 +485,27 @@ def batches(results: Sequence[Result]) -> Iterator[str]:
 
 
 def merged(
-    kept: Mapping[str, Any],
+    stored: Mapping[str, Any],
     new: Sequence[Result],
     planned: Mapping[Any, str],
     environment: Mapping[str, Any],
 ) -> str:
-    """Return the kept results with the new ones, as JSON with a line for each result.
+    """Return the stored results with the new ones, as JSON with a line for each result.
 
     Args:
-        kept: from the file, or nothing.
+        stored: the content of the file, or nothing.
         new: results of cells.
-        planned: the cells of all tables, with their keys. A kept result of one of them under
+        planned: the cells of all tables, with their keys. A stored result of one of them under
             another key is of other settings, and is dropped.
         environment: of the new ones.
     """
     keys = {cell_of(asdict(cell)): key for cell, key in planned.items()}
     results = {
-        cell_of(r): r for r in kept.get("results", ()) if keys.get(cell_of(r), r["key"]) == r["key"]
+        cell_of(r): r
+        for r in stored.get("results", ())
+        if keys.get(cell_of(r), r["key"]) == r["key"]
     }
-    environments = list(kept.get("environments", ()))
+    environments = list(stored.get("environments", ()))
     fresh = [r for r in new if cell_of(r) not in results]
     for result in fresh:
         results[cell_of(result)] = {**_short(result), "run": len(environments)}
