@@ -2,26 +2,27 @@
 
     python benchmarks/amortization.py [--json] [--quick]
 
-Three ways. Logged: the teacher goes over the examples once, score() stores what it says, and the
+Three ways. Logged: the teacher scores the examples once, score() stores its outputs, and the
 students train from the store. Co-distillation: each student's loop runs the teacher (LiveTeacher).
 A teacher for each: every student has its own, whose training logs its outputs (TeacherLogger).
 
-The top level is of the most students, "by_students" in the details has all.
+The top level is of the largest N; "by_students" in the details has all.
 saved_over_codistillation: 1 - seconds of the logged way / seconds of co-distillation.
-saved_over_a_teacher_for_each: the same beside a teacher for each; the shared one comes trained.
-..._with_teacher: with the training of the one shared teacher counted in.
+saved_over_a_teacher_for_each: the same against a teacher for each; the shared one comes trained.
+..._with_teacher: the training of the one shared teacher is counted in.
 saved_overhead: 1 - what the logged way adds to plain training / what co-distillation adds.
 saved_if_logged_in_training: as the first; the shared teacher's own training wrote the outputs.
 extra_over_plain: seconds of the logged way / those of as many plain students, - 1.
-teacher_over_student: what asking the teacher adds to a student's step, over the step from the
-store. limit: what is saved over co-distillation as N grows without end. students_to_break_even,
-students_to_save_claim: the smallest N that saves anything over it, or more than the claim, in more
-than half of the rounds. "added_up" are the seconds of one pass and N students as they ran.
+teacher_over_student: what the live teacher adds to a student's step, over the step from the store.
+limit: what is saved over co-distillation in the limit of large N.
+students_to_break_even, students_to_save_claim: the smallest N that saves anything over
+    co-distillation, or more than the claim, in more than half of the rounds.
+added_up: the seconds of one pass and N students as they ran.
 
-All students see the same examples. A round trains a student of each kind and a teacher, all of them
-new, over all rows, and scores the rows into a new store; figures are taken round by round. Models
-and batches are made beforehand, and not timed. One thread computes; others write and look up.
-Seconds are for a million examples of each student: of all threads on a CPU, by the clock on a GPU.
+All students see the same examples. A round trains a student of each kind and a teacher, all new,
+over all rows, and scores the rows into a new store. Figures are taken round by round. Models and
+batches are made beforehand and not timed. One thread computes; others write and look up. Seconds
+are for a million examples of each student: of all threads on a CPU, by the clock on a GPU.
 """
 
 from __future__ import annotations
@@ -68,31 +69,31 @@ def main() -> None:
 
 def measure(quick: bool) -> dict[str, Any]:
     run = training.on_ranks(1, run_in_rounds, quick)
-    times = {part: np.array(some) * 1e6 / run["rows"] for part, some in run.pop("times").items()}
+    times = {part: np.array(pairs) * 1e6 / run["rows"] for part, pairs in run.pop("times").items()}
     clock = CLOCKS[run["device"] == "cpu"]
-    found = compare(costs({part: t[:, CLOCKS.index(clock)] for part, t in times.items()}))
-    last, limits = found["by_students"][str(STUDENTS[-1])], found["limits"][SAVED]
+    compared = compare(costs({part: t[:, CLOCKS.index(clock)] for part, t in times.items()}))
+    last, limits = compared["by_students"][str(STUDENTS[-1])], compared["limits"][SAVED]
     return {
         "students": STUDENTS[-1],
         **{name: last[name]["median"] for name in COMPARED},
         "extra_over_plain": last["extra_over_plain"]["logged"]["median"],
-        "teacher_over_student": found["teacher_over_student"]["median"],
+        "teacher_over_student": compared["teacher_over_student"]["median"],
         **{**limits, "limit": limits["limit"]["median"]},
         "details": {
             **run,
             "claim": CLAIM,
             "seconds_are": clock,
             "parts": {
-                part: {each: common.spread(t[:, i]) for i, each in enumerate(CLOCKS)}
+                part: {name: common.spread(t[:, i]) for i, name in enumerate(CLOCKS)}
                 for part, t in times.items()
             },
-            **found,
+            **compared,
         },
     }
 
 
 def run_in_rounds(device: torch.device, folder: str, quick: bool) -> dict[str, Any]:
-    """The times of the parts, each round in another order; a small round of its own warms up."""
+    """Return the times of the parts, each round in another order; a small round warms up."""
     torch.set_num_threads(1)
     batches = {"cpu": (4, 2), "cuda": (128, 32)}[device.type][quick]
     rounds = 2 if quick else STUDENTS[-1]
@@ -119,7 +120,7 @@ def finish(job: Job, device: torch.device) -> None:
 
 
 class Bench:
-    """The parts: each makes its models, and returns the job to be timed."""
+    """The parts of all ways. Each makes its models, and returns the job to time."""
 
     def __init__(self, device: torch.device, folder: str, rows: int) -> None:
         self.device = device
@@ -167,7 +168,7 @@ class Bench:
 
 
 class Cost(NamedTuple):
-    """What N students take in each round: (rounds,) seconds spent once, and on each of them."""
+    """The seconds of N students in each round, (rounds,): spent once, and on each of them."""
 
     once: Any
     each: Any
@@ -176,12 +177,12 @@ class Cost(NamedTuple):
         return self.once + students * self.each
 
     def added_up(self, students: int) -> float:
-        """Of the students of as many rounds, and what the first one spent once."""
+        """Add up the students of successive rounds, and what the first round spent once."""
         return common.rounded(self.once[0] + self.each[:students].sum())
 
 
 def costs(parts: dict[str, Any]) -> dict[str, Cost]:
-    """Of the ways, from the seconds of the parts in each round."""
+    """Return the costs of the ways, from the seconds of the parts in each round."""
     plain, stored, live, scored, teacher, logging = (np.asarray(parts[p]) for p in parts)
     return {
         "plain": Cost(0 * plain, plain),
@@ -196,11 +197,13 @@ def costs(parts: dict[str, Any]) -> dict[str, Cost]:
     }
 
 
-def compare(of: dict[str, Cost]) -> dict[str, Any]:
-    """All that follows from the costs: what ends are reached as N grows, and what holds for N."""
-    pairs = {name: (of[way], of[other]) for name, (way, other) in COMPARED.items()}
+def compare(costs: dict[str, Cost]) -> dict[str, Any]:
+    """Return what follows from the costs: limits as N grows, and figures for each N."""
+    pairs = {name: (costs[way], costs[other]) for name, (way, other) in COMPARED.items()}
     return {
-        "teacher_over_student": common.spread(of["codistillation"].each / of["logged"].each - 1),
+        "teacher_over_student": common.spread(
+            costs["codistillation"].each / costs["logged"].each - 1
+        ),
         "limits": {
             name: {
                 "limit": common.spread(1 - way.each / other.each),
@@ -211,10 +214,13 @@ def compare(of: dict[str, Cost]) -> dict[str, Any]:
         },
         "by_students": {
             str(n): {
-                "seconds": {way: common.spread(of[way].of(n)) for way in WAYS},
-                "added_up": {way: of[way].added_up(n) for way in WAYS if n <= len(of[way].each)},
+                "seconds": {way: common.spread(costs[way].of(n)) for way in WAYS},
+                "added_up": {
+                    way: costs[way].added_up(n) for way in WAYS if n <= len(costs[way].each)
+                },
                 "extra_over_plain": {
-                    way: common.spread(of[way].of(n) / of["plain"].of(n) - 1) for way in WAYS[1:]
+                    way: common.spread(costs[way].of(n) / costs["plain"].of(n) - 1)
+                    for way in WAYS[1:]
                 },
                 **{
                     name: common.spread(1 - way.of(n) / other.of(n))
@@ -227,12 +233,12 @@ def compare(of: dict[str, Cost]) -> dict[str, Any]:
 
 
 def students_to_save(share: float, way: Cost, other: Cost) -> int | str:
-    """The smallest N that saves more than a share of the other way in most rounds."""
+    """Return the smallest N that saves more than a share of the other way in most rounds."""
     gain = (1 - share) * other.each - way.each
     lead = way.once - (1 - share) * other.once
     needed = [max(1, a // b + 1) if b > 0 else np.inf for a, b in zip(lead, gain, strict=True)]
-    of_most = sorted(needed)[len(needed) // 2]
-    return "never" if np.isinf(of_most) else int(of_most)
+    in_most = sorted(needed)[len(needed) // 2]
+    return "never" if np.isinf(in_most) else int(in_most)
 
 
 def markdown(result: dict[str, Any]) -> str:

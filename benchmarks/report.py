@@ -62,11 +62,11 @@ def main() -> None:
     if unknown:
         parser.error(f"NAME should be of {list(TITLES)}; received {sorted(unknown)}")
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) if options.quick else HERE / "measured"
-        kept.mkdir(exist_ok=True)
+        results = Path(folder) if options.quick else HERE / "measured"
+        results.mkdir(exist_ok=True)
         for name in [] if options.no_run else options.names or TITLES:
-            run(name, options.quick, kept)
-        page = HEAD + "".join(section(name, kept) for name in TITLES)
+            run(name, options.quick, results)
+        page = HEAD + "".join(section(name, results) for name in TITLES)
     if options.quick:
         print(page)
     else:
