@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,8 @@ def draw_leads(axes: Axes, results: Sequence[Result]) -> None:
     axes.axhline(0, **line_style("none"))
     axes.set(xlabel="lead of the teacher, % of NE", ylabel=f"gain by {RECIPE}, % of NE")
     points, color = gains_by_lead(results), line_style(RECIPE)["color"]
-    markers = dict(zip(dict.fromkeys(p["source"] for p in points), "osD^v", strict=False))
+    sources = dict.fromkeys(p["source"] for p in points)
+    markers = dict(zip(sources, itertools.cycle("osD^v"), strict=False))
     for source, student in kinds_of(results):
         part = [p for p in points if (p["source"], p["student"]) == (source, student)]
         leads, gains = ([-p[name] for p in part] for name in ("lead", RECIPE))
