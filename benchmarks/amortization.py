@@ -1,27 +1,28 @@
-"""What N students of one teacher cost in all, if its outputs are stored, or if each asks it anew.
+"""What N students of one teacher cost in all, with stored outputs or a live teacher for each.
 
     python benchmarks/amortization.py [--json] [--quick]
 
-Three ways. Logged: the teacher goes over the examples once, score() stores what it says, and the
+Three ways. Logged: the teacher scores the examples once, score() stores its outputs, and the
 students train from the store. Co-distillation: each student's loop runs the teacher (LiveTeacher).
 A teacher for each: every student has its own, whose training logs its outputs (TeacherLogger).
 
-The top level is of the most students, "by_students" in the details has all.
+The top level is of the largest N; "by_students" in the details has all.
 saved_over_codistillation: 1 - seconds of the logged way / seconds of co-distillation.
-saved_over_a_teacher_for_each: the same beside a teacher for each; the shared one comes trained.
-..._with_teacher: with the training of the one shared teacher counted in.
+saved_over_a_teacher_for_each: the same against a teacher for each; the shared one comes trained.
+..._with_teacher: the training of the one shared teacher is counted in.
 saved_overhead: 1 - what the logged way adds to plain training / what co-distillation adds.
 saved_if_logged_in_training: as the first; the shared teacher's own training wrote the outputs.
 extra_over_plain: seconds of the logged way / those of as many plain students, - 1.
-teacher_over_student: what asking the teacher adds to a student's step, over the step from the
-store. limit: what is saved over co-distillation as N grows without end. students_to_break_even,
-students_to_save_claim: the smallest N that saves anything over it, or more than the claim, in more
-than half of the rounds. "added_up" are the seconds of one pass and N students as they ran.
+teacher_over_student: what the live teacher adds to a student's step, over the step from the store.
+limit: what is saved over co-distillation in the limit of large N.
+students_to_break_even, students_to_save_claim: the smallest N that saves anything over
+    co-distillation, or more than the claim, in more than half of the rounds.
+added_up: the seconds of one pass and N students as they ran.
 
-All students see the same examples. A round trains a student of each kind and a teacher, all of them
-new, over all rows, and scores the rows into a new store; figures are taken round by round. Models
-and batches are made beforehand, and not timed. One thread computes; others write and look up.
-Seconds are for a million examples of each student: of all threads on a CPU, by the clock on a GPU.
+All students see the same examples. A round trains a student of each kind and a teacher, all new,
+over all rows, and scores the rows into a new store. Figures are taken round by round. Models and
+batches are made beforehand and not timed. One thread computes; others write and look up. Seconds
+are for a million examples of each student: of all threads on a CPU, by the clock on a GPU.
 """
 
 from __future__ import annotations
@@ -68,31 +69,31 @@ def main() -> None:
 
 def measure(quick: bool) -> dict[str, Any]:
     run = training.on_ranks(1, run_in_rounds, quick)
-    times = {part: np.array(some) * 1e6 / run["rows"] for part, some in run.pop("times").items()}
+    times = {part: np.array(pairs) * 1e6 / run["rows"] for part, pairs in run.pop("times").items()}
     clock = CLOCKS[run["device"] == "cpu"]
-    found = compare(costs({part: t[:, CLOCKS.index(clock)] for part, t in times.items()}))
-    last, limits = found["by_students"][str(STUDENTS[-1])], found["limits"][SAVED]
+    compared = compare(costs({part: t[:, CLOCKS.index(clock)] for part, t in times.items()}))
+    last, limits = compared["by_students"][str(STUDENTS[-1])], compared["limits"][SAVED]
     return {
         "students": STUDENTS[-1],
         **{name: last[name]["median"] for name in COMPARED},
         "extra_over_plain": last["extra_over_plain"]["logged"]["median"],
-        "teacher_over_student": found["teacher_over_student"]["median"],
+        "teacher_over_student": compared["teacher_over_student"]["median"],
         **{**limits, "limit": limits["limit"]["median"]},
         "details": {
             **run,
             "claim": CLAIM,
             "seconds_are": clock,
             "parts": {
-                part: {each: common.spread(t[:, i]) for i, each in enumerate(CLOCKS)}
+                part: {name: common.spread(t[:, i]) for i, name in enumerate(CLOCKS)}
                 for part, t in times.items()
             },
-            **found,
+            **compared,
         },
     }
 
 
 def run_in_rounds(device: torch.device, folder: str, quick: bool) -> dict[str, Any]:
-    """The times of the parts, each round in another order; a small round of its own warms up."""
+    """Return the times of the parts, each round in another order; a small round warms up."""
     torch.set_num_threads(1)
     batches = {"cpu": (4, 2), "cuda": (128, 32)}[device.type][quick]
     rounds = 2 if quick else STUDENTS[-1]
@@ -119,7 +120,7 @@ def finish(job: Job, device: torch.device) -> None:
 
 
 class Bench:
-    """The parts: each makes its models, and returns the job to be timed."""
+    """The parts of all ways. Each makes its models, and returns the job to time."""
 
     def __init__(self, device: torch.device, folder: str, rows: int) -> None:
         self.device = device
@@ -167,7 +168,7 @@ class Bench:
 
 
 class Cost(NamedTuple):
-    """What N students take in each round: (rounds,) seconds spent once, and on each of them."""
+    """The seconds of N students in each round, (rounds,): spent once, and on each of them."""
 
     once: Any
     each: Any
@@ -176,12 +177,12 @@ class Cost(NamedTuple):
         return self.once + students * self.each
 
     def added_up(self, students: int) -> float:
-        """Of the students of as many rounds, and what the first one spent once."""
+        """Add up the students of successive rounds, and what the first round spent once."""
         return common.rounded(self.once[0] + self.each[:students].sum())
 
 
 def costs(parts: dict[str, Any]) -> dict[str, Cost]:
-    """Of the ways, from the seconds of the parts in each round."""
+    """Return the costs of the ways, from the seconds of the parts in each round."""
     plain, stored, live, scored, teacher, logging = (np.asarray(parts[p]) for p in parts)
     return {
         "plain": Cost(0 * plain, plain),
@@ -196,11 +197,13 @@ def costs(parts: dict[str, Any]) -> dict[str, Cost]:
     }
 
 
-def compare(of: dict[str, Cost]) -> dict[str, Any]:
-    """All that follows from the costs: what ends are reached as N grows, and what holds for N."""
-    pairs = {name: (of[way], of[other]) for name, (way, other) in COMPARED.items()}
+def compare(costs: dict[str, Cost]) -> dict[str, Any]:
+    """Return what follows from the costs: limits as N grows, and figures for each N."""
+    pairs = {name: (costs[way], costs[other]) for name, (way, other) in COMPARED.items()}
     return {
-        "teacher_over_student": common.spread(of["codistillation"].each / of["logged"].each - 1),
+        "teacher_over_student": common.spread(
+            costs["codistillation"].each / costs["logged"].each - 1
+        ),
         "limits": {
             name: {
                 "limit": common.spread(1 - way.each / other.each),
@@ -211,10 +214,13 @@ def compare(of: dict[str, Cost]) -> dict[str, Any]:
         },
         "by_students": {
             str(n): {
-                "seconds": {way: common.spread(of[way].of(n)) for way in WAYS},
-                "added_up": {way: of[way].added_up(n) for way in WAYS if n <= len(of[way].each)},
+                "seconds": {way: common.spread(costs[way].of(n)) for way in WAYS},
+                "added_up": {
+                    way: costs[way].added_up(n) for way in WAYS if n <= len(costs[way].each)
+                },
                 "extra_over_plain": {
-                    way: common.spread(of[way].of(n) / of["plain"].of(n) - 1) for way in WAYS[1:]
+                    way: common.spread(costs[way].of(n) / costs["plain"].of(n) - 1)
+                    for way in WAYS[1:]
                 },
                 **{
                     name: common.spread(1 - way.of(n) / other.of(n))
@@ -227,78 +233,86 @@ def compare(of: dict[str, Cost]) -> dict[str, Any]:
 
 
 def students_to_save(share: float, way: Cost, other: Cost) -> int | str:
-    """The smallest N that saves more than a share of the other way in most rounds."""
+    """Return the smallest N that saves more than a share of the other way in most rounds."""
     gain = (1 - share) * other.each - way.each
     lead = way.once - (1 - share) * other.once
     needed = [max(1, a // b + 1) if b > 0 else np.inf for a, b in zip(lead, gain, strict=True)]
-    of_most = sorted(needed)[len(needed) // 2]
-    return "never" if np.isinf(of_most) else int(of_most)
+    in_most = sorted(needed)[len(needed) // 2]
+    return "never" if np.isinf(in_most) else int(in_most)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    return "\n\n".join(part(result["details"]) for part in (parts_told, as_table, claim_told))
+    return "\n\n".join(part(result["details"]) for part in (describe_parts, as_table, conclude))
 
 
-def parts_told(details: dict[str, Any]) -> str:
+def describe_parts(details: dict[str, Any]) -> str:
+    """Return what is compared, and what the parts take that the table adds up."""
     part = {
         name: f"{common.cell(clocks[details['seconds_are']])} s"
         for name, clocks in details["parts"].items()
     }
-    ran = {n: some for n, some in details["by_students"].items() if some["added_up"]}
+    ran = {n: row for n, row in details["by_students"].items() if row["added_up"]}
     most, last = list(ran.items())[-1]
     added_up, medians = last["added_up"], last["seconds"]
     return (
-        f"All students see the same {details['rows']:,} examples, the most that they can overlap; "
-        f"one rank on {details['device']}, one thread, batches of {details['batch']:,}, "
-        f"medians and quartiles of {details['rounds']} rounds. Seconds are "
-        f"{details['seconds_are'].replace('_', ' ')}, for a million examples of each student: a "
-        f"plain student takes {part['plain']}, one from the store {part['from_store']}, one that "
-        f"asks the teacher {part['with_live_teacher']}; the teacher's pass takes "
-        f"{part['pass_of_teacher']}, its training {part['teacher']}, or "
-        f"{part['teacher_that_logs']} if it logs. The table adds these up, round by round. One "
-        f"pass and {most} students, as they ran, took {added_up['logged']:,.4g} s in all, "
-        f"{medians['logged']['median']:,.4g} s by the median; {most} that asked the teacher "
-        f"{added_up['codistillation']:,.4g} s, {medians['codistillation']['median']:,.4g} s by "
-        "the median."
+        "Ways to teach N students: *plain* (no teacher), *logged* (the teacher's pass is stored "
+        "once, the students look it up), *codistillation* (each student's loop runs the teacher), "
+        "and *a teacher for each*. *With teacher* counts in the shared teacher's training. *If "
+        "logged in training*: that training itself wrote the outputs.\n\n"
+        f"All students see the same {details['rows']:,} examples, the most that they can overlap. "
+        f"One rank on {details['device']}, one thread, batches of {details['batch']:,}, medians "
+        f"and quartiles of {details['rounds']} rounds. Seconds are "
+        f"{details['seconds_are'].replace('_', ' ')}, for a million examples of each student:\n\n"
+        f"* a plain student takes {part['plain']}, one from the store {part['from_store']}, one "
+        f"that asks the teacher {part['with_live_teacher']};\n"
+        f"* the teacher's pass takes {part['pass_of_teacher']};\n"
+        f"* its training takes {part['teacher']}, or {part['teacher_that_logs']} if it logs.\n\n"
+        f"The table adds these up, round by round. One pass and {most} students, as they ran, took "
+        f"{added_up['logged']:,.4g} s in all, {medians['logged']['median']:,.4g} s by the median. "
+        f"{most} that asked the teacher took {added_up['codistillation']:,.4g} s, "
+        f"{medians['codistillation']['median']:,.4g} s by the median."
     )
 
 
 def as_table(details: dict[str, Any]) -> str:
-    of_each_n, blank = details["by_students"].values(), [""] * 3
-    rows = [[f"{way}, seconds", *(n["seconds"][way] for n in of_each_n), *blank] for way in WAYS]
+    by_n, blank = details["by_students"].values(), [""] * 3
+    rows = [[f"{way}, seconds", *(row["seconds"][way] for row in by_n), *blank] for way in WAYS]
     for way in WAYS[1:]:
-        extra = [n["extra_over_plain"][way] for n in of_each_n]
+        extra = [row["extra_over_plain"][way] for row in by_n]
         rows.append([f"{way} over plain, - 1", *extra, *blank])
     for name, limits in details["limits"].items():
-        rows.append([name, *(n[name] for n in of_each_n), *limits.values()])
-    header = ["", *(f"N = {n}" for n in details["by_students"]), "without end", "any from N"]
+        rows.append([name, *(row[name] for row in by_n), *limits.values()])
+    header = ["", *(f"N = {n}" for n in details["by_students"]), "limit", "any from N"]
     named = [[row[0].replace("_", " "), *row[1:]] for row in rows]
     return common.table([*header, f"over {details['claim']:.0%} from N"], named)
 
 
-def claim_told(details: dict[str, Any]) -> str:
+def conclude(details: dict[str, Any]) -> str:
+    """Return what the table says of the claim, and what it depends on."""
     claim, limits, ratio = (details[name] for name in ("claim", "limits", "teacher_over_student"))
-    saved = {n: f"{some[SAVED]['median']:.0%}" for n, some in details["by_students"].items()}
+    saved = {n: f"{row[SAVED]['median']:.0%}" for n, row in details["by_students"].items()}
     (first, at_first), *_, (last, at_last) = saved.items()
-    passes = {name: from_n(each["students_to_save_claim"]) for name, each in limits.items()}
+    passes = {name: from_n(row["students_to_save_claim"]) for name, row in limits.items()}
     limit = limits[SAVED]["limit"]
     near = limit["quartile_1"] <= claim <= limit["quartile_3"]
     return (
         f"A summary of the paper speaks of {claim:.0%} less training overhead. Of all that "
         f"co-distillation takes, the logged way saves {at_first} at N = {first}, {at_last} at N = "
-        f"{last} and {limit['median']:.0%} without end; it breaks even "
+        f"{last} and {limit['median']:.0%} in the limit of many students. It breaks even "
         f"{from_n(limits[SAVED]['students_to_break_even'])}, and passes {claim:.0%} "
-        f"{passes[SAVED]}{', though the limit is too near to be sure' if near else ''}. What is "
-        "saved grows with N as the pass is shared, towards (step with the teacher - step from the "
-        "store) / step with the teacher, so the ratio of the teacher's forward to the student's "
-        f"step decides: it is {common.cell(ratio)} here, and a limit above {claim:.0%} takes more "
-        f"than {claim / (1 - claim):.2f}. Of the overhead alone, which is what distillation adds "
-        f"to plain training, more than {claim:.0%} is saved {passes['saved_overhead']}; beside a "
-        f"teacher for each {passes['saved_over_a_teacher_for_each']}, or, with the training of the "
-        f"shared one counted in, {passes['saved_over_a_teacher_for_each_with_teacher']}. Students "
-        "that overlap less share less: with u distinct examples for each one that a student sees "
-        "(1 / N where all see the same, 1 where they share none), 1 - (step from the store + u * "
-        f"pass) / step with the teacher is saved, down to the {at_first} of N = {first}."
+        f"{passes[SAVED]}{', though the limit is too near to be sure' if near else ''}.\n\n"
+        "What is saved grows with N, as the pass is shared. The limit is (step with the teacher - "
+        "step from the store) / step with the teacher. So the ratio of the teacher's forward to "
+        f"the student's step decides. It is {common.cell(ratio)} here. A limit above {claim:.0%} "
+        f"needs more than {claim / (1 - claim):.2f}.\n\nThe overhead alone is what distillation "
+        f"adds to plain training. More than {claim:.0%} of it is saved "
+        f"{passes['saved_overhead']}. Against a teacher for each, more than {claim:.0%} is saved "
+        f"{passes['saved_over_a_teacher_for_each']}, or "
+        f"{passes['saved_over_a_teacher_for_each_with_teacher']} with the training of the shared "
+        "teacher counted in.\n\nStudents that overlap less share less. Let u be the distinct "
+        "examples for each one that a student sees: 1 / N where all see the same, 1 where they "
+        "share none. Then 1 - (step from the store + u * pass) / step with the teacher is saved, "
+        f"down to the {at_first} of N = {first}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, memory, spreads, processes of their own, what is printed."""
+"""Shared by the benchmarks: time, memory, spreads, processes of their own, output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logging.disable(logging.WARNING)
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deltalake", "pyarrow", "numpy")
 
-Time: TypeAlias = tuple[float, float]  # seconds on the wall, seconds that the process had a core
+Time: TypeAlias = tuple[float, float]  # seconds by the clock, seconds that the process had a core
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -44,7 +44,12 @@ def timed(function: Callable[..., Any], *args: Any) -> Time:
 
 
 def memory(name: str, *, new_peak: bool = False) -> int:
-    """Bytes of this process: VmRSS, those that it has, or VmHWM, the most since the new peak."""
+    """Return bytes of this process: VmRSS, its memory now, or VmHWM, its peak.
+
+    Args:
+        name: of the field of /proc/self/status.
+        new_peak: starts a new peak first.
+    """
     if new_peak:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -52,36 +57,36 @@ def memory(name: str, *, new_peak: bool = False) -> int:
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns in a process of its own, so that memory and threads are its own."""
+    """Return a function's result from a new process, whose memory and threads nobody shares."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def rounded(value: float) -> float:
-    """To four digits."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of measurements, their quartiles and how many they were."""
+    """Return the median of measurements, their quartiles and their number."""
     low, median, high = map(rounded, np.percentile(values, [25, 50, 75]))
     return {"median": median, "quartile_1": low, "quartile_3": high, "runs": len(values)}
 
 
 def rates(times: Sequence[tuple[int, Time]]) -> dict[str, float]:
-    """Of rows and the time that they took: by the time on a core, and the median on the wall."""
+    """Return rows a second by the time on a core, and the median by the clock."""
     wall = spread([rows / seconds for rows, (seconds, _) in times])
     return {**spread([rows / core for rows, (_, core) in times]), "on_the_wall": wall["median"]}
 
 
 def cell(value: Any) -> str:
-    """For a table: a number to three digits, or a median with its quartiles."""
+    """Format a number to three digits, or a median with its quartiles, for a table."""
     if isinstance(value, dict):
         low, high = (cell(value[name]) for name in ("quartile_1", "quartile_3"))
         return f"{cell(value['median'])} ({low} to {high})"
@@ -91,12 +96,13 @@ def cell(value: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; the first column is of names."""
+    """Return a table in Markdown; its first column holds names."""
     lines = [header, ["---"] * len(header), *([row[0], *map(cell, row[1:])] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def environment() -> dict[str, Any]:
+    """Return the versions and the machine that figures are of."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -113,7 +119,7 @@ def environment() -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], as_json: bool, aims: dict[str, str]) -> None:
-    """One JSON object, or a line for each figure, with what is aimed at."""
+    """Print a result as one JSON object, or as a line for each figure with its aim."""
     result = {**result, "aims": aims, "environment": environment()}
     if as_json:
         print(json.dumps(result))

@@ -1,19 +1,19 @@
-"""EB-NeRD as a stream: is an article clicked that a reader has in view, in the order of the pages.
+"""EB-NeRD as a stream: is an article in view clicked, in the order of the pages.
 
 An example is an article in view of an impression; its label says whether it was clicked, and its
 group is the impression: what was on one page. Verticals are four surfaces: front page and article
-page, on mobile devices (tablets among them) and on desktops. The period that `week` counts is a day
-here: the demo lasts fourteen.
+page, on mobile devices (tablets among them) and on desktops. `week` counts days; the demo has
+fourteen.
 
 The data are those of Ekstra Bladet (Kruse et al., "EB-NeRD: A Large-Scale Dataset for News
-Recommendation", RecSys Challenge 2024), for research, not to be redistributed. So nothing of them
-is here: whoever has agreed to their terms gives the folder as it is published, with
-`train/behaviors.parquet`, `train/history.parquet` and the same two files in `validation/`. What is
-made of them stays in the cache folder. No other file is read.
+Recommendation", RecSys Challenge 2024), for research, not to be redistributed. So they are not
+included. Who has agreed to their terms gives the published folder, with `train/behaviors.parquet`,
+`train/history.parquet` and the same two files in `validation/`. No other file is read. The built
+stream stays in the cache folder.
 
-A click counts for later examples once the page was left, read_time after it was opened, and only
-if that is strictly before the example's own page was opened. The order of the articles in view
-is not used. Letters in shapes: B examples.
+A click counts for later examples once the page was left, read_time after it was opened, if that is
+strictly before the example's own page was opened. The order of the articles in view is not used.
+Letters in shapes: B examples.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ COLUMNS = {
         "article_id_fixed": pl.List(pl.Int64),
     },
 }
-"""The columns that are read, and the types they are read as."""
+"""The columns that are read, and their types."""
 
 USER_ATTRIBUTES = ("is_sso_user", "is_subscriber", "gender", "age", "postcode")
 SEEN_KEYS = (("article",), ("user",), ("user", "article"))
@@ -72,24 +72,28 @@ LEAN_SPARSE = ("user", "article", "device", "weekday", "hour")
 LEAN_DENSE = (*data.LEAN_DENSE, "article_log_age", "log_in_view")
 STRONG_DENSE = (
     *LEAN_DENSE,
-    *(f"{'_'.join(key)}_{what}" for key in SEEN_KEYS for what in ("log_seen", "log_odds")),
+    *(f"{'_'.join(key)}_{figure}" for key in SEEN_KEYS for figure in ("log_seen", "log_odds")),
 )
 RICH_SPARSE = (*LEAN_SPARSE, "surface", "page", *USER_ATTRIBUTES)
 RICH_DENSE = (
     *STRONG_DENSE,
-    *(f"page_article_{what}" for what in ("log_seen", "log_odds")),
-    *(f"{what}_{hours}h" for hours in WINDOW_HOURS for what in ("log_clicks", "log_odds", "lead")),
-    *(f"{key}_log_{what}" for key in ("user", "user_article") for what in ("reads", "days")),
+    *(f"page_article_{figure}" for figure in ("log_seen", "log_odds")),
+    *(
+        f"{figure}_{hours}h"
+        for hours in WINDOW_HOURS
+        for figure in ("log_clicks", "log_odds", "lead")
+    ),
+    *(f"{key}_log_{figure}" for key in ("user", "user_article") for figure in ("reads", "days")),
     "age_lead",
 )
 
 PRIOR_RATE, PRIOR_COUNT = 0.09, 10.0
-"""A rate of clicks, fixed so that nothing looks ahead, and the examples that it stands for."""
+"""A prior rate of clicks, fixed so that nothing looks ahead, and how many examples it counts as."""
 _DAY_SECONDS = 86_400
 
 
 class Tables(NamedTuple):
-    """What is read: a row for each impression, and one for each article that a user has read.
+    """The raw tables: a row for each impression, and one for each article that a user has read.
 
     Attributes:
         behaviors: the columns of `COLUMNS`.
@@ -101,7 +105,7 @@ class Tables(NamedTuple):
 
 
 def load_stream(folder: Path, cache: Path | None = None) -> data.Stream:
-    """The stream of a published folder, built in the cache folder the first time.
+    """Return the stream of a published folder; build it in the cache folder the first time.
 
     Args:
         folder: has `train` and `validation`.
@@ -121,7 +125,7 @@ def load_stream(folder: Path, cache: Path | None = None) -> data.Stream:
 
 @lru_cache
 def digest(folder: Path) -> str:
-    """SHA-256 of the four files' SHA-256."""
+    """Return the SHA-256 of the four files' SHA-256."""
     files = [_file(folder, split, kind) for split in SPLITS for kind in COLUMNS]
     digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
     return hashlib.sha256(b"".join(digests)).hexdigest()
@@ -138,7 +142,7 @@ def _file(folder: Path, split: str, kind: str) -> Path:
 
 
 def read_tables(folder: Path) -> Tables:
-    """The raw tables of both splits together."""
+    """Return the raw tables of both splits together."""
     behaviors, history = (
         pl.concat([_read(_file(folder, split, kind), COLUMNS[kind]) for split in SPLITS])
         for kind in ("behaviors", "history")
@@ -152,7 +156,7 @@ def read_tables(folder: Path) -> Tables:
 
 
 def _read(path: Path, columns: dict[str, pl.DataType]) -> pl.DataFrame:
-    """Some columns of a file, by the types they should have.
+    """Return columns of a file, cast to their types.
 
     Raises:
         ValueError: it is no parquet file, lacks a column, or has one of another type.
@@ -167,7 +171,7 @@ def _read(path: Path, columns: dict[str, pl.DataType]) -> pl.DataFrame:
 
 
 def build_stream(tables: Tables) -> data.Stream:
-    """The stream of the given tables, sorted by time, impression and article.
+    """Return the stream of the given tables, sorted by time, impression and article.
 
     The order of the tables' rows does not matter, nor does that of the articles in view.
 
@@ -210,18 +214,18 @@ def build_stream(tables: Tables) -> data.Stream:
 
 
 def left_seconds(folder: Path) -> data.Array:
-    """When the page of each example was left, as its clicks are known then, epoch seconds (B,)."""
+    """Return when each example's page was left and its clicks are known, epoch seconds (B,)."""
     return articles_in_view(read_tables(folder).behaviors)["left"].to_numpy()
 
 
 def articles_in_view(behaviors: pl.DataFrame) -> pl.DataFrame:
-    """One row for each impression and article in view, in order, with the clock (UTC)."""
+    """Return a row for each impression and article in view, in order, with the clock (UTC)."""
     needed = ["impression_id", "impression_time", "user_id", "article_ids_inview"]
     lacking = behaviors.select(pl.any_horizontal(pl.col(needed).is_null()).sum()).item()
     twice = len(behaviors) - behaviors["impression_id"].n_unique()
     if not len(behaviors) or lacking or twice:
         raise ValueError(
-            f"Some impressions should be there, none twice, all with {needed}. Received: "
+            f"There should be impressions, none twice, all with {needed}. Received: "
             f"{len(behaviors)} impressions, {twice} of them again, {lacking} that lack a value"
         )
     at = pl.col("impression_time")
@@ -241,20 +245,21 @@ def articles_in_view(behaviors: pl.DataFrame) -> pl.DataFrame:
         .fill_null(False)
         .cast(pl.Float32)
     )
-    again = shown.select(pl.struct("impression_id", "article_id").is_duplicated().sum()).item()
+    repeated = shown.select(pl.struct("impression_id", "article_id").is_duplicated().sum()).item()
     outside = int(pages["clicks"].sum() - shown["label"].sum())
-    if again or outside:
+    if repeated or outside:
         raise ValueError(
             "An impression should have an article in view once, and clicks on those alone. "
-            f"Received: {again} rows of articles twice in view, {outside} clicks on others"
+            f"Received: {repeated} rows of articles twice in view, {outside} clicks on others"
         )
     return shown.sort("time", "impression_id", "article_id")
 
 
 def _freshness(shown: pl.DataFrame, reads: pl.DataFrame) -> dict[str, data.Array]:
-    """log1p of the hours since an article was first in view or read, and of how many are in view.
+    """Return log1p of an article's age in hours, and of the number of articles in view.
 
-    "age_lead" is the first less its mean over the page. Float32 (B,).
+    The age counts from when it was first in view or read. "age_lead" is its logarithm less the mean
+    over the page. Float32 (B,).
     """
     known = pl.concat([shown.select("article_id", "time"), reads.select("article_id", "time")])
     first = known.group_by("article_id").agg(first=pl.col("time").min())
@@ -269,7 +274,7 @@ def _freshness(shown: pl.DataFrame, reads: pl.DataFrame) -> dict[str, data.Array
 
 
 def _earlier_clicks(shown: pl.DataFrame, sparse: dict[str, data.Array]) -> dict[str, data.Array]:
-    """What the pages say that were left before this one was opened, float32 (B,).
+    """Return features of the pages that were left before this one was opened, float32 (B,).
 
     For each of `SEEN_KEYS`, and for the page's article with the one in view: log1p of how many
     examples had the same ids, and the log-odds of a click among them,
@@ -285,7 +290,7 @@ def _earlier_clicks(shown: pl.DataFrame, sparse: dict[str, data.Array]) -> dict[
     dense = {}
 
     def counts(group: data.Array, since: data.Array | None = None) -> tuple[data.Array, data.Array]:
-        """Of examples, and of clicks, that were known before (and not before `since`)."""
+        """Count examples and clicks that were known before (and not before `since`)."""
         parts = []
         for rows in (np.ones(len(time), bool), clicked):
             count, _ = data.earlier_purchases(group[rows], left[rows], group, time)
@@ -309,20 +314,20 @@ def _earlier_clicks(shown: pl.DataFrame, sparse: dict[str, data.Array]) -> dict[
 
 
 def log_odds(seen: data.Array, clicks: data.Array) -> data.Array:
-    """Smoothed, float32."""
+    """Return the smoothed log-odds of a click, float32."""
     others = seen - clicks + (1 - PRIOR_RATE) * PRIOR_COUNT
     return np.log((clicks + PRIOR_RATE * PRIOR_COUNT) / others).astype(np.float32)
 
 
 def _lead(values: data.Array, group: data.Array) -> data.Array:
-    """Values less their mean over the group, float32 (B,)."""
-    _, at = np.unique(group, return_inverse=True)
-    means = np.bincount(at, values) / np.bincount(at)
-    return (values - means[at]).astype(np.float32)
+    """Return values less their mean over the group, float32 (B,)."""
+    _, code = np.unique(group, return_inverse=True)
+    means = np.bincount(code, values) / np.bincount(code)
+    return (values - means[code]).astype(np.float32)
 
 
 def _reads(shown: pl.DataFrame, reads: pl.DataFrame) -> dict[str, data.Array]:
-    """log1p of how much the user has read before, and of the days since; the same of the article.
+    """Return log1p of the user's earlier reads and of the days since; also of the article's.
 
     Float32 (B,); without an earlier one the days are `data.NEVER_DAYS`.
     """

@@ -1,14 +1,14 @@
-"""Goes through all that needs an NVIDIA GPU, on a machine that may have no network: `make gpu`.
+"""Run all that needs an NVIDIA GPU, on a machine that may have no network: `make gpu`.
 
     python benchmarks/gpu.py [STEP ...] [--wheels FOLDER] [--out FOLDER] [--minutes 9.5] [--cpu]
 
-Each step is a command with an outcome to expect and a limit of time. One that fails is told, and
-the next goes on. What comes of it is a page, OUT/gpu.md, and the figures, OUT/gpu.cuda.json; logs
-and traces, which are large, go into build/gpu. The wheels, all there are in a folder, are installed
-beside the machine's own packages, which stay as they are (CONTRIBUTING.md tells what belongs into
-that folder). --cpu is a trial of the same on a machine without a GPU, at tiny sizes.
+Each step is a command with an expected outcome and a time limit. A step that fails is reported, and
+the next one runs. The results are a page, OUT/gpu.md, and the figures, OUT/gpu.cuda.json; logs and
+traces, which are large, go into build/gpu. All wheels of the folder are installed beside the
+machine's own packages, which stay as they are; CONTRIBUTING.md lists what the folder needs. --cpu
+tries the same at tiny sizes on a machine without a GPU.
 
-Nothing here imports torch, so that a set of wheels that does not load is told as any other failure.
+Nothing here imports torch, so that wheels that do not load are reported like any other failure.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ print(json.dumps(versions))
 
 
 class Step(NamedTuple):
-    """A command, what it should come to, how long it may take, and how many GPUs it needs."""
+    """A command, its expected outcome, its time limit and the number of GPUs it needs."""
 
     name: str
     command: Sequence[str]
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a step went, and what it printed."""
+    """The outcome of a step, and what it printed."""
 
     word: str
     seconds: float
@@ -108,19 +108,19 @@ def main() -> int:
 
 
 def steps(wheels: Sequence[str], cpu: bool) -> list[Step]:
-    """List what is done, in order."""
+    """Return the steps, in order."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
     measure = [sys.executable, str(HERE / "gpu_measures.py")]
     trial = ["--cpu"] if cpu else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     pip += ["--no-index", "--no-deps", "--no-compile", "--target", str(SITE)]
-    needed = 0 if cpu else 1  # of what can be tried without
+    needed = 0 if cpu else 1  # GPUs of the steps that --cpu can try
     sanitizer = {"TORCH_CUDA_SANITIZER": "1"}
     all_steps = [
         Step("install", [*pip, *wheels], "no message", 150),
         Step(
             "guard",
-            # without -I, which would not let it see the wheels
+            # Not with -I, which would hide the installed wheels
             [sys.executable, str(ROOT / "torchrec_exfm" / "_versions.py")],
             "no message: torch, FBGEMM and TorchRec go together",
             20,
@@ -213,7 +213,7 @@ def go_through(
     seconds: float,
     environment: Mapping[str, str],
 ) -> int:
-    """Do the steps, tell each, keep the page; return 1 if any of them failed."""
+    """Run the steps, print the outcome of each, write the page; return 1 if any step failed."""
     deadline = time.monotonic() + seconds
     outcomes: dict[str, Outcome] = {}
     out.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def go_through(
         print(f"{outcome.word} ({outcome.seconds:.0f} s)", flush=True)
         if outcome.word.startswith(FAILED):
             print(f"  expected: {step.expected}\n{indented(tail(outcome.output))}", flush=True)
-        # after each step, so that a run that is cut off leaves what it had
+        # After each step, so that a run that is cut off leaves a page
         (out / "gpu.md").write_text(page(todo, outcomes))
         (out / f"gpu.{device}.json").write_text(json.dumps(as_json(outcomes), indent=1) + "\n")
     failed = [name for name, outcome in outcomes.items() if outcome.word.startswith(FAILED)]
@@ -238,7 +238,7 @@ def go_through(
 
 
 def run(step: Step, seconds: float, environment: Mapping[str, str]) -> Outcome:
-    """Run a step's command; where it takes longer than it may, kill it and all that it started."""
+    """Run a step's command; past its time limit, kill it and all processes that it started."""
     began = time.monotonic()
     if seconds <= 0:
         return Outcome(TOO_LATE, 0.0, "")
@@ -274,7 +274,7 @@ def number_of_gpus() -> int:
 
 
 def page(todo: Sequence[Step], outcomes: Mapping[str, Outcome]) -> str:
-    """Write what was done, what it should come to and what it came to, as Markdown."""
+    """Return the steps with their expected and actual outcomes, as Markdown."""
     done = [(step, outcomes[step.name]) for step in todo if step.name in outcomes]
     lines = [
         "# On a GPU",
@@ -297,10 +297,10 @@ def page(todo: Sequence[Step], outcomes: Mapping[str, Outcome]) -> str:
 
 
 def versions(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    found = outcomes["import"].figures() if "import" in outcomes else {}
+    packages = outcomes["import"].figures() if "import" in outcomes else {}
     driver = outcomes["driver"].output if "driver" in outcomes else ""
     numbers = [part.split()[0] for part in driver.split("Driver Version:")[1:]]
-    return {**found, **({"driver": numbers[0]} if numbers else {})}
+    return {**packages, **({"driver": numbers[0]} if numbers else {})}
 
 
 def as_json(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def as_json(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def tail(output: str) -> str:
-    """Return the last lines of what was printed, without the JSON."""
+    """Return the last printed lines, without the JSON."""
     lines = [line for line in output.rstrip().splitlines() if not line.startswith(JSON_START)]
     return "\n".join(lines[-TAIL_LINES:]).strip()
 

@@ -1,16 +1,18 @@
-"""What only a GPU can tell of a training step: the steps of `make gpu` that measure.
+"""Measurements of a training step that need a GPU: the measuring steps of `make gpu`.
 
     python benchmarks/gpu_measures.py step|profile|export|gaps [--batch 8192] [--ranks 1] [--cpu]
 
-step: milliseconds until `progress` returns to the host, the queue of the device empty before
-(host), and of whole steps (whole), in rounds in which each arm has its turn. profile: what five
-steps launch, copy and wait for. export: device memory that export_student takes beside the model.
-gaps: between launches of kernels, while another thread reads a window of the store again and again.
+step: milliseconds until `progress` returns to the host, with an empty queue of the device before
+    (host), and of whole steps (whole). Arms take turns in rounds.
+profile: what five steps launch, copy and wait for.
+export: device memory that export_student takes beside the model.
+gaps: between launches of kernels, while another thread reads a window of the store in a loop.
 
-The arms: plain is TorchRec's pipeline. ah has an auxiliary head of 128, recipe the student adapter,
-its head, and the serving term by a margin as well. The teacher's logits come as columns of the
-batch, by look-up from a store, or carried by what the loader gives. compiled: heads and adapter by
-torch.compile. Batches are in page-locked memory. A group of one rank all-reduces as several do.
+The arms: plain is TorchRec's pipeline. ah has an auxiliary head of 128. recipe also has the student
+adapter, its head, and the serving term by a margin. The teacher's logits are columns of the batch,
+are looked up in a store, or are carried by the batches of the loader. In compiled, torch.compile
+compiles heads and adapter. Batches are in page-locked memory. A single rank all-reduces as several
+do.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ LONG_GAP = 2.0  # milliseconds
 
 
 class Scale(NamedTuple):
-    """How much is measured."""
+    """The sizes and repetitions of the measurements."""
 
     batch: int
     sizes: Sizes = STUDENT
@@ -124,7 +126,7 @@ def cost_of_a_step(
     arms = {name: make() for name, make in makers(device, folder, scale).items()}
     for arm in arms.values():
         arm(scale.warm_up)
-    whole = take_turns(dict(arms), device, rounds=scale.rounds, steps=scale.steps)
+    steps = take_turns(dict(arms), device, rounds=scale.rounds, steps=scale.steps)
     host: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(scale.rounds * scale.single_steps):
         for name, arm in arms.items():
@@ -133,8 +135,8 @@ def cost_of_a_step(
         name: {
             "host_milliseconds": common.spread(host[name]),
             "host_over_plain": common.spread(np.array(host[name]) / np.array(host["plain"])),
-            "whole_milliseconds": common.spread([1000 * wall for wall, _ in whole[name]]),
-            "whole_over_plain": over(whole, name, "plain")[0],
+            "whole_milliseconds": common.spread([1000 * wall for wall, _ in steps[name]]),
+            "whole_over_plain": over(steps, name, "plain")[0],
         }
         for name in arms
     }
@@ -142,7 +144,7 @@ def cost_of_a_step(
 
 
 def host_seconds(arm: Callable[[int], None], device: torch.device) -> float:
-    """Time one step until ``progress`` returns; the device has nothing to do before."""
+    """Time one step until ``progress`` returns; the device is idle before."""
     synchronize(device)
     began = time.perf_counter()
     arm(1)
@@ -235,7 +237,7 @@ def gaps_between_launches(
     for name, readers in (("alone", 0), ("beside a reader", 1)):
         with reading(f"{folder}/outputs", batch, readers) as windows:
             profiled = profile_steps(arm, scale.steps, device)
-        starts = np.sort([at for at, what in launches(profiled.events(), device)])
+        starts = np.sort([start for start, _ in launches(profiled.events(), device)])
         gaps = np.diff(starts) / 1000
         figures[name] = {
             "launches": len(starts) / scale.steps,
@@ -247,14 +249,16 @@ def gaps_between_launches(
 
 
 def launches(events: Sequence[Any], device: torch.device) -> list[tuple[float, str]]:
-    """List when the host launched something, in microseconds; on the CPU, began an operator."""
-    start = LAUNCHES if device.type == "cuda" else ("aten::",)
-    return [(each.time_range.start, each.name) for each in events if each.name.startswith(start)]
+    """List the host's launches, with the start in microseconds; on the CPU, its operators."""
+    prefixes = LAUNCHES if device.type == "cuda" else ("aten::",)
+    return [
+        (event.time_range.start, event.name) for event in events if event.name.startswith(prefixes)
+    ]
 
 
 @contextmanager
 def reading(url: str, batch: Batch, readers: int) -> Iterator[list[int]]:
-    """Let threads read the window of a batch anew without pause; gives a list that grows."""
+    """Let threads read the window of a batch in a loop; yield a list with an item for each read."""
     stop, windows = threading.Event(), list[int]()
 
     def read() -> None:
@@ -275,7 +279,7 @@ def reading(url: str, batch: Batch, readers: int) -> Iterator[list[int]]:
 
 
 def makers(device: torch.device, folder: str, scale: Scale) -> dict[str, Callable[[], Arm]]:
-    """List what makes each arm."""
+    """Return a function that makes each arm."""
     stream = Stream(scale.stored_rows)
     batches = pinned(stream.pool(8, scale.batch), device)
     carried = pinned([ExFMBatch(batch, columns(batch)) for batch in batches], device)
@@ -312,10 +316,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def table_of(figures: dict[str, dict[str, Any]]) -> str:
-    """Write figures as Markdown: a row a name."""
+    """Return figures as Markdown, with a row for each name."""
     columns = list(next(iter(figures.values())))
     header = ["", *(name.replace("_", " ") for name in columns)]
-    rows = [[name, *(one[column] for column in columns)] for name, one in figures.items()]
+    rows = [[name, *(values[column] for column in columns)] for name, values in figures.items()]
     return common.table(header, rows)
 
 

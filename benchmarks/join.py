@@ -1,21 +1,21 @@
-"""Examples joined with the store on DuckDB: how fast, in how much memory, and whether it is right.
+"""How fast examples are joined with the store on DuckDB, in how much memory, and whether rightly.
 
     python benchmarks/join.py [--json] [--quick] [--rows N]
 
-A stream of 10 million examples in order of time (--rows; --quick: 1 million), in files of 400,000:
+A stream of 10 million examples in time order (--rows; --quick: 1 million), in files of 400,000:
 random ids (hash_ids), event_seconds, a label, a user, an item and ten numbers of a history. Windows
-have 500,000 examples, so that files share them; nineteen of twenty examples have an output in the
-store. The command `python -m torchrec_exfm.das join` does what is timed, in a process of its own:
-store and examples are read, and files with all columns are written.
+have 500,000 examples, so that files share them. Nineteen of twenty examples have an output in the
+store. What is timed is that of the command `python -m torchrec_exfm.das join`, in a process of its
+own: it reads store and examples, and writes files with all columns.
 
-peak_memory_bytes: the most that the process has, above what it has once the libraries have joined
-    one example; DuckDB may take 2 GB.
-equal_to_lookup: outputs, presence and ages of all examples are those of TeacherLookup.
-spark_equal: the same text on Spark gives the same for two files; null where there is no PySpark.
+peak_memory_bytes: the peak of the process above its memory after a join of one example, which loads
+    the libraries; DuckDB may take 2 GB.
+equal_to_lookup: whether outputs, presence and ages of all examples are those of TeacherLookup.
+spark_equal: whether the same SQL on Spark gives the same for two files; null without PySpark.
 exponent_time, exponent_peak_memory: the slope of log(seconds), or log(bytes), over log(examples),
-    through three sizes, 1 to 30 million (--quick: 0.25 to 1 million), in whole files. 1 is as the
-    stream grows, 0 is flat. Seconds are those that the process had a core, so that other work on
-    the machine counts less; those on the wall are in the details.
+    through three sizes, 1 to 30 million (--quick: 0.25 to 1 million), in whole files. 1 grows as
+    the stream does, 0 is flat. Seconds are those that the process had a core, so that other work
+    counts less; those by the clock are in the details.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def markdown(result: dict[str, Any]) -> str:
         for name in ("rows_per_s_on_the_wall", "rows_per_s_of_a_core", "peak_memory_bytes")
     )
     return (
-        f"{common.cell(details['rows'])} examples: {wall} a second on the wall, {core} by the time "
-        f"that the process had a core; {peak} bytes at the peak. Equal to the look-up: "
-        f"{result['equal_to_lookup']}; on Spark: {result['spark_equal']} "
+        f"{common.cell(details['rows'])} examples: {wall} a second by the clock, {core} by the "
+        f"time that the process had a core, {peak} bytes at the peak. Equal to the look-up: "
+        f"{result['equal_to_lookup']}. Equal on Spark: {result['spark_equal']} "
         f"({details['spark_equal_reason']}).\n\n"
         + common.table(["examples", "s on the wall", "s on a core", "bytes at the peak"], growth)
-        + f"\n\nTime grows with the power {result['exponent_time']:g} of the examples, the peak of "
-        f"memory with {result['exponent_peak_memory']:g}."
+        + f"\n\nTime grows with the power {result['exponent_time']:g} of the examples, the peak "
+        f"of memory with {result['exponent_peak_memory']:g}."
     )
 
 
@@ -112,7 +112,7 @@ def slope(runs: dict[int, dict[str, Any]], figure: str) -> float:
 
 
 def make(folder: Path, rows: int) -> None:
-    """The store, and the files of examples."""
+    """Write the store, and the files of examples."""
     for window in range(-(-rows // ROWS_OF_WINDOW)):
         store_benchmark.write(f"{folder}/store", "random", ROWS_OF_WINDOW, window)
     (folder / "examples").mkdir()
@@ -122,7 +122,7 @@ def make(folder: Path, rows: int) -> None:
 
 
 def examples(first: int, last: int) -> pa.Table:
-    """Those of the stream from one number to another; each twentieth is not in the store."""
+    """Return the stream's examples in a range of numbers; every twentieth is not in the store."""
     random, numbers = np.random.default_rng(first), np.arange(first, last)
     known = torch.from_numpy(np.where(numbers % 20 == 0, numbers + 10**15, numbers))
     history = pa.array(random.integers(0, 10**6, 10 * len(numbers)))
@@ -139,7 +139,7 @@ def examples(first: int, last: int) -> pa.Table:
 
 
 def join(folder: str, rows: int, keep: bool = False) -> dict[str, Any]:
-    """Join the first files, in this process; seconds, bytes."""
+    """Join the first files, in this process; return seconds and bytes."""
     root = Path(folder)
     files = sorted((root / "examples").iterdir())[: -(-rows // ROWS_OF_FILE)]
     store = TeacherStore(f"{folder}/store")
@@ -169,7 +169,7 @@ def join(folder: str, rows: int, keep: bool = False) -> dict[str, Any]:
 
 
 def equal_to_lookup(folder: str) -> bool:
-    """Whether all files that were kept have what TeacherLookup finds."""
+    """Check that all joined files have what TeacherLookup returns."""
     torch.set_num_threads(1)
     functions: Any = {
         "ids": lambda table: table["example_id"].to_numpy(),
@@ -178,10 +178,10 @@ def equal_to_lookup(folder: str) -> bool:
     with TeacherLookup(TeacherStore(f"{folder}/store"), "fm", **functions) as lookup:
         for file in sorted(Path(folder, "joined").iterdir()):
             table = pq.read_table(file)
-            found = lookup(table)
-            present = found.presence[:, 0, 0].numpy()
-            assert found.age_seconds is not None
-            expected = (found.values[:, 0, 0].numpy(), found.age_seconds[:, 0].numpy())
+            outputs = lookup(table)
+            present = outputs.presence[:, 0, 0].numpy()
+            assert outputs.age_seconds is not None
+            expected = (outputs.values[:, 0, 0].numpy(), outputs.age_seconds[:, 0].numpy())
             for name, values in zip(ADDED, expected, strict=True):
                 column = table[name].combine_chunks()
                 if not np.array_equal(column.is_valid().to_numpy(False), present):
@@ -192,7 +192,7 @@ def equal_to_lookup(folder: str) -> bool:
 
 
 def equal_on_spark(folder: str) -> tuple[bool | None, str]:
-    """Whether Spark gives what DuckDB gave for two files, or why that isn't known."""
+    """Check that Spark joins two files as DuckDB did; return the reason where it cannot tell."""
     try:
         import pyspark
         from pyspark.sql import SparkSession
@@ -217,11 +217,12 @@ def equal_on_spark(folder: str) -> tuple[bool | None, str]:
     session.stop()
     order = [("example_id", "ascending")]
     columns = ["example_id", *ADDED, "fm_snapshot"]
-    theirs, ours = (
+    from_spark, from_duckdb = (
         table.select(columns).sort_by(order).combine_chunks()
         for table in (pq.read_table(result), joined)
     )
-    return theirs.equals(ours), f"PySpark {pyspark.__version__}, {len(ours):,} examples"
+    equal = from_spark.equals(from_duckdb)
+    return equal, f"PySpark {pyspark.__version__}, {len(from_duckdb):,} examples"
 
 
 if __name__ == "__main__":

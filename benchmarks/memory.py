@@ -1,29 +1,30 @@
-"""Teacher memory: how fast its features are built, and how long a request of 1,000 rows waits.
+"""How fast the features of a teacher memory are built, and how long a request of 1,000 rows waits.
 
     python benchmarks/memory.py [--json] [--quick]
 
-Built: aggregates of the promotion stream's labels (3.6 million examples; --quick: 0.3 million),
-each example written and read, in parts of 65,536, for each key alone, in a process of its own.
+Built: aggregates of the promotion stream's labels (3.6 million examples; --quick: 0.3 million).
+Each example is written and read, in parts of 65,536, for each key alone, in a process of its own.
 
 aggregate_rows_per_s: examples a second that the process had a core, of the slowest key.
-aggregate_peak_bytes: the most that the process had, above the stream's arrays, of the largest.
+aggregate_peak_bytes: the peak of the process above the stream's arrays, of the largest key.
 exponent_time: the slope of log(seconds of a core) over log(examples), through three sizes.
-exponent_memory: of log(peak bytes) over log(distinct keys), through three made streams whose
-    number of examples is the same: 1 is linear in keys.
+exponent_memory: the slope of log(peak bytes) over log(distinct keys), through three made streams
+    with the same number of examples: 1 is linear in keys.
 sql_rows_per_s: the same table by memory_sql on DuckDB, one thread.
-equal_to_brute_force: counts, means, last values, decayed means and days of 20,000 examples are
-    those of a dict of lists, within float32.
+equal_to_brute_force: whether counts, means, last values, decayed means and days of 20,000
+    examples equal those from a dict of lists, within float32.
 
 Served: a memory of 50,000 users (--quick: 20,000), 12 numbers an event, published and read on each
-backend: SQLite, and Redis if a server is installed here, which runs on the same machine. With
-sequences of L = 0 and of L = 50 events in int8, all of them full. A request has 1,000 rows of
-distinct random users, one of twenty of them without a record; the time is that of
-ServedMemory.read, from columns to features. Beside it is what a student alone takes for 1,000
-rows: the exported DLRM of serving.py with 26 tables (--quick: 4), eager, on one thread.
+backend: SQLite, and Redis if a server is installed, which runs on the same machine. Sequences have
+L = 0 or 50 events in int8, and are full. A request has 1,000 rows of distinct random users, one in
+twenty without a record. Its time is that of ServedMemory.read, from columns to features. For
+comparison, a student alone serves 1,000 rows: the exported DLRM of serving.py with 26 tables
+(--quick: 4), eager, on one thread.
 
-serve_p50_ms, serve_p99_ms: by backend and L, on the wall, of 500 reads (--quick: 200).
+serve_p50_ms, serve_p99_ms: by backend and L, by the clock, of 500 reads (--quick: 200).
 core_p50_ms: the time that the reading process had the core, so that other work counts less.
-publish_rows_per_s, bytes_a_record: of the publication of all records; SQLite's are of its file.
+publish_rows_per_s, bytes_a_record: of the publication of all records; SQLite's bytes are of its
+    file.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def build(quick: bool) -> dict[str, Any]:
-    """How fast aggregates are built, in how much memory, and whether they are right."""
+    """Measure how fast aggregates are built, their memory, and whether they are right."""
     rows = 300_000 if quick else 3_600_000
     runs = {"_".join(key): common.in_process(aggregate, key, rows) for key in PROMOTIONS}
     sizes = [rows // 4, rows // 2, rows]
@@ -97,7 +98,7 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 
 def promotions(rows: int) -> tuple[dict[str, Any], Any, Any]:
-    """The first examples of the stream: columns of keys, times and labels."""
+    """Return the first examples of the stream: columns of keys, times and labels."""
     sys.path.insert(1, str(Path(__file__).parents[1] / "examples" / "promo_response"))
     import data
 
@@ -111,7 +112,7 @@ def aggregate(key: tuple[str, ...], rows: int) -> dict[str, Any]:
 
 
 def aggregate_made(keys: int, rows: int) -> dict[str, Any]:
-    """Of a stream in which each of so many keys comes as often."""
+    """Aggregate a made stream in which each of so many keys comes equally often."""
     random = np.random.default_rng(0)
     columns = {"key": random.permutation(np.arange(rows) % keys)}
     return pass_over(("key",), columns, np.arange(rows), np.zeros(rows, np.float32))
@@ -138,7 +139,7 @@ def pass_over(key: tuple[str, ...], columns: dict[str, Any], seconds: Any, value
 
 
 def by_sql(rows: int) -> float:
-    """Examples a second of a core, of one key."""
+    """Return the examples that DuckDB builds a second of a core, for one key."""
     import duckdb
     import pyarrow as pa
 
@@ -177,16 +178,16 @@ def equal_to_brute_force(rows: int) -> bool:
             ages = [(int(seconds[row]) - t) / format.half_life_seconds for t, _ in events]
             weights = [2.0**-age for age in ages]
             decayed = sum(w * y for w, (_, y) in zip(weights, events, strict=True)) / sum(weights)
-            wanted = np.mean([y for _, y in events]), events[-1][1], decayed
+            expected = np.mean([y for _, y in events]), events[-1][1], decayed
             received = known.mean[row, 0], known.last[row, 0], known.decayed_mean[row, 0]
-            equal &= bool(np.allclose(received, wanted, rtol=1e-6, atol=1e-7))
+            equal &= bool(np.allclose(received, expected, rtol=1e-6, atol=1e-7))
             days = (int(seconds[row]) - events[-1][0]) / 86_400
             equal &= bool(np.isclose(known.days_since[row], days, rtol=1e-6))
     return bool(equal)
 
 
 def serve_latency(quick: bool) -> dict[str, Any]:
-    """Milliseconds of a request, by backend and length of the sequences."""
+    """Measure the milliseconds of a request, by backend and length of the sequences."""
     keys, reads = (20_000, 200) if quick else (50_000, 500)
     details: dict[str, Any] = {"keys": keys, "rows": ROWS, "reads": reads}
     for backend, length in itertools.product(backends(), LENGTHS):
@@ -214,16 +215,17 @@ def markdown(result: dict[str, Any]) -> str:
         if isinstance(figures, dict)
     ]
     by_key = [
-        [name, *(f"{run[what]:,.0f}" for what in ("rows_per_s", "peak_bytes"))]
+        [name, *(f"{run[figure]:,.0f}" for figure in ("rows_per_s", "peak_bytes"))]
         for name, run in built["by_key"].items()
     ]
-    of_keys = common.table(["key", "examples a second of a core", "peak bytes"], by_key)
+    by_key_table = common.table(["key", "examples a second of a core", "peak bytes"], by_key)
     return (
-        f"Aggregates of {built['examples']:,} promotions by one key; by memory_sql on DuckDB "
-        f"{result['sql_rows_per_s']:,.0f} examples a second of a core; memory grows with keys as "
-        f"keys^{result['exponent_memory']:.2f}.\n\n{of_keys}\n\n"
-        f"A request of {details['rows']:,} users out of {details['keys']:,}, {WIDTH} numbers an "
-        f"event. A student alone takes {result['student_alone_p50_ms']} ms for as many rows "
+        f"Built: aggregates of {built['examples']:,} promotions by one key. `memory_sql` on DuckDB "
+        f"builds {result['sql_rows_per_s']:,.0f} examples a second of a core. Memory grows as "
+        f"keys^{result['exponent_memory']:.2f}.\n\n{by_key_table}\n\n"
+        f"Served: a request of {details['rows']:,} users out of {details['keys']:,}, with {WIDTH} "
+        "numbers for each event and sequences of L events. A student alone takes "
+        f"{result['student_alone_p50_ms']} ms for as many rows "
         f"({result['student_alone_p99_ms']} at p99).\n\n{common.table(header, rows)}"
     )
 
@@ -237,7 +239,7 @@ def backends() -> list[str]:
 
 @contextmanager
 def target(backend: str) -> Iterator[str]:
-    """The URL of an empty one."""
+    """Yield the URL of an empty backend."""
     if backend == "sqlite":
         with tempfile.TemporaryDirectory(prefix="benchmark-memory-") as folder:
             yield f"{folder}/memory.sqlite"
@@ -253,7 +255,7 @@ def target(backend: str) -> Iterator[str]:
 
 
 def memory_of(keys: int, length: int) -> Memory:
-    """One in which each user has L events, or one where there are no sequences."""
+    """Return a memory in which each user has L events; with L = 0, one without sequences."""
     random = np.random.default_rng(0)
     memory = Memory(
         MemoryFormat(name="fm", keys=[["user_id"]], width=WIDTH, length=length, resolution="int8")
@@ -262,7 +264,7 @@ def memory_of(keys: int, length: int) -> Memory:
     for second in range(max(1, length)):
         values = random.normal(size=(keys, WIDTH)).astype(np.float32)
         memory.write({"user_id": users}, np.full(keys, second), values)
-        memory.read({"user_id": users[:1]}, [second + 1])  # takes the events in
+        memory.read({"user_id": users[:1]}, [second + 1])  # which applies the events
     return memory
 
 
@@ -299,7 +301,7 @@ def stored_bytes(url: str) -> int:
 
 
 def student_alone(quick: bool) -> dict[str, Any]:
-    """What the bare student takes for as many rows, as serving.py serves it."""
+    """Measure the milliseconds of the bare student for as many rows, as in serving.py."""
     from reference import KEYS, STUDENT, Stream, dlrm
     from serving import Flat, inputs
 

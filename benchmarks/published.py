@@ -1,17 +1,17 @@
-"""Four published data sets as streams, as the package's quality is told by.
+"""Four published data sets as streams for the quality benchmark.
 
     taobaoad           TaobaoAd (Tianchi, data set 56): is an ad clicked, in the order of time
     kuaivideo          KuaiVideo_x1: is a micro-video clicked, in the order of time
     amazonelectronics  AmazonElectronics_x1: is a product reviewed, in no order of time
     criteo             Criteo's day_0 to day_23: is an ad clicked, in the order of time
 
-None of the data are here: whoever has agreed to their terms gives the folder that the files were
-unpacked to. What is made of them stays in the cache folder. A stream is built there the first time
-and memory-mapped afterwards; `published_tables` says how it gets by with little memory.
+The data are not included. Who has agreed to their terms gives the folder that the files were
+unpacked to. A stream is built in the cache folder the first time, and memory-mapped afterwards;
+`published_tables` keeps its memory small.
 
-What is known of the past is of rows with a strictly earlier time, so that rows of the same time do
-not see each other; means are smoothed towards a fixed rate, so that nothing looks ahead. The
-example's group is what one user had in view at one time. Letters in shapes: B examples.
+Features of the past are of rows with a strictly earlier time, so that rows of the same time do not
+see each other. Means are smoothed towards a fixed rate, so that nothing looks ahead. An example's
+group is what one user had in view at one time. Letters in shapes: B examples.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ __all__ = (
 
 @lru_cache
 def version(folder: Path) -> tuple[int, str]:
-    """Of the streams' format, and of the files of a folder."""
+    """Return the version of the streams' format, and the digest of a folder's files."""
     kinds = ("*.csv", "day_*")
     return FORMAT_VERSION, digest(sorted(path for kind in kinds for path in folder.glob(kind)))
 
 
 NEVER_DAYS = 30.0
-"""Days since the last example that stand for 'none yet': longer than the data last."""
+"""Days since the last example where there is none: longer than the data last."""
 _DAY = 86_400
 
 # TaobaoAd
@@ -107,7 +107,10 @@ _THURSDAY = 3  # of 1 January 1970
 
 _LEAN_SPARSE = ("user", "ad", "cate_id", "placement", "weekday", "hour")
 _LEAN_DENSE = (*data.LEAN_DENSE, "log_price")
-_STRONG_DENSE = (*_LEAN_DENSE, *(f"{key}_{what}" for key in _KEYS for what in ("log_seen", "mean")))
+_STRONG_DENSE = (
+    *_LEAN_DENSE,
+    *(f"{key}_{figure}" for key in _KEYS for figure in ("log_seen", "mean")),
+)
 TAOBAOAD = Format(
     lean=(_LEAN_SPARSE, _LEAN_DENSE),
     strong=(_LEAN_SPARSE, _STRONG_DENSE),
@@ -119,14 +122,14 @@ TAOBAOAD = Format(
 
 
 def taobaoad(folder: Path, cache: Path | None = None) -> data.Stream:
-    """Eight days of ads on Taobao, from raw_sample.csv, ad_feature.csv and user_profile.csv.
+    """Return eight days of ads on Taobao, from three files of a folder.
 
     An example is an ad that a user had in view; its label says whether it was clicked. Verticals
-    are the placements. What `week` counts is days, local ones (UTC+8), from the first on. Rows are
-    sorted by time, user, ad and placement; their order in the file does not matter.
+    are the placements. `week` counts local days (UTC+8), from the first on. Rows are sorted by
+    time, user, ad and placement; their order in the file does not matter.
 
     Args:
-        folder: has the three files.
+        folder: has raw_sample.csv, ad_feature.csv and user_profile.csv.
         cache: folder to keep the built stream in, by default that of the promotion stream.
 
     Raises:
@@ -163,16 +166,18 @@ def _taobaoad_parts(
             dense |= past(key, rows, _CLICK_RATE)
             dense[f"{key}_log_days"] = _log_days(rows["time"], rows[f"{key}_last"])
         rows |= {"week": 1 + local // _DAY - first_day, "vertical": rows["placement"]}
-        rows["page"] = pages[user] + rows["user_seen"]  # a number that is the user's alone
+        rows["page"] = pages[user] + rows["user_seen"]  # no other user has this number
         yield part(TAOBAOAD, rows, sparse, dense, placements, sizes)
 
 
 def _read_taobaoad(
     paths: list[Path], database: duckdb.DuckDBPyConnection
 ) -> tuple[pl.DataFrame, pl.DataFrame, Names]:
-    """Users and ads that have rows, with their attributes and by their code, and placements."""
-    kept = '"user" AS user_id, time_stamp AS time, adgroup_id, pid, clk::VARCHAR::TINYINT AS label'
-    read_table(database, "samples", paths[0], _SAMPLE, kept)
+    """Return users and ads that have rows, with attributes, in order of code; and placements."""
+    columns = (
+        '"user" AS user_id, time_stamp AS time, adgroup_id, pid, clk::VARCHAR::TINYINT AS label'
+    )
+    read_table(database, "samples", paths[0], _SAMPLE, columns)
     read_table(database, "features", paths[1], _AD)
     read_table(database, "profiles", paths[2], _PROFILE)
     require_values(database, "samples", ("user_id", "time", "adgroup_id", "pid", "label"))
@@ -193,7 +198,7 @@ def _read_taobaoad(
 
 
 def _taobaoad_query() -> str:
-    """The rows with codes and what is known of the past, in order."""
+    """Return SQL of the rows with codes and features of the past, in order."""
     columns, windows = zip(*(earlier(key, by) for key, by in _KEYS.items()), strict=True)
     return f"""
         WITH coded AS (
@@ -207,7 +212,7 @@ def _taobaoad_query() -> str:
 
 
 def _log_days(time: data.Array, last: data.Array) -> data.Array:
-    """log1p of the days since the last example; of NEVER_DAYS where that is NaN."""
+    """Return log1p of the days since the last example; of NEVER_DAYS where that is NaN."""
     return np.log1p(np.where(np.isnan(last), NEVER_DAYS, (time - last) / _DAY))
 
 
@@ -225,7 +230,7 @@ BUCKETS = 2**18
 
 
 def _with_missing(integers: Names) -> Names:
-    return tuple(f"{name}_{what}" for name in integers for what in ("log", "missing"))
+    return tuple(f"{name}_{figure}" for name in integers for figure in ("log", "missing"))
 
 
 CRITEO = Format(
@@ -236,13 +241,13 @@ CRITEO = Format(
 
 
 def criteo(folder: Path, cache: Path | None = None) -> data.Stream:
-    """Days of display ads, from day_0 to day_23 or some that follow each other, also with .gz.
+    """Return days of display ads, from consecutive files among day_0 to day_23, also with .gz.
 
-    The label says whether the ad was clicked. What `week` counts is days: 1 is that of day_0. The
-    order within a day is that of the file, and as no row tells its time, `time` spreads those of a
-    day over its seconds; it counts from the start of day_0. An integer becomes log1p, of 0 where it
-    is negative, and a flag where it is missing. A category is a hash, and becomes its remainder by
-    `BUCKETS`. No example is in view with another, and there is one vertical.
+    The label says whether the ad was clicked. `week` counts days; 1 is that of day_0. The order
+    within a day is that of the file. As rows have no time, `time` spreads those of a day over its
+    seconds, counted from the start of day_0. An integer becomes log1p, of 0 where it is negative,
+    and a flag where it is missing. A category is a hash, and becomes its remainder by `BUCKETS`. No
+    example is in view with another, and there is one vertical.
 
     Args:
         folder: has the files of the days.
@@ -257,9 +262,9 @@ def criteo(folder: Path, cache: Path | None = None) -> data.Stream:
 
 
 def _criteo_days(folder: Path) -> dict[int, Path]:
-    """The files by day; of a day that is there twice, the one without .gz."""
-    found = sorted(folder.glob("day_*"), reverse=True)
-    named = ((re.fullmatch(r"day_(\d+)(\.gz)?", path.name), path) for path in found)
+    """Return the files by day; of a day that comes twice, the one without .gz."""
+    paths = sorted(folder.glob("day_*"), reverse=True)
+    named = ((re.fullmatch(r"day_(\d+)(\.gz)?", path.name), path) for path in paths)
     days = {int(match[1]): path for match, path in named if match}
     if not days:
         raise FileNotFoundError(
@@ -282,13 +287,13 @@ def _criteo_parts(
     ]
     logs = [f"ln(1 + coalesce(greatest({i}, 0), 0)) AS {i}_log" for i in _INTEGERS]
     missing = [f"{i} IS NULL AS {i}_missing" for i in _INTEGERS]
-    kept = ", ".join(["label::VARCHAR::TINYINT AS label", *hashes, *logs, *missing])
+    columns = ", ".join(["label::VARCHAR::TINYINT AS label", *hashes, *logs, *missing])
     sizes = dict.fromkeys(_CATEGORIES, BUCKETS + 1)
     earlier_rows = 0
     for day, path in days.items():
-        read_table(database, "clicks", path, _CLICK, kept, delimiter="\t", header=False)
+        read_table(database, "clicks", path, _CLICK, columns, delimiter="\t", header=False)
         total, first = require_values(database, "clicks", ("label",)), earlier_rows
-        for rows in parts(database, "FROM clicks"):  # as they were read
+        for rows in parts(database, "FROM clicks"):  # in the order of the file
             size = len(rows["label"])
             rows["page"] = earlier_rows + np.arange(size)
             rows["slot"] = np.zeros(size, np.int64)

@@ -1,7 +1,7 @@
-"""The two published data sets whose rows bring a history of the user: KuaiVideo, AmazonElectronics.
+"""The published data sets whose rows have a history of the user: KuaiVideo, AmazonElectronics.
 
-Both are as the collection RecZoo publishes them, each in train.csv and test.csv, where a history is
-a list of ids with `^` between them, the latest last. Ids are taken as text.
+Both have the form of the collection RecZoo, in train.csv and test.csv. A history is a list of ids
+with `^` between them, the latest last. Ids are read as text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from published_tables import (
 
 SPLITS = ("train.csv", "test.csv")
 PERIODS = 10
-"""Into which rows without a calendar are divided; `week` counts them."""
+"""How many periods rows without a calendar are divided into; `week` counts them."""
 
 # KuaiVideo
 
@@ -50,7 +50,10 @@ _KEYS = ("user", "item")
 _LAST_ITEMS = tuple(f"{side}_last_item" for side in _SIDES)
 
 _LEAN = ("user", "item"), tuple(f"{side}_log_length" for side in _SIDES)
-_STRONG_DENSE = (*_LEAN[1], *(f"{key}_{what}" for key in _KEYS for what in ("log_seen", "mean")))
+_STRONG_DENSE = (
+    *_LEAN[1],
+    *(f"{key}_{figure}" for key in _KEYS for figure in ("log_seen", "mean")),
+)
 KUAIVIDEO = Format(
     lean=_LEAN,
     strong=(_LEAN[0], _STRONG_DENSE),
@@ -66,12 +69,12 @@ KUAIVIDEO = Format(
 
 
 def kuaivideo(folder: Path, cache: Path | None = None) -> data.Stream:
-    """Micro-videos that users of Kuaishou had in view, from train.csv and test.csv.
+    """Return micro-videos that users of Kuaishou had in view, from train.csv and test.csv.
 
-    The label says whether the video was clicked. The published time stamps tell the order and no
-    more, so `time` is the number of different ones that are earlier, and `week` the tenth of the
-    rows that the example is in. Rows are sorted by time, user and item, those that are alike in
-    all three as in the files. There is one vertical.
+    The label says whether the video was clicked. The published time stamps only give the order. So
+    `time` is the number of different earlier ones, and `week` is the example's tenth of the rows.
+    Rows are sorted by time, user and item, and then by their order in the files. There is one
+    vertical.
 
     Args:
         folder: has the two files.
@@ -89,14 +92,14 @@ def _kuaivideo_parts(
     paths: list[Path], database: duckdb.DuckDBPyConnection
 ) -> Iterator[data.Stream]:
     labels = ("is_click", "is_like", "is_follow")
-    kept = ["CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp", "user_id", "item_id"]
-    kept += [f"{name}::VARCHAR::TINYINT AS {name}" for name in labels]
+    select = ["CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp", "user_id", "item_id"]
+    select += [f"{name}::VARCHAR::TINYINT AS {name}" for name in labels]
     for side in _SIDES:
         history = _split(f"{side}_items")
-        kept.append(f"{_length(history)} AS {side}_length, {history}[-1] AS {side}_last")
-        kept.append(f"{_number(history, 'item_id')} AS {side}_same")
+        select.append(f"{_length(history)} AS {side}_length, {history}[-1] AS {side}_last")
+        select.append(f"{_number(history, 'item_id')} AS {side}_same")
     for path in paths:
-        read_table(database, "shown", path, _VIDEO, ", ".join(kept))
+        read_table(database, "shown", path, _VIDEO, ", ".join(select))
     total = require_values(database, "shown", ("timestamp", "user_id", "item_id", *labels))
     users = make_codes(database, "users", "user_id", "shown")
     items = make_codes(database, "items", "item_id", "shown")
@@ -112,23 +115,23 @@ def _kuaivideo_parts(
             for label, rate in _RATES.items():
                 dense |= past(key, rows, rate, label)
         rows["week"] = 1 + PERIODS * rows["earlier_rows"] // total
-        rows["page"] = rows["user_before"] + rows["user_seen"]  # a number that is the user's alone
+        rows["page"] = rows["user_before"] + rows["user_seen"]  # no other user has this number
         yield part(KUAIVIDEO, rows, rows, dense, ("videos",), sizes)
 
 
 def _kuaivideo_query(no_item: int) -> str:
-    """The rows with codes and what is known of the past, in order."""
+    """Return SQL of the rows with codes and features of the past, in order."""
     labels = tuple(_RATES)
-    past_of = (earlier("user", '"user"', labels), earlier("item", "item", labels))
-    columns, windows = zip(*past_of, strict=True)
-    kept = [f"{side}_length, {side}_same" for side in _SIDES]
-    kept += [f"coalesce({side}.code, {no_item}) AS {side}_last_item" for side in _SIDES]
+    by_key = (earlier("user", '"user"', labels), earlier("item", "item", labels))
+    columns, windows = zip(*by_key, strict=True)
+    select = [f"{side}_length, {side}_same" for side in _SIDES]
+    select += [f"coalesce({side}.code, {no_item}) AS {side}_last_item" for side in _SIDES]
     joins = [f"LEFT JOIN items AS {side} ON {side}.item_id = {side}_last" for side in _SIDES]
     return f"""
         WITH coded AS (
             SELECT times.code AS time, times.before AS earlier_rows, users.code AS "user",
                 users.before AS user_before, items.code AS item, shown.rowid AS row,
-                is_click AS label, is_like, is_follow, {", ".join(kept)}
+                is_click AS label, is_like, is_follow, {", ".join(select)}
             FROM shown JOIN times USING (timestamp) JOIN users USING (user_id)
                 JOIN items USING (item_id) {" ".join(joins)})
         SELECT *, {", ".join(columns)},
@@ -160,13 +163,13 @@ AMAZONELECTRONICS = Format(
 
 
 def amazonelectronics(folder: Path, cache: Path | None = None) -> data.Stream:
-    """Reviews of electronics at Amazon and drawn negatives, from train.csv and test.csv.
+    """Return reviews of electronics at Amazon and drawn negatives, from train.csv and test.csv.
 
-    The label says whether the user reviewed the item. These rows have no time and are not in the
-    order of one: the order of the files is kept, train.csv before test.csv, `time` is the number of
-    the row, and `AMAZONELECTRONICS.in_time_order` is False. So nothing is told of earlier rows, but
-    of the history that the row itself brings. `week` is the tenth of train.csv that the row is in,
-    and 11 for test.csv. The example's group is the user in one of the files. There is one vertical.
+    The label says whether the user reviewed the item. Rows have no time, and are in no order of
+    time. They keep the order of the files, train.csv before test.csv; `time` is the number of the
+    row, and `AMAZONELECTRONICS.in_time_order` is False. So features are of the row's own history,
+    not of earlier rows. `week` is the row's tenth of train.csv, and 11 for test.csv. An example's
+    group is the user in one of the files. There is one vertical.
 
     Args:
         folder: has the two files.
@@ -204,12 +207,12 @@ def _amazon_parts(paths: list[Path], database: duckdb.DuckDBPyConnection) -> Ite
 
 
 def _read_amazon(paths: list[Path], database: duckdb.DuckDBPyConnection) -> int:
-    """Both files as the table reviews; the rows of the first."""
+    """Read both files into the table reviews; return the number of rows of the first."""
     ids = ("user_id", "item_id", "cate_id")
     items, categories = _split("item_history"), _split("cate_history")
-    # How many rows ago the category was last there; one more than there are where it was not
+    # How many items ago the category came last; one more than all of them where it never came
     distance = f"list_position(list_reverse({categories}), cate_id)"
-    kept = [
+    columns = [
         *ids,
         "label::VARCHAR::TINYINT AS label",
         f"{_length(items)} AS length, {items}[-1] AS last_item, {categories}[-1] AS last_category",
@@ -219,7 +222,7 @@ def _read_amazon(paths: list[Path], database: duckdb.DuckDBPyConnection) -> int:
     ]
     counts = []
     for is_test, path in enumerate(paths):
-        select = ", ".join([*kept, f"{is_test} AS is_test"])
+        select = ", ".join([*columns, f"{is_test} AS is_test"])
         read_table(database, "reviews", path, _REVIEW, select)
         counts.append(len(database.table("reviews")))
     require_values(database, "reviews", (*ids, "label"))
@@ -227,7 +230,7 @@ def _read_amazon(paths: list[Path], database: duckdb.DuckDBPyConnection) -> int:
 
 
 def _amazon_query(no_item: int, no_category: int) -> str:
-    """The rows with codes, in the order of the files."""
+    """Return SQL of the rows with codes, in the order of the files."""
     return f"""
         SELECT reviews.rowid AS time, label, is_test, length, same_item, same_category, distance,
             users.code AS "user", items.code AS item, categories.code AS category,
@@ -246,15 +249,15 @@ def _amazon_query(no_item: int, no_category: int) -> str:
 
 
 def _split(history: str) -> str:
-    """SQL of a history as a list."""
+    """Return SQL of a history as a list."""
     return f"string_split({history}, '^')"
 
 
 def _length(items: str) -> str:
-    """SQL of the length of a list, 0 of a missing one."""
+    """Return SQL of the length of a list, 0 of a missing one."""
     return f"coalesce(len({items}), 0)"
 
 
 def _number(items: str, item: str) -> str:
-    """SQL of how often a list has an item."""
+    """Return SQL of how often a list has an item."""
     return _length(f"list_filter({items}, lambda x: x = {item})")

@@ -1,8 +1,8 @@
-"""From published files to a stream on disk, with little in memory: what the four readers share.
+"""From published files to a stream on disk, with little memory; shared by the four readers.
 
-DuckDB reads the files, sorts and counts in a folder of its own and gives the rows in parts; each
-part becomes a stream, and what is written is one after the other. Memory is that of DuckDB, which
-spills beyond `MEMORY`, of the vocabularies, and of a part.
+DuckDB reads the files, sorts and counts in a folder of its own, and returns the rows in parts. Each
+part becomes a stream, and is written after the one before. Memory holds a part, the vocabularies,
+and what DuckDB needs, which spills beyond `MEMORY`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import data
 
 FORMAT_VERSION = 1
 MEMORY, THREADS = "2GB", 4
-"""Of DuckDB; of fewer cores fewer threads."""
+"""Limits of DuckDB; on fewer cores it has fewer threads."""
 PART_ROWS = 2**18
 PRIOR_COUNT = 10.0
-"""The examples that a prior rate stands for."""
+"""How many examples a prior rate counts as."""
 LABEL = "ENUM('0', '1')"
 _MIB = 2**20
 
@@ -40,13 +40,13 @@ Arrays: TypeAlias = dict[str, data.Array]
 
 
 class Format(NamedTuple):
-    """Which features of a stream a model gets: names of sparse ones, and of dense ones.
+    """The names of the sparse and dense features that each model gets.
 
     Attributes:
-        lean: what a served student has.
-        strong: also what the past says of the example's ids.
-        rich: everything.
-        in_time_order: the rows come in the order in which they happened.
+        lean: those of a served student.
+        strong: also counts and means of earlier rows with the example's ids.
+        rich: all.
+        in_time_order: whether rows come in the order in which they happened.
     """
 
     lean: tuple[Names, Names]
@@ -56,7 +56,7 @@ class Format(NamedTuple):
 
 
 def require_files(title: str, folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of these names.
+    """Return the paths of the files.
 
     Raises:
         FileNotFoundError: one is missing.
@@ -71,7 +71,7 @@ def require_files(title: str, folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def digest(paths: Sequence[Path]) -> str:
-    """SHA-256 of each file's name and size, and of its first and last MiB."""
+    """Return the SHA-256 of each file's name and size, and of its first and last MiB."""
     total = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -89,13 +89,13 @@ def load_or_build(
     cache: Path | None,
     parts: Callable[[duckdb.DuckDBPyConnection], Iterator[data.Stream]],
 ) -> data.Stream:
-    """The stream of some files, memory-mapped; built in the cache folder the first time.
+    """Return the stream of some files, memory-mapped; build it in the cache the first time.
 
     Args:
         name: of the data set.
-        paths: the files; the name in the cache says which they were.
+        paths: the files; their digest is part of the name in the cache.
         cache: by default that of the promotion stream.
-        parts: gives the stream in parts, in order, with the help of an empty database.
+        parts: yields the stream in parts, in order; gets an empty database.
     """
     folder = (cache or data._default_cache()) / f"{name}-v{FORMAT_VERSION}-{digest(paths)[:12]}"
     if not folder.exists():
@@ -143,7 +143,7 @@ def save_parts(parts: Iterable[data.Stream], folder: Path) -> None:
 
 
 def _write_header(file: Any, dtype: np.dtype[Any], rows: int) -> None:
-    """As long for any number of rows: NumPy leaves room for one that grows."""
+    """Write a header that can be overwritten, as NumPy pads it for any number of rows."""
     about = {"descr": dtype.str, "fortran_order": False, "shape": (rows,)}
     np.lib.format.write_array_header_1_0(file, about)
 
@@ -158,16 +158,16 @@ def read_table(
     delimiter: str = ",",
     header: bool = True,
 ) -> None:
-    """Append what SQL selects from the rows of a file to a table, in the order of the file.
+    """Append columns of a file to a table, in the order of the file.
 
     Args:
-        database: what has the table, or is given it.
+        database: that of the table, which is created if needed.
         table: its name.
-        path: text, or text that gzip has packed.
-        columns: name and type of every column. An empty value is missing, and so is NULL.
+        path: a text file, or one that gzip has packed.
+        columns: name and type of every column. Empty values and NULL are missing.
         select: SQL of the columns to keep.
-        delimiter: what stands between two columns.
-        header: the first line has the names of the columns.
+        delimiter: between two columns.
+        header: whether the first line has the names of the columns.
 
     Raises:
         ValueError: the file has another header, or a line of another form.
@@ -180,7 +180,7 @@ def read_table(
         f"nullstr = ['', 'NULL'], columns = {dict(columns)})"
     )
     try:
-        # Without rows, for the columns alone
+        # Creates the table, without rows, from the first file
         database.execute(
             f"CREATE TABLE IF NOT EXISTS {table} AS {form} LIMIT 0", {"path": str(path)}
         )
@@ -203,13 +203,13 @@ def _check_header(path: Path, columns: list[str], delimiter: str) -> None:
 
 
 def _first_lines(error: Exception) -> str:
-    """What DuckDB says of a line, without its advice and settings."""
+    """Return DuckDB's message about a line, without its advice and settings."""
     lines = str(error).split("\nColumn ")[0].split("\nPossible ")[0].splitlines()
     return ". ".join(line[:200] for line in lines if line)
 
 
 def require_values(database: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str]) -> int:
-    """The number of a table's rows.
+    """Return the number of a table's rows, all of which need values.
 
     Raises:
         ValueError: there is none, or some lack a value.
@@ -219,14 +219,14 @@ def require_values(database: duckdb.DuckDBPyConnection, table: str, columns: Seq
     rows, lack = database.execute(counts).fetchall()[0]
     if not rows or lack:
         raise ValueError(
-            f"Some rows should be there, all with {', '.join(columns)}. Received: {rows} rows, "
-            f"{lack} that lack a value. Unpack the published files again"
+            f"There should be rows, all with {', '.join(columns)}. Received: {rows} rows, {lack} "
+            "that lack a value. Unpack the published files again"
         )
     return int(rows)
 
 
 def require_once(database: duckdb.DuckDBPyConnection, table: str, key: str, path: Path) -> None:
-    """See that no two rows of a table, which a file was read into, have the same key."""
+    """Raise ValueError if two rows of a table, read from a file, have the same key."""
     counts = f"SELECT count(*), count(DISTINCT {key}) FROM {table}"
     rows, keys = database.execute(counts).fetchall()[0]
     if rows != keys:
@@ -237,10 +237,10 @@ def require_once(database: duckdb.DuckDBPyConnection, table: str, key: str, path
 
 
 def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source: str) -> int:
-    """Make a table of the values of a key in another table, and tell how many there are.
+    """Make a table of the values of a key in another table; return their number.
 
-    It has the key, its `code`, which is its rank, and `before`, the number of rows in the other
-    table that have a lower one.
+    Its columns are the key, its `code`, which is its rank, and `before`, the number of rows in the
+    other table with a lower key.
     """
     database.execute(f"""
         CREATE TABLE {table} AS SELECT {key}, row_number() OVER (ORDER BY {key}) - 1 AS code,
@@ -250,9 +250,9 @@ def make_codes(database: duckdb.DuckDBPyConnection, table: str, key: str, source
 
 
 def code_columns(table: pl.DataFrame, columns: Sequence[str]) -> tuple[Arrays, dict[str, int]]:
-    """Codes of some columns by the rank of the value, and how many codes there are.
+    """Return codes of some columns, by the rank of the value, and their numbers.
 
-    A missing value has the last one, whether it occurs or not.
+    The last code is that of a missing value, whether it occurs or not.
     """
     words = {name: table[name].drop_nulls().unique().sort() for name in columns}
     codes = {name: data.code(table[name], known) for name, known in words.items()}
@@ -260,12 +260,12 @@ def code_columns(table: pl.DataFrame, columns: Sequence[str]) -> tuple[Arrays, d
 
 
 def earlier(key: str, columns: str, labels: Sequence[str] = ("label",)) -> tuple[str, str]:
-    """SQL that looks at the rows of the same key with a strictly earlier `time`.
+    """Return SQL over the rows of the same key with a strictly earlier `time`.
 
     Args:
-        key: name of the key, and of what is selected: `{key}_seen`, the number of such rows,
-            `{key}_last`, the greatest time among them, else NULL, and `{key}_{label}` for each
-            label, the number of those that have it.
+        key: prefix of the selected columns: `{key}_seen`, the number of such rows, `{key}_last`,
+            their greatest time, else NULL, and `{key}_{label}` for each label, the number of those
+            that have it.
         columns: the key's columns.
         labels: columns of 0 and 1.
 
@@ -275,20 +275,20 @@ def earlier(key: str, columns: str, labels: Sequence[str] = ("label",)) -> tuple
     counts = [f"coalesce(sum({x}) OVER {key}_past, 0)::BIGINT AS {key}_{x}" for x in labels]
     seen = f"count(*) OVER {key}_past AS {key}_seen"
     last = f"max(time) OVER {key}_past AS {key}_last"
-    frame = "GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"  # of rows with one time
+    frame = "GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"  # a group has one time
     window = f"{key}_past AS (PARTITION BY {columns} ORDER BY time {frame})"
     return ", ".join([seen, last, *counts]), window
 
 
 def parts(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[Arrays]:
-    """The columns of a query's rows, a part of the rows at a time."""
+    """Yield the columns of a query's rows, a part of the rows at a time."""
     for batch in database.sql(query).to_arrow_reader(PART_ROWS):
         columns = zip(batch.schema.names, batch.columns, strict=True)
         yield {name: column.to_numpy(zero_copy_only=False) for name, column in columns}
 
 
 def past(key: str, rows: Arrays, prior: float, label: str = "label") -> Arrays:
-    """log1p of how many earlier rows have the key, and the smoothed mean of their label,
+    """Return log1p of the number of earlier rows of the key, and their smoothed mean label,
 
     (positives + prior * PRIOR_COUNT) / (count + PRIOR_COUNT).
     """
@@ -306,7 +306,7 @@ def part(
     verticals: Names,
     cardinalities: Mapping[str, int],
 ) -> data.Stream:
-    """A part of a stream: rows have time, week, label, page and slot, some vertical."""
+    """Return a part of a stream; `rows` has time, week, label, page, slot, and maybe vertical."""
     (sparse_names, dense_names), size = features.rich, len(rows["time"])
     return data.Stream(
         time=rows["time"].astype(np.int64),

@@ -3,13 +3,14 @@
     python benchmarks/quality.py [--source NAME [--data FOLDER]] [--table NAME ...] [--quick]
                                  [--seeds N] [--tune] [--no-run] [--workers N] [--out FOLDER]
 
-One pass in time order, each example scored before it is trained on, figures over the later half,
-several seeds (a teacher and its students share one). A stream whose files the user has to bring is
-run where its folder is told, by --data or in the environment (EBNERD=FOLDER). Each run of a student
-is kept in a file of its own, so that a stopped job goes on where it was; one that is kept in
-measured/quality.json is not run again, unless what it rests on has changed. At the end
-benchmarks/QUALITY.md, its picture and measured/quality.json are written from what was measured
-(with --quick the page goes into the folder --out, and nothing is kept in the repository).
+One pass in time order: each example is scored before it is trained on. Figures are over the later
+half and several seeds; a teacher and its students share a seed. A stream whose files the user
+brings needs its folder, by --data or in the environment (EBNERD=FOLDER).
+
+Each run of a student is kept in a file of its own, so that a stopped job resumes. One that is kept
+in measured/quality.json does not run again, unless its settings have changed. At the end
+benchmarks/QUALITY.md, its picture and measured/quality.json are written. With --quick the page goes
+into the folder --out, and nothing is kept in the repository.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import common
 import numpy as np
 import passes
+import quality_page
 import quality_report
 import ranking as ranking_report
 import remembered
@@ -48,28 +50,28 @@ from torchrec_exfm.study.runs import write_whole
 
 HERE = Path(__file__).parent
 KEPT_FILE = HERE / "measured" / "quality.json"
-RANKED = {"promotions": ("MEAT-PCKGD",)}  # of the table Ranking, if not all
+RANKED = {"promotions": ("MEAT-PCKGD",)}  # verticals of the table Ranking, if not all
 SEEDS, SWEEP_SEEDS = tuple(range(5)), tuple(range(3))
 SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 WIDTHS = (4, 8, 16, 32, 64)
 SMALL_BATCH = 128
-OTHER_RATES = (256, 5e-4, 1.0)  # a little better for the lean student than those it is run with
+OTHER_RATES = (256, 5e-4, 1.0)  # slightly better for the lean student than its own
 TUNING_SEED = 100
 GRID = tuple(itertools.product((256, 512), (5e-4, 1e-3, 2e-3), (0.1, 0.3, 0.5, 1.0)))
-KEPT = 0.2  # of the negatives, by the student that samples once more
+KEPT = 0.2  # share of the negatives that a student keeps which samples once more
 
 
 @dataclass(frozen=True)
 class Setting(Arm):
-    """An arm, and what the student is trained on beside its vertical's examples.
+    """An arm, and what else the student is trained on.
 
     Attributes:
         mixed: the teacher's probability is the mean of its own and the label.
-        unlabelled: for each example one of another vertical, without its label.
+        unlabelled: for each example there is one of another vertical, without its label.
         late: the student starts in the tuning week.
-        tables: with the tables that the teacher has then.
-        memory: of earlier "labels", of the "teacher"'s logits, or of both, as dense features.
-        history: the user's last events pooled: "raw" ids with labels, or the "teacher"'s vectors.
+        tables: a late student starts with the tables that the teacher has then.
+        memory: dense features of earlier "labels", of the "teacher"'s logits, or of both.
+        history: the user's last events, pooled: "raw" ids with labels, or the "teacher"'s vectors.
     """
 
     mixed: bool = False
@@ -109,7 +111,7 @@ RANKING = {  # heads and weights were chosen before the evaluation
         (AH, ADAPTED, Term(loss=cosine_of_embeddings(passes.DIRECTIONS), hidden=(), weight=0.1))
     ),
 }
-MEMORY = {  # each above what it is held against
+MEMORY = {  # the control of each is in remembered.CONTROLS
     "label memory": Setting(memory=("labels",)),
     "label memory + AH": Setting((AH,), memory=("labels",)),
     "label and teacher memory + AH": Setting((AH,), memory=("labels", "teacher")),
@@ -119,8 +121,8 @@ MEMORY = {  # each above what it is held against
     "raw history + recipe": Setting((AH, ADAPTED), history="raw"),
     "teacher history + recipe": Setting((AH, ADAPTED), history="teacher"),
 }
-LEAN_MEMORY = [arm for arm in MEMORY if "history" in arm or "+ AH" in arm]  # of this student alone
-VARIANTS = {  # of the recipe, for the sweep over the adapter
+LEAN_MEMORY = [arm for arm in MEMORY if "history" in arm or "+ AH" in arm]  # lean student only
+VARIANTS = {  # of the recipe, in the sweep over the adapter
     "margin 0.1": Setting((AH, replace(ADAPTED, margin=0.1))),
     "margin 0.5": Setting((AH, replace(ADAPTED, margin=0.5))),
     "no margin": Setting((AH, replace(ADAPTED, margin=None))),
@@ -147,18 +149,18 @@ class Cell:
     Attributes:
         source, vertical: where the examples come from.
         student: "lean" or "strong".
-        arm: of `SETTINGS`, or "teacher": no student, what the teacher itself says.
+        arm: of `SETTINGS`, or "teacher": the teacher's own logits, without a student.
         seed: of teacher and student.
         feed: how old the teacher is, see `passes.teacher_logits`.
         width: of the teacher's tables.
-        shift: added to its logits.
+        shift: added to the teacher's logits.
         kept: the share of the stream's negatives that the student trains on.
-        corrected: the library is told so.
-        rates: in the place of the source's own: batch size, learning rate, that of the tables.
+        corrected: whether the task states this share.
+        rates: batch size, learning rate, that of the tables; None: the source's own.
         adapter: the student adapter's learning rate and width.
-        teacher: "rich", or "strong", the generation before, which has the strong student's
-            features; "domain", a model with these, taught by the rich one on all verticals
-            together, and "domain alone", untaught; "rich+domain", "rich+noise": two teachers.
+        teacher: "rich"; "strong", the generation before, with the strong student's features;
+            "domain", a model with these features that the rich one taught on all verticals, and
+            "domain alone", the same untaught; "rich+domain", "rich+noise": two teachers.
     """
 
     source: str
@@ -177,21 +179,18 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Another one for every other cell, and for every change of a setting."""
-        told = {
-            **changed_fields(self),
-            "rates": rates_of(self),
-        }
+        """A hash of the cell and of every setting that its result depends on."""
+        fields = {**changed_fields(self), "rates": rates_of(self)}
         arm = SETTINGS.get(self.arm, Setting())
         options = {**changed_fields(arm), "terms": [term_in_words(term) for term in arm.terms]}
         if arm.memory or arm.history:
             options["remembered"] = remembered.settings(source_of(self.source))
-        text = json.dumps([told, options, settings(self.source)], sort_keys=True)
+        text = json.dumps([fields, options, settings(self.source)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def rates_of(cell: Cell) -> tuple[int, float, float]:
-    """A cell's batch size, learning rate, and that of the tables."""
+    """Return a cell's batch size, learning rate, and that of the tables."""
     source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
     remembers = cell.student == "lean" and (arm.memory or arm.history)
     usual = source.rates[cell.student]
@@ -199,24 +198,24 @@ def rates_of(cell: Cell) -> tuple[int, float, float]:
 
 
 def settings(source: str) -> dict[str, Any]:
-    """What a run rests on beside its cell; of the code nothing is told."""
-    told = {name: getattr(source_of(source), name) for name in ("lean", "strong", "rich")}
-    told |= {name: getattr(demo, name) for name in ("TEACHER", "STUDENT")}
+    """Return the settings that a run depends on beside its cell; the code is not among them."""
+    values = {name: getattr(source_of(source), name) for name in ("lean", "strong", "rich")}
+    values |= {name: getattr(demo, name) for name in ("TEACHER", "STUDENT")}
     names = ("verticals", "teacher_rates", "tuning_week", "first_week", "frozen_after", "hourly")
-    told |= {name: getattr(source_of(source), name) for name in names}
-    return told | {"version": source_of(source).version()}
+    values |= {name: getattr(source_of(source), name) for name in names}
+    return values | {"version": source_of(source).version()}
 
 
 class Part(NamedTuple):
-    """A table's cells: of one stream, of some students, arms and seeds."""
+    """The cells of a table, and the streams that it is run on."""
 
     cells: Callable[[str, bool], Iterable[Cell]]
     sources: tuple[str, ...] | None = None  # None: all
 
     def of(self, source: str, quick: bool) -> list[Cell]:
-        """Those of a stream; none if the table is not of it."""
-        told = self.cells(source, quick) if source in (self.sources or (source,)) else ()
-        return list(dict.fromkeys(told))
+        """Return the cells of a stream; none if the table is not run on it."""
+        cells = self.cells(source, quick) if source in (self.sources or (source,)) else ()
+        return list(dict.fromkeys(cells))
 
 
 def ablation(source: str, quick: bool, arms: Iterable[str] = ARMS) -> Iterator[Cell]:
@@ -239,19 +238,19 @@ def sweep(
     students: Sequence[str] = STUDENTS[:1],
     **changed: Iterable[Any],
 ) -> Iterator[Cell]:
-    """Cells of which one thing is changed, to each of the values that are given."""
+    """Yield cells with each combination of the values of the changed fields."""
     verticals = verticals or source_of(source).swept
     verticals, seeds = (verticals[:2], SEEDS[:2]) if quick else (verticals, SWEEP_SEEDS)
-    values = [
-        dict(zip(changed, them, strict=True)) for them in itertools.product(*changed.values())
+    combinations = [
+        dict(zip(changed, values, strict=True)) for values in itertools.product(*changed.values())
     ]
     for seed, vertical, student, arm in itertools.product(seeds, verticals, students, arms):
-        for value in values:
-            yield replace(Cell(source, vertical, student, arm, seed), **value)
+        for fields in combinations:
+            yield replace(Cell(source, vertical, student, arm, seed), **fields)
 
 
 def generations(source: str, quick: bool) -> Iterator[Cell]:
-    """The teacher before, for the second of the two ratios."""
+    """Yield cells with the older teacher, for the generation ratio."""
     arms = ("teacher", "AH", RECIPE)
     return sweep(source, quick, arms, students=STUDENTS, teacher=["strong"])
 
@@ -267,7 +266,7 @@ def bias(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def freshness(source: str, quick: bool) -> Iterator[Cell]:
-    """Over all verticals, as they differ in how fast a teacher grows old."""
+    """Yield cells of all verticals, as they differ in how fast a teacher grows old."""
     verticals = source_of(source).verticals
     yield from sweep(source, quick, ["none"], verticals)
     feeds = [*(f"delay-{delay}" for delay in source_of(source).delays), "frozen"]
@@ -278,7 +277,7 @@ def freshness(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def adapters(source: str, quick: bool) -> Iterator[Cell]:
-    """What the recipe's second term needs, with the teacher that is oldest."""
+    """Yield variants of the recipe's second term, with the oldest teacher."""
     verticals, late = source_of(source).verticals, ["frozen"]
     yield from sweep(source, quick, [RECIPE, *VARIANTS], verticals, feed=late)
     yield from sweep(source, quick, [RECIPE], verticals, feed=late, adapter=ADAPTERS)
@@ -295,7 +294,7 @@ def sampling(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def ranking(source: str, quick: bool) -> Iterator[Cell]:
-    """What terms over groups add to the recipe."""
+    """Yield the recipe with terms over groups."""
     verticals = RANKED.get(source, source_of(source).verticals)
     arms = ("none", "AH", RECIPE, *RANKING)
     cells = sweep(source, quick, arms, verticals, STUDENTS, seed=SEEDS)
@@ -303,7 +302,7 @@ def ranking(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def memory(source: str, quick: bool) -> Iterator[Cell]:
-    """What earlier labels, and what the teacher said of them, add as features."""
+    """Yield students with memories of labels and of the teacher's logits."""
     arms = ("teacher", "none", "AH", RECIPE, *MEMORY)
     verticals = source_of(source).verticals if source == "ebnerd" else ()
     for cell in sweep(source, quick, arms, verticals, STUDENTS, seed=SEEDS):
@@ -312,22 +311,22 @@ def memory(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def hierarchy(source: str, quick: bool) -> Iterator[Cell]:
-    """A model between teacher and student, which is both."""
+    """Yield cells with a model between teacher and student, which is both."""
     yield from sweep(source, quick, ["none"], students=STUDENTS)
-    arms, by = ("teacher", "AH", RECIPE), ("rich", "domain", "domain alone")
-    yield from sweep(source, quick, arms, students=STUDENTS, teacher=by)
+    arms, teachers = ("teacher", "AH", RECIPE), ("rich", "domain", "domain alone")
+    yield from sweep(source, quick, arms, students=STUDENTS, teacher=teachers)
     arms = ("AH of both", "recipe of both")
     yield from sweep(source, quick, arms, students=STUDENTS, teacher=["rich+domain"])
 
 
 def noise(source: str, quick: bool) -> Iterator[Cell]:
-    """A second teacher that knows nothing."""
+    """Yield cells with a second teacher that knows nothing."""
     yield from sweep(source, quick, ["none", "AH", RECIPE], students=STUDENTS)
     yield from sweep(source, quick, TWO_TEACHERS, students=STUDENTS, teacher=["rich+noise"])
 
 
 def batches(source: str, quick: bool) -> Iterator[Cell]:
-    """With a smaller batch, which is better and takes twice the time, and with other rates."""
+    """Yield cells with a smaller batch, which is better but twice as slow, and with other rates."""
     for student in STUDENTS:
         rates = (SMALL_BATCH, *source_of(source).rates[student][1:])
         yield from sweep(source, quick, ["none", RECIPE], students=[student], rates=[rates])
@@ -336,13 +335,13 @@ def batches(source: str, quick: bool) -> Iterator[Cell]:
 
 
 def tuning(source: str, quick: bool) -> Iterator[Cell]:
-    """The students without a teacher, with other rates; seeds of their own."""
+    """Yield students without a teacher over a grid of rates, with a seed of their own."""
     cells = sweep(source, quick, ["none"], students=STUDENTS, seed=[TUNING_SEED], rates=GRID)
     return iter(dict.fromkeys(cells))
 
 
 OURS = ("promotions", "movielens", "ebnerd")
-PARTS = {  # in the order to run them
+PARTS = {  # in the order in which they run
     "ablation": Part(ablation),
     "bias": Part(bias, ("promotions", "ebnerd")),
     "freshness": Part(freshness, ("promotions", "ebnerd")),
@@ -369,14 +368,14 @@ class Teacher(NamedTuple):
     seed: int
 
     def file(self, folder: Path, feed: str) -> Path:
-        told = json.dumps(settings(self.source), sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        text = json.dumps(settings(self.source), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         name = ".".join(map(str, (*self, feed, digest, "npz" if feed == passes.TABLES else "npy")))
         return folder / "teachers" / name.replace(" ", "-")
 
 
 def feeds_for(cell: Cell) -> dict[Teacher, set[str]]:
-    """What a cell needs of its teachers: what `passes.teacher_logits` calls it."""
+    """Return the outputs that a cell needs of each teacher, by their names in `teacher_logits`."""
     arm = SETTINGS.get(cell.arm, Setting())
     feeds = {passes.TABLES} if arm.tables else set()
     if cell.arm == "teacher" or (arm.terms and arm.teacher == "teacher"):
@@ -390,17 +389,17 @@ def feeds_for(cell: Cell) -> dict[Teacher, set[str]]:
 
 
 def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
-    """Run a teacher, and keep what it says: one file for each age of it, and its directions."""
+    """Run a teacher, and keep its outputs: a file for each age, directions and tables."""
     source, stream = source_of(teacher.source), stream_of(teacher.source)
     rows = rows_of(teacher.source, *source.verticals)
     if teacher.kind.startswith("domain"):
-        said: dict[str, Any] = {"fresh": domain_logits(teacher, rows, folder)}
+        outputs: dict[str, Any] = {"fresh": domain_logits(teacher, rows, folder)}
     else:
         scored = np.zeros(len(stream), bool)
         scored[rows] = True
-        kept = {passes.TAUGHT, passes.TABLES} & feeds
+        needs_past = {passes.TAUGHT, passes.TABLES} & feeds
         ages = [feed.removeprefix("delay-") for feed in feeds if feed.startswith("delay-")]
-        said = passes.teacher_logits(
+        outputs = passes.teacher_logits(
             stream,
             getattr(source, teacher.kind),
             source.teacher_rates,
@@ -409,17 +408,17 @@ def teach(teacher: Teacher, feeds: set[str], folder: Path) -> None:
             delays=list(map(int, ages)),
             frozen_after=source.frozen_after if "frozen" in feeds else None,
             scored=scored,
-            kept_before=source.tuning_period if kept else None,
+            kept_before=source.tuning_period if needs_past else None,
             periods=source.periods(stream),
         )
-    for feed, values in said.items():
+    for feed, values in outputs.items():
         save = np.savez if feed == passes.TABLES else np.save
         arrays = values if feed == passes.TABLES else {"arr": values}
         write_whole(teacher.file(folder, feed), lambda to, s=save, a=arrays: s(to, **a))
 
 
 def domain_logits(teacher: Teacher, rows: Array, folder: Path) -> Array:
-    """What a model between the teacher and the students says, (B,): NaN of other verticals."""
+    """Return the logits of a model between teacher and students, (B,); NaN in other verticals."""
     source, stream = source_of(teacher.source), stream_of(teacher.source)
     above = np.load(teacher._replace(kind="rich").file(folder, "fresh"), mmap_mode="r")
     domain = passes.study_of(
@@ -429,14 +428,15 @@ def domain_logits(teacher: Teacher, rows: Array, folder: Path) -> Array:
         teacher=above[rows],
         sizes=demo.TEACHER,
     )
-    said = run_pass(domain, ARMS["none" if teacher.kind == "domain alone" else "AH"], teacher.seed)
+    arm = ARMS["none" if teacher.kind == "domain alone" else "AH"]
+    scored = run_pass(domain, arm, teacher.seed).logits[:, 0]
     logits = np.full(len(stream), np.nan, np.float32)
-    logits[rows[: len(said.logits)]] = said.logits[:, 0]
+    logits[rows[: len(scored)]] = scored
     return logits
 
 
 def outputs_of(cell: Cell, rows: Array, folder: Path) -> Array:
-    """The logits of a cell's teachers, (B, M)."""
+    """Return the logits of a cell's teachers, (B, M)."""
     columns = []
     for kind in cell.teacher.split("+"):
         if kind == "noise":
@@ -449,44 +449,16 @@ def outputs_of(cell: Cell, rows: Array, folder: Path) -> Array:
 
 
 def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
-    """A cell's student with its teacher, its examples, and their rows in the stream."""
+    """Return a cell's student with its teacher, its examples, and their rows in the stream."""
     source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
-    whole = stream_of(cell.source)
-    rows = rows_of(cell.source, cell.vertical)
-    needed = feeds_for(cell)
-    random = np.random.default_rng(cell.seed)
-    if cell.kept < 1:
-        drawn = random.random(len(rows)) < cell.kept
-        rows = rows[(np.asarray(whole.label)[rows] == 1) | drawn]
-    labelled = rows
-    if arm.unlabelled:
-        others = np.setdiff1d(rows_of(cell.source, *source.verticals), rows)
-        count = min(len(others), len(rows))
-        rows = np.union1d(rows, random.choice(others, count, replace=False))
-    if arm.late:
-        rows = rows[np.asarray(whole.week)[rows] >= source.tuning_week]
-    stream = whole.select(rows)
-    options: dict[str, Any] = {}
-    if any(cell.feed in feeds for feeds in needed.values()):
-        options["teacher"] = outputs_of(cell, rows, folder)
-    if arm.mixed:
-        options["teacher"] = mixed(options["teacher"], stream.label)
-    if arm.memory:
-        columns = [aggregates_of(cell, kind, rows, folder) for kind in arm.memory]
-        options["memory"] = np.concatenate(columns, axis=1)
-    if arm.history:
-        options["history"] = history_of(cell, arm.history, rows, folder)
-    for teacher, feeds in needed.items():
-        if passes.TAUGHT in feeds and not arm.history:
-            kept = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
-            options["embeddings"] = kept[rows]
-        if passes.TABLES in feeds:
-            options["taught_tables"] = dict(np.load(teacher.file(folder, passes.TABLES)))
+    rows, labelled = training_rows(cell)
+    stream = stream_of(cell.source).select(rows)
+    options = student_options(cell, rows, stream.label, folder)
     batch_size, *rates = rates_of(cell)
     if arm.unlabelled:
         labels = np.where(np.isin(rows, labelled), stream.label, np.nan).astype(np.float32)
         stream = replace(stream, label=labels)
-        batch_size *= 2  # as many labels a step
+        batch_size *= 2  # as many labels in a step as without the unlabelled rows
     student = passes.study_of(
         stream,
         getattr(source, cell.student),
@@ -499,8 +471,49 @@ def study_of(cell: Cell, folder: Path) -> tuple[Study, Any, Array]:
     return student, stream, rows
 
 
+def training_rows(cell: Cell) -> tuple[Array, Array]:
+    """Return the stream's rows that a student trains on, and those that have labels."""
+    source, arm = source_of(cell.source), SETTINGS.get(cell.arm, Setting())
+    stream = stream_of(cell.source)
+    random = np.random.default_rng(cell.seed)
+    rows = rows_of(cell.source, cell.vertical)
+    if cell.kept < 1:
+        drawn = random.random(len(rows)) < cell.kept
+        rows = rows[(np.asarray(stream.label)[rows] == 1) | drawn]
+    labelled = rows
+    if arm.unlabelled:
+        others = np.setdiff1d(rows_of(cell.source, *source.verticals), rows)
+        count = min(len(others), len(rows))
+        rows = np.union1d(rows, random.choice(others, count, replace=False))
+    if arm.late:
+        rows = rows[np.asarray(stream.week)[rows] >= source.tuning_week]
+    return rows, labelled
+
+
+def student_options(cell: Cell, rows: Array, labels: Array, folder: Path) -> dict[str, Any]:
+    """Return what `passes.study_of` gets from a cell's teachers and memories, for some rows."""
+    arm, needed = SETTINGS.get(cell.arm, Setting()), feeds_for(cell)
+    options: dict[str, Any] = {}
+    if any(cell.feed in feeds for feeds in needed.values()):
+        options["teacher"] = outputs_of(cell, rows, folder)
+    if arm.mixed:
+        options["teacher"] = mixed(options["teacher"], labels)
+    if arm.memory:
+        columns = [aggregates_of(cell, kind, rows, folder) for kind in arm.memory]
+        options["memory"] = np.concatenate(columns, axis=1)
+    if arm.history:
+        options["history"] = history_of(cell, arm.history, rows, folder)
+    for teacher, feeds in needed.items():
+        if passes.TAUGHT in feeds and not arm.history:
+            directions = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
+            options["embeddings"] = directions[rows]
+        if passes.TABLES in feeds:
+            options["taught_tables"] = dict(np.load(teacher.file(folder, passes.TABLES)))
+    return options
+
+
 def aggregates_of(cell: Cell, kind: str, rows: Array, folder: Path) -> Array:
-    """Dense features of a memory of "labels" or of the "teacher"'s logits, for some rows."""
+    """Return dense features of a memory of "labels" or of the "teacher"'s logits, for some rows."""
     teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed)
     if kind == "labels":
         return remembered_rows(teacher._replace(seed=0), kind, rows, folder, remembered.aggregates)
@@ -510,11 +523,11 @@ def aggregates_of(cell: Cell, kind: str, rows: Array, folder: Path) -> Array:
 
 
 def history_of(cell: Cell, kind: str, rows: Array, folder: Path) -> tuple[Array, Array]:
-    """The rows of the user's last events, and what is known of each row of the stream."""
+    """Return the rows of the user's last events, and a vector or id of each row of the stream."""
     source, stream = source_of(cell.source), stream_of(cell.source)
     teacher = Teacher(cell.source, cell.teacher, cell.width, cell.seed)
     taught = np.load(teacher.file(folder, passes.TAUGHT), mmap_mode="r")
-    # the same events for both: those of which the teacher said something
+    # Both kinds have the same events: those with a vector of the teacher
     make = partial(remembered.histories, events=~np.isnan(taught[:, 0]))
     places = remembered_rows(teacher._replace(seed=0), "history", rows, folder, make)
     if kind == "raw":
@@ -526,22 +539,22 @@ def history_of(cell: Cell, kind: str, rows: Array, folder: Path) -> tuple[Array,
 def remembered_rows(
     teacher: Teacher, kind: str, rows: Array, folder: Path, make: Callable[..., Array]
 ) -> Array:
-    """Some rows of what is made for all verticals once, and kept in a file."""
+    """Return some rows of features that are made for all verticals once, and kept in a file."""
     source, stream = source_of(teacher.source), stream_of(teacher.source)
-    told = json.dumps(remembered.settings(source))
-    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    text = json.dumps(remembered.settings(source))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     file = teacher.file(folder, f"memory-{kind}-{digest}")
     examples = rows_of(teacher.source, *source.verticals)
     if not file.exists():
-        is_asked = np.zeros(len(stream), bool)
-        is_asked[examples] = True
-        made = make(source, stream, is_asked)
-        write_whole(file, lambda to: np.save(to, made))
+        is_example = np.zeros(len(stream), bool)
+        is_example[examples] = True
+        features = make(source, stream, is_example)
+        write_whole(file, lambda to: np.save(to, features))
     return np.asarray(np.load(file, mmap_mode="r")[np.searchsorted(examples, rows)])
 
 
 def mixed(logits: Array, labels: Array) -> Array:
-    """The logits of the mean of a teacher's probability and the label."""
+    """Return the logit of the mean of a teacher's probability and the label."""
     p = (1 / (1 + np.exp(-logits.astype(np.float64))) + labels[:, None]) / 2
     return (np.log(p) - np.log1p(-p)).astype(np.float32)
 
@@ -553,15 +566,15 @@ def run(cell: Cell, folder: Path) -> None:
     if cell.arm == "teacher":
         logits = outputs_of(cell, rows, folder)[:, 0]
         batch_size = source.rates[cell.student][0]
-        logits = logits[: len(logits) // batch_size * batch_size]  # the student drops them too
+        logits = logits[: len(logits) // batch_size * batch_size]  # as a student drops the rest
     else:
         logits = run_pass(student, SETTINGS[cell.arm], cell.seed).logits[:, 0]
     stream, rates = stream.select(slice(0, len(logits))), sampling_rates(cell.source)[rows]
-    there = ~np.isnan(stream.label)
-    if cell.arm == "teacher":  # of a student a NaN is no gap: it diverged
-        there &= ~np.isnan(logits)
-    counted = there & (stream.week >= source.first_week)
-    early = there & (stream.week < source.first_week) & (stream.week >= source.tuning_week)
+    usable = ~np.isnan(stream.label)
+    if cell.arm == "teacher":  # a student's NaN must count: it diverged
+        usable &= ~np.isnan(logits)
+    counted = usable & (stream.week >= source.first_week)
+    early = usable & (stream.week < source.first_week) & (stream.week >= source.tuning_week)
     z, y = logits[counted], stream.label[counted]
     result = {
         **asdict(cell),
@@ -583,19 +596,19 @@ def sigmoid(logits: Array) -> Array:
 
 
 def unsampled(logits: Array, labels: Array, rate: float | Array) -> tuple[float, float]:
-    """Calibration as if no negative had been left out: of the logits as they are, and corrected.
+    """Return calibration as if no negative had been left out: of raw and of corrected logits.
 
-    A negative of rate r stands for 1 / r of them.
+    A negative that was kept at rate r counts 1 / r times.
     """
-    stands_for = np.where(labels == 1, 1, 1 / np.asarray(rate, np.float64))
+    weights = np.where(labels == 1, 1, 1 / np.asarray(rate, np.float64))
     z = torch.from_numpy(logits.astype(np.float64))
     corrected = correct_sampling(z, rate if isinstance(rate, float) else torch.from_numpy(rate))
-    raw, after = (float(stands_for @ sigmoid(x.numpy()) / labels.sum()) for x in (z, corrected))
+    raw, after = (float(weights @ sigmoid(x.numpy()) / labels.sum()) for x in (z, corrected))
     return raw, after
 
 
 def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None:
-    """Run what is missing, one part after the other, the first seeds of each first."""
+    """Run the missing cells, part by part, the first seeds of each part first."""
     needed: dict[Teacher, set[str]] = {}
     for cell in itertools.chain(*parts):
         for teacher, feeds in feeds_for(cell).items():
@@ -607,21 +620,21 @@ def measure(parts: Sequence[Sequence[Cell]], folder: Path, workers: int) -> None
             cells = [cell for cell in part if not cell_file(folder, cell).exists()]
             wanted = {teacher for cell in cells for teacher in feeds_for(cell)}
             wanted |= {t._replace(kind="rich") for t in wanted if t.kind.startswith("domain")}
-            for taught in (False, True):  # the domain's models come after their teachers
-                teachers = [t for t in sorted(wanted) if t.kind.startswith("domain") == taught]
-                missing = [t for t in teachers if not _is_there(t, needed.get(t, set()), folder)]
+            for domain in (False, True):  # a domain model learns from the rich teacher's outputs
+                teachers = [t for t in sorted(wanted) if t.kind.startswith("domain") == domain]
+                missing = [t for t in teachers if not _exists(t, needed.get(t, set()), folder)]
                 jobs = [pool.submit(teach, t, needed.get(t, {"fresh"}), folder) for t in missing]
                 _wait(jobs, "teachers")
             cells.sort(key=lambda cell: cell.seed)
             _wait([pool.submit(run, cell, folder) for cell in cells], "students")
 
 
-def _is_there(teacher: Teacher, feeds: set[str], folder: Path) -> bool:
+def _exists(teacher: Teacher, feeds: set[str], folder: Path) -> bool:
     return all(teacher.file(folder, feed).exists() for feed in feeds or {"fresh"})
 
 
 def finished(cells: Iterable[Cell], folder: Path) -> list[dict[str, Any]]:
-    """The figures of the cells that have been run."""
+    """Return the results of the cells that have run."""
     files = [cell_file(folder, cell) for cell in dict.fromkeys(cells)]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
@@ -641,7 +654,7 @@ def _wait(futures: Sequence[Future[None]], name: str) -> None:
 
 
 def tune(sources: Sequence[str], folder: Path, workers: int) -> None:
-    """Print the grid for the students without a teacher, the best first."""
+    """Print the grid of rates for the students without a teacher, the best first."""
     cells = [cell for source in sources for cell in tuning(source, False)]
     measure([cells], folder, workers)
     results = finished(cells, folder)
@@ -661,8 +674,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of its published files")
     parser.add_argument("--table", nargs="+", choices=PARTS, help="these tables alone")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first of them alone")
-    parser.add_argument("--tune", action="store_true", help="the grid of the student without one")
-    parser.add_argument("--no-run", action="store_true", help="the page from what is there")
+    parser.add_argument("--tune", action="store_true", help="the grid of rates without a teacher")
+    parser.add_argument("--no-run", action="store_true", help="write the page from kept results")
     parser.add_argument("--workers", type=int, default=common.cores(), help="processes")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     options = parser.parse_args()
@@ -679,25 +692,25 @@ def main() -> None:
         for name in names
         for source in sources
     ]
-    kept = {} if options.quick else json.loads(KEPT_FILE.read_text())
-    keys = {result["key"] for result in kept.get("results", ())}
+    stored = {} if options.quick else json.loads(KEPT_FILE.read_text())
+    keys = {result["key"] for result in stored.get("results", ())}
     if not options.no_run:
         new = [[cell for cell in part if cell.key not in keys] for part in parts]
         measure(new, options.out, options.workers)
     cells = [cell for part in PARTS.values() for s in sources for cell in part.of(s, options.quick)]
     cells = [*itertools.chain(*parts)] if options.quick else cells
     results, planned = finished(cells, options.out), {cell: cell.key for cell in cells}
-    text = quality_report.merged(kept, results, planned, common.environment())
+    text = quality_report.merged(stored, results, planned, common.environment())
     folder = options.out if options.quick else HERE
     if not options.quick:
         write_whole(KEPT_FILE, lambda to: to.write(text.encode()))
     print(show(json.loads(text), folder))
 
 
-def show(kept: dict[str, Any], folder: Path) -> str:
-    """Write the page and its picture."""
-    return quality_report.write_page(
-        kept,
+def show(stored: dict[str, Any], folder: Path) -> str:
+    """Write the page and its picture; return the page."""
+    return quality_page.write_page(
+        stored,
         folder,
         ranking=lambda results: ranking_report.table(results, list(RANKING)),
         memory=remembered.table,

@@ -1,4 +1,4 @@
-"""Tables, tests and the picture of `quality.py`, from its figures and nothing else."""
+"""The tables of the quality page and their tests, from the results of `quality.py`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
-from matplotlib.figure import Figure
 from scipy import stats
 
 from torchrec_exfm.study.figures import Array, Changes, compare_arms, generation_ratio, p_value
@@ -26,91 +23,45 @@ CELL = ("source", "vertical", "student", "arm", "seed", *PLAIN)
 STUDENTS = ("lean", "strong")
 CONTROL, RECIPE = "head on the label", "AH + SA by margin"
 
-HEAD = """# Quality: when external distillation pays, by how much, and why
-
-`make quality` runs all of this and writes this page from what it measured (`make quality QUICK=1`:
-a small form of it). One pass in time order, each example scored before it is trained on; figures
-over the later half: weeks 27 and later, or days 8 to 14. A seed is that of the teacher and of its
-students; every arm is compared with the student without a teacher of the same vertical and seed.
-"± s" is the standard deviation over seeds of the mean over verticals, and p that of a paired,
-two-sided t-test over seeds (it tells of the seeds' noise, not of other data). NE: normalized
-entropy, the log-loss over that of always predicting the mean; lower is better.
-
-Two ratios, which are not to be mixed. **η** is the share of the teacher's lead that the student
-gets: (NE of none - NE of the arm) / (NE of none - NE of the teacher). The **generation ratio** is
-what students gain from a new teacher over an older one, over what the teacher itself gained: (NE of
-the arm by the old - by the new) / (NE of the old teacher - of the new); the older one here is of
-the same size and sees what the strong student sees.
-
-**Head on the label** is the control: a second head like AH's that learns the label, without any
-teacher. What it brings is not the teacher's.
-
-Seeds are five, and three in the sweeps, which are all tables but 1, 6 and 10, and for the arms of
-EB-NeRD in table 1 that have GS, LS, LW or SA but the recipe. Sweeps are of fewer verticals but for
-freshness: PRODUCE, DELI and MEAT-PCKGD; Drama, Horror and Adventure; the front page on mobile
-devices and the article page on desktops.
-
-Data: a year of retail promotions (departments are verticals); MovieLens-1M (is a rating at least
-four stars; primary genres are verticals), which has no negative sampling, users that come once, and
-a teacher who knows little more than the students; and two weeks of a news site's pages, EB-NeRD's
-demo (is an article in view clicked; verticals are front and article pages, on mobile devices and
-desktops), where items are hours old.
-
-Two students: **lean**, and **strong**, which also has the mean of earlier labels and the count of
-earlier examples of the product and of the household with the product, category and manufacturer
-(of the user, the movie, and the user with the genre; of the article, the user, and both). The tap
-is `model.over_arch.model.1`: the heads share all but the last layer with the serving head.
-
-Rates of the student without a teacher were chosen at batches of 256 on weeks 14 to 26 (days 4 to
-7), and hold for all arms: by a grid (`quality.py --tune`), for the promotions by trials over eight
-settings; the grid, run later, has a slightly better one for their lean student, see the end of this
-page. EB-NeRD's teacher has the best of nine settings on days 4 to 7; the others' were not tuned.
-The arms were chosen on the same weeks of the promotions in trials that are not kept here, and the
-margin was added after an earlier form of table 3 had shown that the adapter without one did not pay
-with a late teacher. Nothing of the arms was chosen on MovieLens or EB-NeRD. The optimizers are Adam
-and, for the tables, row-wise Adagrad.
-"""
-
-PICTURE = """
-![The change of NE as the teacher grows old, calibration as it is biased, the gain by the \
-teacher's lead](quality.png)
-"""
-
 
 def pick(results: Sequence[Result], **wanted: Any) -> list[Result]:
-    """Those with the given values; fields not given have those of a plain cell."""
+    """Return the results with the given values; other fields have those of a plain cell."""
     wanted = {**PLAIN, **wanted}
     return [r for r in results if all(r[name] == value for name, value in wanted.items())]
 
 
 def changes(results: Sequence[Result], *, auc: str = "auc", **wanted: Any) -> Changes | None:
-    """An arm against none with the same source, student, batch and sampling; None if not run."""
+    """Return an arm's changes against none of the same source, student, batch and sampling.
+
+    None if either was not run.
+    """
     same = {k: v for k, v in wanted.items() if k in ("source", "student", "kept", "rates")}
     base = "none, late" if ", late" in wanted["arm"] else "none"
     return compare_arms(pick(results, **wanted), pick(results, arm=base, **same), ("ne", auc))
 
 
-def swept(results: Sequence[Result], source: str, what: str) -> list[Result]:
-    """Of the lean student, in the verticals and seeds of a sweep over one thing."""
-    ours = [r for r in results if (r["source"], r["student"]) == (source, "lean")]
-    changed = [r for r in ours if r[what] != PLAIN[what]]
+def swept(results: Sequence[Result], source: str, field: str) -> list[Result]:
+    """Return the lean student's results in the verticals and seeds of a sweep over a field."""
+    lean = [r for r in results if (r["source"], r["student"]) == (source, "lean")]
+    changed = [r for r in lean if r[field] != PLAIN[field]]
     verticals, seeds = ({r[name] for r in changed} for name in ("vertical", "seed"))
-    return [r for r in ours if r["vertical"] in verticals and r["seed"] in seeds]
+    return [r for r in lean if r["vertical"] in verticals and r["seed"] in seeds]
 
 
 def spread_of(results: Sequence[Result]) -> str:
-    """What the means of a sweep are over."""
+    """Say what the means of a sweep are over."""
     verticals, seeds = (len({r[name] for r in results}) for name in ("vertical", "seed"))
     return f"the lean student, means over {verticals} verticals and {seeds} seeds"
 
 
 def kinds_of(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Return the streams that were run, each with both students."""
     sources = dict.fromkeys(r["source"] for r in results)
     return list(itertools.product(sources, STUDENTS))
 
 
 def arms_of(results: Sequence[Result]) -> list[str]:
-    """Those of the tables that compare arms that were run, in their order."""
+    """Return the arms of `SHOWN` that were run, in its order."""
     arms = {r["arm"] for r in results}
     return [arm for arm in SHOWN if arm in arms]
 
@@ -128,85 +79,80 @@ SHOWN = (  # in the tables that compare arms
 )
 
 
-def in_short(results: Sequence[Result]) -> Iterator[str]:
-    """The recipe on each stream and student."""
-    yield f"\n## In short\n\nThe recipe is {RECIPE}. NE against the same student alone.\n\n"
-    rows = []
-    for source, student in kinds_of(results):
-        kind = {"source": source, "student": student}
-        found = [changes(results, arm=arm, **kind) for arm in ("teacher", "AH", RECIPE, CONTROL)]
-        teacher, ah, recipe, control = found
-        if teacher and ah and recipe:
-            cells = [f"{teacher.ne.mean():+.1f} %", mean_cell(ah.ne), mean_cell(recipe.ne)]
-            cells += ["" if control is None else mean_cell(control.ne)]
-            worse = ", ".join(recipe.worse()) or "none"
-            rows.append([f"{source}, {student}", *cells, f"{recipe.eta(teacher):.2f}", worse])
-    head = ["", "the teacher itself", "AH", "recipe", CONTROL, "η of the recipe"]
-    yield markdown([*head, "recipe significantly worse in"], rows)
-
-
 def ablation(results: Sequence[Result]) -> Iterator[str]:
-    yield "\n## 1. Ablation\n"
+    """Yield table 1: every arm on each stream and student."""
+    yield (
+        "\n## 1. Ablation\n\nEvery arm on each stream and student. NE and AUC are changes "
+        "against none, means over verticals; *less the control's*: less the change by the head on "
+        "the label.\n"
+    )
     for source, student in kinds_of(results):
         kind = {"source": source, "student": student}
         teacher = changes(results, arm="teacher", **kind)
-        found = {arm: changes(results, arm=arm, **kind) for arm in arms_of(results)}
-        done = {arm: change for arm, change in found.items() if change is not None}
-        if teacher is not None and done:
-            yield from _ablation(results, kind, teacher, done)
+        by_arm = {
+            arm: change
+            for arm in arms_of(results)
+            if (change := changes(results, arm=arm, **kind)) is not None
+        }
+        if teacher is not None and by_arm:
+            yield from _ablation(results, kind, teacher, by_arm)
 
 
 def _ablation(
     results: Sequence[Result],
     kind: Mapping[str, str],
     teacher: Changes,
-    found: Mapping[str, Changes],
+    by_arm: Mapping[str, Changes],
 ) -> Iterator[str]:
     none = [r for r in pick(results, arm="none", **kind) if r["vertical"] in teacher.parts]
     ne, auc, calibration = (np.mean([r[f] for r in none]) for f in ("ne", "auc", "calibration"))
     older = changes(results, arm="teacher", teacher="strong", **kind)
-    before = ""
+    generations = ""
     if older is not None:
         new, old = teacher.common(older, "ne").mean(), older.ne.mean()
-        before = f"; in the sweeps {new:+.1f} %, and the generation before {old:+.1f} %"
+        generations = f"; in the sweeps {new:+.1f} %, and the generation before {old:+.1f} %"
     yield (
         f"\n### {kind['source']}, {kind['student']} student\n\nWithout a teacher: NE {ne:.4f}, AUC "
         f"{auc:.4f}, calibration {calibration:.3f}; means over {len(teacher.parts)} verticals and "
         f"{len(teacher.ne)} seeds. The teacher itself: NE {teacher.ne.mean():+.1f} %, AUC "
-        f"{teacher.auc.mean():+.1f} %{before}.\n\n"
+        f"{teacher.auc.mean():+.1f} %{generations}.\n\n"
     )
-    pages = kind["source"] == "ebnerd"
+    within_pages = ["AUC within pages"] if kind["source"] == "ebnerd" else []
+    head = ["arm", "NE", "AUC", *within_pages, "NE less the control's"]
+    head += ["calibration", "η", "generation ratio", "significantly worse in"]
     rows = []
-    for arm, change in found.items():
-        old = changes(results, arm=arm, teacher="strong", **kind)
-        ratio = ""
-        if old is not None and older is not None:
-            ratio = f"{generation_ratio(change, old, teacher, older):.2f}"
+    for arm, change in by_arm.items():
         row = [arm, mean_cell(change.ne), mean_cell(change.auc)]
-        if pages:
+        if within_pages:
             within = changes(results, auc="group_auc", arm=arm, **kind)
             row.append("" if within is None else mean_cell(within.auc))
-        less_control = ""
-        if CONTROL in found and arm != CONTROL:
-            less_control = mean_cell(change.less(found[CONTROL]))
-        eta = "" if arm == CONTROL else f"{change.eta(teacher):.2f}"
+        less_control = eta = ratio = ""
+        if arm != CONTROL:
+            eta = f"{change.eta(teacher):.2f}"
+            if CONTROL in by_arm:
+                less_control = mean_cell(change.less(by_arm[CONTROL]))
+        by_older = changes(results, arm=arm, teacher="strong", **kind)
+        if by_older is not None and older is not None:
+            ratio = f"{generation_ratio(change, by_older, teacher, older):.2f}"
         calibrations = f"{change.calibration.mean():.3f}"
-        row += [less_control, calibrations, eta, ratio, ", ".join(change.worse()) or "none"]
-        rows.append(row)
-    head = ["arm", "NE", "AUC", *(["AUC within pages"] if pages else []), "NE less the control's"]
-    head += ["calibration", "η", "generation ratio", "significantly worse in"]
+        rows.append(
+            [*row, less_control, calibrations, eta, ratio, ", ".join(change.worse()) or "none"]
+        )
     yield markdown(head, rows)
+    yield from _by_vertical({**by_arm, "teacher itself": teacher}, teacher.parts)
+    if RECIPE in by_arm and "AH" in by_arm:
+        cells = [mean_cell(by_arm[RECIPE].less(by_arm["AH"], figure)) for figure in ("ne", "auc")]
+        yield f"\n{RECIPE} less AH, paired by seed: NE {cells[0]}, AUC {cells[1]}.\n"
+
+
+def _by_vertical(by_arm: Mapping[str, Changes], verticals: Sequence[str]) -> Iterator[str]:
     yield "\nNE by vertical, change in % (* p < 0.05, ** p < 0.01, over seeds):\n\n"
     rows = []
-    for arm, change in {**found, "teacher itself": teacher}.items():
-        by_part = dict(zip(change.parts, change.ne.T, strict=True))
-        told = {p: f"{ne.mean():+.2f}{_stars(ne)}" for p, ne in by_part.items()}
-        rows.append([arm, *(told.get(part, "") for part in teacher.parts)])
-    yield markdown(["arm", *teacher.parts], rows)
-    if RECIPE in found and "AH" in found:
-        mine, ah = found[RECIPE], found["AH"]
-        cells = [mean_cell(mine.less(ah, figure)) for figure in ("ne", "auc")]
-        yield f"\n{RECIPE} less AH, paired by seed: NE {cells[0]}, AUC {cells[1]}.\n"
+    for arm, change in by_arm.items():
+        columns = zip(change.parts, change.ne.T, strict=True)
+        cells = {part: f"{ne.mean():+.2f}{_stars(ne)}" for part, ne in columns}
+        rows.append([arm, *(cells.get(vertical, "") for vertical in verticals)])
+    yield markdown(["arm", *verticals], rows)
 
 
 def _stars(values: Array) -> str:
@@ -215,37 +161,37 @@ def _stars(values: Array) -> str:
 
 
 def over_sources(
-    results: Sequence[Result], what: str, table: Callable[[str, list[Result]], Iterator[str]]
+    results: Sequence[Result], field: str, table: Callable[[str, list[Result]], Iterator[str]]
 ) -> Iterator[str]:
-    """A sweep's table for each stream that it was run on."""
+    """Yield a sweep's table for each stream that it was run on."""
     for source in dict.fromkeys(r["source"] for r in results):
-        if part := swept(results, source, what):
+        if part := swept(results, source, field):
             yield f"\n{source}; {spread_of(part)}:\n\n"
             yield from table(source, part)
 
 
 def bias(results: Sequence[Result]) -> Iterator[str]:
+    """Yield table 2: calibration and NE by the shift of the teacher's logits."""
+
     def table(source: str, part: list[Result]) -> Iterator[str]:
         shifts, rows = sorted({r["shift"] for r in part}), []
         for arm in arms_of(part):
-            found = [changes(part, arm=arm, shift=shift) for shift in shifts]
-            ratios = [_calibrations(part, arm, shift) for shift in shifts]
-            if all(change is not None for change in found):
-                pairs = zip(ratios, found, strict=True)
-                rows.append(
-                    [arm, *(f"{r.mean():.3f}, {c.ne.mean():+.2f} %" for r, c in pairs if c)]
-                )
+            by_shift = [changes(part, arm=arm, shift=shift) for shift in shifts]
+            if all(by_shift):
+                ratios = [calibrations(part, arm, shift).mean() for shift in shifts]
+                pairs = zip(ratios, by_shift, strict=True)
+                rows.append([arm, *(f"{r:.3f}, {c.ne.mean():+.2f} %" for r, c in pairs if c)])
         yield markdown(["arm", *(f"{shift:+g}" for shift in shifts)], rows)
 
     yield (
-        "\n## 2. Bias: the teacher's logits shifted\n\nServing calibration over that of the "
-        "student without a teacher, and the change of NE.\n"
+        "\n## 2. Bias\n\nThe teacher's logits are shifted by a constant. In each cell: the serving "
+        "calibration over that of the student without a teacher, and the change of NE.\n"
     )
     yield from over_sources(results, "shift", table)
 
 
-def _calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
-    """An arm's calibration over none's, of each vertical and seed."""
+def calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
+    """Return an arm's calibration over none's, of each vertical and seed."""
     none = {(r["vertical"], r["seed"]): r["calibration"] for r in pick(results, arm="none")}
     shifted = pick(results, arm=arm, shift=shift)
     ids = ((r, (r["vertical"], r["seed"])) for r in shifted)
@@ -253,12 +199,14 @@ def _calibrations(results: Sequence[Result], arm: str, shift: float) -> Array:
 
 
 def freshness(results: Sequence[Result]) -> Iterator[str]:
+    """Yield table 3: the change of NE by how late the teacher is."""
+
     def table(source: str, part: list[Result]) -> Iterator[str]:
         feeds, rows, by_arm = feeds_of(part), [], {}
         for arm in ["teacher", *arms_of(part)]:
-            found = [changes(part, arm=arm, feed=feed) for feed in feeds]
-            if all(change is not None for change in found):
-                by_arm[arm] = [change for change in found if change]
+            by_feed = [changes(part, arm=arm, feed=feed) for feed in feeds]
+            if all(by_feed):
+                by_arm[arm] = [change for change in by_feed if change]
                 rows.append([arm, *(f"{c.ne.mean():+.2f} %" for c in by_arm[arm])])
         for arm in ("AH + SA", RECIPE):
             if arm in by_arm and "AH" in by_arm:
@@ -267,53 +215,56 @@ def freshness(results: Sequence[Result]) -> Iterator[str]:
         yield markdown(["arm", *feeds], rows)
 
     yield (
-        "\n## 3. Freshness: a teacher that is refreshed every week (EB-NeRD: hour), and late\n\n"
-        "delay-D: D weeks (hours) later than it could be. Frozen: after week 16 (day 4). Change of "
-        "NE; the last rows are the difference of an arm to AH alone, with the paired test.\n"
+        "\n## 3. Freshness\n\nThe teacher is refreshed every week (EB-NeRD: every hour), and "
+        "late. *delay-D*: D weeks (hours) later than possible. *frozen*: not refreshed after week "
+        "16 (day 4). Cells are changes of NE. The last rows are the difference of an arm to AH "
+        "alone, with the paired test.\n"
     )
     yield from over_sources(results, "feed", table)
 
 
 def feeds_of(results: Sequence[Result]) -> list[str]:
+    """Return how old the teacher was in the results, the youngest first."""
     feeds = {r["feed"] for r in results} - {"fresh", "frozen"}
     order = sorted(feeds, key=lambda feed: int(feed.removeprefix("delay-")))
     return [*order, *(["frozen"] if any(r["feed"] == "frozen" for r in results) else [])]
 
 
 def adapters(results: Sequence[Result], variants: Iterable[str]) -> Iterator[str]:
-    """The recipe's variants against AH, with the teacher that is oldest."""
-    ours, usual = swept(results, "promotions", "feed"), PLAIN["adapter"]
-    kinds: dict[str, dict[str, Any]] = {arm: {"arm": arm} for arm in (RECIPE, *variants)}
-    for rate, width in sorted({tuple(r["adapter"]) for r in ours} - {tuple(usual)}):
-        kinds[f"adapter's rate {rate:g}, width {width}"] = {"arm": RECIPE, "adapter": [rate, width]}
-    ah = changes(ours, arm="AH", feed="frozen")
-    found = {name: changes(ours, feed="frozen", **kind) for name, kind in kinds.items()}
+    """Yield the recipe's variants against AH, with the oldest teacher."""
+    part, usual = swept(results, "promotions", "feed"), PLAIN["adapter"]
+    ah = changes(part, arm="AH", feed="frozen")
     if ah is None:
         return
+    kinds: dict[str, dict[str, Any]] = {arm: {"arm": arm} for arm in (RECIPE, *variants)}
+    for rate, width in sorted({tuple(r["adapter"]) for r in part} - {tuple(usual)}):
+        kinds[f"adapter's rate {rate:g}, width {width}"] = {"arm": RECIPE, "adapter": [rate, width]}
     yield (
-        "\nWhat the adapter's term needs, on the promotions with the frozen teacher: variants of "
-        "the recipe, and their difference to AH alone. The recipe's margin is 0.25, its weights 1, "
-        f"the adapter's rate {usual[0]:g} and width {usual[1]}.\n\n"
+        "\nVariants of the recipe show what the adapter's term needs. Promotions, with the frozen "
+        "teacher; each less AH alone. The recipe's margin is 0.25, its weights are 1, the "
+        f"adapter's rate is {usual[0]:g} and its width {usual[1]}.\n\n"
     )
-    rows = [[name, mean_cell(c.less(ah))] for name, c in found.items() if c is not None]
+    by_variant = {name: changes(part, feed="frozen", **kind) for name, kind in kinds.items()}
+    rows = [[name, mean_cell(c.less(ah))] for name, c in by_variant.items() if c is not None]
     yield markdown(["variant", "NE less AH's"], rows)
 
 
 def scale(results: Sequence[Result]) -> Iterator[str]:
+    """Yield table 4: the change of NE by the width of the teacher's tables."""
     part = swept(results, "promotions", "width")
     widths = sorted({r["width"] for r in part})
     if len(widths) < 2:
         return
     yield (
-        "\n## 4. Scale of the teacher\n\nThe width of its tables, which hold nearly all of its "
-        f"parameters; promotions, {spread_of(part)}. Change of NE.\n\n"
+        "\n## 4. Scale of the teacher\n\nColumns are the width of the teacher's tables, which hold "
+        f"nearly all of its parameters. Cells are changes of NE. Promotions, {spread_of(part)}.\n\n"
     )
     rows, teacher = [], [changes(part, arm="teacher", width=width) for width in widths]
     for arm in ("teacher", "AH", RECIPE):
-        found = [changes(part, arm=arm, width=width) for width in widths]
-        rows.append([arm, *(mean_cell(c.ne) for c in found if c)])
+        by_width = [changes(part, arm=arm, width=width) for width in widths]
+        rows.append([arm, *(mean_cell(c.ne) for c in by_width if c)])
         if arm != "teacher":
-            etas = [f"{c.eta(t):.3f}" for c, t in zip(found, teacher, strict=True) if c and t]
+            etas = [f"{c.eta(t):.3f}" for c, t in zip(by_width, teacher, strict=True) if c and t]
             rows.append([f"{arm}, η", *etas])
     yield markdown(["", *map(str, widths)], rows)
     for arm in ("AH", RECIPE):
@@ -324,58 +275,61 @@ def scale(results: Sequence[Result]) -> Iterator[str]:
 
 
 def sampling(results: Sequence[Result]) -> Iterator[str]:
+    """Yield table 5: calibration where the student trains on a part of the negatives."""
     part = swept(results, "promotions", "kept")
     if not part:
         return
     share = min(r["kept"] for r in part)
     yield (
-        f"\n## 5. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives; the "
-        "teacher on all of them, and the stream itself holds about one in a hundred. Calibration "
-        "to the stream and to all promoted pairs, of the logits as they are and after the "
-        "correction z + log r, r being the share that was kept: of the stream's negatives, and of "
-        "those of the example's basket. Told: the library knows the student's rate, so that the "
-        f"teacher's logits are moved to it. Promotions, {spread_of(part)}.\n\n"
+        f"\n## 5. Sampling\n\nThe student trains on {share:.0%} of the stream's negatives, and "
+        "the teacher on all of them. The stream itself holds about one negative in a hundred. "
+        "Calibration is to the stream, and to all promoted pairs. It is of the logits as they are "
+        "(raw), and after the correction z + log r. The rate r is the share of negatives that was "
+        "kept: of the stream's, or of those of the example's basket. *Told*: the library knows the "
+        "student's rate, and moves the teacher's logits to it. Promotions, "
+        f"{spread_of(part)}.\n\n"
     )
     rows = []
-    for arm, told in itertools.product(["none", *arms_of(part)], (False, True)):
-        picked = pick(part, arm=arm, kept=share, corrected=told)
-        if not picked:
+    for arm, corrected in itertools.product(["none", *arms_of(part)], (False, True)):
+        cells = pick(part, arm=arm, kept=share, corrected=corrected)
+        if not cells:
             continue
-        change = changes(part, arm=arm, kept=share, corrected=told)
-        figures = np.mean(
-            [[*r["unsampled"]["stream"], *r["unsampled"]["pairs"]] for r in picked], 0
-        )
-        name = arm if arm == "none" else f"{arm}, {'told' if told else 'not told'}"
-        gain = mean_cell(change.ne) if change and arm != "none" else ""
-        rows.append([name, gain, *(f"{figure:.3g}" for figure in figures)])
+        change = changes(part, arm=arm, kept=share, corrected=corrected)
+        figures = np.mean([[*r["unsampled"]["stream"], *r["unsampled"]["pairs"]] for r in cells], 0)
+        name = arm if arm == "none" else f"{arm}, {'told' if corrected else 'not told'}"
+        ne = mean_cell(change.ne) if change and arm != "none" else ""
+        rows.append([name, ne, *(f"{figure:.3g}" for figure in figures)])
     head = ["arm", "NE", "to the stream, raw", "corrected", "to all pairs, raw", "corrected"]
     yield markdown(head, rows)
 
 
 def mechanisms(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
-    """What ExFM's successors do otherwise, against AH of the same seeds."""
+    """Yield table 7: what ExFM's successors do, against AH of the same seeds."""
     yield (
-        "\n## 7. What successors do otherwise\n\nNE less AH's, paired by seed. *AH + label*: the "
-        "auxiliary head learns the mean of the teacher's probability and the label, at weight 2 "
-        "(Rec-Distill's auxiliary tower). *AH + serving head*: the teacher on both. *alpha 5, w "
-        "10, beta 20*: as a digest of the paper has them. *Unlabelled rows*: beside each example "
-        "one of another vertical, without its label, and as many labels a step. *Late*: the "
-        "student starts in week 14 (day 4), without or with the teacher's tables of that time, "
-        "projected (CrossAdapt); its figures are NE against the late student alone.\n\n"
+        "\n## 7. What successors do otherwise\n\nNE less AH's, paired by seed.\n\n"
+        "* *AH + label*: the auxiliary head learns the mean of the teacher's probability and the "
+        "label, at weight 2 (Rec-Distill's auxiliary tower).\n"
+        "* *AH + serving head*: the teacher is distilled into both.\n"
+        "* *alpha 5, w 10, beta 20*: the settings that a digest of the paper gives.\n"
+        "* *Unlabelled rows*: for each example there is one of another vertical, without its "
+        "label. A step has as many labels as before.\n"
+        "* *Late*: the student starts in week 14 (day 4). It starts without or with the teacher's "
+        "tables of that time, projected (CrossAdapt). Its figures are NE against the late student "
+        "alone.\n\n"
     )
     kinds = kinds_of(results)
-    names = [arm for arm in (CONTROL, *arms) if arm != "none, late"]
     rows = []
-    for arm in names:
+    for arm in (CONTROL, *arms):
+        if arm == "none, late":
+            continue
         row = [arm]
         for source, student in kinds:
             kind = {"source": source, "student": student}
-            mine, ah = changes(results, arm=arm, **kind), changes(results, arm="AH", **kind)
-            late = ", late" in arm
-            if mine is None or ah is None:
-                row.append("")
-            else:
-                row.append(mean_cell(mine.ne if late else mine.less(ah)))
+            change, ah = (changes(results, arm=name, **kind) for name in (arm, "AH"))
+            cell = ""
+            if change is not None and ah is not None:
+                cell = mean_cell(change.ne if ", late" in arm else change.less(ah))
+            row.append(cell)
         rows.append(row)
     yield markdown(["arm", *(f"{source}, {student}" for source, student in kinds)], rows)
 
@@ -391,191 +345,185 @@ TAUGHT_BY = {
 
 
 def two_teachers(results: Sequence[Result], arms: Iterable[str]) -> Iterator[str]:
-    """A model between the teacher and its students, and a teacher that knows nothing."""
-    if not any(r["teacher"] == "domain" for r in results):
+    """Yield table 8: a model between the teacher and its students, and a teacher of noise."""
+    domain = [r for r in results if r["teacher"] == "domain"]
+    if not domain:
         return
     yield (
         "\n## 8. A hierarchy, and a teacher of noise\n\nPromotions. The domain model has the "
-        "strong student's features and the teacher's network, and goes through the examples of all "
-        "seven departments; the teacher teaches it (AH), and it the students. Noise: a second "
-        "teacher whose logits are random. Change of NE, and less the same arm by the teacher alone "
-        "(AH, or the recipe), paired by seed.\n\n"
+        "strong student's features and the teacher's network. It goes through the examples of all "
+        "seven departments. The teacher teaches it (AH), and it teaches the students. *Noise*: a "
+        "second teacher whose logits are random. Cells are changes of NE. *Less the teacher "
+        "alone*: less the same arm (AH, or the recipe) by the teacher alone, paired by seed.\n\n"
     )
-    between = [r for r in results if r["teacher"] == "domain"]
-    cells = {(r["vertical"], r["seed"]) for r in between}
+    cells = {(r["vertical"], r["seed"]) for r in domain}
     part = [r for r in results if (r["vertical"], r["seed"]) in cells]
     rows = []
-    for by, arm in itertools.product(TAUGHT_BY, ("teacher", "AH", RECIPE, *arms)):
-        row = [f"{TAUGHT_BY[by]}, {'itself' if arm == 'teacher' else arm}"]
+    for teacher, arm in itertools.product(TAUGHT_BY, ("teacher", "AH", RECIPE, *arms)):
+        row = [f"{TAUGHT_BY[teacher]}, {'itself' if arm == 'teacher' else arm}"]
         for student in STUDENTS:
             kind = {"source": "promotions", "student": student}
-            change = changes(part, arm=arm, teacher=by, **kind)
-            one = "AH" if arm.startswith("AH of") else RECIPE if arm.startswith("recipe") else arm
-            alone = changes(part, arm=one, **kind)
-            less = mean_cell(change.less(alone)) if change and alone and by != "rich" else ""
+            change = changes(part, arm=arm, teacher=teacher, **kind)
+            single = "AH" if arm.startswith("AH of") else arm
+            single = RECIPE if arm.startswith("recipe") else single
+            alone = changes(part, arm=single, **kind)
+            less = mean_cell(change.less(alone)) if change and alone and teacher != "rich" else ""
             row += [mean_cell(change.ne) if change else "", less]
         if any(row[1:]):
             rows.append(row)
-    head = [f"{student}{what}" for student in STUDENTS for what in ("", ", less the teacher alone")]
+    head = [
+        f"{student}{suffix}" for student in STUDENTS for suffix in ("", ", less the teacher alone")
+    ]
     yield markdown(["taught by, arm", *head], rows)
 
 
 def what_decides(results: Sequence[Result]) -> Iterator[str]:
-    """The gain of each vertical against the lead of its teacher."""
+    """Yield table 9: the gain of each vertical against the lead of its teacher."""
     yield (
-        "\n## 9. What decides\n\nOf each vertical and student: the teacher's lead, and what arms "
-        "bring (changes of NE in %, means over seeds).\n\n"
+        "\n## 9. What decides\n\nThe teacher's lead in each vertical, and what arms bring there "
+        "(changes of NE in %, means over seeds).\n\n"
     )
     points, rows = gains_by_lead(results), []
     for source, student in kinds_of(results):
         part = [p for p in points if (p["source"], p["student"]) == (source, student)]
         if part:
-            lead, ah, recipe = (np.array([p[of] for p in part]) for of in ("lead", "AH", RECIPE))
-            shown = (-lead, ah / lead, recipe / lead)
-            cells = [f"{np.median(x):.2f} ({x.min():.2f} to {x.max():.2f})" for x in shown]
+            lead, ah, recipe = _columns(part)
+            cells = map(_median, (-lead, ah / lead, recipe / lead))
             rows.append([f"{source}, {student}", *cells, f"{np.mean(recipe - ah):+.2f}"])
     head = ["median (range)", "the teacher's lead", "η of AH", "η of the recipe", "recipe less AH"]
     yield markdown(head, rows)
     if len(points) < 3:
         return
-    lead, ah, gain = (np.array([p[n] for p in points]) for n in ("lead", "AH", RECIPE))
-    less = gain - ah
-    led, rows_of = -lead >= LEADS[0], np.array([p["rows"] for p in points])
-    shares, strong = (ah / lead)[led], np.array([p["student"] == "strong" for p in points])[led]
-    low, middle, high = np.percentile(shares, [10, 50, 90])
-    tests = {
-        "the lead and the recipe's gain": (-lead, -gain),
-        "the lead and what the recipe brings beyond AH": (-lead, -less),
-        "the number of examples and AH's η": (rows_of[led], shares),
-        "being the strong student and AH's η": (strong, shares),
-    }
-    told = [
-        f"{name} {test.statistic:.2f} (p {p_text(test.pvalue)})"
-        for name, pair in tests.items()
-        for test in [stats.spearmanr(*pair)]
-    ]
-    yield (
-        f"\nRank correlations over these {len(points)} verticals and students, η where the teacher "
-        f"leads by {LEADS[0]} % or more: of {'; of '.join(told)}. AH's η: 10th percentile "
-        f"{low:.2f}, median {middle:.2f}, 90th {high:.2f}. By the lead, medians and ranges:\n\n"
-    )
+    yield _correlations(points)
+    lead, ah, recipe = _columns(points)
     rows = []
     for low, high in itertools.pairwise(LEADS):
         at = (-lead >= low) & (-lead < high)
         if at.any():
-            shown = (-ah[at], ah[at] / lead[at], -gain[at], gain[at] / lead[at])
-            cells = [f"{np.median(x):.2f} ({x.min():.2f} to {x.max():.2f})" for x in shown]
-            rows.append([f"{low} to {high} % ({at.sum()})", *cells, f"{less[at].mean():+.2f}"])
+            cells = map(_median, (-ah[at], ah[at] / lead[at], -recipe[at], recipe[at] / lead[at]))
+            less = (recipe - ah)[at].mean()
+            rows.append([f"{low} to {high} % ({at.sum()})", *cells, f"{less:+.2f}"])
     head = ["lead (how many)", "gain of AH, %", "η of AH", "gain of the recipe, %"]
     yield markdown([*head, "η of the recipe", "recipe less AH, mean"], rows)
 
 
+def _columns(points: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array]:
+    """Return the changes of NE by the teacher, by AH and by the recipe."""
+    lead, ah, recipe = (np.array([p[name] for p in points]) for name in ("lead", "AH", RECIPE))
+    return lead, ah, recipe
+
+
+def _median(values: Array) -> str:
+    return f"{np.median(values):.2f} ({values.min():.2f} to {values.max():.2f})"
+
+
+def _correlations(points: Sequence[Mapping[str, Any]]) -> str:
+    lead, ah, recipe = _columns(points)
+    leads = -lead >= LEADS[0]
+    examples, strong = (
+        np.array(column)[leads]
+        for column in ([p["rows"] for p in points], [p["student"] == "strong" for p in points])
+    )
+    eta = (ah / lead)[leads]
+    low, middle, high = np.percentile(eta, [10, 50, 90])
+    tests = {
+        "the lead and the recipe's gain": (-lead, -recipe),
+        "the lead and what the recipe brings beyond AH": (-lead, ah - recipe),
+        "the number of examples and AH's η": (examples, eta),
+        "being the strong student and AH's η": (strong, eta),
+    }
+    lines = [
+        f"* {name}: {test.statistic:.2f} (p {p_text(test.pvalue)})\n"
+        for name, pair in tests.items()
+        for test in [stats.spearmanr(*pair)]
+    ]
+    return (
+        f"\nRank correlations over these {len(points)} verticals and students, η where the teacher "
+        f"leads by {LEADS[0]} % or more:\n\n{''.join(lines)}\nAH's η: 10th percentile {low:.2f}, "
+        f"median {middle:.2f}, 90th {high:.2f}. By the lead, medians and ranges:\n\n"
+    )
+
+
 def gains_by_lead(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the changes of NE by the teacher and by arms, for each student of a vertical."""
     points = []
     for source, student in kinds_of(results):
         kind = {"source": source, "student": student}
-        found = {arm: changes(results, arm=arm, **kind) for arm in ("teacher", "AH", RECIPE)}
-        means = [dict(zip(c.parts, c.ne.mean(0), strict=True)) for c in found.values() if c]
-        for part in means[0] if len(means) == len(found) else ():
-            if all(part in by_part for by_part in means):
-                lead, ah, recipe = (by_part[part] for by_part in means)
-                rows = np.mean(
-                    [r["rows"] for r in pick(results, arm="none", **kind, vertical=part)]
-                )
+        by_arm = [changes(results, arm=arm, **kind) for arm in ("teacher", "AH", RECIPE)]
+        if not all(by_arm):
+            continue
+        means = [dict(zip(c.parts, c.ne.mean(0), strict=True)) for c in by_arm if c]
+        for vertical in means[0]:
+            if all(vertical in by_vertical for by_vertical in means):
+                lead, ah, recipe = (by_vertical[vertical] for by_vertical in means)
+                none = pick(results, arm="none", **kind, vertical=vertical)
+                rows = np.mean([r["rows"] for r in none])
                 points.append({**kind, "lead": lead, "AH": ah, RECIPE: recipe, "rows": rows})
     return points
 
 
 def batches(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the table of other batch sizes and rates."""
     others = {json.dumps(r["rates"]): r["rates"] for r in results if r["rates"]}
     if not others:
         return
     yield (
-        "\n## Other settings of the student\n\nPromotions. Better ones for it than those above, "
-        "smaller batches, which take longer, and other rates.\n\n"
+        "\n## Other settings of the student\n\nPromotions. Settings that are better for the "
+        "student than those above: smaller batches, which take longer, and other rates.\n\n"
     )
     rows = []
     for rates, arm, student in itertools.product(others.values(), ("AH", RECIPE), STUDENTS):
         kind = {"source": "promotions", "student": student, "rates": rates, "arm": arm}
         change = changes(results, **kind)
         if change is not None:
-            told = f"{rates[0]}, {rates[1]:g}, {rates[2]:g}"
-            over = f"{len(change.parts)}, {len(change.seeds)}"
-            rows.append([told, student, arm, mean_cell(change.ne), mean_cell(change.auc), over])
+            name = f"{rates[0]}, {rates[1]:g}, {rates[2]:g}"
+            counts = f"{len(change.parts)}, {len(change.seeds)}"
+            rows.append([name, student, arm, mean_cell(change.ne), mean_cell(change.auc), counts])
     yield markdown(
         ["batch, rate, of tables", "student", "arm", "NE", "AUC", "verticals, seeds"], rows
     )
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Freshness, bias, and gain by lead."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    fresh, shifted, leads = figure.subplots(1, 3)
-    aged, biased = (swept(results, "promotions", what) for what in ("feed", "shift"))
-    feeds, shifts = feeds_of(aged), sorted({r["shift"] for r in biased})
-    for at, arm in enumerate(SHOWN):
-        means = [c.ne.mean(1) for feed in feeds if (c := changes(aged, arm=arm, feed=feed))]
-        if means:
-            names = [feed.removeprefix("delay-") for feed in feeds[: len(means)]]
-            spread = [m.std() for m in means]
-            style = {"label": arm, "color": f"C{at}", "marker": "o"}
-            fresh.errorbar(names, [m.mean() for m in means], spread, capsize=3, **style)
-        levels = [[r["calibration"] for r in pick(biased, arm=arm, shift=s)] for s in shifts]
-        if levels and all(levels):
-            shifted.plot(
-                shifts, [np.mean(x) for x in levels], label=arm, color=f"C{at}", marker="o"
-            )
-    points = gains_by_lead(results)
-    for (source, student), mark in zip(kinds_of(results), itertools.cycle("os"), strict=False):
-        part = [p for p in points if (p["source"], p["student"]) == (source, student)]
-        xy = [[-p[name] for p in part] for name in ("lead", RECIPE)]
-        leads.plot(*xy, mark, label=f"{source}, {student}")
-    fresh.set(title="Freshness", xlabel="weeks the teacher is late", ylabel="NE against none, %")
-    shifted.set(title="Bias", xlabel="shift of the teacher's logits", ylabel="serving calibration")
-    leads.set(title="Gain by lead", xlabel="NE the teacher is better by, %", ylabel="the recipe, %")
-    for axes, level in ((fresh, 0), (shifted, 1), (leads, 0)):
-        axes.axhline(level, color="black", linewidth=0.8)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-
-
 def merged(
-    kept: Mapping[str, Any],
+    stored: Mapping[str, Any],
     new: Sequence[Result],
     planned: Mapping[Any, str],
     environment: Mapping[str, Any],
 ) -> str:
-    """What is kept with what was measured now, as JSON: a line for each result.
+    """Return the stored results with the new ones, as JSON with a line for each result.
 
     Args:
-        kept: from the file, or nothing.
+        stored: the content of the file, or nothing.
         new: results of cells.
-        planned: the cells of all tables, with their keys: what is kept of one under another key was
-            of other settings, and goes.
+        planned: the cells of all tables, with their keys. A stored result of one of them under
+            another key is of other settings, and is dropped.
         environment: of the new ones.
     """
-    wanted = {cell_of(asdict(cell)): key for cell, key in planned.items()}
-    cells = {
+    keys = {cell_of(asdict(cell)): key for cell, key in planned.items()}
+    results = {
         cell_of(r): r
-        for r in kept.get("results", ())
-        if wanted.get(cell_of(r), r["key"]) == r["key"]
+        for r in stored.get("results", ())
+        if keys.get(cell_of(r), r["key"]) == r["key"]
     }
-    environments = list(kept.get("environments", ()))
-    fresh = [r for r in new if cell_of(r) not in cells]
+    environments = list(stored.get("environments", ()))
+    fresh = [r for r in new if cell_of(r) not in results]
     for result in fresh:
-        cells[cell_of(result)] = {**_short(result), "run": len(environments)}
-    missing = len(wanted.keys() - cells.keys())
-    told = {"missing": missing, "environments": environments + [environment] * bool(fresh)}
-    lines = ",\n".join(map(json.dumps, cells.values()))
-    return f'{json.dumps(told)[:-1]},\n"results": [\n{lines}\n]}}\n'
+        results[cell_of(result)] = {**_short(result), "run": len(environments)}
+    head = {
+        "missing": len(keys.keys() - results.keys()),
+        "environments": environments + [environment] * bool(fresh),
+    }
+    lines = ",\n".join(map(json.dumps, results.values()))
+    return f'{json.dumps(head)[:-1]},\n"results": [\n{lines}\n]}}\n'
 
 
 def cell_of(result: Result) -> str:
-    """All that tells a cell from others, as text."""
+    """Return all that tells a cell from others, as text."""
     return json.dumps([{**PLAIN, **result}[name] for name in CELL])
 
 
 def _short(result: Result) -> dict[str, Any]:
+    """Drop what no table shows and what a plain cell has; six digits are kept."""
     cell = {**PLAIN, **result}
     grouped = cell["source"] == "ebnerd" or cell["vertical"] == "MEAT-PCKGD"
     dropped = {"early_ne", *(() if grouped else ("group_auc", "ndcg", "groups"))}
@@ -588,37 +536,3 @@ def _short(result: Result) -> dict[str, Any]:
         json.dumps(short), parse_float=lambda text: float(f"{float(text):.6g}")
     )
     return digits
-
-
-def write_page(
-    kept: Mapping[str, Any],
-    folder: Path,
-    ranking: Callable[[Sequence[Result]], Iterator[str]],
-    memory: Callable[[Sequence[Result]], Iterator[str]],
-    names: Mapping[str, Iterable[str]],
-) -> str:
-    """QUALITY.md and quality.png; the first is returned as well."""
-    results = [{**PLAIN, **r, "part": r["vertical"]} for r in kept["results"]]
-    tables = itertools.chain(
-        in_short(results),
-        ablation(results),
-        bias(results),
-        freshness(results),
-        adapters(results, names["variants"]),
-        scale(results),
-        sampling(results),
-        ranking(results),
-        mechanisms(results, names["mechanisms"]),
-        two_teachers(results, names["two teachers"]),
-        what_decides(results),
-        memory(results),
-        batches(results),
-    )
-    missing = kept["missing"]
-    through = f"\n**Not through: {missing:,} runs are missing.**\n" if missing else ""
-    machines = "\n\n".join(dict.fromkeys(map(report.machine, kept["environments"])))
-    text = f"{HEAD}{through}{PICTURE}{''.join(tables)}\n{machines}\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(results, folder / "quality.png")
-    (folder / "QUALITY.md").write_text(text)
-    return text

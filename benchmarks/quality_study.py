@@ -1,9 +1,9 @@
-"""A vertical of the quality benchmark as a study, whose figures are those of `make quality`.
+"""A vertical of the quality benchmark as a study, with the figures of `make quality`.
 
     VERTICAL=DELI python -m torchrec_exfm.study benchmarks/quality_study.py --seeds 1
 
-SOURCE, VERTICAL and STUDENT pick it; the teacher is that of seed 0, and runs first if it has not.
-A study has one teacher for all seeds, `make quality` one for each: so seed 0 is the same.
+SOURCE, VERTICAL and STUDENT pick it. The teacher is that of seed 0, and runs first if it has not.
+A study has one teacher for all seeds, `make quality` one for each, so only seed 0 is the same.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Ranking within groups: AUC and NDCG@5 of lists that exist, and the table of what terms bring.
+"""AUC and NDCG@5 within groups, and the table of what terms over groups bring.
 
-A group is what a reader had in view, or a household was promoted, at once. Letters in shapes:
-B examples, G groups.
+A group is what a reader had in view at once, or what was promoted to a household at once. Letters
+in shapes: B examples, G groups.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ CUTOFF = 5  # of NDCG
 HEAD = """
 ## 6. Ranking within groups
 
-Lists that exist: a household's trip to a store, and what was promoted to it there (of one
-department), and a page of Ekstra Bladet, and the articles in view (a click counts in features of
-later pages once its page was left). AUC and NDCG@5 are means over the groups that have both labels.
+Groups are lists that exist in the data. On the promotions a group is what was promoted to a
+household on one trip to a store, in one department. On EB-NeRD it is the articles in view on a
+page; a click counts in features of later pages once its page was left. AUC and NDCG@5 are means
+over the groups that have both labels.
 
-Terms are added to the recipe, each with a head of its own: the pairwise one with a weight of 1,
-the listwise ones with 0.1, and the representation term, which has a linear head, with 0.1 (cosine;
-the teacher's last hidden layer along 12 principal directions of its past before week 14, and
-day 4). Chosen by single runs on the time from there to the evaluation, which are not kept here.
+Terms are added to the recipe, each with a head of its own. The weights are 1 (pairwise) and 0.1
+(listwise, representation). The representation term has a linear head and a cosine loss. It learns
+the teacher's last hidden layer along 12 principal directions, of the time before week 14 (day 4).
+Terms were chosen by single runs on the time from there to the evaluation; they are not kept here.
 """
 
 
 def group_figures(logits: Array, labels: Array, groups: Array) -> dict[str, float]:
-    """AUC and NDCG@5 within groups, means over those with both labels, and how many these are.
+    """Return AUC and NDCG@5 within groups, means over the groups that have both labels.
 
     NDCG is that of Järvelin and Kekäläinen, DCG = Σ y / log2(1 + rank) over the first `CUTOFF`
     ranks, over that of the best order. Ties count half in AUC; in NDCG examples that are tied share
@@ -42,7 +43,7 @@ def group_figures(logits: Array, labels: Array, groups: Array) -> dict[str, floa
         groups: ids, (B,), in any order.
 
     Returns:
-        "group_auc", "ndcg" (NaN without such a group) and "groups".
+        "group_auc", "ndcg" (NaN without such a group) and "groups", the number of these.
     """
     _, group = np.unique(groups, return_inverse=True)
     order = np.lexsort((-logits, group))
@@ -68,7 +69,7 @@ def group_figures(logits: Array, labels: Array, groups: Array) -> dict[str, floa
 
 
 def _ties(logits: Array, group: Array) -> tuple[Array, Array]:
-    """For each sorted example: how many are before those equal to it, and through them, (B,)."""
+    """Count, for each sorted example, those before its ties and those through them, (B,)."""
     new = np.ones(len(logits), bool)
     new[1:] = (logits[1:] != logits[:-1]) | (group[1:] != group[:-1])
     starts = np.flatnonzero(new)
@@ -78,32 +79,32 @@ def _ties(logits: Array, group: Array) -> tuple[Array, Array]:
 
 
 def table(results: Sequence[Result], arms: Sequence[str]) -> Iterator[str]:
-    """The table Ranking: what terms over groups add to the recipe, NE and within groups."""
+    """Yield table 6: what terms over groups add to the recipe."""
     yield HEAD
     tested = []
     for source, student in kinds_of(results):
         kind = {"source": source, "student": student}
         measured = [r for r in results if "group_auc" in r]
-        found = {
+        by_figure = {
             figure: {arm: changes(measured, auc=figure, arm=arm, **kind) for arm in (RECIPE, *arms)}
             for figure in ("group_auc", "ndcg")
         }
-        recipe = found["group_auc"][RECIPE]
-        if recipe is None or not any(found["group_auc"][arm] for arm in arms):
+        recipe = by_figure["group_auc"][RECIPE]
+        if recipe is None or not any(by_figure["group_auc"][arm] for arm in arms):
             continue
         none = pick(measured, arm="none", **kind)
         level = [np.mean([r[figure] for r in none]) for figure in ("group_auc", "ndcg")]
         groups = {r["vertical"]: r["groups"] for r in none}
         yield (
-            f"\n{source}, {student} student; without a teacher AUC within groups {level[0]:.4f}, "
-            f"NDCG@{CUTOFF} {level[1]:.4f}; over {'; '.join(recipe.parts)}, with "
-            f"{' and '.join(f'{groups[part]:,}' for part in recipe.parts)} groups of both labels. "
+            f"\n{source}, {student} student. Without a teacher: AUC within groups {level[0]:.4f}, "
+            f"NDCG@{CUTOFF} {level[1]:.4f}. Groups with both labels: "
+            f"{'; '.join(f'{part}: {groups[part]:,}' for part in recipe.parts)}. "
             f"The recipe: AUC within groups {mean_cell(recipe.auc)}. Less the recipe:\n\n"
         )
         rows = []
         for arm in arms:
-            auc, ndcg = (found[figure][arm] for figure in ("group_auc", "ndcg"))
-            plain = found["ndcg"][RECIPE]
+            auc, ndcg = (by_figure[figure][arm] for figure in ("group_auc", "ndcg"))
+            plain = by_figure["ndcg"][RECIPE]
             if auc is None or ndcg is None or plain is None:
                 continue
             tested.append(auc.less(recipe, "auc"))
@@ -112,9 +113,9 @@ def table(results: Sequence[Result], arms: Sequence[str]) -> Iterator[str]:
             rows.append([arm, *map(mean_cell, differences), f"{ratio:.3f}"])
         head = ["arm", "NE", "AUC within groups", f"NDCG@{CUTOFF}", "calibration over none's"]
         yield markdown(head, rows)
-    sure = [gain.mean() > 0 for gain in tested if p_value(gain.mean(1)) < 0.05]
+    above = [gain.mean() > 0 for gain in tested if p_value(gain.mean(1)) < 0.05]
     yield (
-        f"\nOf these {len(tested)} differences of AUC within groups {sum(sure)} are above 0 and "
-        f"{len(sure) - sum(sure)} below with p < 0.05, without a correction for their number: by "
+        f"\nOf these {len(tested)} differences of AUC within groups {sum(above)} are above 0 and "
+        f"{len(above) - sum(above)} below with p < 0.05, without a correction for their number. By "
         f"chance alone about {0.05 * len(tested):.1f} would be, of both signs together.\n"
     )

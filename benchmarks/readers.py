@@ -1,10 +1,10 @@
-"""How fast the published data sets are read, and with how much memory.
+"""How fast published data sets are read as streams, and with how much memory.
 
     python benchmarks/readers.py [--quick] [--json]
 
 Rows of each published form are made in a temporary folder, 250,000 and 1,000,000 (--quick: 25,000
-and 100,000), and read in a process of their own. Memory is the most that this process ever had,
-less the most of one that only imports the same; it is told for both, so that its growth is seen.
+and 100,000), and read in a process of their own. Memory is the peak of this process, less the peak
+of one with the same imports. Both sizes are reported, to show how it grows.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def main() -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row for each data set, the smaller size before the larger."""
+    """Return a row for each data set, the smaller size before the larger."""
     few, many = (f"{int(rows):,}" for rows in next(iter(result["readers"].values())))
-    head = ["rows", *(f"{what}, {n}" for what in ("rows/s", "peak MiB") for n in (few, many))]
+    head = ["rows", *(f"{unit}, {n}" for unit in ("rows/s", "peak MiB") for n in (few, many))]
     rows = [
-        [name, *(size[what] for what in ("rows_per_s", "peak_mib") for size in sizes.values())]
+        [name, *(size[figure] for figure in ("rows_per_s", "peak_mib") for size in sizes.values())]
         for name, sizes in result["readers"].items()
     ]
     return common.table(head, rows)
@@ -55,7 +55,7 @@ def size_pair(quick: bool) -> tuple[int, int]:
 
 
 def measure(name: str, rows: int, imports: int) -> dict[str, float]:
-    """Rows a second, MiB of the files and MiB of memory beyond `imports`."""
+    """Measure rows a second, MiB of the files and MiB of memory beyond `imports`."""
     with tempfile.TemporaryDirectory(prefix="benchmark-readers-") as work:
         folder = Path(work) / "published"
         folder.mkdir()
@@ -70,7 +70,7 @@ def measure(name: str, rows: int, imports: int) -> dict[str, float]:
 
 
 def read(name: str, folder: Path, cache: Path, rows: int) -> tuple[float, int]:
-    """Seconds to build the stream, and the most memory until then; sees that it is in order."""
+    """Build the stream, check its order; return seconds and the peak memory."""
     start = time.perf_counter()
     stream = getattr(published, name)(folder, cache)
     seconds, peak = time.perf_counter() - start, peak_bytes()
@@ -84,7 +84,7 @@ def peak_bytes() -> int:
 
 
 def make_taobaoad(folder: Path, rows: int) -> None:
-    """As many rows for a user and for an ad as are published; ads are popular by a power law."""
+    """Make rows with the published numbers for a user and an ad; popularity is a power law."""
     rng = np.random.default_rng(0)
     users, ads = rows // 23, rows // 31
     click = (rng.random(rows) < 0.05).astype(int)
@@ -111,7 +111,7 @@ def make_taobaoad(folder: Path, rows: int) -> None:
 
 
 def make_kuaivideo(folder: Path, rows: int) -> None:
-    """Ten thousand users, and histories of up to a hundred of the items."""
+    """Make rows of ten thousand users, with histories of up to a hundred items."""
     rng = np.random.default_rng(0)
     histories = history_lists(rng, 3_000_000, 100)
     click = (rng.random(rows) < 0.2).astype(int)
@@ -143,7 +143,7 @@ def make_amazonelectronics(folder: Path, rows: int) -> None:
 
 
 def make_criteo(folder: Path, rows: int) -> None:
-    """Two days of as many rows."""
+    """Make two days with as many rows each."""
     rng = np.random.default_rng(0)
     words = np.array(["", *(f"{word:08x}" for word in rng.integers(0, 2**32, 100_000))], object)
     for day in range(2):
@@ -160,7 +160,7 @@ def make_criteo(folder: Path, rows: int) -> None:
 
 
 def history_lists(rng: np.random.Generator, items: int, longest: int) -> list[str]:
-    """A thousand lists of up to the longest length, with `^` between."""
+    """Return a thousand lists of up to the longest length, with `^` between items."""
     lengths = rng.integers(0, longest + 1, 1000)
     return ["^".join(map(str, rng.integers(0, items, length))) for length in lengths]
 

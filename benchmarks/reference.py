@@ -1,4 +1,4 @@
-"""The reference models: a student, a teacher, a scorer for a CPU; random examples for them."""
+"""The reference models (a student, a teacher, a scorer for a CPU) and random examples for them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ CPU = torch.device("cpu")
 KEYS = [f"f{i}" for i in range(26)]
 TABLE_ROWS, WIDTH, NUM_DENSE = 100_000, 16, 13
 TAP = "model.over_arch"
-WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the first one
-SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)  # trained through what comes before
-COLUMNS = ("dense_features", "sparse_features", "labels", "logits")  # of a batch, on the device
+WINDOW, FIRST = 86_400, 20_000  # seconds of a window, the number of the first window
+SNAPSHOT = Snapshot("fm", 1, FIRST * WINDOW - 1)  # trained through the second before
+COLUMNS = (
+    "dense_features",
+    "sparse_features",
+    "labels",
+    "logits",
+)  # what a batch moves to the device
 
 
 class Sizes(NamedTuple):
-    """Widths of a DLRM's layers, the last of the dense part being the tables'."""
+    """The widths of a DLRM's layers; the last of the dense part is that of the tables."""
 
     dense: tuple[int, ...]
     over: tuple[int, ...]
@@ -42,7 +47,7 @@ TEACHER = Sizes((512, 256, WIDTH), (1024, 1024, 512, 1))
 
 
 def dlrm(sizes: Sizes, *, tables: str = "meta", keys: list[str] = KEYS) -> DLRMTrain:
-    """A DLRM with its loss; the tables on meta, as DistributedModelParallel will make them."""
+    """Return a DLRM with its loss; its tables are on meta, for DistributedModelParallel."""
     configs = [
         EmbeddingBagConfig(
             name=f"table_{key}",
@@ -59,18 +64,20 @@ def dlrm(sizes: Sizes, *, tables: str = "meta", keys: list[str] = KEYS) -> DLRMT
 def sharded(
     module: nn.Module, device: torch.device = CPU
 ) -> tuple[nn.Module, KeyedOptimizerWrapper]:
-    """A module under DistributedModelParallel, and the optimizer of its dense part."""
+    """Return a module under DistributedModelParallel, and the optimizer of its dense part."""
     tables = [child for child in module.modules() if isinstance(child, EmbeddingBagCollection)]
     for collection in tables:
         apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.02})
     model = DistributedModelParallel(module, device=device)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    return model, KeyedOptimizerWrapper(dense, lambda some: torch.optim.Adam(some, lr=1e-3))
+    return model, KeyedOptimizerWrapper(
+        dense, lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+    )
 
 
 @dataclass
 class Batch(TorchRecBatch):
-    """TorchRec's, with what a look-up needs, on the host, and a teacher's logit as a column."""
+    """TorchRec's batch, with what a look-up needs on the host, and the teacher's logits."""
 
     example_ids: Tensor
     event_seconds: Tensor
@@ -91,7 +98,7 @@ class Batch(TorchRecBatch):
 
 
 class Stream:
-    """Random examples of the first window, in order of time, the same on all ranks.
+    """Random examples of the first window, in time order, the same on all ranks.
 
     Args:
         rows: how many.
@@ -116,7 +123,7 @@ class Stream:
         )
 
     def pool(self, count: int, size: int) -> list[Batch]:
-        """A rank's batches of random examples, pinned where there is a GPU to copy them to."""
+        """Return a rank's batches of random examples, pinned if there is a GPU."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         generator = torch.Generator().manual_seed(2 + rank)
         batches = [

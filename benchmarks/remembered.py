@@ -1,8 +1,8 @@
-"""What a memory tells the students of the quality benchmark, and the control of each.
+"""Memories as features of the quality benchmark's students, and the table of what they bring.
 
-Of examples whose labels were known strictly before the example's own time: these labels, which
-anyone could keep, what the teacher said of them, and the last ones of the user as a sequence.
-Letters in shapes: B examples, L events of a sequence.
+A memory holds examples whose labels were known strictly before the example's own time. It keeps
+their labels, which need no teacher, or the teacher's logits, or the user's last events as a
+sequence. Letters in shapes: B examples, L events of a sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 1 << 16
 
 
 def settings(source: Source) -> list[Any]:
-    """What a memory rests on beside its stream and teacher."""
+    """Return what a memory depends on beside its stream and teacher."""
     return [source.memory_keys, source.memory_half_life, LENGTH, WIDTH, ebnerd.PRIOR_COUNT]
 
 
@@ -48,15 +48,15 @@ def _pass(
     values: Array,
     examples: Array,
 ) -> Iterator[dict[str, MemoryFeatures]]:
-    """What is remembered of the examples, in their order, some at a time.
+    """Yield the features of the examples, in their order, a chunk at a time.
 
     Args:
-        memory: that starts empty.
-        source: that knows when labels are known.
+        memory: starts empty.
+        source: says when labels are known.
         stream: in time order.
-        events: rows (a mask) that are remembered.
+        events: a mask of the rows to remember.
         values: of each row, (B,).
-        examples: rows (a mask) that are asked about.
+        examples: a mask of the rows to look up.
     """
     known = np.asarray(stream.time if source.known is None else source.known())
     for first in range(0, len(stream), CHUNK):
@@ -74,9 +74,9 @@ def _pass(
 def aggregates(
     source: Source, stream: data.Stream, examples: Array, logits: Array | None = None
 ) -> Array:
-    """Dense features of the memory of a teacher's logits, or (None) of labels, float32 (B', D).
+    """Return dense features of a memory of the teacher's logits, or (None) of labels.
 
-    Rates of labels are smoothed log-odds, as the strong student has them.
+    Rates of labels are smoothed log-odds, as the strong student has them. float32 (B', D).
     """
     values = np.asarray(stream.label if logits is None else logits)
     memory = _memory(source, "label" if logits is None else "teacher")
@@ -88,7 +88,7 @@ def aggregates(
 
 
 def _odds(features: MemoryFeatures) -> Array:
-    """Dense features of labels, with log-odds in the place of rates."""
+    """Return dense features of labels, with log-odds in the place of rates."""
     count, dense = features.count, features.dense()
     for column, rate in ((3, features.mean), (5, features.decayed_mean)):
         dense[:, column] = ebnerd.log_odds(count, np.where(count > 0, rate[:, 0] * count, 0))
@@ -96,11 +96,11 @@ def _odds(features: MemoryFeatures) -> Array:
 
 
 def histories(source: Source, stream: data.Stream, examples: Array, events: Array) -> Array:
-    """The rows in the stream of the user's last events, the last first; -1: none, int32 (B', L)."""
+    """Return the stream's rows of the user's last events, newest first; -1: none, int32 (B', L)."""
     user = source.memory_keys[0]
     memory = _memory(source, "history", keys=[user], length=LENGTH)
     rows = np.arange(len(stream))
-    assert len(stream) < 1 << 24  # float32 tells them apart
+    assert len(stream) < 1 << 24  # the memory keeps rows as float32, exact below this
     parts = []
     for features in _pass(memory, source, stream, events, rows, examples):
         (known,) = features.values()
@@ -122,12 +122,12 @@ class HistoryBatch(data.StreamBatch):
 
 
 def with_history(batch: data.StreamBatch, rows: Array, taught: Array | Tensor) -> HistoryBatch:
-    """The batch with sequences: of vectors where `taught` (N, V) has them, else of ids (N,).
+    """Return the batch with sequences: of vectors where `taught` is (N, V), of ids where (N,).
 
     Args:
         batch: of b examples.
         rows: of their events, -1: none, (b, L).
-        taught: of each event.
+        taught: the vector or id of each event.
     """
     lengths = torch.from_numpy((rows >= 0).sum(1))
     values = torch.from_numpy(np.array(taught[rows[rows >= 0]]))
@@ -141,7 +141,7 @@ def with_history(batch: data.StreamBatch, rows: Array, taught: Array | Tensor) -
 def with_pooled_history(
     features: Features, stream: data.Stream, sizes: dict[str, Any], taught: Array
 ) -> nn.Module:
-    """A ranker with a history of vectors (N, V), or of ids (N,) in a table as wide."""
+    """Return a ranker with a history of vectors (N, V), or of ids (N,) in a table as wide."""
     ids = None if taught.ndim == 2 else 1 + int(taught.max())
     dense = (*features[1], *(f"history_{n}" for n in range(WIDTH)))
     module = models.ranker(features[0], dense, stream.cardinalities, **sizes)
@@ -179,7 +179,7 @@ class WithHistory(nn.Module):
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
 
-CONTROLS = {  # what each arm of the table is held against, besides the student alone
+CONTROLS = {  # what each arm is compared with, besides the student alone
     "label memory": "none",
     "label memory + AH": "label memory",
     "label and teacher memory + AH": "label memory + AH",
@@ -192,24 +192,25 @@ CONTROLS = {  # what each arm of the table is held against, besides the student 
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """Each arm with a memory against the student alone, and against its control."""
+    """Yield table 10: each arm with a memory, against the student alone and its control."""
     remembered = [r for r in results if r["arm"] in CONTROLS]
     if not remembered:
         return
     yield (
-        "\n## 10. Memory: what was said of earlier examples, as features\n\nOf the user, the item "
-        "and the user with item or category: how many earlier examples, the mean, the decayed mean "
-        "and the last of their labels (what anyone could keep) or of the teacher's logits, and the "
-        "days since; of examples whose label was known before. *History*: the user's last "
-        f"{LENGTH} of these pooled by their mean, as {WIDTH} principal directions of the "
-        "teacher's last layer, or (*raw*, its control) as learned vectors as wide of the item with "
-        "its label. **A student that is served with it needs the memory too: one key-value read.** "
-        "Less its control: the difference of NE, paired by seed, to the arm that is named. "
-        "Half-lives, and the lean student's rates with a memory, were chosen before the "
-        "evaluation, in one vertical of each stream: so its differences to none are of memory and "
-        "rates together, and those between arms with a memory are not. On MovieLens the strong "
-        "student and the teacher have the counts and means of a label memory too, but the means "
-        "as probabilities: most of what it brings there is that they are log-odds.\n"
+        "\n## 10. Memory of earlier examples, as features\n\nMemories are of the user, of the "
+        "item, and of the user with item or category. Features are the number of earlier examples, "
+        "the days since, and the mean, the decayed mean and the last of their labels, which anyone "
+        "could keep, or of the teacher's logits. Only examples whose label was known before "
+        f"count.\n\n*History*: the user's last {LENGTH} of these, pooled by their mean, as {WIDTH} "
+        "principal directions of the teacher's last layer. *Raw* is its control: learned vectors "
+        "of the same width, of the item with its label.\n\n**A student that is served with a "
+        "memory needs it at serving time: one key-value read.**\n\n*Less its control's*: the "
+        "difference of NE, paired by seed, to the arm in brackets.\n\nHalf-lives, and the lean "
+        "student's rates with a memory, were chosen before the evaluation, in one vertical of each "
+        "stream. So the lean student's differences to none are of memory and rates together. Those "
+        "between arms with a memory are not. On MovieLens the strong student and the teacher have "
+        "the counts and means of a label memory too, but the means as probabilities: most of what "
+        "the memory brings there is that they are log-odds.\n"
     )
     for source, student in quality_report.kinds_of(remembered):
         kind = {"source": source, "student": student}
@@ -218,23 +219,23 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         part = [r for r in results if (r["vertical"], r["seed"]) in cells]
         teacher = quality_report.changes(part, arm="teacher", **kind)
         names = ["AH", RECIPE, *CONTROLS]
-        changes = {arm: quality_report.changes(part, arm=arm, **kind) for arm in names}
+        by_arm = {arm: quality_report.changes(part, arm=arm, **kind) for arm in names}
         rows = []
-        for arm, change in changes.items():
+        for arm, change in by_arm.items():
             if change is None or teacher is None:
                 continue
             control = CONTROLS.get(arm, "none")
-            against = changes.get(control)
+            against = by_arm.get(control)
             less = "" if against is None else f"{mean_cell(change.less(against))} ({control})"
             eta = f"{change.eta(teacher):.2f}"
             rows.append([arm, mean_cell(change.ne), mean_cell(change.auc), eta, less])
         if rows and teacher is not None:
             yield (
-                f"\n{source}, {student} student; means over {len(teacher.parts)} verticals and "
+                f"\n{source}, {student} student. Means over {len(teacher.parts)} verticals and "
                 f"{len(teacher.seeds)} seeds; the teacher itself {teacher.ne.mean():+.1f} %:\n\n"
             )
             yield markdown(["arm", "NE", "AUC", "η", "NE less its control's"], rows)
-            etas = {arm: c.eta(teacher) for arm, c in changes.items() if c is not None}
+            etas = {arm: c.eta(teacher) for arm, c in by_arm.items() if c is not None}
             best = max(etas, key=lambda arm: etas[arm])
             alone = max(etas.get("AH", np.nan), etas.get(RECIPE, np.nan))
             yield f"\nThe best arm is {best}: η {etas[best]:.2f}; by logits alone {alone:.2f}.\n"

@@ -1,10 +1,10 @@
-"""Runs the benchmarks and writes README.md beside them, from what was measured and nothing else.
+"""Run the benchmarks, and write README.md beside them from what they measured.
 
     python benchmarks/report.py [NAME ...] [--quick] [--no-run]
 
-Without names: all of them, one after the other. What each prints is kept in measured/, one file a
-benchmark and kind of device, so that README.md can be written anew without measuring (--no-run).
-With --quick nothing is kept, and the tables are printed.
+Without names, all of them run, one after the other. What each prints is kept in measured/, one file
+for each benchmark and kind of device, so that --no-run can write README.md without measuring. With
+--quick nothing is kept, and the tables are printed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,22 @@ TITLES = {
 }
 HEAD = """# Benchmarks
 
-One script a question. `make bench` runs them all and writes this page from what they print, which
-is kept in `measured/`: no figure here is written by hand. Each runs alone as well, and prints a
-table, or one JSON object with `--json`; with `--quick` within a minute or so. What is compared is
-run in turns within one process; figures are medians, with the quartiles in brackets, and ratios
-are taken round by round.
+What external distillation costs. What it brings is in [QUALITY.md](QUALITY.md).
+
+Each script answers one question. `make bench` runs them all and writes this page from what they
+print, which is kept in `measured/`. No figure is written by hand. Each script also runs alone: it
+prints a table, or one JSON object with `--json`. With `--quick` it takes about a minute.
+
+Arms that are compared run in turns within one process. Figures are medians, with the quartiles in
+brackets. Ratios are taken round by round. An *aim* is what the project wants to reach.
+
+* **Plain**: the student without a teacher, in TorchRec's own pipeline.
+* **AH**, auxiliary head: the heads that learn from the teacher, and are dropped at export.
+* **SA**, student adapter: the small network that re-calibrates teacher outputs on fresh labels.
+* **Columns**: teacher outputs come with the batch. **Store**: they are looked up in a teacher
+  store. **Live**: the teacher's forward runs in the student's step.
+* **Wall**: by the clock. **CPU**, or **on a core**: seconds in which threads had a core, so that
+  other work on the machine counts less.
 """
 
 
@@ -51,11 +62,11 @@ def main() -> None:
     if unknown:
         parser.error(f"NAME should be of {list(TITLES)}; received {sorted(unknown)}")
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) if options.quick else HERE / "measured"
-        kept.mkdir(exist_ok=True)
+        results = Path(folder) if options.quick else HERE / "measured"
+        results.mkdir(exist_ok=True)
         for name in [] if options.no_run else options.names or TITLES:
-            run(name, options.quick, kept)
-        page = HEAD + "".join(section(name, kept) for name in TITLES)
+            run(name, options.quick, results)
+        page = HEAD + "".join(section(name, results) for name in TITLES)
     if options.quick:
         print(page)
     else:
@@ -63,7 +74,7 @@ def main() -> None:
 
 
 def run(name: str, quick: bool, folder: Path) -> None:
-    """Run one, and keep what it prints."""
+    """Run a benchmark, and keep what it prints."""
     print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
     command = [sys.executable, str(HERE / f"{name}.py"), "--json", *(["--quick"] if quick else [])]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -73,7 +84,7 @@ def run(name: str, quick: bool, folder: Path) -> None:
 
 
 def section(name: str, folder: Path) -> str:
-    """What is kept of one, as text; nothing if it was not run."""
+    """Return what is kept of a benchmark, as text; nothing if it was not run."""
     files = sorted(folder.glob(f"{name}.*.json"))
     if not files:
         return ""
@@ -87,6 +98,7 @@ def section(name: str, folder: Path) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
+    """Return the machine and the versions of a run, in small print."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     where = f"{environment['cores']} cores of {environment['cpu']}, GPU: {environment['gpu']}"
     return f"<sub>{where}; {versions}; load average {environment['load_average_at_end']}</sub>"

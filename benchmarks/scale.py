@@ -1,9 +1,9 @@
-"""What a row costs as the work grows: with rows in the store, tasks, teachers, ranks, the batch.
+"""What a row costs as the work grows: rows in the store, tasks, teachers, ranks, the batch.
 
     python benchmarks/scale.py [--json] [--quick]
 
-An exponent is the slope of log(cost of a row) over log(size), through the medians: 0 is a flat
-line, 1 a cost that grows as the size does.
+An exponent is the slope of log(cost of a row) over log(size), through the medians: 0 is flat, 1
+grows as the size does.
 
 exponent_store_rows: of the time of a look-up, TeacherLookup(batch) of 8192 examples at random
     places in the one window of a store, by all threads together, on one core.
@@ -11,19 +11,19 @@ exponent_tasks, exponent_teachers: of what ExFM adds to a step. Student and head
     each task; each teacher has one term, through the adapter.
 exponent_batch: of the seconds of a step with ExFM; that of a step without is in the details.
 over_plain_1_rank, over_plain_2_ranks: seconds of a step with ExFM over seconds without. Each of two
-    ranks has as large a batch as one alone, and half of the cores or a GPU of its own; two are left
-    out on a machine with one GPU.
-peak_rss_added_mib, peak_rss_over_plain: the most memory that a process has as it trains, with ExFM
-    beside without, each in a process of its own; of a GPU's, what is allocated is in the details.
-    Blocks from 64 KiB on go back to the system once they are free (MALLOC_MMAP_THRESHOLD_), as what
-    malloc keeps otherwise differs from run to run by more than ExFM adds.
+    ranks has as large a batch as one alone, and half of the cores or a GPU of its own. Two ranks
+    are left out on a machine with one GPU.
+peak_rss_added_mib, peak_rss_over_plain: the peak memory of a process that trains with ExFM, against
+    one without. What a GPU has allocated is in the details. Blocks from 64 KiB on go back to the
+    system once they are free (MALLOC_MMAP_THRESHOLD_), as what malloc keeps otherwise differs from
+    run to run by more than ExFM adds.
 
 The student is the reference DLRM: 26 tables of 100,000 rows of 16, dense part 512-256-16, over part
-512-256-tasks. ExFM is AH and SA but where teachers are counted; outputs come as columns of the
-batch. Of each of these questions all students, with ExFM and without, train in turns in one
-process; an added cost is the difference of two figures of a round, spread over the rounds. Ranks
-and what takes most memory have processes of their own. A row is one of a rank's. A student's
-batches together have as many rows whatever their size.
+512-256-tasks. ExFM is AH and SA, except where teachers are counted; outputs come as columns of the
+batch. For each question all students, with ExFM and without, train in turns in one process. An
+added cost is the difference of two figures of a round, spread over the rounds. Ranks and peaks of
+memory have processes of their own. A row is one of a rank. A student's batches together have the
+same number of rows whatever their size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ AIMS = {
 
 
 class Case(NamedTuple):
-    """What a student trains on: rows of a batch and of a turn, teachers and tasks."""
+    """A student's rows in a batch and in a turn, its terms and tasks."""
 
     size: int
     rows: int
@@ -94,7 +94,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "memory": common.in_process(memory, size, 1 if quick else 3),
     }
     details["exponent_batch_plain"] = exponent(details["batch"], "plain_us_per_row")
-    ratios = [of_ranks["over_plain"]["median"] for of_ranks in details["ranks"].values()]
+    ratios = [figures["over_plain"]["median"] for figures in details["ranks"].values()]
     names = ["over_plain_1_rank", "over_plain_2_ranks"]
     return {
         "exponent_store_rows": exponent(details["store_rows"], "us_per_row"),
@@ -108,17 +108,17 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def exponent(of_sizes: dict[str, Any], name: str) -> float | None:
-    """The slope of the medians in logarithms; None if one of them is not above 0."""
-    medians = [figures[name]["median"] for figures in of_sizes.values()]
+def exponent(by_size: dict[str, Any], name: str) -> float | None:
+    """Return the slope of the medians in logarithms; None if one of them is not above 0."""
+    medians = [figures[name]["median"] for figures in by_size.values()]
     if min(medians) <= 0:
         return None
-    slope, _ = np.polyfit(np.log([int(size) for size in of_sizes]), np.log(medians), 1)
+    slope, _ = np.polyfit(np.log([int(size) for size in by_size]), np.log(medians), 1)
     return round(float(slope), 3)
 
 
 def look_ups(sizes: Sequence[int], rounds: int, steps: int = 40) -> dict[str, Any]:
-    """Look-ups in stores of several sizes, in turns; each batch is looked up once."""
+    """Measure look-ups in stores of several sizes, in turns; each batch is looked up once."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     arms, row_bytes = {}, {}
@@ -128,7 +128,7 @@ def look_ups(sizes: Sequence[int], rounds: int, steps: int = 40) -> dict[str, An
             store.write(url, "random", rows)
             row_bytes[str(rows)] = bytes_per_row(url)
             batches = store.random_batches("random", rows, steps * (rounds + 1))
-            arms[str(rows)] = Arm(looking_up(TeacherLookup(TeacherStore(url), "fm")), batches)
+            arms[str(rows)] = Arm(lookup_pipeline(TeacherLookup(TeacherStore(url), "fm")), batches)
         times = take_turns(arms, torch.device("cpu"), rounds=rounds, steps=steps)
     return {
         size: {
@@ -139,8 +139,8 @@ def look_ups(sizes: Sequence[int], rounds: int, steps: int = 40) -> dict[str, An
     }
 
 
-def looking_up(lookup: TeacherLookup) -> SimpleNamespace:
-    """A pipeline that does nothing else."""
+def lookup_pipeline(lookup: TeacherLookup) -> SimpleNamespace:
+    """Return a pipeline whose steps are look-ups alone."""
     return SimpleNamespace(progress=lambda feed: lookup(next(feed)))
 
 
@@ -156,7 +156,7 @@ def one_each(teachers: int) -> list[DistillationTerm]:
 
 
 def costs(device: torch.device, folder: str, cases: dict[int, Case], rounds: int) -> dict[int, Any]:
-    """A row of the student's without ExFM and with it, in each case, all of them in turns."""
+    """Measure the cost of a row without ExFM and with it, for all cases in turns."""
     arms: dict[str, Callable[[int], None]] = {}
     for number, case in cases.items():
         batches = pool(case)
@@ -167,8 +167,8 @@ def costs(device: torch.device, folder: str, cases: dict[int, Case], rounds: int
     for number, case in cases.items():
         without, with_it = f"plain {number}", f"exfm {number}"
         us = [np.array(times[name])[:, 0] / case.rows * 1e6 for name in (without, with_it)]
-        _, of_threads = over(times, with_it, without)
-        figures[number] = {**beside(*us, "us_per_row"), "over_plain_all_threads": of_threads}
+        _, by_threads = over(times, with_it, without)
+        figures[number] = {**beside(*us, "us_per_row"), "over_plain_all_threads": by_threads}
     return figures
 
 
@@ -178,7 +178,7 @@ def turn(pipeline: Any, batches: Sequence[Batch], case: Case) -> Callable[[int],
 
 
 def beside(without: Any, with_it: Any, unit: str) -> dict[str, dict[str, float]]:
-    """Figures without ExFM and with it, measured in pairs."""
+    """Return figures without ExFM and with it, measured in pairs."""
     return {
         f"plain_{unit}": common.spread(without),
         f"exfm_{unit}": common.spread(with_it),
@@ -188,7 +188,7 @@ def beside(without: Any, with_it: Any, unit: str) -> dict[str, dict[str, float]]
 
 
 def pool(case: Case) -> list[Batch]:
-    """Batches with random outputs of the teachers and labels of the tasks."""
+    """Return batches with random teacher outputs and labels of the tasks."""
     generator = torch.Generator().manual_seed(3)
     teachers = {term.teacher for term in case.terms}
     outputs = (case.size, len(teachers), case.tasks)
@@ -203,11 +203,14 @@ def pool(case: Case) -> list[Batch]:
 
 
 def memory(size: int, pairs: int) -> dict[str, Any]:
-    """The peaks of processes that train without ExFM and with it; started from one of its own."""
+    """Measure peaks of processes that train without ExFM and with it.
+
+    Runs in a process of its own, as it sets the environment of those that it starts.
+    """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     peaks = [[on_ranks(1, peak, train, size) for train in (plain, exfm)] for _ in range(pairs)]
     return {
-        place: beside(*np.array([[each[place] for each in pair] for pair in peaks]).T, "mib")
+        place: beside(*np.array([[run[place] for run in pair] for pair in peaks]).T, "mib")
         for place in peaks[0][0]
     }
 
@@ -215,7 +218,7 @@ def memory(size: int, pairs: int) -> dict[str, Any]:
 def peak(
     device: torch.device, folder: str, train: Callable[..., Any], size: int
 ) -> dict[str, float]:
-    """MiB at the peak of ten steps, once the first is done."""
+    """Return MiB at the peak of ten steps, after a first one."""
     arm = Arm(train(device), Stream(POOL).pool(POOL // size, size))
     arm(1)
     common.memory("VmRSS", new_peak=True)
@@ -229,21 +232,25 @@ def peak(
 def markdown(result: dict[str, Any]) -> str:
     details = result["details"]
     steps = [
-        [f"{what}: {int(size):,}", *list(figures.values())[:4]]
-        for what in ("tasks", "teachers", "ranks", "batch")
-        for size, figures in details[what].items()
+        [f"{sweep}: {int(size):,}", *list(figures.values())[:4]]
+        for sweep in ("tasks", "teachers", "ranks", "batch")
+        for size, figures in details[sweep].items()
     ]
     looked_up = [
-        [f"{int(rows):,}", *of_size.values()] for rows, of_size in details["store_rows"].items()
+        [f"{int(rows):,}", *figures.values()] for rows, figures in details["store_rows"].items()
     ]
     peaks = [[place, *figures.values()] for place, figures in details["memory"].items()]
     sides = ["without ExFM", "with it", "added", "with over without"]
     return f"""\
-Exponents of what a row costs, 0 being a flat line and 1 a cost that grows as the size does: a
-look-up over rows in the store **{result["exponent_store_rows"]}**; what ExFM adds to a step over
-tasks **{result["exponent_tasks"]}**, over teachers **{result["exponent_teachers"]}**; a step over
-rows of the batch **{result["exponent_batch"]}** with ExFM and {details["exponent_batch_plain"]}
-without. Batches are of {details["rows_of_a_batch"]:,} rows a rank where their size is not given.
+An exponent says how the cost of a row grows with a size: 0 is flat, 1 grows as the size does.
+
+* A look-up, with the rows in the store: **{result["exponent_store_rows"]}**.
+* What ExFM adds to a step, with tasks: **{result["exponent_tasks"]}**.
+* The same, with teachers: **{result["exponent_teachers"]}**.
+* A step with ExFM, with the rows of the batch: **{result["exponent_batch"]}**.
+* The same without ExFM: {details["exponent_batch_plain"]}.
+
+Batches have {details["rows_of_a_batch"]:,} rows on each rank where their size is not given.
 
 {common.table(["a step, µs a row", *sides], steps)}
 

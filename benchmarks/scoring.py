@@ -1,23 +1,24 @@
-"""What it costs to keep a teacher's outputs: scoring beside a bare pass, logging beside training.
+"""What it costs to store teacher outputs: scoring over a bare pass, logging over plain training.
 
     python benchmarks/scoring.py [--json] [--quick] [--kills N]
 
-Scored are Parquet files of 25,000 rows, in order of time, each a shard; of two ranks each has every
-other one. rows_per_s_over_bare_loop: rows a second of score() into a new store, over those of a
-bare loop over EvalPipelineSparseDist with the same files. logging_over_plain_training: the same of
-training with TrainPipelineSparseDist and a TeacherLogger, its last flush included, over training
-without. Medians over pairs of runs in one process, whose order turns from pair to pair;
-"over_by_core_time" is the same by the time of all threads together, as if there were one core.
+Scoring reads Parquet files of 25,000 rows, in time order, each a shard; two ranks take alternate
+files.
 
-peak_memory_200_over_50: the most memory that a rank takes to score 200 files, over the same for 50
-of them. each_id_once: after two ranks that score the 200 files were killed so many times ("kills"),
-at moments spread over the work, whether the store has each id, once.
+rows_per_s_over_bare_loop: rows a second of score() into a new store, over those of a bare loop over
+    EvalPipelineSparseDist with the same files.
+logging_over_plain_training: rows a second of training with TrainPipelineSparseDist and a
+    TeacherLogger, its last flush included, over training without.
+    Both are medians over pairs of runs in one process, whose order alternates. "over_by_core_time"
+    is the same by the time of all threads together, as if there were one core.
+peak_memory_200_over_50: a rank's peak memory when it scores 200 files, over that for 50 of them.
+each_id_once: whether the store has each id once, after the ranks that score the 200 files were
+    killed so many times ("kills"), at moments spread over the work.
 
 The teacher is a DLRM under DistributedModelParallel: 26 tables of 100,000 rows of 16, dense part
-256-128-16, over part 256-128-1. Features are random; to read files, or to make batches of rows that
-are trained on, is part of all runs. A rank computes on one thread and writes on another. "seconds"
-in the details are those of score(), or of the training that is logged, and of it in the pipeline
-and, on the other thread, in writing the store.
+256-128-16, over part 256-128-1. Features are random. All runs read files, or make batches of rows.
+A rank computes on one thread and writes on another. "seconds" in the details are those of score(),
+or of the training that is logged; of it in the pipeline; and, on the other thread, in writes.
 """
 
 from __future__ import annotations
@@ -124,18 +125,18 @@ def markdown(result: dict[str, Any]) -> str:
     many, few = details["peak_memory_mib"]
     once = "Each id was there once" if result["each_id_once"] else "**NOT each id was there once**"
     return (
-        f"Rows a second, batches of {details['batch']:,}, commits of about {details['commit']:,} "
-        "rows. The writer has a thread of its own; where the ranks leave it no core it costs what "
-        "it costs.\n\n"
+        f"Rows a second, in batches of {details['batch']:,} and commits of about "
+        f"{details['commit']:,} rows. The writer has a thread of its own. Where the ranks leave it "
+        "no core, it takes time from them.\n\n"
         + common.table(
             ["", *(name.replace("_", " ") for name in ranks), "aim"],
             [
-                [text, *(details[name][of][field] for name in ranks), aim]
-                for of, field, text, aim in rows
+                [text, *(details[name][job][field] for name in ranks), aim]
+                for job, field, text, aim in rows
             ],
         )
         + f"\n\nOn {details['ranks']} ranks, {details['rows']:,} rows in {details['files']} files "
-        f"took a rank {many:,.0f} MiB, a quarter of the files {few:,.0f} MiB, its libraries and "
+        f"took {many:,.0f} MiB on a rank, and a quarter of the files {few:,.0f} MiB, libraries and "
         f"model included. {once} after {result['kills']} kills, with {killed['shares']} of the "
         "rows in the store.\n"
     )
@@ -145,12 +146,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_file(folder: Path, number: int, files: int) -> None:
-    """Rows in order of time; all files together are one window of the reference stream's."""
+    """Write rows in time order; all files together are one window of the reference stream."""
     generator = np.random.default_rng(number)
-    at = torch.arange(number * FILE_ROWS, (number + 1) * FILE_ROWS)
+    places = torch.arange(number * FILE_ROWS, (number + 1) * FILE_ROWS)
     columns = {
-        "example_ids": hash_ids(at).numpy(),
-        "event_seconds": (FIRST * WINDOW + at * WINDOW // (files * FILE_ROWS)).numpy(),
+        "example_ids": hash_ids(places).numpy(),
+        "event_seconds": (FIRST * WINDOW + places * WINDOW // (files * FILE_ROWS)).numpy(),
         **{key: generator.integers(TABLE_ROWS, size=FILE_ROWS) for key in KEYS},
         **{name: generator.random(FILE_ROWS, np.float32) for name in DENSE},
     }
@@ -164,13 +165,13 @@ def batches_of(file: Path) -> Iterator[Batch]:
         values = torch.cat([columns[key] for key in KEYS])
         sparse = KeyedJaggedTensor(KEYS, values, lengths=torch.ones_like(values))
         dense = torch.stack([columns[name] for name in DENSE], dim=1)
-        nothing = torch.zeros(len(dense))
+        zeros = torch.zeros(len(dense))
         times = columns["event_seconds"]
-        yield Batch(dense, sparse, nothing, columns["example_ids"], times, nothing)
+        yield Batch(dense, sparse, zeros, columns["example_ids"], times, zeros)
 
 
 def files_of(folder: str, files: int) -> list[Path]:
-    """A rank's, of the first so many."""
+    """Return this rank's share of the first files."""
     return sorted(Path(folder).iterdir())[:files][dist.get_rank() :: dist.get_world_size()]
 
 
@@ -195,7 +196,7 @@ def new_store(folder: str, name: str) -> TeacherStore:
 
 
 def peak_of_scoring(device: torch.device, folder: str, data: str, files: int) -> int:
-    """The bytes of the rank that takes most, with all that was there before."""
+    """Return the peak bytes of the rank that takes most, libraries and model included."""
     torch.set_num_threads(1)
     model, _ = sharded(dlrm(SCORER), device)
     score_files(model, new_store(folder, "store"), files_of(data, files), device)
@@ -205,7 +206,7 @@ def peak_of_scoring(device: torch.device, folder: str, data: str, files: int) ->
 
 
 def job(rank: int, ranks: int, folder: str, data: str, attempt: int, files: int) -> None:
-    """What is killed: a rank that scores its files."""
+    """Score a rank's files; this is the job that is killed."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting-{attempt}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
@@ -218,7 +219,7 @@ def job(rank: int, ranks: int, folder: str, data: str, attempt: int, files: int)
 
 
 def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, Any]:
-    """Start a job and kill it, over and over, and let it end; what is in the store then."""
+    """Start a job and kill it, many times, then let it end; return what is in the store."""
     with tempfile.TemporaryDirectory(prefix="killed-") as folder:
         store = TeacherStore.create(f"{folder}/store", window_seconds=HOUR)
         log, shares, attempts = Path(store.table.url, "_delta_log"), [], itertools.count()
@@ -229,9 +230,10 @@ def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, A
 
         for kill in range(kills):
             context = start()
-            until = 2 * files * (kill + random.random()) / kills  # a commit of rows, and a mark
+            # Each shard makes two commits: its rows, and the mark that it is done
+            until = 2 * files * (kill + random.random()) / kills
             while len(list(log.glob("*.json"))) - 1 < until:
-                if context.join(timeout=0.002):  # raises what went wrong
+                if context.join(timeout=0.002):  # it raises the error of a failed process
                     raise RuntimeError("the job ended before it was to be killed")
             for process in random.sample(context.processes, ranks):
                 process.kill()
@@ -240,7 +242,7 @@ def score_and_kill(data: str, ranks: int, files: int, kills: int) -> dict[str, A
             rows = sum(file.rows or 0 for file in store.table.files())
             shares.append(f"{rows / (files * FILE_ROWS):.0%}")
         context = start()
-        while not context.join():  # one process at a time
+        while not context.join():  # it returns after each process that ends
             pass
         store.refresh()
         ids = [store.read_file(file).example_id for file in store.table.files()]
@@ -263,7 +265,7 @@ def run(device: torch.device, folder: str, data: str, pairs: int) -> dict[str, A
 
 
 class Bench:
-    """The runs; all ranks take each together."""
+    """The runs that are compared; all ranks take part in each."""
 
     def __init__(self, device: torch.device, folder: str, data: str) -> None:
         self.device, self.folder, self.data = device, folder, data
@@ -276,7 +278,7 @@ class Bench:
         self.watch("pipeline", TrainPipelineSparseDist, "progress")
         self.watch("write", TeacherStore, "write")
 
-    def watch(self, what: str, owner: type, name: str) -> None:
+    def watch(self, part: str, owner: type, name: str) -> None:
         """Add up the seconds that a method takes."""
         method = getattr(owner, name)
 
@@ -285,7 +287,7 @@ class Bench:
             try:
                 return method(*args, **kwargs)
             finally:
-                self.spent[what] += time.perf_counter() - started
+                self.spent[part] += time.perf_counter() - started
 
         setattr(owner, name, watched)
 
@@ -300,9 +302,9 @@ class Bench:
 
     def train(self, store: TeacherStore, rows: int) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        mine = torch.arange(rows).chunk(ranks)[rank].split(BATCH)
+        places = torch.arange(rows).chunk(ranks)[rank].split(BATCH)
         pipeline = TrainPipelineSparseDist(self.model.train(), self.optimizer, self.device)
-        self.drain(pipeline, map(self.stream.batch, mine))
+        self.drain(pipeline, map(self.stream.batch, places))
 
     def train_and_log(self, store: TeacherStore, rows: int) -> None:
         with TeacherLogger(store, "fm", shard_rows=COMMIT // dist.get_world_size()) as logger:
@@ -316,16 +318,16 @@ class Bench:
         except StopIteration:
             pipeline.detach()
 
-    def compare(self, pairs: int, rows: int, bare: Arm, kept: Arm) -> dict[str, Any]:
-        """The rate of the second over that of the first, and where the second spent its time."""
-        times: dict[Arm, list[common.Time]] = {bare: [], kept: []}
+    def compare(self, pairs: int, rows: int, bare: Arm, stored: Arm) -> dict[str, Any]:
+        """Return the rate of `stored` over that of `bare`, and where `stored` spent its time."""
+        times: dict[Arm, list[common.Time]] = {bare: [], stored: []}
         spent: list[Counter[str]] = []
-        for pair in range(-1, pairs):  # the first is to warm up
-            for arm in (bare, kept) if pair % 2 else (kept, bare):
+        for pair in range(-1, pairs):  # the first warms up
+            for arm in (bare, stored) if pair % 2 else (stored, bare):
                 store = new_store(self.folder, str(next(self.stores)))
                 self.spent.clear()
                 times[arm].append(common.timed(arm, store, rows))
-                if arm == kept:
+                if arm == stored:
                     spent.append(self.spent.copy())
         walls, cores = (np.array([times[arm][1:] for arm in times])[:, :, i] for i in (0, 1))
         return {
@@ -335,7 +337,7 @@ class Bench:
             "rows_per_s": common.spread(rows / walls[1]),
             "seconds": {
                 "all": common.spread(walls[1]),
-                **{what: common.spread([each[what] for each in spent[1:]]) for what in spent[0]},
+                **{part: common.spread([run[part] for run in spent[1:]]) for part in spent[0]},
             },
         }
 

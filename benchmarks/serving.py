@@ -1,20 +1,21 @@
-"""Is the exported student served as the bare one is: the same outputs, at the same latency?
+"""Does the exported student serve as the bare one does: equal outputs, at the same latency?
 
     python benchmarks/serving.py [--json] [--quick]
 
-The exported student is what export_student gives of an ExFMWrapper around a DLRM, after steps of
+The exported student is what export_student returns for an ExFMWrapper around a DLRM, after steps of
 training with two terms, one of them adapted. The bare student is a DLRM that was never wrapped and
-has loaded student_state_dict. Both are served in five ways, each made by the same function: eager;
-TorchScript; torch.export, as the module of a program for batches of any size; AOTInductor, which
-compiles that program; and with TorchRec's quantize_embeddings (int8).
+has loaded student_state_dict. The same five functions serve both: eager; TorchScript; torch.export,
+as the module of a program for batches of any size; AOTInductor, which compiles that program; and
+TorchRec's quantize_embeddings (int8).
 
-identical_outputs: whether in every way, on several batches of each size, outputs are equal to the
-bit. extra_parameters, extra_keys: what the exported student holds that the bare one does not.
-latency_ratio_*: exported over bare for batches of 1, where all that comes with a call weighs most;
-the median of rounds in which both serve the same batches, in alternating order. details has the
-quartiles, the larger batches, and the milliseconds of a call.
+identical_outputs: whether outputs are equal to the bit, in every way, on several batches of each
+    size.
+extra_parameters, extra_keys: what the exported student has beyond the bare one.
+latency_ratio_*: exported over bare for batches of 1, where the overhead of a call weighs most; the
+    median of rounds in which both serve the same batches, in alternating order. The details have
+    the quartiles, the larger batches, and the milliseconds of a call.
 
-All is on one thread, by the time that the process had the core, so that other work on the machine
+Everything runs on one thread. Latency is the time that the process had the core, so that other work
 counts less. --quick has 4 tables instead of 26, as AOTInductor compiles them faster, and fewer
 rounds. TorchScript is by torch.jit.script, as torch.jit.trace fixes the size of the batch.
 """
@@ -106,13 +107,15 @@ def serve(keys: list[str], rounds: int) -> dict[str, Any]:
 
 
 def trained(keys: list[str], batches: Sequence[Batch]) -> ExFMWrapper:
-    """A student after a step on each batch."""
+    """Return a student after a step on each batch."""
     wrapper = ExFMWrapper(dlrm(STUDENT, tables="cpu", keys=keys), tap=TAP, terms=AH_SA)
     adapter = StudentAdapter()
-    optimizer, of_adapter = (torch.optim.Adagrad(m.parameters(), 0.02) for m in (wrapper, adapter))
-    for own in batches:
-        batch = ExFMBatch(own, TeacherOutputs(own.logits))
-        adapted = adapter_step(adapter, of_adapter, batch.teacher, own.labels)
+    optimizer, adapter_optimizer = (
+        torch.optim.Adagrad(module.parameters(), 0.02) for module in (wrapper, adapter)
+    )
+    for plain_batch in batches:
+        batch = ExFMBatch(plain_batch, TeacherOutputs(plain_batch.logits))
+        adapted = adapter_step(adapter, adapter_optimizer, batch.teacher, plain_batch.labels)
         batch.step_inputs = StepInputs(batch.teacher, adapted=adapted)
         optimizer.zero_grad()
         wrapper(batch)[0].backward()
@@ -130,11 +133,11 @@ def compare(
     requests: dict[int, list[Inputs]],
     rounds: int,
 ) -> dict[str, Any]:
-    """Serve both students in one way: their outputs, and then their latency."""
+    """Serve both students in one way; compare their outputs, then their latency."""
     example = requests[max(requests)][0]
     served = {name: make(Flat(student.model), example) for name, student in students.items()}
     every = list(itertools.chain(*requests.values()))
-    same = [torch.equal(served["bare"](*some), served["exported"](*some)) for some in every]
+    same = [torch.equal(served["bare"](*call), served["exported"](*call)) for call in every]
     latencies = {f"batches_of_{n}": latency(served, requests[n], rounds, CALLS[n]) for n in CALLS}
     return {"identical_outputs": all(same), **latencies}
 
@@ -172,10 +175,11 @@ def markdown(result: dict[str, Any]) -> str:
         for way in WAYS
     ]
     return (
-        f"The exported student holds {result['extra_parameters']} parameters and "
-        f"{result['extra_keys']} keys more than the bare one, which has {details['tables']} tables "
-        f"and {details['parameters']:,} parameters. Both are served on one thread; the latency is "
-        f"the time on a core.\n\n{common.table(header, rows)}"
+        "The bare student was never wrapped, and has the trained student's state. It has "
+        f"{details['tables']} tables and {details['parameters']:,} parameters. The exported one "
+        f"holds {result['extra_parameters']} parameters and {result['extra_keys']} keys more. Both "
+        "are served on one thread. The latency is the time on a core.\n\n"
+        f"{common.table(header, rows)}"
     )
 
 

@@ -1,12 +1,12 @@
-"""How large a store gets, and what it costs: measured costs, multiplied.
+"""How large a store gets and what it costs, extrapolated from measured costs.
 
     python benchmarks/sizing.py [--json] [--quick] [--write]
 
-Costs of a row and of a look-up are those of measured/store.cpu.json (random ids, bfloat16, one
-task), of the join those of measured/join.cpu.json, of scoring those of measured/scoring.cpu.json,
-where they are kept, all on the machines that they name. What the log of the table costs is measured
-here: a store of 500 commits (--quick: 200), each of a few rows, is opened and brought up to date.
---write puts the tables into docs/sizing.md.
+Costs of a row and of a look-up come from measured/store.cpu.json (random ids, bfloat16, one task),
+those of the join from measured/join.cpu.json, those of scoring from measured/scoring.cpu.json,
+where these files exist. They are of the machines that the files name. The costs of the table's log
+are measured here: a store of 500 commits (--quick: 200), each of a few rows, is opened and brought
+up to date. --write puts the tables into docs/sizing.md.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main() -> None:
 
 
 def measured() -> dict[str, float]:
-    """Costs that other benchmarks have measured, and are kept."""
-    kept = {
+    """Return the costs that other benchmarks have measured."""
+    results = {
         file.name.removesuffix(".cpu.json"): json.loads(file.read_text())
         for file in (HERE / "measured").glob("*.cpu.json")
     }
-    rows = kept["store"]["details"]["random"]
+    rows = results["store"]["details"]["random"]
     costs = {
         "bytes_on_disk": rows["bytes_per_row_on_disk"],
         "bytes_in_memory": rows["bytes_per_row_in_memory"],
@@ -64,16 +64,16 @@ def measured() -> dict[str, float]:
         "rows_read_per_s": rows["read_rows_per_s"]["median"],
         "rows_looked_up_per_s": rows["lookup_rows_per_s"]["median"],
     }
-    if "join" in kept:
-        costs["rows_joined_per_s"] = kept["join"]["rows_per_s"]
-    if "scoring" in kept:
-        scoring = kept["scoring"]["details"]["one_rank"]["scoring"]
+    if "join" in results:
+        costs["rows_joined_per_s"] = results["join"]["rows_per_s"]
+    if "scoring" in results:
+        scoring = results["scoring"]["details"]["one_rank"]["scoring"]
         costs["rows_scored_per_s_and_core"] = scoring["rows_per_s"]["median"]
     return costs
 
 
 def log_costs(commits: int) -> dict[str, float]:
-    """Of the table's log: bytes and seconds by commit, and seconds to open by file."""
+    """Measure the table's log: bytes and seconds of a commit, seconds to open and to refresh."""
     with tempfile.TemporaryDirectory(prefix="benchmark-sizing-") as folder:
         store = TeacherStore.create(folder, window_seconds=DAY)
         times: list[float] = []
@@ -100,7 +100,7 @@ def log_costs(commits: int) -> dict[str, float]:
 
 
 def size(rows: int, costs: dict[str, float]) -> dict[str, Any]:
-    """A day of so many rows."""
+    """Return the sizes and costs of a store that gets so many rows a day."""
     most = BUDGET / (costs["bytes_in_memory"] + costs["bytes_while_read"])
     length = next((s for s in LENGTHS if rows * s / DAY <= most), LENGTHS[-1])
     window = rows * length / DAY
@@ -149,7 +149,7 @@ def tables(result: dict[str, Any]) -> str:
         for name, text, formula in lines
         if sizes[0][name] is not None
     ]
-    told = {
+    names = {
         "bytes_on_disk": "disk, bytes a row",
         "bytes_in_memory": "memory, bytes a row",
         "bytes_while_read": "while read, bytes a row at the peak",
@@ -165,7 +165,7 @@ def tables(result: dict[str, Any]) -> str:
     }
     rows = [
         [text, common.cell(common.rounded(costs[name]))]
-        for name, text in told.items()
+        for name, text in names.items()
         if name in costs
     ]
     machine = common.environment()

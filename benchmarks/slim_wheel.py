@@ -1,11 +1,11 @@
-"""Reduces a CUDA wheel to one GPU architecture, so that it can be carried to a machine.
+"""Reduce a CUDA wheel to one GPU architecture, so that it can be carried to a machine.
 
     python benchmarks/slim_wheel.py WHEEL FOLDER [--arch 90] [--without vbe.so ...]
 
-The wheel of fbgemm-gpu holds each kernel once an architecture. The device code of the others is
-overwritten by zeros, which the wheel's compression makes nothing of; all else stays where it is, so
-that host code finds what it looks for. On another GPU its kernels do not load. The wheel is
-compressed by LZMA, which pip reads as any other.
+The wheel of fbgemm-gpu has each kernel for several architectures. The device code of the others is
+overwritten by zeros, which compress to almost nothing. Everything else keeps its place, so that
+offsets in the host code stay valid. On another GPU the kernels do not load. The wheel is compressed
+by LZMA, which pip can read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# How nvcc keeps device code in a library: a header, and behind it an image an architecture.
+# How nvcc stores device code in a library: a header, then an image for each architecture.
 FATBIN = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of all images
 FATBIN_START = struct.pack("<IHH", 0xBA55ED50, 1, FATBIN.size)
 IMAGE = struct.Struct(
@@ -73,8 +73,8 @@ def reduce_wheel(wheel: Path, slim: Path, architecture: int, without: tuple[str,
         for entry in source.infolist():
             content = bytearray(source.read(entry))
             if entry.filename.endswith(".so"):
-                kept = None if entry.filename.endswith(without) else architecture
-                blank(content, kept, entry.filename)
+                remaining = None if entry.filename.endswith(without) else architecture
+                blank(content, remaining, entry.filename)
                 records[entry.filename] = record(entry.filename, content)
             elif entry.filename.endswith(".dist-info/RECORD"):
                 lines = content.decode().splitlines()
@@ -85,13 +85,13 @@ def reduce_wheel(wheel: Path, slim: Path, architecture: int, without: tuple[str,
 
 def blank(library: bytearray, architecture: int | None, name: str) -> None:
     """Overwrite the device code for other architectures by zeros, in place; None: all of it."""
-    found = list(images(library))
-    present = sorted({image.architecture for image in found})
-    if found and architecture not in (None, *present):
+    all_images = list(images(library))
+    present = sorted({image.architecture for image in all_images})
+    if all_images and architecture not in (None, *present):
         raise ValueError(
             f"--arch should be of {present}, which {name} has; received {architecture}"
         )
-    for image in found:
+    for image in all_images:
         if image.architecture != architecture:
             library[image.start : image.end] = bytes(image.end - image.start)
 

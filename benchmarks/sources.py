@@ -1,4 +1,4 @@
-"""The streams of the quality benchmark: who sees what of them, and with which settings."""
+"""The streams of the quality benchmark, with the features and settings of each model."""
 
 from __future__ import annotations
 
@@ -28,32 +28,31 @@ Features = tuple[Sequence[str], Sequence[str]]
 
 @dataclass(frozen=True)
 class Source:
-    """A stream, and who sees what of it.
+    """A stream, with the features and settings of teacher and students.
 
     Attributes:
-        load: the stream.
-        verticals: those with students; (): all that the stream has, and the weeks below are those
-            that a quarter and a half of its examples are before.
-        swept: those of sweeps, which change one thing.
-        lean: sparse and dense features of the student of this name.
-        strong: those of the other; the teacher's generation before the rich one has the same.
+        load: loads the stream.
+        verticals: those with students; (): all, and the weeks below are those before which a
+            quarter and a half of the examples lie.
+        swept: the verticals of sweeps.
+        lean: sparse and dense features of the lean student.
+        strong: those of the strong student, and of the generation before the rich teacher.
         rich: those of the teacher.
-        rates: batch size, learning rate, and that of the tables, of the two students: the best for
-            them without a teacher, see `quality.py --tune`.
-        teacher_rates: the same of the teacher.
-        tuning_week: settings are chosen on the weeks from here on (days, where a stream counts
-            days), which is where students that start late start.
+        rates: batch size, learning rate, and that of the tables, for each student. They are the
+            best without a teacher, see `quality.py --tune`.
+        teacher_rates: the same for the teacher.
+        tuning_week: settings are chosen on the weeks (days, where a stream counts days) from this
+            one on; late students start here.
         first_week: of the evaluation.
-        hourly: the teacher is refreshed every hour in the place of every week.
-        delays: by how many weeks (hours) a teacher is late, for the table Freshness.
-        frozen_after: the last week (hour) of a teacher that learns no more.
-        memory_keys: columns of sparse features that earlier examples are remembered by; the first
-            is the user.
+        hourly: the teacher is refreshed every hour instead of every week.
+        delays: how many weeks (hours) a teacher is late, for the table Freshness.
+        frozen_after: the last week (hour) that a frozen teacher trains on.
+        memory_keys: columns of sparse features that a memory has as keys; the first is the user.
         memory_half_life: of the decayed means, in days.
         memory_rates: of the lean student with a memory; None: its own. Half-life and rates are the
-            best in one vertical of three and a memory of labels, without a teacher.
+            best in one vertical of three with a memory of labels, without a teacher.
         known: when the label of each example is known, in seconds (B,); None: at its own time.
-        brought: the user has to bring the files.
+        brought: whether the user has to bring the files.
         version: of the stream's format and of the files.
     """
 
@@ -78,23 +77,27 @@ class Source:
     version: Callable[[], Any] = lambda: 1
 
     def periods(self, stream: data.Stream) -> Array:
-        """Weeks or hours from 1 on, which the teacher is refreshed at the end of, (B,)."""
+        """Return the weeks or hours, from 1 on, at whose end the teacher is refreshed, (B,)."""
         if not self.hourly:
             return np.asarray(stream.week)
         return 1 + (np.asarray(stream.time) - stream.time[0]) // 3600
 
     @property
     def tuning_period(self) -> int:
+        """The tuning week, counted in the periods of the teacher."""
         return 1 + 24 * (self.tuning_week - 1) if self.hourly else self.tuning_week
 
 
 def at_hand() -> list[str]:
-    """The streams that can be had: those whose files pip brings, or whose folder is told."""
+    """Return the streams whose files pip brings, or whose folder is in the environment."""
     return [name for name, s in SOURCES.items() if not s.brought or name.upper() in os.environ]
 
 
 def data_folder(source: str) -> Path:
-    """The folder of a stream whose files the user has; processes of a pool get it with the rest."""
+    """Return the folder of a stream whose files the user brings, from the environment.
+
+    Processes of a pool inherit it.
+    """
     folder = os.environ.get(source.upper())
     if not folder:
         raise SystemExit(
@@ -105,7 +108,7 @@ def data_folder(source: str) -> Path:
 
 
 def _published(name: str) -> Source:
-    """A stream of published files, with rates that nobody chose."""
+    """Return a stream of published files, with rates that were not tuned."""
     features: published.Format = getattr(published, name.upper())
     return Source(
         load=lambda: getattr(published, name)(data_folder(name)),
@@ -189,7 +192,7 @@ def stream_of(source: str) -> data.Stream:
 
 @lru_cache
 def source_of(name: str) -> Source:
-    """A stream's settings, with those that only its examples tell."""
+    """Return a stream's settings; some follow from its examples."""
     source = SOURCES[name]
     if source.verticals:
         return source
@@ -206,16 +209,17 @@ def source_of(name: str) -> Source:
 
 @lru_cache(4)
 def rows_of(source: str, *verticals: str) -> Array:
-    """The rows of some verticals in the stream."""
+    """Return the rows of some verticals in the stream."""
     stream = stream_of(source)
     return np.flatnonzero(np.any([demo.rows_of(stream, name) for name in verticals], axis=0))
 
 
 @lru_cache(1)
 def sampling_rates(source: str) -> Array:
-    """The share of a row's fellow negatives that are in the stream, (B,).
+    """Return the share of the negatives of a row's basket that are in the stream, (B,).
 
-    Negatives of the promotions were drawn basket by basket, and each knows how many it stands for.
+    Negatives of the promotions were drawn basket by basket; each one's weight is how many it stands
+    for.
     """
     stream = stream_of(source)
     if source != "promotions":

@@ -1,21 +1,19 @@
-"""How long a store that is slow, or that hangs, holds up training.
+"""How long a store that is slow or hangs stalls training.
 
     python benchmarks/stalls.py [--json] [--quick]
 
 A small student trains with an auxiliary head, through TrainPipelineExFM(teacher=TeacherLookup(...),
-on_teacher_error="mask"), on a store behind an S3 server with faults on demand (that of the tests).
-A stall is the time of a step beyond the median one of its run; 40 s are trained in each case.
+on_teacher_error="mask"), on a store behind the tests' S3 server, which has faults on demand. A
+stall is the time of a step beyond the median step of its run. Each case trains for 40 s.
 
-longest_stall_ms_hanging: the server accepts requests and does not answer, of data files in one run,
-of the log in another: the longest stall beyond the deadline of the look-up (2 s), of both; and how
-many stalls were above 0.1 s (the wait for the deadline is one). In this time the retries of the
-storage library, and those of on_teacher_error, come and go.
-
-longest_stall_ms_slow: every request takes 1 s, and the batches go on to the next window every 12 s,
-which has been read ahead by then. The first window is waited for, and left out.
-
-longest_stall_ms_without: of the same steps without a store, the teacher's outputs as columns: what
-the machine itself does.
+longest_stall_ms_hanging: the server accepts requests and does not answer those of data files in one
+    run, those of the log in another. The longest stall of both, beyond the look-up's deadline (2
+    s). The details count stalls above 0.1 s; the wait for the deadline is one. In this time the
+    storage library retries, and so does on_teacher_error.
+longest_stall_ms_slow: every request takes 1 s, and batches enter the next window every 12 s, which
+    has been read ahead by then. The wait for the first window is left out.
+longest_stall_ms_without: of the same steps without a store, with teacher outputs as columns. It
+    tells what the machine itself does.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ def measure(device: torch.device, _: str, quick: bool) -> dict[str, Any]:
             "log": hanging(device, server, store, batches, "_delta_log", seconds),
             "slow": slow(device, server, store, batches, 2 if quick else WINDOWS - 1),
         }
-    steps = of_steps(exfm(device, AH, columns, SIZES), in_window(batches, 0), seconds)
+    steps = step_seconds(exfm(device, AH, columns, SIZES), in_window(batches, 0), seconds)
     without = np.array(steps) - np.median(steps)
     late = {name: runs[name] - DEADLINE_SECONDS for name in ("data_files", "log")}
     return {
@@ -95,13 +93,14 @@ def markdown(result: dict[str, Any]) -> str:
     columns = [[*row, *more] for row, *more in zip(rows, counts, steps, strict=True)]
     header = ["", "longest stall, ms", "stalls above 0.1 s", "steps"]
     return (
-        f"A look-up's deadline is {details['deadline_seconds']:g} s; what is beyond it may be "
-        "negative, as look-ups begin two batches early.\n\n" + common.table(header, columns)
+        "A stall is the time of a step beyond the median step. A look-up's deadline is "
+        f"{details['deadline_seconds']:g} s. The time beyond it may be negative, as look-ups begin "
+        "two batches early.\n\n" + common.table(header, columns)
     )
 
 
 def stored(server: S3Server, stream: Stream) -> TeacherStore:
-    """The stream's logits, of the same ids in each window."""
+    """Store the stream's logits, with the same ids in each window."""
     options = server.storage_options
     url = f"{server.url}/store"
     store = TeacherStore.create(url, window_seconds=WINDOW, storage_options=options)
@@ -118,12 +117,12 @@ def hanging(
     requests: str,
     seconds: float,
 ) -> Any:
-    """The stalls, in seconds, where a window can't be read since requests hang."""
+    """Return the stalls, in seconds, while requests for a window hang."""
     with looked_up(store, batches, timeout_seconds=DEADLINE_SECONDS) as lookup:
         pipeline = exfm(device, AH, lookup, SIZES, on_teacher_error="mask")
-        of_steps(pipeline, in_window(batches, 0), 3.0)  # window 1 is read ahead
+        step_seconds(pipeline, in_window(batches, 0), 3.0)  # window 1 is read ahead
         server.set_faults(hanging=requests)
-        steps = of_steps(pipeline, in_window(batches, WINDOWS - 1), seconds)
+        steps = step_seconds(pipeline, in_window(batches, WINDOWS - 1), seconds)
         assert pipeline.teacher_failures > 0, "the store answered"
         server.set_faults()
     return np.array(steps) - np.median(steps)
@@ -136,14 +135,14 @@ def slow(
     batches: list[Batch],
     windows: int,
 ) -> Any:
-    """The stalls, in seconds, where requests take long and windows are read ahead."""
+    """Return the stalls, in seconds, while requests are slow and windows are read ahead."""
     server.set_faults(latency_seconds=LATENCY_SECONDS)
     with looked_up(store, batches) as lookup:
         pipeline = exfm(device, AH, lookup, SIZES, on_teacher_error="mask")
-        of_steps(pipeline, in_window(batches, 0), WINDOW_SECONDS)  # window 1 is read ahead
+        step_seconds(pipeline, in_window(batches, 0), WINDOW_SECONDS)  # window 1 is read ahead
         steps = []
         for window in range(1, windows + 1):
-            steps += of_steps(pipeline, in_window(batches, window), WINDOW_SECONDS)
+            steps += step_seconds(pipeline, in_window(batches, window), WINDOW_SECONDS)
         assert pipeline.teacher_failures == 0
         assert lookup.counters["fm"].coverage == 1
     server.set_faults()
@@ -151,10 +150,10 @@ def slow(
 
 
 def looked_up(store: TeacherStore, batches: list[Batch], **options: Any) -> TeacherLookup:
-    """A look-up that has its first window."""
+    """Return a look-up that has its first window."""
     folder = tempfile.mkdtemp(prefix="benchmark-stalls-")
     lookup = TeacherLookup(store, "fm", host_folder=folder, **options)
-    while not lookup.counters["fm"].present:  # its reader starts
+    while not lookup.counters["fm"].present:  # until its reader has started
         with contextlib.suppress(StoreError):
             lookup(batches[0])
     return lookup
@@ -166,8 +165,8 @@ def in_window(batches: list[Batch], window: int) -> Iterator[Batch]:
             yield replace(batch, event_seconds=batch.event_seconds + window * WINDOW)
 
 
-def of_steps(pipeline: Any, feed: Iterator[Batch], seconds: float) -> list[float]:
-    """The time of each step, for so long."""
+def step_seconds(pipeline: Any, feed: Iterator[Batch], seconds: float) -> list[float]:
+    """Train for some seconds; return the time of each step."""
     times = [time.perf_counter()]
     while times[-1] < times[0] + seconds:
         pipeline.progress(feed)

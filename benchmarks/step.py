@@ -1,29 +1,31 @@
-"""What distillation adds to a training step, side by side with the step without it.
+"""What distillation adds to a training step, measured against the plain step.
 
     python benchmarks/step.py [--json] [--quick]
 
 The student is a DLRM of 26 tables of 100,000 rows of 16, dense part 512-256-16, over part
 512-256-1, batches of 8192 (--quick: 2048), under DistributedModelParallel, in a pipeline. The arms
-train in one process (one a rank), some steps each in turns, in several launches; a ratio is of two
-arms in the same round, by the clock, and "cpu" by the seconds of all threads. On a GPU the clock is
-that of its events.
+train in turns in one process (one for each rank), in several launches. A ratio is of two arms in
+the same round, by the clock, and "cpu" by the seconds of all threads. On a GPU the clock is that of
+its events.
 
-plain: TrainPipelineSparseDist, without a teacher. ah: an auxiliary head of 128, the teacher's
-logits as columns of the batch. exfm: with the student adapter, and its second head of 128. store:
-the same, the logits from a TeacherStore of 2^18 rows. live: the same, from a LiveTeacher whose over
-part is 1024-1024-512-1. metrics: exfm, and ExFMMetrics at every step. wide: exfm, whose heads have
-the widths of the serving head. hand_written: one head of 128, and a second loss in the student's
-own forward. matmuls, wide_matmuls: nothing but the multiplications of the two heads, forward and
-backward; exfm_less_matmuls is what is left of exfm without them, over plain.
+plain: TrainPipelineSparseDist, without a teacher.
+ah: an auxiliary head of 128; the teacher's logits are columns of the batch.
+exfm: ah with the student adapter and its second head of 128.
+store: exfm with logits from a TeacherStore of 2^18 rows.
+live: exfm with logits from a LiveTeacher whose over part is 1024-1024-512-1.
+metrics: exfm with ExFMMetrics at every step.
+wide: exfm whose heads have the widths of the serving head.
+hand_written: one head of 128, and a second loss in the student's own forward.
+matmuls, wide_matmuls: the matrix products of the two heads alone, forward and backward.
+exfm_less_matmuls, wide_less_matmuls: exfm and wide without these, over plain.
 
-Losses, on one rank: ah, whose term has another loss, in groups of 10 examples, or learns from
+Losses, on one rank: ah whose term has another loss, in groups of 10 examples, or learns from
 embeddings of 64 by a linear head. Two towers: two_towers.py.
 
-Small batches, on one rank and one thread: AH and the recipe (an auxiliary head, and the serving
-head taught by margin from the adapter) over plain, in seconds on a core, not by the clock, as other
-processes lengthen those least. Host: the milliseconds on a core that each adds to a step whose
-layers and batch are tiny, so that launching operations is all that it does, and how many it
-launches (views left out).
+Small batches, on one rank and one thread: AH and the recipe (AH, and the serving head taught by
+margin from the adapter) over plain. They are in seconds on a core, which other processes lengthen
+least. Host: the milliseconds on a core that each arm adds to a step whose layers and batch are
+tiny, so that it does little but launch operations, and how many it launches, views left out.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ from torchrec_exfm.das import TeacherLookup, TeacherStore
 from torchrec_exfm.wrapper import find_wrapper
 
 ROWS = 2**18  # in the store
-SHARED = (len(KEYS) + 1) * len(KEYS) // 2 + WIDTH  # the width of what the heads read
+SHARED = (len(KEYS) + 1) * len(KEYS) // 2 + WIDTH  # the width of the shared representation
 WIDE = STUDENT.over[:-1]
 SMALL_BATCHES = (128, 1024)
 TINY, TINY_BATCH = Sizes((8, WIDTH), (8, 1)), 16
@@ -129,14 +131,14 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     small = small_figures([on_ranks(1, small_on_rank, rounds, turn) for turn in range(launches)])
     result |= {name: small[name]["median"] for name in AIMS if name in small}
-    of_losses = loss_figures(
+    by_loss = loss_figures(
         [on_ranks(1, losses_on_rank, batch, rounds, turn) for turn in range(launches)]
     )
     launched = [
         on_ranks(1, two_towers.towers_on_rank, batch, rounds, turn) for turn in range(launches)
     ]
     towers = two_towers.figures(joined(launched))
-    parts = {"small": small, "losses": of_losses, "two_towers": towers}
+    parts = {"small": small, "losses": by_loss, "two_towers": towers}
     return {**result, "details": {"batch": batch, **details, **parts}}
 
 
@@ -145,13 +147,14 @@ def on_rank(device: torch.device, folder: str, batch: int, rounds: int, launch: 
     lookup = TeacherLookup(stored(f"{folder}/outputs", stream), "fm")
     makers = arms(device, stream.pool(8, batch), lookup)
     names = list(makers)[:: -1 if launch % 2 else 1]
-    made = {name: makers[name]() for name in names}
+    trained = {name: makers[name]() for name in names}
     steps = 20 if device.type == "cuda" else 2
-    return take_turns(made, device, rounds=rounds, steps=steps)
+    return take_turns(trained, device, rounds=rounds, steps=steps)
 
 
 def figures(launches: list[Times]) -> dict[str, Any]:
-    """From the rounds of all launches; where malloc puts an arm's tensors differs between them."""
+    """Return the ratios of arms over the rounds of all launches."""
+    # Several launches, as where malloc puts an arm's tensors differs between them
     times = joined(launches)
     return {
         "exfm_over_plain": ratio(times, "exfm", "plain"),
@@ -166,54 +169,55 @@ def figures(launches: list[Times]) -> dict[str, Any]:
         "exfm_less_matmuls": less(times, "exfm", "matmuls"),
         "wide_less_matmuls": less(times, "wide", "wide_matmuls"),
         "milliseconds": {
-            name: common.spread([1000 * wall for wall, _ in of_arm])
-            for name, of_arm in times.items()
+            name: common.spread([1000 * wall for wall, _ in rounds])
+            for name, rounds in times.items()
         },
     }
 
 
 def joined(launches: list[Times]) -> Times:
-    return {arm: list(itertools.chain(*(of[arm] for of in launches))) for arm in launches[0]}
+    """Return the rounds of all launches, by arm."""
+    return {arm: list(itertools.chain(*(times[arm] for times in launches))) for arm in launches[0]}
 
 
 def losses_on_rank(
     device: torch.device, folder: str, batch: int, rounds: int, launch: int
 ) -> Times:
     batches = Stream(ROWS).pool(8, batch)
-    made = {}
+    by_loss = {}
     for name, loss in LOSSES.items():
         changed = {"hidden": (), "loss": loss} if loss.embeddings else {"loss": loss}
         teacher = {"teacher": embeddings} if loss.embeddings else {}
-        made[name] = Arm(exfm(device, [replace(AH[0], **changed)], **teacher), batches)
-    made["plain"] = Arm(plain(device), batches)
+        by_loss[name] = Arm(exfm(device, [replace(AH[0], **changed)], **teacher), batches)
+    by_loss["plain"] = Arm(plain(device), batches)
     steps = 20 if device.type == "cuda" else 2
-    return take_turns(made, device, rounds=rounds, steps=steps)
+    return take_turns(by_loss, device, rounds=rounds, steps=steps)
 
 
 def loss_figures(launches: list[Times]) -> dict[str, Any]:
-    """Of each loss over the plain step."""
+    """Return AH with each loss over the plain step."""
     times = joined(launches)
     return {name: ratio(times, name, "plain") for name in LOSSES}
 
 
 def small_on_rank(device: torch.device, folder: str, rounds: int, launch: int) -> dict[str, Any]:
-    """Times of a step of small batches, and times and operations of one of tiny layers."""
-    torch.set_num_threads(1)  # threads that wait for one another burn what is to be measured
+    """Measure steps of small batches, and times and operations of a step of tiny layers."""
+    torch.set_num_threads(1)  # threads that spin while they wait would count as work
     stream = Stream(ROWS)
     kinds = {"plain": None, "ah": AH, "exfm": AH_SA, "recipe": RECIPE}
 
-    def made(name: str, size: int, sizes: Sizes) -> Arm:
+    def make_arm(name: str, size: int, sizes: Sizes) -> Arm:
         terms = kinds[name]
         pipeline = exfm(device, terms, sizes=sizes) if terms else plain(device, sizes)
         return Arm(pipeline, stream.pool(8, size))
 
     small: dict[str, Callable[[int], None]] = {
-        f"{name}_batch_{size}": made(name, size, STUDENT)
+        f"{name}_batch_{size}": make_arm(name, size, STUDENT)
         for size in SMALL_BATCHES
         for name in ("plain", "ah", "recipe")
     }
     tiny: dict[str, Callable[[int], None]] = {
-        f"{name}_host": made(name, TINY_BATCH, TINY) for name in kinds
+        f"{name}_host": make_arm(name, TINY_BATCH, TINY) for name in kinds
     }
     times = take_turns(small, device, rounds=rounds, steps=2)
     times |= take_turns(tiny, device, rounds=2 * rounds, steps=10)
@@ -221,7 +225,7 @@ def small_on_rank(device: torch.device, folder: str, rounds: int, launch: int) -
 
 
 def small_figures(launches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios and differences to the plain step, in seconds on a core; operations."""
+    """Return ratios and differences to the plain step, in seconds on a core, and operations."""
     kernels = launches[0]["kernels"]
     cores = {
         name: np.array([core for launch in launches for _, core in launch["times"][name]])
@@ -240,7 +244,7 @@ def small_figures(launches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def stored(url: str, stream: Stream) -> TeacherStore:
-    """A store of the stream's logits, written by rank 0."""
+    """Return a store of the stream's logits, written by rank 0."""
     if dist.get_rank() == 0:
         store = TeacherStore.create(url, window_seconds=WINDOW)
         store.write(SNAPSHOT, stream.ids, stream.logits, stream.seconds)
@@ -251,7 +255,7 @@ def stored(url: str, stream: Stream) -> TeacherStore:
 def arms(
     device: torch.device, batches: list[Batch], lookup: TeacherLookup
 ) -> dict[str, Callable[[], Callable[[int], None]]]:
-    """What makes each arm."""
+    """Return a function that makes each arm."""
     wide = [DistillationTerm(beta=3.0, adapted=term.adapted, hidden=WIDE) for term in AH_SA]
     size = len(batches[0].labels)
     return {
@@ -277,7 +281,7 @@ def hand_written(device: torch.device) -> TrainPipelineSparseDist:
 
 
 class TwoLosses(nn.Module):
-    """What one writes without this package: the student's forward anew, with a head and a loss."""
+    """A student with a head and a loss in its own forward, as written without this package."""
 
     def __init__(self, student: DLRMTrain) -> None:
         super().__init__()
@@ -295,7 +299,7 @@ class TwoLosses(nn.Module):
 
 
 class Watched(Arm):
-    """An arm with the metrics of every step."""
+    """An arm that updates metrics at every step."""
 
     def __init__(self, pipeline: Any, batches: list[Batch], device: torch.device) -> None:
         super().__init__(pipeline, batches)
@@ -308,7 +312,7 @@ class Watched(Arm):
 
 
 class Matmuls:
-    """The multiplications of two heads alone, forward and backward, those of a layer in one."""
+    """The matrix products of two heads alone, forward and backward, one product for a layer."""
 
     def __init__(self, device: torch.device, size: int, hidden: tuple[int, ...]) -> None:
         first, *widths = (*hidden, 1)
@@ -328,9 +332,9 @@ class Matmuls:
             for weights in reversed(self.others):
                 inputs.pop().transpose(1, 2) @ gradient
                 gradient = gradient @ weights.transpose(1, 2)
-            of_first = gradient.transpose(0, 1).flatten(1)
-            of_first.t() @ self.shared
-            of_first @ self.first
+            first_gradient = gradient.transpose(0, 1).flatten(1)
+            first_gradient.t() @ self.shared
+            first_gradient @ self.first
 
 
 def ratio(times: Times, arm: str, base: str) -> dict[str, Any]:
@@ -339,7 +343,7 @@ def ratio(times: Times, arm: str, base: str) -> dict[str, Any]:
 
 
 def less(times: Times, arm: str, part: str) -> dict[str, Any]:
-    """An arm without a part of it, over the plain step."""
+    """Return an arm without a part of it, over the plain step."""
     wall, cpu = ((np.array(times[arm]) - times[part]) / times["plain"]).T
     return {"wall": common.spread(wall), "cpu": common.spread(cpu)}
 
@@ -349,16 +353,16 @@ def markdown(result: dict[str, Any]) -> str:
     ranks = [name for name in ("one_rank", "two_ranks") if name in details]
     rows = [
         ("exfm_over_plain", "**ExFM (AH + SA, columns) over plain**", "1.05"),
-        ("matmuls_over_plain", "of it the multiplications of its two heads of 128", ""),
-        ("exfm_less_matmuls", "**ExFM without them, over plain**", "1.03"),
+        ("matmuls_over_plain", "of it: the matrix products of its two heads of 128", ""),
+        ("exfm_less_matmuls", "**ExFM without these products, over plain**", "1.03"),
         ("ah_over_plain", "AH alone over plain", ""),
         ("ah_over_hand_written", "AH alone over a hand-written second loss", ""),
-        ("store_over_columns", "**from the store over columns**", "1.03"),
-        ("live_over_plain", "live teacher over plain", ""),
+        ("store_over_columns", "**ExFM from the store, over columns**", "1.03"),
+        ("live_over_plain", "ExFM with a live teacher over plain", ""),
         ("metrics_over_exfm", "ExFM with metrics at every step over ExFM", ""),
         ("wide_over_plain", "ExFM with heads as wide as the serving head over plain", ""),
-        ("wide_matmuls_over_plain", "of it the multiplications of these heads", ""),
-        ("wide_less_matmuls", "ExFM with these heads, without them, over plain", "1.03"),
+        ("wide_matmuls_over_plain", "of it: the matrix products of these heads", ""),
+        ("wide_less_matmuls", "ExFM with these heads, without these products, over plain", "1.03"),
     ]
     header = ["", *(f"{name.replace('_', ' ')}, {by}" for name in ranks for by in ("wall", "CPU"))]
     table = [
@@ -368,27 +372,27 @@ def markdown(result: dict[str, Any]) -> str:
     plain_ms = " and ".join(common.cell(details[name]["milliseconds"]["plain"]) for name in ranks)
     matmuls = details["one_rank"]["matmuls_over_plain"]["wall"]["median"]
     return (
-        f"Batches of {details['batch']:,}; the plain step takes {plain_ms} ms on "
+        f"Batches of {details['batch']:,}. The plain step takes {plain_ms} ms on "
         f"{' and '.join(name.replace('_', ' ') for name in ranks)}.\n\n"
         f"{common.table([*header, 'aim'], table)}\n\n"
-        f"The multiplications of the heads, timed apart, are a part of {common.cell(matmuls)} of "
-        f"the plain step on one rank, as the student's own layers are small: about "
-        f"{common.cell(1 + matmuls)} is what ExFM with these heads should take, whatever the rest. "
-        "The rest is meant to be small: each term is a head and a loss of its own, whose "
-        "operations the tests bound, and a β other than 1 multiplies the gradient of the shared "
-        "representation once a head. Launches differ by more than it amounts to, "
-        "in the plain step too: where malloc puts tensors, and which pages are fresh, weighs as "
-        "much on a CPU, so that whole runs of this script differ by more than their quartiles say."
+        f"The matrix products of the heads, timed apart, take {common.cell(matmuls)} of the plain "
+        "step on one rank, as the student's own layers are small. ExFM with these heads should "
+        f"thus take about {common.cell(1 + matmuls)} of the plain step. The rest is meant to be "
+        "small. Each term has a head and a loss of its own, whose operations the tests bound. A β "
+        "other than 1 multiplies the gradient of the shared representation, once for each head.\n\n"
+        "Launches differ by more than the rest amounts to, in the plain step too. On a CPU it "
+        "matters where malloc puts tensors and which pages are fresh. So whole runs of this script "
+        "differ by more than their quartiles say."
         f"{loss_markdown(details['losses']) if 'losses' in details else ''}"
         f"{two_towers.markdown(details['two_towers']) if 'two_towers' in details else ''}"
         f"{small_markdown(details['small']) if 'small' in details else ''}"
     )
 
 
-def loss_markdown(of_losses: dict[str, Any]) -> str:
-    rows = [[f"`{name}`", of["wall"], of["cpu"]] for name, of in of_losses.items()]
+def loss_markdown(by_loss: dict[str, Any]) -> str:
+    rows = [[f"`{name}`", ratios["wall"], ratios["cpu"]] for name, ratios in by_loss.items()]
     return (
-        "\n\nAH alone with each loss, in groups of 10 examples, on one rank.\n\n"
+        "\n\nAH alone with each loss, in groups of 10 examples, on one rank:\n\n"
         f"{common.table(['over plain', 'wall', 'CPU'], rows)}"
     )
 
@@ -406,8 +410,8 @@ def small_markdown(small: dict[str, Any]) -> str:
     ]
     header = ["", *(f"batches of {size:,}, over plain" for size in SMALL_BATCHES)]
     return (
-        "\n\nSmall batches, in time on a core, and what each adds to a step whose layers "
-        "and batch are tiny, where the host bounds it: the milliseconds of the host, and the "
+        "\n\nSmall batches, on one core. The last columns are what each arm adds to a step whose "
+        "layers and batch are tiny, where the host is the limit: milliseconds of the host, and the "
         "operations that it launches, each a kernel or more on a GPU. The plain step of tiny "
         f"layers takes {common.cell(small['plain_host_milliseconds'])} ms and launches "
         f"{operations['plain']}.\n\n"

@@ -1,25 +1,26 @@
-"""The store on one core: its rows on disk and in memory, and how fast they go in and come out.
+"""The teacher store on one core: bytes of its rows, and the rates of writes and look-ups.
 
     python benchmarks/store.py [--json] [--quick] [--rows N] [--embeddings]
 
-All rows lie in one time window, 2^18 a commit. Ids are random (hash_ids) or sequential; the top
-level has disk with sequential ones, all else with random ones, at bfloat16. The rest is in details.
+All rows lie in one time window, 2^18 in a commit. Ids are random (hash_ids) or sequential. At the
+top level bytes on disk are of sequential ids, all else of random ones, at bfloat16; the rest is in
+the details.
 
-A look-up is TeacherLookup(batch) of 8192 examples at random places in the window, all of it: ids
-and times from the batch, threads, index, checks, counters. The gather that it is compared with is
+A look-up is a whole TeacherLookup(batch) of 8192 examples at random places in the window: ids and
+times from the batch, threads, index, checks, counters. The gather that it is compared with is
 numpy's take of the same rows, by position, from records of 16 bytes (id, age, value).
 
-host_memory_over_one_process: 8 processes of one host (more cores than one) look up a window of 2^20
-rows and more (--rows) through mapped files. The host's memory is what is private to the processes
-and their reader beyond what they had before, and the files, once. It is held against that of one
-process that reads on a thread of its own, in the same way.
+host_memory_over_one_process: 8 processes of one host, on all cores, look up the window (--rows)
+through mapped files. The host's memory is what the processes and their reader have privately beyond
+what they had before, and the files once. It is compared with that of one process that reads on a
+thread of its own.
 
 Embeddings are measured on 2^18 rows of random ids in one commit, each width and resolution against
-none. They look like a teacher's hidden layer: 64 normal inputs through a random linear layer, then
-ReLU or tanh. With --embeddings that is all, as a table.
+none. They resemble a teacher's hidden layer: 64 normal inputs through a random linear layer, then
+ReLU or tanh. --embeddings measures these alone, and prints a table.
 
-All is pinned to one core. Rates are medians (over batches, commits or reads) by the time that the
-process had the core, so that other work on the machine counts less; "on_the_wall" is by the clock.
+Everything else is pinned to one core. Rates are medians over batches, commits or reads, by the time
+that the process had the core, so that other work counts less; "on_the_wall" is by the clock.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def measure(quick: bool, rows: int | None = None) -> dict[str, Any]:
 
 
 def pin() -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that is started from now on
+    """Pin this process, and those that it starts from now on, to one core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -106,8 +108,12 @@ def markdown(result: dict[str, Any]) -> str:
     columns = (details["random"], details["sequential"])
     rows = [
         ("lookup_rows_per_s", "**look-up through `TeacherLookup`, rows/s**", "5 M"),
-        ("mapped_rows_per_s", "**the same from the files of a host, rows/s**", "5 M"),
-        ("first_mapped_over_first", "the first look-up of a window, files over memory, time", "1"),
+        ("mapped_rows_per_s", "**the same through the mapped files of a host, rows/s**", "5 M"),
+        (
+            "first_mapped_over_first",
+            "time of the first look-up of a window, mapped files over memory",
+            "1",
+        ),
         ("index_rows_per_s", "the index alone (`WindowIndex.find`), rows/s", ""),
         ("gather_rows_per_s", "a plain gather of the same records by position, rows/s", ""),
         ("lookup_over_gather", "look-up over gather", ""),
@@ -120,25 +126,31 @@ def markdown(result: dict[str, Any]) -> str:
         ("read_rows_per_s", "a window read into memory, rows/s", ""),
     ]
     windows = details["windows_x10"]
-    of_embeddings = details.get("embeddings")  # measured files of before have none
+    with_embeddings = details.get("embeddings")  # earlier measured files have none
     return (
         f"{common.cell(details['rows'])} rows of one task in one time window, batches of "
-        f"{details['batch']:,}, on one core; rates by the time that the process had the core.\n\n"
+        f"{details['batch']:,}, on one core. Rates are by the time that the process had the "
+        "core.\n\n"
         + common.table(
             ["", "random ids", "sequential ids", "aim"],
             [[text, *(column[field] for column in columns), aim] for field, text, aim in rows],
         )
-        + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows in the place of 10, "
-        f"visited in order, look-ups go at {common.cell(windows['rows_per_s_ratio'])} times the "
+        + f"\n\nWith 100 windows of {windows['rows_of_a_window']:,} rows instead of 10, "
+        f"visited in order, look-ups have {common.cell(windows['rows_per_s_ratio'])} times the "
         f"rate, and the peak of memory is {common.cell(windows['peak_ratio'])} times as high."
-        + (f"\n\nWith embeddings:\n\n{table_of_embeddings(of_embeddings)}" if of_embeddings else "")
+        + (
+            "\n\nWith embeddings of width E, bytes a row:\n\n"
+            f"{table_of_embeddings(with_embeddings)}"
+            if with_embeddings
+            else ""
+        )
     )
 
 
 def write(
     url: str, ids: str, rows: int, window: int = 0, resolution: str = "bfloat16"
 ) -> list[tuple[int, common.Time]]:
-    """Write the rows of a window into a store; the time of each commit."""
+    """Write the rows of a window into a store; return the rows and the time of each commit."""
     store = TeacherStore.create(url, window_seconds=WINDOW, resolution=resolution)
     random = np.random.default_rng(window)
     times = []
@@ -151,7 +163,7 @@ def write(
 
 
 def embeddings(quick: bool) -> list[dict[str, Any]]:
-    """Bytes a row and the rate of look-ups, for each width and resolution, and for none."""
+    """Measure bytes a row and look-ups, for each width and resolution, and without embeddings."""
     cases = [(0, "float16"), *itertools.product((16, 32, 64), ("float16", "int8"))]
     rows = 2**15 if quick else COMMIT
     with tempfile.TemporaryDirectory(prefix="benchmark-store-") as folder:
@@ -172,8 +184,8 @@ def _embeddings(folder: str, rows: int, cases: list[tuple[int, str]]) -> list[di
             url = f"{folder}/{name}-{width}-{resolution}"
             kind: Any = {"embedding_width": width, "embedding_resolution": resolution}
             store = TeacherStore.create(url, window_seconds=WINDOW, **kind)
-            given = {"embeddings": layer} if width else {}
-            store.write(SNAPSHOT, part.example_ids, outputs, part.event_seconds, **given)
+            columns = {"embeddings": layer} if width else {}
+            store.write(SNAPSHOT, part.example_ids, outputs, part.event_seconds, **columns)
             result[f"bytes_per_row_on_disk_{name}"] = bytes_per_row(url, rows)
         lookup = TeacherLookup(TeacherStore(url), "fm", embeddings=width > 0)
         lookup(part)
@@ -183,10 +195,10 @@ def _embeddings(folder: str, rows: int, cases: list[tuple[int, str]]) -> list[di
         lookups.append(lookup)
     times: list[list[tuple[int, common.Time]]] = [[] for _ in cases]
     for batch in random_batches("random", rows, BATCHES // 4):
-        for of_case, lookup in zip(times, lookups, strict=True):
-            of_case.append((BATCH, common.timed(lookup, batch)))
-    for result, of_case in zip(results, times, strict=True):
-        result["lookup_rows_per_s"] = common.rates(of_case)
+        for case_times, lookup in zip(times, lookups, strict=True):
+            case_times.append((BATCH, common.timed(lookup, batch)))
+    for result, case_times in zip(results, times, strict=True):
+        result["lookup_rows_per_s"] = common.rates(case_times)
     return results
 
 
@@ -207,7 +219,7 @@ def bytes_per_row(url: str, rows: int) -> float:
 
 
 def examples(places: Any, ids: str, rows: int, window: int = 0) -> SimpleNamespace:
-    """A batch of the examples at places in a window, whose events come in order of places."""
+    """Return a batch of the examples at places in a window; event times follow the places."""
     place = torch.from_numpy(places)
     number = place + window * rows
     return SimpleNamespace(
@@ -223,14 +235,14 @@ def random_batches(ids: str, rows: int, count: int, window: int = 0) -> list[Sim
 
 
 def ready(folder: str) -> int:
-    """Bytes of this process once the libraries have read something."""
+    """Return the memory of this process once its libraries have read something."""
     torch.set_num_threads(1)
     TeacherLookup(TeacherStore(f"{folder}/small"), "fm")(examples(np.arange(1), "random", 1))
     return common.memory("VmRSS", new_peak=True)
 
 
 def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
-    """Read a window through a look-up; then look up batches, beside the index and gathers alone."""
+    """Measure the first look-up of a window, then batches, against the index and gathers alone."""
     batches = random_batches(ids, rows, BATCHES)
     store = TeacherStore(f"{folder}/{ids}")
     before = ready(folder)
@@ -281,12 +293,12 @@ def look_up(folder: str, ids: str, rows: int) -> dict[str, Any]:
 
 
 def host(folder: str, rows: int) -> dict[str, Any]:
-    """Memory, look-ups and the first look-up: 8 processes and a reader, against one process."""
-    one = common.in_process(processes_of_a_host, folder, rows, 1, None)
+    """Measure memory and look-ups of 8 processes with a reader, against one process."""
+    single = common.in_process(processes_of_a_host, folder, rows, 1, None)
     several = common.in_process(processes_of_a_host, folder, rows, PROCESSES, shared())
     return {
-        "memory_over_one_process": common.rounded(several["memory"] / one["memory"]),
-        "bytes_per_row_one_process": common.rounded(one["memory"] / rows),
+        "memory_over_one_process": common.rounded(several["memory"] / single["memory"]),
+        "bytes_per_row_one_process": common.rounded(single["memory"] / rows),
         "bytes_per_row_of_the_host": common.rounded(several["memory"] / rows),
         "processes": PROCESSES,
         "mapped_rows_per_s": several["rows_per_s"],
@@ -294,20 +306,20 @@ def host(folder: str, rows: int) -> dict[str, Any]:
 
 
 def shared() -> str:
-    """A new folder of the host, in memory where it is large enough."""
+    """Return a new folder for the files of a host, in memory if that is large enough."""
     return tempfile.mkdtemp(prefix="benchmark-store-", dir=default_folder())
 
 
 def processes_of_a_host(
     folder: str, rows: int, count: int, host_folder: str | None
 ) -> dict[str, Any]:
-    """Forked before anything is read; one at a time looks up, as cores are few."""
+    """Fork processes before anything is read; let one after the other look up, as cores are few."""
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe() for _ in range(count)]
     workers = [
-        context.Process(target=of_a_host, args=(folder, rows, host_folder, theirs), daemon=True)
-        for _, theirs in ends
+        context.Process(target=answer_on_host, args=(folder, rows, host_folder, end), daemon=True)
+        for _, end in ends
     ]
     for worker in workers:
         worker.start()
@@ -329,8 +341,8 @@ def processes_of_a_host(
     }
 
 
-def of_a_host(folder: str, rows: int, host_folder: str | None, connection: Any) -> None:
-    """A process that does what it is told, and answers."""
+def answer_on_host(folder: str, rows: int, host_folder: str | None, connection: Any) -> None:
+    """Do what the connection asks for, one request after the other, and send the answers."""
     torch.set_num_threads(1)
     batches = random_batches("random", rows, BATCHES // PROCESSES)
     small = TeacherLookup(TeacherStore(f"{folder}/small"), "fm")
@@ -348,13 +360,13 @@ def of_a_host(folder: str, rows: int, host_folder: str | None, connection: Any) 
 
 
 def private_bytes(pid: int) -> int:
-    """Bytes of memory that a process shares with none."""
+    """Return the bytes of memory that a process does not share."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def holders(lock: Path) -> list[int]:
-    """The processes that have a file open."""
+    """Return the other processes that have a file open."""
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdecimal()]
     return [pid for pid in pids if pid != os.getpid() and str(lock) in opened(pid)]
 
@@ -369,7 +381,7 @@ def opened(pid: int) -> set[str]:
 
 
 def windows_x10(folder: str, rows: int) -> dict[str, Any]:
-    """A table of a hundred windows, and tables of ten of them, looked up in order of windows."""
+    """Compare a table of 100 windows with tables of 10, looked up in order of windows."""
     for window in range(100):
         write(f"{folder}/many", "random", rows, window)
     for window in range(50):
@@ -377,7 +389,7 @@ def windows_x10(folder: str, rows: int) -> dict[str, Any]:
     _, few = common.in_process(visit, folder, rows, ["few"], 1)
     _, many = common.in_process(visit, folder, rows, ["many"], 10)
     times, _ = common.in_process(visit, folder, rows, ["few", "many"], 5)
-    core = {name: [core for _, (_, core) in of_table] for name, of_table in times.items()}
+    core = {name: [core for _, (_, core) in pairs] for name, pairs in times.items()}
     return {
         "rows_of_a_window": rows,
         "rows_per_s_10_windows": common.rates(times["few"]),
@@ -390,19 +402,19 @@ def windows_x10(folder: str, rows: int) -> dict[str, Any]:
 
 
 def visit(folder: str, rows: int, tables: list[str], tens: int) -> tuple[Any, float]:
-    """Look up as many rows as windows have, ten windows at a time, by turns in each table."""
+    """Look up as many rows as the windows have, ten windows at a time, in turns in each table."""
     count = -(-rows // BATCH)
-    of_window = [random_batches("random", rows, count, window) for window in range(10 * tens)]
+    by_window = [random_batches("random", rows, count, window) for window in range(10 * tens)]
     before = ready(folder)
     many = TeacherLookup(TeacherStore(f"{folder}/many"), "fm")
     times: dict[str, list[tuple[int, common.Time]]] = {table: [] for table in tables}
     for number in range(tens):
-        batches = list(itertools.chain(*of_window[10 * number :][:10]))
+        batches = list(itertools.chain(*by_window[10 * number :][:10]))
         few = TeacherLookup(TeacherStore(f"{folder}/few/{number % 5}"), "fm")
         for table in tables[:: 1 if number % 2 else -1]:
             lookup = many if table == "many" else few
-            taken = common.timed(list, map(lookup, batches))
-            times[table].append((len(batches) * BATCH, taken))
+            seconds = common.timed(list, map(lookup, batches))
+            times[table].append((len(batches) * BATCH, seconds))
             assert lookup.counters["fm"].coverage == 1
     return times, common.rounded((common.memory("VmHWM") - before) / 2**20)
 

@@ -1,4 +1,4 @@
-"""Students that train side by side in one process, step by step in turns, and what a step costs."""
+"""Students that train in turns in one process, and what a step of each costs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ RECIPE = (DistillationTerm(), DistillationTerm(adapted=True, serving=True, margi
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What ``function(device, folder, *args)`` gives on rank 0 of as many processes, as JSON.
+    """Run ``function(device, folder, *args)`` on ranks; return what rank 0 returns, through JSON.
 
-    The folder is empty, the same for all ranks, and gone afterwards.
+    The folder is empty and temporary, the same for all ranks.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         mp.spawn(_rank, (ranks, folder, function, args), nprocs=ranks)
@@ -71,7 +71,7 @@ def columns(batch: Batch) -> TeacherOutputs:
 
 
 def embeddings(batch: Batch) -> TeacherOutputs:
-    """The logits, and 64 numbers beside each."""
+    """Return the logits as teacher outputs, with 64 numbers as each one's embedding."""
     return TeacherOutputs(batch.logits, embeddings=batch.logits.unsqueeze(1).expand(-1, EMBEDDING))
 
 
@@ -80,7 +80,7 @@ def groups(batch: Batch) -> Tensor:
 
 
 def plain(device: torch.device, sizes: Sizes = STUDENT) -> TrainPipelineSparseDist:
-    """TorchRec's own, without a teacher."""
+    """Return TorchRec's own pipeline, without a teacher."""
     torch.manual_seed(0)
     model, optimizer = sharded(dlrm(sizes), device)
     return TrainPipelineSparseDist(model, optimizer, device)
@@ -94,7 +94,7 @@ def exfm(
     tasks: Sequence[Task] = (Task(),),
     **options: Any,
 ) -> TrainPipelineExFM:
-    """The same student with heads, and an adapter where a term asks for one; groups are of 10."""
+    """Return the same student with heads, and an adapter where a term needs it; groups have 10."""
     torch.manual_seed(0)
     teachers = list(dict.fromkeys(term.teacher for term in terms))
     wrapper = ExFMWrapper(dlrm(sizes), tap=TAP, terms=terms, teachers=teachers, tasks=tasks)
@@ -107,7 +107,7 @@ def exfm(
 
 
 class Arm:
-    """One way to train; its pipeline goes on over the same batches again and again."""
+    """One way to train; its pipeline cycles over the same batches."""
 
     def __init__(self, pipeline: Any, batches: Sequence[Any]) -> None:
         self.pipeline = pipeline
@@ -119,7 +119,7 @@ class Arm:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operations that do work on the device: views and empty tensors are none."""
+    """A counter of operations that do work on the device; views and empty tensors do none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Kernels(TorchDispatchMode):
 
 
 def kernels_of(arm: Callable[[int], None]) -> int:
-    """Of one step, when the optimizers have their state."""
+    """Count the operations of one step; the optimizers should have their state."""
     with Kernels() as kernels:
         arm(1)
     return kernels.count
@@ -143,10 +143,10 @@ def kernels_of(arm: Callable[[int], None]) -> int:
 def take_turns(
     arms: dict[str, Callable[[int], None]], device: torch.device, *, rounds: int, steps: int
 ) -> dict[str, list[common.Time]]:
-    """Seconds a step of each arm in each round, by the clock and of all threads together.
+    """Return seconds a step of each arm in each round, by the clock and of all threads together.
 
-    In a round each arm takes its steps; the order goes round from round to round. The first round
-    is to warm up, and not counted. On a GPU the clock is that of the device's events.
+    In a round each arm takes its steps; the order rotates from round to round. The first round
+    warms up and is not counted. On a GPU the clock is that of the device's events.
     """
     times: dict[str, list[common.Time]] = {name: [] for name in arms}
     names = list(arms)
@@ -174,6 +174,6 @@ def _timed(arm: Callable[[int], None], steps: int, device: torch.device) -> comm
 def over(
     times: dict[str, list[common.Time]], arm: str, base: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The ratios of two arms, round by round: by the clock, and in seconds of all threads."""
+    """Return the ratios of two arms, round by round, by the clock and in seconds of all threads."""
     ratios = np.array(times[arm]) / np.array(times[base])
     return common.spread(ratios[:, 0]), common.spread(ratios[:, 1])

@@ -1,8 +1,8 @@
-"""What the losses of two towers add to a step of a student that retrieves; part of step.py.
+"""What the losses of two towers add to a step of a retrieval student; part of step.py.
 
-A query's tower reads 13 tables and the dense features, an item's 13 tables: pooled, side by side,
-then 256-64 each. The student's own loss is the sampled softmax over the items of the batch, or
-(pairs) cross entropy of each pair's product alone.
+The query tower reads 13 tables and the dense features, the item tower 13 tables. Both pool and
+concatenate them; layers of 256 and 64 follow. The student's own loss is the sampled softmax over
+the items of the batch, or (pairs) the cross entropy of each pair's product alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TERMS = {
 
 
 class TwoTowers(nn.Module):
-    """With TorchRec's training contract."""
+    """A student of two towers in TorchRec's training contract."""
 
     def __init__(self, tables: EmbeddingBagCollection, *, pairs: bool) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ class TwoTowers(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         pooled = self.tables(batch.sparse_features).values()
-        ours, theirs = pooled.chunk(2, dim=1)
-        query = self.query(torch.cat([ours, batch.dense_features], dim=1))
-        item = self.item(theirs)
+        query_features, item_features = pooled.chunk(2, dim=1)
+        query = self.query(torch.cat([query_features, batch.dense_features], dim=1))
+        item = self.item(item_features)
         logits = (query * item).sum(1) / TAU
         if self.pairs:
             loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
@@ -68,44 +68,44 @@ def student(*, pairs: bool) -> TwoTowers:
 def towers_on_rank(
     device: torch.device, folder: str, batch: int, rounds: int, launch: int
 ) -> dict[str, list[common.Time]]:
-    """Seconds a step of each arm; those without a teacher are ``softmax`` and ``pairs``."""
+    """Measure each arm's step; ``softmax`` and ``pairs`` are those without a teacher."""
     batches = Stream(2 * batch).pool(4, batch)
-    made: dict[str, Any] = {}
+    arms: dict[str, Any] = {}
     for pairs in (False, True):
         model, optimizer = sharded(student(pairs=pairs), device)
         pipeline = TrainPipelineSparseDist(model, optimizer, device)
-        made["pairs" if pairs else "softmax"] = Arm(pipeline, batches)
+        arms["pairs" if pairs else "softmax"] = Arm(pipeline, batches)
         for name, term in TERMS.items():
             wrapper = ExFMWrapper(student(pairs=pairs), tap=TAP, terms=[term])
             model, optimizer = sharded(wrapper, device)
             teacher = {"teacher": embeddings, "candidates": items}
             exfm = TrainPipelineExFM(model, optimizer, device, **teacher)
-            made[f"{name}, {'pairs' if pairs else 'softmax'}"] = Arm(exfm, batches)
-    return take_turns(made, device, rounds=rounds, steps=20 if device.type == "cuda" else 1)
+            arms[f"{name}, {'pairs' if pairs else 'softmax'}"] = Arm(exfm, batches)
+    return take_turns(arms, device, rounds=rounds, steps=20 if device.type == "cuda" else 1)
 
 
 def figures(times: dict[str, list[common.Time]]) -> dict[str, Any]:
-    """Of each loss over the same student's step without a teacher, which has milliseconds."""
+    """Return each loss over the same student's step without a teacher, and its milliseconds."""
     result: dict[str, Any] = {}
-    for own in ("softmax", "pairs"):
-        wall = [1000 * wall for wall, _ in times[own]]
-        result[own] = {"milliseconds": common.spread(wall)}
+    for base in ("softmax", "pairs"):
+        wall = [1000 * wall for wall, _ in times[base]]
+        result[base] = {"milliseconds": common.spread(wall)}
         for name in TERMS:
-            wall_over, cpu_over = over(times, f"{name}, {own}", own)
-            result[own][name] = {"wall": wall_over, "cpu": cpu_over}
+            wall_over, cpu_over = over(times, f"{name}, {base}", base)
+            result[base][name] = {"wall": wall_over, "cpu": cpu_over}
     return result
 
 
 def markdown(towers: dict[str, Any]) -> str:
     rows = [
-        [f"`{name}`", *(towers[own][name][by] for own in towers for by in ("wall", "cpu"))]
+        [f"`{name}`", *(towers[base][name][by] for base in towers for by in ("wall", "cpu"))]
         for name in TERMS
     ]
-    header = ["over plain", *(f"{own}, {by}" for own in towers for by in ("wall", "CPU"))]
-    plain = " and ".join(common.cell(towers[own]["milliseconds"]) for own in towers)
+    header = ["over plain", *(f"{base}, {by}" for base in towers for by in ("wall", "CPU"))]
+    plain = " and ".join(common.cell(towers[base]["milliseconds"]) for base in towers)
     return (
-        "\n\nTwo towers with vectors of 64 on one rank, whose own loss is a softmax over the items "
-        f"of the batch, or of pairs alone; without a teacher they take {plain} ms. "
+        "\n\nTwo towers with vectors of 64, on one rank. Their own loss is a softmax over the "
+        f"items of the batch, or a loss of pairs alone. Without a teacher they take {plain} ms. "
         "`pairs_in_head` is a head of 128 on both vectors.\n\n"
         f"{common.table(header, rows)}"
     )

@@ -1,4 +1,4 @@
-"""What the main job leaves behind: a table on the console, the same as JSON, and a picture."""
+"""The results of the main job: a table on the console, the same as JSON, and a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Result:
-    """One arm, over a vertical's examples of the last half of the year.
+    """The figures of one arm, over a vertical's examples of the last half of the year.
 
     Attributes:
         vertical: the department.
@@ -66,12 +66,12 @@ def write(results: Sequence[Result], options: argparse.Namespace) -> None:
 
 
 def none_of(results: Sequence[Result], vertical: str) -> Result:
-    """A vertical's arm without a teacher."""
+    """Return a vertical's arm without a teacher."""
     return next(r for r in results if r.vertical == vertical and r.arm == "none")
 
 
 def changes(result: Result, none: Result) -> dict[str, float]:
-    """NE and AUC against the arm without a teacher, in per cent."""
+    """Return the changes of NE and AUC against the arm without a teacher, in per cent."""
     return {
         "ne_change_percent": 100 * (result.ne / none.ne - 1),
         "auc_change_percent": 100 * (result.auc / none.auc - 1),
@@ -79,7 +79,7 @@ def changes(result: Result, none: Result) -> dict[str, float]:
 
 
 def table(results: Sequence[Result], none: Mapping[str, Result]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     lines = [
         f"{'vertical':12}{'arm':14}{'teacher':14}{'NE':>8}{'AUC':>8}{'calibration':>13}"
         f"{'NE vs none':>12}{'AUC vs none':>13}{'samples/s':>11}"
@@ -95,27 +95,44 @@ def table(results: Sequence[Result], none: Mapping[str, Result]) -> list[str]:
 
 
 def draw(results: Sequence[Result], none: Result, path: Path) -> None:
-    """The students' NE against the arm without a teacher, and their calibration, as bars."""
-    import matplotlib
+    """Draw the students' NE against the arm without a teacher, and their calibration, as bars."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from torchrec_exfm.study.report import line_style
 
     students = [result for result in results if result.arm != "teacher"]
-    names = [
-        "\n".join([result.arm, *result.teacher.split(" ", 1)]) if result.arm != "none" else "none"
-        for result in students
-    ]
-    colours = ["tab:red" if result.teacher != "fresh" else "tab:blue" for result in students]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    left.bar(names, [changes(r, none)["ne_change_percent"] for r in students], color=colours)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set_ylabel("NE against no teacher, % (lower is better)")
-    right.bar(names, [result.calibration for result in students], color=colours)
-    right.axhline(1, color="black", linewidth=0.8)
-    right.set_ylabel("calibration (1 is best)")
-    for axes in (left, right):
-        axes.tick_params(axis="x", labelsize=7)
+    arms = list(dict.fromkeys(result.arm for result in students))
+    hatches = {"fresh": "", students[-1].teacher: "///"}
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(f"Students of {none.vertical}, last half of the year")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    left, right = figure.subplots(1, 2)
+    for result in students:
+        # AH + SA of this demo has the margin
+        style = line_style("AH + SA by margin" if result.arm == "AH + SA" else result.arm)
+        options = {"width": 0.38, "edgecolor": "white", "hatch": hatches[result.teacher]}
+        shift = 0.0 if result.arm == "none" else -0.2 if result.teacher == "fresh" else 0.2
+        at = arms.index(result.arm) + shift
+        left.bar(at, changes(result, none)["ne_change_percent"], color=style["color"], **options)
+        right.bar(at, result.calibration, color=style["color"], **options)
+    biased = [result for result in students if result.teacher == students[-1].teacher]
+    ne = ", ".join(f"{r.arm} {changes(r, none)['ne_change_percent']:+.1f} %" for r in biased)
+    calibration = ", ".join(f"{r.arm} {r.calibration:.2f}" for r in biased)
+    left.set(
+        ylabel="NE against none, % (lower is better)",
+        title=f"NE, teacher {biased[0].teacher}:\n{ne}",
+    )
+    right.set(
+        ylabel="calibration (1 is best)",
+        title=f"Calibration, teacher {biased[0].teacher}:\n{calibration}",
+    )
+    for axes, level in ((left, 0), (right, 1)):
+        axes.axhline(level, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(arms)), arms)
+        axes.title.set_fontsize(10)
+    patches = [
+        Patch(facecolor="grey", edgecolor="white", hatch=hatch, label=f"teacher {teacher}")
+        for teacher, hatch in hatches.items()
+    ]
+    left.legend(handles=patches, fontsize=9)
+    figure.savefig(path, dpi=130)

@@ -28,10 +28,21 @@ from torchrec_exfm.study.figures import (
 from torchrec_exfm.study.passes import Arm, Pass
 from torchrec_exfm.tasks import Task
 
-__all__ = ["Run", "markdown", "mean_cell", "p_text", "write_report"]
+__all__ = ["Run", "line_style", "markdown", "mean_cell", "p_text", "write_report"]
 
 ITSELF = {"teacher": "the teacher itself", "older": "the older teacher itself"}
 SURE = 0.05  # the level for p times the number of settings tried (Bonferroni)
+LINE_STYLES: Mapping[str, Mapping[str, Any]] = {  # an arm looks the same in every picture
+    "none": {"color": "#7f7f7f"},
+    "head on the label": {"color": "#c7c7c7", "linestyle": "--"},
+    "AH": {"color": "#1f77b4"},
+    "AH + SA": {"color": "#9467bd"},
+    "AH + SA by margin": {"color": "#ff7f0e"},
+    "serving head": {"color": "#d62728"},
+    "label memory": {"color": "#2ca02c"},
+    "teacher": {"color": "#000000"},
+}
+OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf")  # of arms that have none above
 
 
 class Run(NamedTuple):
@@ -247,19 +258,29 @@ def _interval(finding: Finding) -> str:
 
 def draw(path: Path, findings: Mapping[str, Finding]) -> None:
     """Draw the change of NE by arm, with a point for each seed, and the log-loss over time."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for row, (name, finding) in enumerate(findings.items()):
-        seeds = finding.change.ne.mean(1)
-        left.barh(row, seeds.mean(), color=f"C{row}", alpha=0.6)
+        seeds, style = finding.change.ne.mean(1), line_style(name, row)
+        left.barh(row, seeds.mean(), color=style["color"], alpha=0.6)
         left.plot(seeds, [row] * len(seeds), ".", color="black")
-        right.plot(finding.over_time, color=f"C{row}", label=name)
+        right.plot(finding.over_time, label=name, **style)
     left.set(yticks=range(len(findings)), yticklabels=list(findings), xlabel="change of NE, %")
     left.invert_yaxis()
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="stretch of time", ylabel="log-loss against the student alone, %")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    right.legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def line_style(arm: str, index: int = 0) -> Mapping[str, Any]:
+    """Return the color and dashes of an arm, as keywords of matplotlib.
+
+    Args:
+        arm: its name.
+        index: picks the color of an arm that `LINE_STYLES` does not name.
+    """
+    return LINE_STYLES.get(arm, {"color": OTHER_COLORS[index % len(OTHER_COLORS)]})
 
 
 def mean_cell(values: Array, digits: int = 2) -> str:
