@@ -33,7 +33,7 @@ TITLES = {
 }
 HEAD = """# Benchmarks
 
-What external distillation costs. What it brings is in [QUALITY.md](QUALITY.md).
+What external distillation costs. What it brings is in `QUALITY.md`.
 
 Each script answers one question. `make bench` runs them all and writes this page from what they
 print, which is kept in `measured/`. No figure is written by hand. Each script also runs alone: it
