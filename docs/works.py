@@ -186,7 +186,7 @@ VERSIONS = """\
 | --- | --- | --- |
 | 1.8 | 2.13, 1.8 | the tests of this page run on these |
 | 1.9.2 | 2.13, 1.8 | the package's tests pass |
-| 1.6, 1.7, 1.9 | [as released](install.md#with-a-torchrec-that-you-already-have) | no warning at import |
+| 1.6, 1.7, 1.9 | [as released](install.md#with-an-existing-torchrec) | no warning at import |
 | another | as released | a warning at import; training goes on |
 """
 
