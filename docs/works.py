@@ -204,9 +204,9 @@ def page() -> str:
     lines = [
         "# Does it work with ...?",
         "",
-        "Every *tested* cell is a test, which the number names [below](#the-tests). They run on "
-        "CPUs, on two ranks unless the test says otherwise. `make works` runs them all and writes "
-        "this page only if all pass.",
+        "Which pipelines, options and versions are tested. The number in each *tested* cell names "
+        "its test [below](#the-tests). Tests run on CPUs, on two ranks unless the test says "
+        "otherwise. `make works` runs them all and writes this page only if all pass.",
         "",
         "## Pipelines and kinds of terms",
         "",
