@@ -33,8 +33,9 @@ class ExFMWrapper(nn.Module):
     student keeps its class, its names and its outputs. If the tapped module begins with an in-place
     operation, the heads see its result. (arXiv 2502.17494, eq. 3-5.)
 
-    Wrap the training module before ``apply_optimizer_in_backward``, the sharding plan and
-    ``DistributedModelParallel``. Names in the plan gain the prefix ``student.``.
+    Wrap the training module before the sharding plan, ``DistributedModelParallel`` and the dense
+    optimizer are made, since names gain the prefix ``student.``. ``apply_optimizer_in_backward``
+    on the tables may come before or after.
 
     In training, call it on an :class:`ExFMBatch`. It returns ``(L, (loss, logits, labels))``; the
     second part is the student's own. In evaluation, it also accepts the user's batch, and it
