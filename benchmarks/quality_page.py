@@ -32,8 +32,8 @@ from torchrec_exfm.study.report import line_style, markdown, mean_cell
 
 TITLE = """# Quality: when external distillation pays, by how much, and why
 
-`make quality` runs the experiments and writes this page from what it measured.
-`make quality QUICK=1` runs a small form of them. No figure is written by hand.
+What students gain from a teacher on three real streams. `make quality` runs the experiments and
+writes this page; `make quality QUICK=1` runs a small form of them. No figure is written by hand.
 """
 
 PICTURE = """
@@ -53,42 +53,42 @@ METHOD = """
 * **Serving head**: the teacher is distilled into the head that is served.
 * **None**: the student alone. Each change is against it, with the same vertical and seed.
 * **Head on the label**: the control, a second head like AH's that learns the label, without any
-  teacher. What it brings is not the teacher's.
+  teacher. Whatever it gains does not come from the teacher.
 * **Lead**: by how much the teacher's NE is below that of the student alone.
 * **η**: the share of the lead that the student gains, (NE of none - NE of the arm) /
   (NE of none - NE of the teacher).
 * **Generation ratio**: what students gain from a new teacher over an older one, over what the
   teacher itself gained, (NE of the arm by the old - by the new) / (NE of the old teacher - of the
-  new). It is another ratio than η. The older teacher has the same size, and the features of the
-  strong student.
+  new). It differs from η. The older teacher has the same size, and the features of the strong
+  student.
 * **Lean and strong**: the two students. The strong one also has the mean of earlier labels and the
-  count of earlier examples. They are of the product, and of the household with the product, the
-  category and the manufacturer (MovieLens: the user, the movie, the user with the genre; EB-NeRD:
-  the article, the user, both).
+  count of earlier examples, by product, and by household with product, category and manufacturer
+  (MovieLens: by user, by movie, by user with genre; EB-NeRD: by article, by user, by both).
 * **± s (p)**: s is the standard deviation over seeds of the mean over verticals. p is that of a
-  paired, two-sided t-test over seeds. It tells of the noise of seeds, not of other data.
+  paired, two-sided t-test over seeds. It measures the noise of seeds, not of other data.
 
 ## Method
 
-**One pass** in time order: each example is scored before it is trained on. Figures are of the later
-half: weeks 27 and later, or days 8 to 14. A seed is that of a teacher and of its students.
+**One pass** in time order: each example is scored before it is trained on. Figures cover the later
+half: weeks 27 and later, or days 8 to 14. A teacher and its students share a seed.
 
 **Streams.** *promotions*: a year of retail promotions, whose departments are verticals.
 *movielens*: MovieLens-1M. Is a rating at least four stars? Primary genres are verticals. It has no
-negative sampling, its users come once, and its teacher knows little more than the students.
-*ebnerd*: two weeks of a news site's pages, EB-NeRD's demo. Is an article in view clicked? Front and
-article pages, on mobile devices and on desktops, are verticals. Its items are hours old.
+negative sampling, each user visits once, and its teacher knows little more than the students.
+*ebnerd* ("news" on other pages): two weeks of a news site, EB-NeRD's demo. Is an article in view
+clicked? Front and article pages, on mobile devices and on desktops, are verticals. Its items are
+hours old.
 
 **Model.** The tap is `model.over_arch.model.1`: the heads share all but the last layer with the
 serving head. The optimizers are Adam and, for the tables, row-wise Adagrad.
 
-**Seeds.** Tables 1, 6 and 10 have five, the sweeps, which are all others, three. In table 1 the
-arms of EB-NeRD with GS, LS, LW or SA have three as well, except the recipe.
-Sweeps other than freshness are of fewer verticals: PRODUCE, DELI and MEAT-PCKGD; Drama, Horror and
+**Seeds.** Tables 1, 6 and 10 have five; all others, the sweeps, have three. In table 1 the arms of
+EB-NeRD with GS, LS, LW or SA also have three, except the recipe.
+Sweeps other than freshness cover fewer verticals: PRODUCE, DELI and MEAT-PCKGD; Drama, Horror and
 Adventure; the front page on mobile devices and the article page on desktops.
 
 **What was tuned, and on what.** Rates were chosen for the student without a teacher, at batches of
-256, on weeks 14 to 26 (days 4 to 7). They hold for all arms. They come from a grid
+256, on weeks 14 to 26 (days 4 to 7), and are the same for all arms. They come from a grid
 (`quality.py --tune`); those of the promotions come from trials over eight settings. The grid was
 run later, and has a slightly better setting for their lean student: see the end of this page.
 EB-NeRD's teacher has the best of nine settings on days 4 to 7. The other teachers were not tuned.

@@ -186,7 +186,7 @@ VERSIONS = """\
 | --- | --- | --- |
 | 1.8 | 2.13, 1.8 | the tests of this page run on these |
 | 1.9.2 | 2.13, 1.8 | the package's tests pass |
-| 1.6, 1.7, 1.9 | [as released](install.md#beside-a-torchrec-that-works) | no warning at import |
+| 1.6, 1.7, 1.9 | [as released](install.md#with-an-existing-torchrec) | no warning at import |
 | another | as released | a warning at import; training goes on |
 """
 
@@ -204,9 +204,9 @@ def page() -> str:
     lines = [
         "# Does it work with ...?",
         "",
-        "Every *tested* cell is a test, which the number names [below](#the-tests). They run on "
-        "CPUs, on two ranks unless the test says otherwise. `make works` runs them all and writes "
-        "this page only if all pass.",
+        "Which pipelines, options and versions are tested. The number in each *tested* cell names "
+        "its test [below](#the-tests). Tests run on CPUs, on two ranks unless the test says "
+        "otherwise. `make works` runs them all and writes this page only if all pass.",
         "",
         "## Pipelines and kinds of terms",
         "",

@@ -2,7 +2,7 @@
 
 Train small students on the logged outputs of a teacher that is too large to serve::
 
-    model = ExFMWrapper(DLRMTrain(dlrm), tap="model.over_arch")
+    model = ExFMWrapper(DLRMTrain(dlrm), tap="model.over_arch.model.1")
     pipeline = TrainPipelineExFM(model, optimizer, device, teacher=columns)
     served = export_student(model)
 """

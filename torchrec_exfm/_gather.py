@@ -44,8 +44,8 @@ class _Shard(NamedTuple):
 def gather_to_rank_0(tensor: ShardedTensor | DTensor, target: Tensor | None) -> None:
     """Copy a sharded tensor into ``target``, on the CPU of rank 0; the other ranks pass None.
 
-    Every rank of the tensor's group or mesh must call it. Beside its own shards, a device holds one
-    piece of ``PIECE_BYTES``, or one row if a row is longer.
+    Every rank of the tensor's group or mesh must call it. Besides its own shards, a device holds
+    one piece of ``PIECE_BYTES``, or one row if a row is longer.
     """
     group = group_of_shards(tensor)
     if group is None:
@@ -60,8 +60,8 @@ def gather_to_rank_0(tensor: ShardedTensor | DTensor, target: Tensor | None) -> 
         for offsets, shard in local_shards(tensor)
         if shard.numel()
     }
-    # The ranks are asked, as a DTensor's placements can mislead: TorchRec calls a table that lies
-    # on one rank a replica on all. NCCL also needs a collective of the group before point-to-point.
+    # Ask the ranks, as a DTensor's placements can mislead: TorchRec calls a table that lies on one
+    # rank a replica on all. NCCL also needs a collective of the group before point-to-point.
     shards_by_rank = gather_from_ranks(list(shards), group)
     owners = dict.fromkeys(shards_by_rank[root], root)  # rank 0's copies need no transfer
     for rank, rank_shards in enumerate(shards_by_rank):

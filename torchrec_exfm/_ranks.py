@@ -1,4 +1,4 @@
-"""The ranks of a job, one if ``torch.distributed`` is not in use."""
+"""The ranks of a job: a single one without ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def world_size() -> int:
 
 
 def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the values of all ranks (or of a group's), in their order, on each of them."""
+    """Return the values of all ranks, or of a group's, in the order of ranks, on every rank."""
     size = world_size() if group is None else group.size()
     values = [value] * size
     if size > 1:

@@ -175,11 +175,11 @@ class AuxiliaryHead(nn.Module):
         )
         pairs = [term(shared, serving, inputs) for term in self.term_losses]
         taught, losses = zip(*pairs, strict=True)
-        return sum(taught[1:], taught[0]), torch.stack(losses)  # without a 0 + first, one kernel
+        return sum(taught[1:], taught[0]), torch.stack(losses)  # sum() would add 0 in a kernel
 
     @property
     def leads(self) -> Tensor:
-        """The factors of each term's task losses, all terms in one tensor, on the CPU.
+        """The factor of each task's loss in each term, all terms in one tensor, on the CPU.
 
         In [0, 1] for terms with a margin, 1 for others.
         """

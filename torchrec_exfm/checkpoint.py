@@ -1,7 +1,7 @@
 """Checked checkpoints that any tool can read with ``torch.distributed.checkpoint``.
 
 A checkpoint is an ordinary folder of ``torch.distributed.checkpoint`` (DCP), plus a metadata.json
-(:mod:`torchrec_exfm._manifest`). That file completes it, and is read in place of DCP's pickle.
+(:mod:`torchrec_exfm._manifest`). That file is written last, and read instead of DCP's pickle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_CACHED_BYTES = 2**30
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a model's state, each rank its own part.
 
-    Every rank must call it, with one folder that all of them see. Without ``torch.distributed`` it
+    Every rank must call it, with a folder that all ranks share. Without ``torch.distributed`` it
     runs in one process. ``metadata.json`` comes last and atomically, so a killed save leaves a
     folder that ``load_checkpoint`` refuses. A save that fails removes what it has written. The
     files of an existing checkpoint, whatever tool wrote it, are never overwritten.
@@ -114,7 +114,7 @@ def load_checkpoint(
 
 
 def open_checkpoint(folder: Path) -> dcp.Metadata:
-    """Check a checkpoint, each rank a share of its files, and return what it holds; collective."""
+    """Check a checkpoint, each rank a share of its files; return its metadata. Collective."""
     return on_every_rank(lambda: read_metadata(folder, slice(rank(), None, world_size())))
 
 
@@ -142,13 +142,13 @@ class _Files(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         path = Path(path)
-        # A killed save may have left one. Unlinked, not truncated: a link's target stays as it is.
+        # A killed save may have left a file. Unlink it: truncating would destroy a link's target.
         path.unlink(missing_ok=True)
         with _DigestingFile(io.FileIO(path, "x")) as stream:
             self._written[path.name] = stream
             try:
                 yield stream
-            except RuntimeError as error:  # torch.save's clean-up hides the cause, as a full disk
+            except RuntimeError as error:  # torch.save's clean-up hides a cause such as a full disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -196,7 +196,7 @@ def _write_atomically(files: _Files, path: Path, text: str) -> None:
     try:
         os.fsync(folder)
     except BaseException:
-        path.unlink()  # first: other ranks, told of the error, delete the files that it describes
+        path.unlink()  # before raising: then other ranks delete the files that it describes
         raise
     finally:
         os.close(folder)

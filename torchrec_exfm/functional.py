@@ -68,7 +68,7 @@ def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def scale_label(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
-    """Scale soft labels (LS), to lift those of rare events, and clip them at 1.
+    """Scale soft labels (LS), to raise those of rare events, and clip them at 1.
 
     .. math:: \\min(α y, 1)
 
@@ -205,10 +205,10 @@ class _ScaleGradient(torch.autograd.Function):
 def present_mean(
     values: Tensor, absent: Tensor, count: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Return a :func:`masked_mean` of a mask and a count that several means share.
+    """Return a :func:`masked_mean` with a mask and a count that several means share.
 
     ``absent`` is true where an example should have no influence, which includes weights of 0.
-    Without examples, a count of 0 makes the mean NaN.
+    A count of 0, without examples, makes the mean NaN.
     """
     values = values if weights is None else weights * values
     return values.masked_fill(absent, 0.0).sum(0) / count

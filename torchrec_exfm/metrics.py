@@ -1,4 +1,4 @@
-"""Metrics for an operator: the serving head's NE, AUC and calibration, the teachers' coverage.
+"""Metrics of a run: the serving head's NE, AUC and calibration, the teachers' coverage and age.
 
 Shapes: B examples, M teachers, T tasks.
 """
@@ -36,7 +36,7 @@ _METRICS: dict[str, type[RecMetric]] = {
     "ne": NEMetric,
     "auc": TieAwareAUC,
     "calibration": CalibrationMetric,
-    "mse": MSEMetric,  # of a regression; the others are of a binary task
+    "mse": MSEMetric,  # for regressions; the others are for binary tasks
 }
 
 
@@ -103,9 +103,9 @@ class ExFMMetrics:
         self._tasks = tuple(tasks)
         self._teachers = check_names("teachers", teachers)
         self._outputs = outputs
-        # By teacher: examples, outputs with a known age, sum of ages, outputs per task. By task:
-        # weight of labels, of positive ones, of negative ones, padding. One buffer, one all-reduce;
-        # float64, as a float32 counter stops at 2**24 examples.
+        # A row per teacher: examples, outputs with a known age, sum of ages, outputs by task. A row
+        # per task: weight of labels, of positive and of negative ones, padding. One buffer needs
+        # one all-reduce; float64, as a float32 counter stops at 2**24 examples.
         rows, columns = len(teachers) + len(tasks), 3 + len(tasks)
         self._sums = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._coverage_sums, self._label_weights = self._sums.split([len(teachers), len(tasks)])
@@ -153,7 +153,7 @@ class ExFMMetrics:
         columns = {"labels": self._by_task(labels), "weights": self._by_task(weights)}
         probabilities, predictions = self._by_task(logits.sigmoid()), self._by_task(logits)
         for name, metric in self._metrics.items():
-            # The AUC gets logits: it keeps float32, in which σ(z) is 1 for any large z: ties.
+            # Logits for the AUC: in its float32 σ(z) is 1 for every large z, which would tie them.
             values = probabilities if name in ("ne", "calibration") else predictions
             metric.update(predictions=values, **columns)
 

@@ -45,10 +45,10 @@ class ExFMWrapper(nn.Module):
         student: ``forward(batch) -> (loss, (loss, logits, labels))``, as ``DLRMTrain``. Only the
             loss is read; the second part is returned unchanged.
         tap: the name, below ``student``, of the submodule whose first argument is the shared
-            representation, (B, D): usually the one after the interaction, ``"model.over_arch"``
-            in a ``DLRMTrain``. For terms with ``serving=True``, its output is read as the logits,
-            (B, T). If tasks have their own towers (shared bottom, MMoE, PLE): a mapping from each
-            task, or a tuple of tasks that share a tower, to its tower,
+            representation, (B, D): usually the last layer, ``"model.over_arch.model.1"`` in a
+            ``DLRMTrain``, or an earlier one. For terms with ``serving=True``, its output is read as
+            the logits, (B, T). If tasks have their own towers (shared bottom, MMoE, PLE): a mapping
+            from each task, or a tuple of tasks that share a tower, to its tower,
             ``{"click": "towers.click", "buy": "towers.buy"}``. Instead of a name,
             :class:`OutputsOf` joins the outputs of several submodules into the representation:
             for two towers, ``OutputsOf("query_tower", "item_tower")``.

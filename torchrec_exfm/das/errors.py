@@ -17,7 +17,7 @@ _ERRORS = (DeltaError, OSError, ValueError, pa.ArrowException)  # raised for dam
 
 
 class StoreError(RuntimeError):
-    """A store is damaged, missing or foreign, or can't be written; the text names the place."""
+    """A store is damaged, missing, of a foreign format or not writable; the text names it."""
 
 
 class MissingFileError(StoreError):
@@ -31,8 +31,8 @@ class ConflictError(StoreError):
 def check_process(process: int) -> None:
     """Raise a StoreError unless this is the given process: a store can't be used after a fork.
 
-    A forked process lacks the threads of the library and of a look-up: the library would panic, and
-    a wait for a look-up would never end.
+    A forked process lacks the threads of deltalake and of a look-up: deltalake would panic, and a
+    wait for a look-up would never end.
     """
     if os.getpid() != process:
         raise _forked()
@@ -46,7 +46,7 @@ def store_errors(
     try:
         yield
     except BaseException as error:
-        # a panic of the library is no Exception, and would end a thread silently
+        # A panic of deltalake is not an Exception, and would end a thread silently.
         if not isinstance(error, _ERRORS) and type(error).__name__ != "PanicException":
             raise
         if "Forked process" in str(error):

@@ -1,4 +1,4 @@
-"""Feed of a scoring job: reads shards batch by batch, keeps ranks in step, marks shards as done.
+"""The feed of a scoring job: it reads shards in batches, keeps ranks in step, marks shards done.
 
 B examples of a batch.
 """
@@ -99,7 +99,7 @@ class ScoringReport:
 
 @dataclass(frozen=True)
 class Work:
-    """A shard, the snapshot to score it by, and the store's commit when the work began."""
+    """A shard, the snapshot to score it with, and the store's commit when the work began."""
 
     shard: Shard
     snapshot: Snapshot
@@ -134,7 +134,7 @@ class Feed:
     report: ScoringReport = field(default_factory=ScoringReport)
     ahead: deque[tuple[Part, Any]] = field(default_factory=deque)
     sent: deque[Part | None] = field(default_factory=deque)  # of yielded batches; None: a filler
-    due: Snapshot | None = None  # the snapshot to score the next batches of all ranks by
+    due: Snapshot | None = None  # the snapshot to score the next batches of all ranks with
     failure: Exception | None = None  # this rank's; kept until all ranks can stop together
     spare: Any = None  # a batch that can be scored again as a filler
 
@@ -155,7 +155,7 @@ class Feed:
     def _agree(self, loaded: Snapshot | None) -> int:
         """Agree on the next snapshot; return how many batches all ranks run by ``loaded``.
 
-        That is 0 if another snapshot is due, or none: all shards are done, or a rank has failed.
+        Return 0 if another snapshot is due, all shards are done, or a rank has failed.
         """
         self._read_ahead()
         if self.spare is None and self.ahead:
@@ -178,7 +178,7 @@ class Feed:
         if all(have):
             return
         source = have.index(True)
-        # Pickled here: an error is then broadcast too, where it would leave other ranks waiting.
+        # Pickled before the broadcast: an error in it would leave the other ranks waiting.
         payload = [_pickle(self.spare) if rank() == source else b""]
         dist.broadcast_object_list(payload, src=source, group=self.group)
         if isinstance(payload[0], Exception):
@@ -233,7 +233,7 @@ class Feed:
         )
 
     def _find_missing(self, work: Work) -> list[int] | None:
-        """Return the pieces of a shard that are not in the store; None: all, it was not begun."""
+        """Return the pieces of a shard that the store lacks; None if no piece was written yet."""
         first_piece = transaction_name(work.snapshot, f"{work.shard.name}/0")
         if self.store.table.transaction(first_piece) is None:
             return None
@@ -255,7 +255,7 @@ class Feed:
         if wanted == []:
             return
         piece = rows = 0
-        # An empty batch at the end, so that the last one has a successor too.
+        # An empty batch at the end gives the last one a successor, which tells that it is the last.
         batches = itertools.chain(self._checked_batches(work.shard), [(None, _NO_IDS, _NO_IDS, {})])
         for (batch, ids, seconds, keys), (_, after, *_) in itertools.pairwise(batches):
             rows += len(ids)
@@ -288,7 +288,7 @@ class Feed:
 
 
 class _Stored:
-    """The examples that have an output in the store, of a snapshot or a newer one."""
+    """The examples with a stored output of a snapshot or of a newer one."""
 
     def __init__(self, store: TeacherStore, snapshot: Snapshot) -> None:
         self.store, self.snapshot = store, snapshot
@@ -318,10 +318,10 @@ def _is_done(store: TeacherStore, work: Work) -> bool:
 
 
 def mark_done(store: TeacherStore, work: Work) -> None:
-    """Mark a shard as completely in the store.
+    """Record that all rows of a shard are in the store.
 
-    The mark keeps the commit that the work began at: rows that were removed later may be this
-    shard's, so that it is no longer done (:func:`_is_done`).
+    The mark holds the commit at which the work began. If rows were removed after it, they may be
+    this shard's, and it counts as not done (:func:`_is_done`).
     """
     no_rows = store.format.schema().empty_table()
     transaction = _done_name(work), work.commit

@@ -1,6 +1,6 @@
 """Scoring: a pass of the teacher over shards, each of which is written once, under its name.
 
-B examples of a batch, T tasks, E width of an embedding.
+Shapes: B examples of a batch, T tasks, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def score(
     Ranks may have any number of shards, of any length. A rank that is out of batches scores one
     again and drops the result, so that the teacher's collectives stay in step.
 
-    A job that was killed can be started again, on any number of ranks. It skips a shard that is in
-    the store, unless rows were removed since by :func:`forget` or a repair, and scores the rest of
-    the others. If two ranks or jobs get the same shard, both score it, and its rows are written
-    once.
+    A killed job can be started again, on any number of ranks. It skips shards that are complete in
+    the store, unless :func:`forget` or a repair has removed rows since, and scores what the others
+    lack. If two ranks or jobs get the same shard, both score it, and its rows are written once.
 
     Args:
         model: the teacher under ``DistributedModelParallel``, sharded over the ranks.
@@ -63,9 +62,9 @@ def score(
         shards: this rank's shards, each opened when its turn comes.
         teacher: a ``Snapshot``, if the model holds its parameters already; or a name, for the
             newest published snapshot that was trained through a time before each shard's
-            ``begin_seconds``. It is loaded into the model, in place, once all ranks are done with
-            the one before: **the model's parameters are overwritten and stay so**. Shards should
-            come in order of time.
+            ``begin_seconds``. It is loaded into the model in place, once all ranks are done with
+            the previous one: **the model's parameters are overwritten and not restored**. Shards
+            should come in order of time.
         device: the device that the model runs on.
         ids: function from a batch, as it is read, to its example ids, (B,) int64 on the host.
         event_seconds: function from a batch to its event times, (B,) epoch seconds or timestamps.
@@ -119,7 +118,7 @@ def score(
 
 @dataclass
 class _Job:
-    """The pass of one rank: its pipeline, and the writer that commits behind it."""
+    """The pass of one rank: its pipeline, and the thread that writes the outputs."""
 
     model: nn.Module
     store: TeacherStore
@@ -148,7 +147,7 @@ class _Job:
         self.writer.shutdown()
 
     def run(self, teacher: str | Snapshot) -> None:
-        """Score all of the feed; leave an error of this rank only in ``feed.failure``."""
+        """Score all of the feed; keep this rank's error in ``feed.failure`` instead of raising."""
         loaded = teacher if isinstance(teacher, Snapshot) else None
         while True:
             self._score(self.feed.batches(loaded))
@@ -190,7 +189,7 @@ class _Job:
         self.parts.append((part, values.float()))
         self.rows += len(part.ids)
         if part.ends_piece:
-            self._finish_write()  # one write at a time, so that two pieces at most are in memory
+            self._finish_write()  # one write at a time, so that at most two pieces are in memory
             self.writing = self.writer.submit(self._write, self.parts)
             self.parts = []
         if part.ends_shard:

@@ -98,8 +98,8 @@ def _mean(tau: float, inputs: LossInputs, mass: Tensor | None, log_targets: Any)
 class _Divergence(torch.autograd.Function):
     """The sum of share times divergence.
 
-    Its gradient, share times (p - q), is computed in forward, block by block. So backward needs no
-    scores, and the scores of all blocks never exist at once.
+    Its gradient, share times (p - q), is computed in forward, block by block: backward then needs
+    no scores, and the scores of only one block are in memory at a time.
     """
 
     @staticmethod
@@ -119,9 +119,9 @@ class _Divergence(torch.autograd.Function):
         for block in _blocks(inputs):
             rows = block.rows
             log_p, log_q = _log_softmax(vectors, tau, block), log_targets(block)
-            lead = log_q - log_p
+            log_ratio = log_q - log_p
             q = log_q.exp_()
-            losses += (lead.mul_(q).sum(-1, keepdim=True) * share[:, rows]).sum((1, 2))
+            losses += (log_ratio.mul_(q).sum(-1, keepdim=True) * share[:, rows]).sum((1, 2))
             slope, scale = log_p.exp_().sub_(q), share[:, rows] / tau
             query_slopes[:, rows] = scale * (slope @ items)
             item_slopes += slope.transpose(1, 2) @ (scale * queries[:, rows])
@@ -141,7 +141,7 @@ def _present(vectors: Tensor, absent: Tensor) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """A block of n queries, with what both distributions share of their candidates."""
+    """A block of n queries, and the masks and offsets that both distributions share."""
 
     rows: Tensor  # (n,), the queries' positions in the batch
     same: Tensor  # (n, B), which candidates are other examples of the query's own item
