@@ -29,8 +29,9 @@ SET_UP := $(MAKE) --no-print-directory FBGEMM=$(FBGEMM) install
 .NOTPARALLEL:
 .PHONY: test lint demo retrieval docs works notebooks nightly slurm spark package faults bench quality gpu clean venv install
 
+# A thread a process: two of two threads each would wait for each other on two cores.
 test: venv
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv
 	$(PY) -m ruff check .
