@@ -39,7 +39,10 @@ def is_broken(path: Path, link: str) -> bool:
 
 if __name__ == "__main__":
     markdown = [path for pattern in MARKDOWN for path in ROOT.glob(pattern)]
-    pages = [*markdown, *Path(sys.argv[1]).rglob("*.html")]
+    site = list(Path(sys.argv[1]).rglob("*.html"))
+    if not site:
+        sys.exit(f"{sys.argv[1]}: no page of a site is here: build it first")
+    pages = [*markdown, *site]
     links = [(path, link) for path in sorted(pages) for link in sorted(set(links_of(path)))]
     broken = [f"{path}: {link}" for path, link in links if is_broken(path, link)]
     sys.exit("\n".join(["broken links:", *broken]) if broken else 0)

@@ -83,7 +83,8 @@ if __name__ == "__main__":
     parser.add_argument("--student", default="A", help="its name, and its folder")
     parser.add_argument("--hours", type=int, default=8)
     parser.add_argument("--folder", default="results/stream")
+    options = parser.parse_args()
     dist.init_process_group("gloo")
-    for window in start(**vars(parser.parse_args())):
+    for window in start(**vars(options)):
         print(f"done with hour {window.begin_seconds // HOUR - BEGIN}", flush=True)
     dist.destroy_process_group()

@@ -69,6 +69,7 @@ def main(steps, folder):
     metrics = exfm.ExFMMetrics(batch_size=SIZE, device=device, teachers=TEACHERS)
     checkpoints = folder / "checkpoints"
     position = exfm.load_training(checkpoints, pipeline, metrics=metrics) or {"steps": 0}
+    steps = max(steps, position["steps"])  # an earlier run may have gone further
     loader = batches(position["steps"], steps)
     with exfm.RunMonitor(pipeline, metrics) as monitor:  # prints NE and coverage
         for step in range(position["steps"] + 1, steps + 1):

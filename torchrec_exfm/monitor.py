@@ -281,8 +281,9 @@ class _Terms:
         """Return means over the steps, by tag.
 
         Args:
-            rows: (S, 1 + K + M T) or, with an adapter, (S, 1 + K + M T + 1): the student's loss,
-                the terms', which outputs had any example (averaged over ranks), the adapter's.
+            rows: (S, 1 + K + M T) or, with an adapter, (S, 1 + K + M T + 2): the student's loss,
+                the terms', which outputs had any example (averaged over ranks), the adapter's,
+                whether it had any label.
         """
         head = self.head
         sizes = [1, len(head.terms), len(head.teachers) * len(head.tasks)]
@@ -294,8 +295,9 @@ class _Terms:
             counted = presence[:, head.teachers.index(term.teacher), tasks].any(-1)
             if counted.any():
                 means[tag] = float(losses[counted, k].mean())
-        if not adapter.isnan().all():  # as it is for no column, and for steps without a label
-            means["adapter_loss"] = float(adapter.nanmean())
+        labeled = adapter[(adapter[:, 1:] > 0).all(1)]
+        if labeled.numel():
+            means["adapter_loss"] = float(labeled[:, 0].mean())
         return means
 
     def leads(self) -> dict[str, float]:

@@ -70,7 +70,7 @@ class Steps:
         self._wait_for_leads: Callable[[], None] = lambda: None
         self.started = False
         self.keep_adapter_loss = False  # set by RunMonitor: it costs one more adapter forward
-        self.adapter_loss = None if adapter is None else torch.full((), torch.nan, device=device)
+        self.adapter_loss = None if adapter is None else torch.zeros(2, device=device)
 
     def load(self, batch: Any) -> Any:
         """Start to fetch the outputs of a batch from the data loader; return an ExFMBatch."""
@@ -200,11 +200,12 @@ class Steps:
 
 @torch.no_grad()
 def _adapter_loss(adapter: StudentAdapter, inputs: StepInputs, count: Tensor) -> Tensor:
-    """Return L_SA before the adapter's step, a scalar on the device; NaN without any label."""
+    """Return L_SA before the adapter's step, and whether it has any label, (2,) on the device."""
     with torch.autocast(count.device.type, enabled=False):  # as in the step
         teacher, labels = inputs.teacher, inputs.labels
         loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=inputs.weights)
-    return loss.where(count.any(), torch.nan)
+    # Apart, as the loss itself is NaN where the adapter has diverged.
+    return torch.stack([loss, count.any()])
 
 
 class Feed:
