@@ -45,6 +45,7 @@ def distribute(names, wrap=lambda dlrm: dlrm):
 
 
 def start(role, student, hours, folder):  # returns an iterator over the windows that are done
+    dist.init_process_group("gloo")
     store = das.TeacherStore.create(f"{folder}/store", window_seconds=HOUR)
     folder = f"{folder}/{student if role == 'student' else role}"  # of its checkpoints
     share = slice(dist.get_rank(), None, dist.get_world_size())  # of this rank
@@ -83,8 +84,6 @@ if __name__ == "__main__":
     parser.add_argument("--student", default="A", help="its name, and its folder")
     parser.add_argument("--hours", type=int, default=8)
     parser.add_argument("--folder", default="results/stream")
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
-    for window in start(**vars(options)):
+    for window in start(**vars(parser.parse_args())):
         print(f"done with hour {window.begin_seconds // HOUR - BEGIN}", flush=True)
     dist.destroy_process_group()

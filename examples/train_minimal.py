@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 2 examples/train_minimal.py --steps 300 --folder results/minimal
 
 On CPU or GPU. Started again, after a kill or for more steps, it resumes from its last checkpoint.
-The data are made up: the teachers know the odds of a click, but for some noise.
-"""
+The data are made up: the teachers know the odds of a click, but for some noise."""
 
 import argparse
 import os
