@@ -50,7 +50,7 @@ from torchrec_exfm.batch import StepInputs
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "examples"))
 
-from serve import Flat, Inputs, compile_to, inputs, program
+from serve import Flat, Inputs, compile_to, export_program, inputs
 
 CALLS = {1: 16, 512: 2}  # of a round, for each size of batch
 AIMS = {
@@ -74,7 +74,7 @@ def compiled(model: Flat, example: Inputs) -> Callable[..., Tensor]:
 WAYS: dict[str, Callable[[Flat, Inputs], Callable[..., Tensor]]] = {
     "eager": lambda model, _: model,
     "torchscript": lambda model, _: torch.jit.script(model),
-    "torch_export": lambda model, example: program(model, example).module(),
+    "torch_export": lambda model, example: export_program(model, example).module(),
     "aot_inductor": compiled,
     "quantized_embeddings": lambda model, _: quantize_embeddings(model, torch.int8, inplace=False),
 }
