@@ -66,11 +66,16 @@ def main() -> None:
         results.mkdir(exist_ok=True)
         for name in [] if options.no_run else options.names or TITLES:
             run(name, options.quick, results)
-        page = HEAD + "".join(section(name, results) for name in TITLES)
+        text = page(results)
     if options.quick:
-        print(page)
+        print(text)
     else:
-        (HERE / "README.md").write_text(page)
+        (HERE / "README.md").write_text(text)
+
+
+def page(folder: Path) -> str:
+    """Return the page of what is kept in a folder."""
+    return HEAD + "".join(section(name, folder) for name in TITLES)
 
 
 def run(name: str, quick: bool, folder: Path) -> None:
