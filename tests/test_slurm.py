@@ -205,7 +205,7 @@ def check_stream(folder: Path, examples: Examples) -> None:
     """Check that each example has an output, and that every role has reached the last week."""
     store = TeacherStore(folder / "store")
     in_stream, by_teacher = examples.week <= WEEKS, examples.household % 4 > 0
-    of_students = np.isin(examples.department, ["DRUG GM", "MEAT"])
+    seen_by_students = np.isin(examples.department, ["DRUG GM", "MEAT"])
     rows = dd.all_rows(store, "rich")
     logged, scored = rows.example_id[rows.logged], rows.example_id[~rows.logged]
     assert not len(np.setdiff1d(logged, examples.ids[in_stream & by_teacher]))
@@ -213,7 +213,7 @@ def check_stream(folder: Path, examples: Examples) -> None:
     # No snapshot is old enough for the first weeks: two until it is published, one of delay.
     np.testing.assert_array_equal(
         scored,
-        np.sort(examples.ids[in_stream & (examples.week > 3) & of_students & ~by_teacher]),
+        np.sort(examples.ids[in_stream & (examples.week > 3) & seen_by_students & ~by_teacher]),
     )
     assert [snapshot.version for snapshot in published(store, "rich")] == [1, 2]
     end_seconds = store.watermark("rich")
