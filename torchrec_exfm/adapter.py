@@ -164,6 +164,19 @@ def adapter_step(
         ValueError: as for :meth:`StudentAdapter.loss`.
         TypeError: if the adapter's layers were changed, frozen, tied or hooked after it was built.
     """
+    return train_adapter(adapter, optimizer, teacher, labels, count, weights, group)[1]
+
+
+def train_adapter(
+    adapter: StudentAdapter,
+    optimizer: torch.optim.Optimizer,
+    teacher: TeacherOutputs,
+    labels: Tensor | None,
+    count: Tensor | None,
+    weights: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Do :func:`adapter_step`; return the outputs before it, (B, T) by teacher, and after it."""
     _check_closed_form(adapter)
     parameters = list(adapter.parameters())
     with torch.no_grad(), torch.autocast(teacher.values.device.type, enabled=False):
@@ -178,9 +191,11 @@ def adapter_step(
         if weights is not None:
             scale = scale * weights.unsqueeze(1)
         absent = find_absent(teacher.presence, labels, weights)
+        before = []
         for m, perceptron in enumerate(mlps):
             *activations, corrections = run_mlp(perceptron, inputs[:, m])
-            slope = map_tasks(adapter.tasks, _slope, values[:, m] + corrections, labels)
+            before.append(values[:, m] + corrections)
+            slope = map_tasks(adapter.tasks, _slope, before[m], labels)
             slope = slope.mul_(scale[..., m, :]).masked_fill_(absent[:, m], 0.0)
             fill_mlp_gradients(perceptron, activations, slope)
         start_average([gradients], group)()
@@ -190,7 +205,7 @@ def adapter_step(
         adapted = torch.empty_like(values)
         for m, perceptron in enumerate(mlps):
             torch.add(values[:, m], run_mlp(perceptron, inputs[:, m])[-1], out=adapted[:, m])
-    return adapted
+    return before, adapted
 
 
 def _limited(task: Task, values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from torchrec_exfm._compat import side_stream
 from torchrec_exfm._ranks import start_average
 from torchrec_exfm._user import read
-from torchrec_exfm.adapter import StudentAdapter, adapter_step
+from torchrec_exfm.adapter import StudentAdapter, train_adapter
 from torchrec_exfm.auxiliary import AuxiliaryHead
 from torchrec_exfm.batch import ExFMBatch, StepInputs, TeacherOutputs, check_outputs_shape
 from torchrec_exfm.sources import ProbabilityCheck, TeacherSource
@@ -69,7 +69,7 @@ class Steps:
         self._check_probabilities = ProbabilityCheck(head)
         self._wait_for_leads: Callable[[], None] = lambda: None
         self.started = False
-        self.keep_adapter_loss = False  # set by RunMonitor: it costs one more adapter forward
+        self.keep_adapter_loss = False  # set by RunMonitor
         self.adapter_loss = None if adapter is None else torch.zeros(2, device=device)
 
     def load(self, batch: Any) -> Any:
@@ -131,17 +131,18 @@ class Steps:
             return inputs
         assert inputs.counts is not None
         with record_function("## adapter_step ##"):
-            if self.keep_adapter_loss:
-                self.adapter_loss = _adapter_loss(self._adapter, inputs, inputs.counts[1])
-            adapted = adapter_step(
+            before, adapted = train_adapter(
                 self._adapter,
                 self._adapter_optimizer,
                 inputs.teacher,
                 inputs.labels,
-                count=inputs.counts[1],
-                weights=inputs.weights,
-                group=self._group,
+                inputs.counts[1],
+                inputs.weights,
+                self._group,
             )
+            if self.keep_adapter_loss:
+                outputs = torch.stack(before, dim=1)
+                self.adapter_loss = _adapter_loss(self._adapter, outputs, inputs, inputs.counts[1])
         return replace(inputs, adapted=adapted)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -199,11 +200,13 @@ class Steps:
 
 
 @torch.no_grad()
-def _adapter_loss(adapter: StudentAdapter, inputs: StepInputs, count: Tensor) -> Tensor:
-    """Return L_SA before the adapter's step, and whether it has any label, (2,) on the device."""
+def _adapter_loss(
+    adapter: StudentAdapter, outputs: Tensor, inputs: StepInputs, count: Tensor
+) -> Tensor:
+    """Return L_SA of an adapter's outputs, and whether it has any label, (2,) on the device."""
     with torch.autocast(count.device.type, enabled=False):  # as in the step
         teacher, labels = inputs.teacher, inputs.labels
-        loss = adapter.loss(adapter(teacher), teacher, labels, count, weights=inputs.weights)
+        loss = adapter.loss(outputs, teacher, labels, count, weights=inputs.weights)
     # Apart, as the loss itself is NaN where the adapter has diverged.
     return torch.stack([loss, count.any()])
 
